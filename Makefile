@@ -1,0 +1,69 @@
+# `make demo` and `make test` set everything up by themselves in .venv; `make help` lists the rest.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := bdtool export engines calibration tests
+CREATED := $(VENV)/.stamp-created
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+FREEZE := $(VENV)-constraints
+
+# $(call timed,NAME,COMMAND): run COMMAND, then say how long it took
+timed = @start=$$(date +%s); echo "$(1) ..."; $(2) && echo "$(1): done in $$(( $$(date +%s) - start )) s"
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help demo test lint format bench constraints clean
+
+help:
+	@echo "make demo         the whole pipeline on a small network, ending with a latency table"
+	@echo "make test         lint, types, spelling and tests"
+	@echo "make lint         ruff, mypy and codespell only"
+	@echo "make format       let ruff rewrite the code"
+	@echo "make bench        profile a bundle: make bench BUNDLE=directory; results in bench-output/"
+	@echo "make constraints  write constraints.txt anew from the newest versions allowed"
+	@echo "make clean        remove .venv, caches and build leftovers"
+	@echo "Another interpreter: make test PYTHON=python3.12"
+
+demo: $(VENV)/.stamp-demo
+	@$(BIN)/bdtool demo
+
+test: lint
+	@$(BIN)/python -m pytest
+
+lint: $(VENV)/.stamp-dev
+	$(call timed,ruff,$(BIN)/ruff check --quiet $(SOURCES) && $(BIN)/ruff format --check --quiet $(SOURCES))
+	$(call timed,mypy,$(BIN)/mypy --no-error-summary)
+	$(call timed,codespell,$(BIN)/codespell $(SOURCES) *.md pyproject.toml Makefile)
+
+format: $(VENV)/.stamp-dev
+	@$(BIN)/ruff check --fix --quiet $(SOURCES)
+	@$(BIN)/ruff format --quiet $(SOURCES)
+
+bench: $(VENV)/.stamp-demo
+	@test -n "$(BUNDLE)" || { echo "which bundle? make bench BUNDLE=directory (bdtool export and build make one)" >&2; exit 2; }
+	@mkdir -p bench-output
+	@$(BIN)/bdtool profile "$(BUNDLE)" --json bench-output/profile.json
+
+# setuptools first, from the constraints, and no build isolation: an isolated build would fetch an untested version
+$(VENV)/.stamp-%: $(CREATED) pyproject.toml constraints.txt
+	$(call timed,set-up of $(VENV) with bdtool[$*] (some minutes the first time),$(INSTALL) setuptools && $(INSTALL) --no-build-isolation -e '.[$*]')
+	@touch $@
+
+$(CREATED):
+	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(None if sys.version_info >= (3, 11) else "bdtool needs Python 3.11 or newer, and $(PYTHON) is %s. Name another one: make PYTHON=python3.12" % v)'
+	@$(PYTHON) -m venv $(VENV) || { echo "$(PYTHON) cannot create $(VENV); on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@touch $@
+
+constraints:
+	@rm -rf $(FREEZE)
+	@$(PYTHON) -m venv $(FREEZE)
+	@$(FREEZE)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev,demo]'
+	@{ sed -n '/^#/p' constraints.txt; \
+	   $(FREEZE)/bin/python -m pip freeze --all --exclude-editable | grep -v '^pip==' | LC_ALL=C sort -f; } > $(FREEZE)/new.txt
+	@mv $(FREEZE)/new.txt constraints.txt
+	@rm -rf $(FREEZE)
+
+clean:
+	@rm -rf $(VENV) $(FREEZE) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis bench-output demo-output
+	@find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,179 @@
+"""What a network is, as plain data: the list of parts that export, engines and runtime all walk.
+
+Nothing here knows PyTorch, ONNX or ResNets. Adding another architecture means producing a `NetworkSpec` and one module
+for each of its parts (`bdtool.models.parts` does it for ResNets), nothing more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+if TYPE_CHECKING:  # numpy only types the signatures: `bdtool --help` and a cached build need not load it
+    import numpy as np
+
+PartKind = Literal["policy", "stem", "block", "shortcut", "head", "full"]
+BATCH_AXIS = "N"
+DEFAULT_THRESHOLD = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorSpec:
+    """One input or output of a part.
+
+    `shape` holds ints for static axes and strings for dynamic ones: ("N", 16, 32, 32).
+    """
+
+    name: str
+    shape: tuple[int | str, ...]
+    dtype: str = "float32"
+
+    def shape_for(self, n_images: int) -> tuple[int, ...]:
+        """Return the static shape for a batch of `n_images`."""
+        return tuple(n_images if isinstance(axis, str) else axis for axis in self.shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartSpec:
+    """One part of a network: what it reads and writes, its tensors and what it costs.
+
+    `reads` and `writes` name activations of the running network ("image", "x", "keep_probability", "logits"), in the
+    order of `inputs` and `outputs`. Whatever a block writes besides "x" is handed to the controller.
+    `flops` is 2 x multiply-accumulates of convolutions and linear layers for one image (the paper's rule).
+    """
+
+    name: str
+    kind: PartKind
+    index: int | None = None  # block number k, for blocks and shortcuts
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    flops: int
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(PartKind):
+            raise ValueError(f"part {self.name!r}: kind {self.kind!r} is not one of {', '.join(get_args(PartKind))}")
+        if len(self.reads) != len(self.inputs) or len(self.writes) != len(self.outputs):
+            raise ValueError(f"part {self.name!r}: reads/inputs and writes/outputs must have the same length")
+
+    @property
+    def emits(self) -> tuple[str, ...]:
+        """Names of the outputs that go to the controller: all but the activation `x`."""
+        return tuple(t.name for activation, t in zip(self.writes, self.outputs, strict=True) if activation != "x")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocessing:
+    """How a picture becomes the network's input: (pixel / 255 - mean) / std, channels RGB.
+
+    `resize` is the length in pixels that the shorter side is scaled to before the centre crop to height x width;
+    None means that images must already have that size.
+    """
+
+    height: int
+    width: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    resize: int | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise ValueError(f"mean and std need three values each, std above 0; got mean={self.mean}, std={self.std}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkSpec:
+    """A whole network: its parts in running order, and what a user must know to feed it and to read its answer."""
+
+    arch: str
+    n_classes: int
+    labels: tuple[str, ...] | None
+    preprocessing: Preprocessing
+    stages: tuple[int, ...]  # blocks per stage
+    threshold: float = DEFAULT_THRESHOLD  # keep a block when the policy's probability is at least this
+    parts: tuple[PartSpec, ...]
+
+    def __post_init__(self) -> None:
+        if self.labels is not None and len(self.labels) != self.n_classes:
+            raise ValueError(f"{len(self.labels)} labels for {self.n_classes} classes")
+        indices = [part.index for part in self.blocks]
+        if indices != list(range(sum(self.stages))):
+            raise ValueError(f"blocks must be numbered 0 to {sum(self.stages) - 1} in order; got {indices}")
+
+    @property
+    def blocks(self) -> tuple[PartSpec, ...]:
+        return tuple(part for part in self.parts if part.kind == "block")
+
+    @property
+    def n_blocks(self) -> int:
+        return sum(self.stages)
+
+    @property
+    def has_policy(self) -> bool:
+        return any(part.kind == "policy" for part in self.parts)
+
+    def part(self, name: str) -> PartSpec:
+        for part in self.parts:
+            if part.name == name:
+                return part
+        raise KeyError(f"no part {name!r}; parts: {', '.join(part.name for part in self.parts)}")
+
+    def find(self, kind: PartKind, index: int | None = None) -> PartSpec | None:
+        """Return the part of that kind (and block number), or None where the network has none."""
+        return next((part for part in self.parts if part.kind == kind and part.index == index), None)
+
+    def require(self, kind: PartKind) -> PartSpec:
+        part = self.find(kind)
+        if part is None:
+            raise KeyError(f"the network has no {kind} part; parts: {', '.join(part.name for part in self.parts)}")
+        return part
+
+    def shortcut(self, k: int) -> PartSpec | None:
+        """Return the part that runs when block `k` is dropped, or None where dropping it changes nothing."""
+        return self.find("shortcut", k)
+
+    def label(self, class_index: int) -> str:
+        return self.labels[class_index] if self.labels is not None else str(class_index)
+
+    @property
+    def full_flops(self) -> int:
+        """FLOPs of one image with every block kept and no policy network: the static ResNet."""
+        return sum(part.flops for part in self.parts if part.kind in ("stem", "block", "head"))
+
+    def flops_per_image(self, keep: np.ndarray, *, with_policy: bool) -> np.ndarray:
+        """Return the FLOPs of each image, float64 [N], for a keep matrix bool [N, K].
+
+        A dropped block costs its shortcut, where it has one. `with_policy` adds the policy network, as the paper's
+        dynamic figures do.
+        """
+        import numpy as np
+
+        kept_cost = np.array([part.flops for part in self.blocks], dtype=np.float64)
+        shortcuts = [self.shortcut(k) for k in range(self.n_blocks)]
+        dropped_cost = np.array([s.flops if s else 0 for s in shortcuts], dtype=np.float64)
+        fixed = self.require("stem").flops + self.require("head").flops
+        if with_policy:
+            fixed += self.require("policy").flops
+        keep = np.asarray(keep, dtype=bool)
+        return fixed + keep @ kept_cost + ~keep @ dropped_cost
+
+
+def dict_from_spec(spec: Any) -> dict[str, Any]:
+    """Return any spec of this module as plain dicts and lists, ready for JSON."""
+    return asdict(spec)
+
+
+def preprocessing_from_dict(data: Mapping[str, Any]) -> Preprocessing:
+    """Rebuild a `Preprocessing` from `dict_from_spec`'s output (after JSON, tuples are lists).
+
+    Raises:
+        ValueError, TypeError, KeyError: a field is missing, unknown or impossible.
+    """
+    return Preprocessing(**{**data, "mean": _floats(data["mean"]), "std": _floats(data["std"])})
+
+
+def _floats(values: Sequence[float]) -> tuple[float, float, float]:
+    red, green, blue = (float(value) for value in values)
+    return red, green, blue

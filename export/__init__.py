@@ -1,0 +1,1 @@
+"""From PyTorch modules to a bundle of ONNX parts: export, composition, numeric checks and the bundle format."""
