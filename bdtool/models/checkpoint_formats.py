@@ -1,0 +1,159 @@
+"""The layouts of public ResNet checkpoints: how each names the tensors that we call `base.blocks.3.conv1.weight`.
+
+| format | where from | networks |
+|---|---|---|
+| akamaster | github.com/akamaster/pytorch_resnet_cifar10 | CIFAR |
+| torchvision | torchvision.models.resnet* | ImageNet |
+| blockdrop | github.com/Tushar-N/blockdrop, `finetune.py`: ResNet and policy network in one file | both |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Literal
+
+from bdtool.errors import UsageError
+from bdtool.models.architectures import Architecture, Family, ShortcutKind
+from bdtool.models.policy import policy_trunk
+from bdtool.specs import Preprocessing
+
+FormatName = Literal["akamaster", "torchvision", "blockdrop"]
+Colour = tuple[float, float, float]
+
+IMAGENET_MEAN: Colour = (0.485, 0.456, 0.406)
+IMAGENET_STD: Colour = (0.229, 0.224, 0.225)
+# BlockDrop's utils.py, get_transforms: "Only the R32 pretrained model subtracts the mean"
+_R32_CIFAR10_MEAN: Colour = (125.3 / 255, 123.0 / 255, 113.9 / 255)
+_R32_CIFAR10_STD: Colour = (63.0 / 255, 62.1 / 255, 66.7 / 255)
+
+CIFAR10_LABELS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointFormat:
+    """How a project names its tensors. `{layer}` counts stages from 1, `{stage}` from 0, `{i}` blocks in a stage."""
+
+    name: FormatName
+    families: tuple[Family, ...]
+    block: str
+    projection: str
+    head: str
+    base_prefix: str = ""
+    cifar_shortcut: ShortcutKind
+
+    def shortcut(self, arch: Architecture) -> ShortcutKind:
+        """Return the shortcut kind that networks of this format have, unless told otherwise."""
+        return self.cifar_shortcut if arch.family == "cifar" else arch.default_shortcut
+
+    def key(self, name: str, arch: Architecture, *, policy_prefix: str) -> str:
+        """Return this format's key for our tensor name, such as `policy.trunk.blocks.0.bn1.weight`."""
+        if name.startswith("policy.logit."):
+            return policy_prefix + name.removeprefix("policy.")
+        if name.startswith("policy.trunk."):
+            stages = policy_trunk(arch.family).stages
+            return f"{policy_prefix}features." + self._network_key(name.removeprefix("policy.trunk."), stages)
+        return self.base_prefix + self._network_key(name.removeprefix("base."), arch.stages)
+
+    def _network_key(self, name: str, stages: tuple[int, ...]) -> str:
+        """Translate a name inside one ResNet: "stem.bn.weight", "blocks.7.shortcut.conv.weight"."""
+        room, _, rest = name.partition(".")
+        if room == "stem":
+            layer, _, tensor = rest.partition(".")
+            return f"{layer}1.{tensor}"
+        if room == "head":
+            return self.head + rest.removeprefix("linear")
+        k, _, rest = rest.partition(".")
+        stage, i = _place(int(k), stages)
+        if not rest.startswith("shortcut."):
+            return self.block.format(layer=stage + 1, stage=stage, i=i) + "." + rest
+        _, layer, tensor = rest.split(".")
+        return self.projection.format(layer=stage + 1, stage=stage, i=i) + f".{int(layer == 'bn')}.{tensor}"
+
+
+AKAMASTER = CheckpointFormat(
+    name="akamaster",
+    families=("cifar",),
+    block="layer{layer}.{i}",
+    projection="layer{layer}.{i}.shortcut",
+    head="linear",
+    cifar_shortcut="option-a",
+)
+TORCHVISION = CheckpointFormat(
+    name="torchvision",
+    families=("imagenet",),
+    block="layer{layer}.{i}",
+    projection="layer{layer}.{i}.downsample",
+    head="fc",
+    cifar_shortcut="projection",
+)
+BLOCKDROP = CheckpointFormat(
+    name="blockdrop",
+    families=("cifar", "imagenet"),
+    block="blocks.{stage}.{i}",
+    projection="ds.{stage}",
+    head="fc",
+    base_prefix="resnet.",
+    cifar_shortcut="average-pool",
+)
+FORMATS = {fmt.name: fmt for fmt in (AKAMASTER, TORCHVISION, BLOCKDROP)}
+
+
+def find_format(name: str) -> CheckpointFormat:
+    """Return the format called `name`.
+
+    Raises:
+        UsageError: there is none.
+    """
+    for fmt in FORMATS.values():
+        if fmt.name == name:
+            return fmt
+    raise UsageError(f"unknown checkpoint format {name!r}; known: auto, {', '.join(FORMATS)}")
+
+
+def detect_format(keys: Collection[str]) -> CheckpointFormat | None:
+    """Return the format that tensors of these names belong to, or None where they look like no known one."""
+    tops = {key.partition(".")[0] for key in keys}
+    if tops & {"resnet", "agent", "net"}:
+        return BLOCKDROP
+    if "layer1" not in tops:
+        return None
+    return AKAMASTER if "linear" in tops else TORCHVISION if "fc" in tops else None
+
+
+def default_preprocessing(
+    fmt: CheckpointFormat, arch: Architecture, *, n_classes: int, mean: Colour | None, std: Colour | None
+) -> Preprocessing:
+    """Return the input format that these networks were trained with; `mean` and `std` replace its values if given."""
+    usual_mean, usual_std = IMAGENET_MEAN, IMAGENET_STD
+    if fmt is BLOCKDROP and arch.family == "cifar":
+        usual_mean, usual_std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+        if arch.name == "resnet32" and n_classes == 10:
+            usual_mean, usual_std = _R32_CIFAR10_MEAN, _R32_CIFAR10_STD
+    return Preprocessing(
+        height=arch.image_size,
+        width=arch.image_size,
+        mean=mean or usual_mean,
+        std=std or usual_std,
+        resize=256 if arch.family == "imagenet" else None,
+    )
+
+
+def default_labels(arch: Architecture, *, n_classes: int) -> tuple[str, ...] | None:
+    """Return CIFAR-10's or ImageNet's class names where the number of classes fits, else None."""
+    if arch.family == "cifar" and n_classes == len(CIFAR10_LABELS):
+        return CIFAR10_LABELS
+    if arch.family == "imagenet" and n_classes == 1000:
+        from torchvision.models import ResNet50_Weights
+
+        return tuple(ResNet50_Weights.DEFAULT.meta["categories"])
+    return None
+
+
+def _place(k: int, stages: tuple[int, ...]) -> tuple[int, int]:
+    """Return stage and position in it of block `k`."""
+    for stage, n_blocks in enumerate(stages):
+        if k < n_blocks:
+            return stage, k
+        k -= n_blocks
+    raise AssertionError(f"block beyond the stages {stages}")

@@ -1,0 +1,228 @@
+"""From public checkpoints to models: `bdtool import`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bdtool.errors import CheckpointError, UsageError
+from bdtool.models.architectures import Architecture, ShortcutKind, architecture, known_architectures
+from bdtool.models.checkpoint_files import read_checkpoint
+from bdtool.models.checkpoint_formats import (
+    BLOCKDROP,
+    FORMATS,
+    CheckpointFormat,
+    Colour,
+    default_labels,
+    default_preprocessing,
+    detect_format,
+    find_format,
+)
+from bdtool.models.model import BlockDropModel
+from bdtool.models.model_spec import ModelSpec
+from bdtool.models.state import (
+    StateDifference,
+    compare_states,
+    listing,
+    meta_model,
+    model_from_state,
+    non_finite_names,
+    shapes_of,
+)
+from export.files import sha256_of_file
+
+_POLICY_ENTRIES = ("agent", "net")  # "net" is what the authors' older files call the policy network
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Source:
+    """The tensors of a checkpoint under the file's own names, and how to read these."""
+
+    path: Path
+    fmt: CheckpointFormat
+    tensors: dict[str, Tensor]
+    policy_prefix: str | None  # "agent." or "net."; None without a policy network
+    shortcut: ShortcutKind | None  # what the user asked for
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def n_classes(self) -> int | None:
+        head = self.tensors.get(f"{self.fmt.base_prefix}{self.fmt.head}.weight")
+        return len(head) if head is not None and head.dim() == 2 else None
+
+
+def import_checkpoint(
+    path: Path,
+    *,
+    arch: str,
+    format: str = "auto",
+    classes: int | None = None,
+    mean: Colour | None = None,
+    std: Colour | None = None,
+    shortcut: ShortcutKind | None = None,
+    labels: tuple[str, ...] | None = None,
+) -> BlockDropModel:
+    """Return the model that a public checkpoint holds, in eval mode. Nothing in the file is executed.
+
+    Args:
+        path: a file by `torch.save` (any age) or `.safetensors`; DataParallel's "module." and a `state_dict` entry
+            around the tensors are understood.
+        arch: name of the ResNet, as in `known_architectures`.
+        format: "akamaster", "torchvision" or "blockdrop"; "auto" tells them apart by their keys.
+        classes: how many classes the head must have; None takes what it has.
+        mean: per channel RGB, of pixels scaled to 0..1; None is the format's own.
+        std: as `mean`.
+        shortcut: None is the format's own. A CIFAR file does not tell option-a from average-pool: both lack weights.
+        labels: one name per class; None is CIFAR-10's or ImageNet's where the number of classes fits.
+
+    Raises:
+        UsageError: unknown architecture or format, or labels, mean or std that do not fit.
+        CheckpointError: the file is unreadable or unsafe, or its tensors are not those of `arch`.
+    """
+    wanted = architecture(arch)
+    source = _read_source(path, format=format, shortcut=shortcut)
+    if source.n_classes is not None and classes not in (None, source.n_classes):
+        raise CheckpointError(
+            f"{path}: its head has {source.n_classes} classes, not the {classes} asked for by --classes"
+        )
+    spec = _spec(source, wanted, classes=classes, mean=mean, std=std, labels=labels)
+    names = _names_by_key(source, spec)
+    _check_tensors(source, spec, names)
+    return model_from_state(spec, {names[key]: tensor for key, tensor in source.tensors.items()})
+
+
+def _read_source(path: Path, *, format: str, shortcut: ShortcutKind | None) -> _Source:
+    asked = None if format == "auto" else find_format(format)
+    entries = _flat_entries(read_checkpoint(path))
+    fmt = asked or detect_format(entries)
+    if fmt is None:
+        raise CheckpointError(
+            f"{path} looks like none of {', '.join(FORMATS)}: it holds {listing(sorted(entries)) or 'nothing'}; "
+            "rename its keys to one of these layouts"
+        )
+    prefixes = [f"{entry}." for entry in _POLICY_ENTRIES if any(key.startswith(f"{entry}.") for key in entries)]
+    policy_prefix = prefixes[0] if fmt is BLOCKDROP and prefixes else None
+    if fmt is BLOCKDROP:
+        _require_resnet(path, entries, has_policy=policy_prefix is not None)
+        entries = {key: value for key, value in entries.items() if not _is_unused(key, policy_prefix)}
+    if odd := [f"{key} ({type(value).__name__})" for key, value in entries.items() if not _is_plain_tensor(value)]:
+        raise CheckpointError(f"{path}: unexpected keys that hold no plain floating-point tensor: {listing(odd)}")
+    provenance = {
+        "source": path.name,
+        "format": fmt.name,
+        "sha256": sha256_of_file(path),
+        "created_by": "bdtool import",
+    }
+    return _Source(
+        path=path, fmt=fmt, tensors=entries, policy_prefix=policy_prefix, shortcut=shortcut, provenance=provenance
+    )
+
+
+def _flat_entries(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Unwrap `state_dict`, put BlockDrop's networks side by side as "resnet.conv1.weight", and drop "module."."""
+    networks = {name: content[name] for name in ("resnet", *_POLICY_ENTRIES) if isinstance(content.get(name), Mapping)}
+    if isinstance(content.get("state_dict"), Mapping):
+        flat = dict(content["state_dict"])
+    elif networks:  # beside them lie the authors' epoch, reward and accuracy
+        flat = {f"{name}.{key}": value for name, network in networks.items() for key, value in network.items()}
+    else:
+        flat = dict(content)
+    return {re.sub(r"^((?:resnet|agent|net)\.)?(?:module\.)+", r"\1", str(key)): value for key, value in flat.items()}
+
+
+def _require_resnet(path: Path, entries: Mapping[str, Any], *, has_policy: bool) -> None:
+    if any(key.startswith("resnet.") for key in entries):
+        return
+    why = "it is a checkpoint of curriculum learning, which trains the policy alone" if has_policy else "none was found"
+    raise CheckpointError(
+        f"{path} holds no 'resnet' network ({why}); import the fine-tuned checkpoint, which holds 'resnet' and 'agent'"
+    )
+
+
+def _is_unused(key: str, policy_prefix: str | None) -> bool:
+    """True for the authors' value head (a training baseline) and the classifier that old policy files still carry."""
+    return policy_prefix is not None and key.startswith((f"{policy_prefix}vnet.", f"{policy_prefix}features.fc"))
+
+
+def _is_plain_tensor(value: Any) -> bool:
+    """True for dense floating-point tensors with data, and for the integer step counter of BatchNorm."""
+    if not isinstance(value, Tensor) or value.layout is not torch.strided or value.is_meta:
+        return False
+    return value.is_floating_point() or value.dim() == 0
+
+
+def _spec(
+    source: _Source,
+    arch: Architecture,
+    *,
+    classes: int | None = None,
+    mean: Colour | None = None,
+    std: Colour | None = None,
+    labels: tuple[str, ...] | None = None,
+) -> ModelSpec:
+    n_classes = source.n_classes or classes or (10 if arch.family == "cifar" else 1000)
+    try:
+        preprocessing = default_preprocessing(source.fmt, arch, n_classes=n_classes, mean=mean, std=std)
+    except ValueError as exc:
+        raise UsageError(str(exc)) from exc
+    return ModelSpec(
+        arch=arch.name,
+        n_classes=n_classes,
+        labels=labels if labels is not None else default_labels(arch, n_classes=n_classes),
+        preprocessing=preprocessing,
+        shortcut=source.shortcut or source.fmt.shortcut(arch),
+        has_policy=source.policy_prefix is not None,
+        provenance=source.provenance,
+    )
+
+
+def _names_by_key(source: _Source, spec: ModelSpec) -> dict[str, str]:
+    """Return our tensor names by the keys that the file should have."""
+    prefix = source.policy_prefix or ""
+    return {
+        source.fmt.key(name, spec.architecture, policy_prefix=prefix): name for name in meta_model(spec).state_dict()
+    }
+
+
+def _difference(source: _Source, spec: ModelSpec) -> StateDifference:
+    needed = shapes_of(meta_model(spec).state_dict())
+    names = _names_by_key(source, spec)
+    return compare_states(shapes_of(source.tensors), {key: needed[name] for key, name in names.items()})
+
+
+def _check_tensors(source: _Source, spec: ModelSpec, names: Mapping[str, str]) -> None:
+    """Refuse tensors that are not exactly those of `spec`, all differences named by the file's own keys."""
+    fmt, arch = source.fmt, spec.architecture
+    if arch.family not in fmt.families:
+        raise CheckpointError(
+            f"{source.path}: format {fmt.name} holds {' and '.join(fmt.families)} ResNets, and --arch {arch.name} is "
+            f"none of these{_hint(source, arch)}"
+        )
+    if difference := _difference(source, spec):
+        raise CheckpointError(f"{source.path} does not fit --arch {arch.name} ({difference}){_hint(source, arch)}")
+    if bad := non_finite_names(source.tensors):
+        raise CheckpointError(f"{source.path}: NaN or infinite weights in {listing(bad)}; use another checkpoint")
+    assert source.tensors.keys() <= names.keys()
+
+
+def _hint(source: _Source, tried: Architecture) -> str:
+    """Return "; it looks like --arch NAME" where the tensors fit another depth, else advice without a name."""
+    for name in (*known_architectures(), *_cifar_depth(source)):
+        arch = architecture(name)
+        if name != tried.name and arch.family in source.fmt.families and not _difference(source, _spec(source, arch)):
+            return f"; it looks like --arch {name}"
+    return "; check --arch, --format and the shortcut kind"
+
+
+def _cifar_depth(source: _Source) -> list[str]:
+    """Return the CIFAR ResNet with as many blocks per stage as the file's first stage, if there is one."""
+    first_stage = re.escape(source.fmt.base_prefix + source.fmt.block.format(layer=1, stage=0, i=""))
+    first = re.compile(first_stage + r"(\d+)\.")
+    found = {match[1] for key in source.tensors if (match := first.match(key))}
+    return [f"resnet{6 * len(found) + 2}"] if 0 < len(found) < 1000 else []

@@ -1,0 +1,41 @@
+"""What a MODEL is, as plain data. Loads no torch, so that `bdtool inspect` and `bdtool models` stay quick."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from bdtool.errors import UsageError
+from bdtool.models.architectures import Architecture, ShortcutKind, architecture
+from bdtool.specs import Preprocessing
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """Everything about a model but its weights.
+
+    `provenance` says how the weights came to be, as JSON values; it holds no time stamps, so that equal input gives
+    equal files.
+    """
+
+    arch: str
+    n_classes: int
+    labels: tuple[str, ...] | None
+    preprocessing: Preprocessing
+    shortcut: ShortcutKind
+    has_policy: bool
+    provenance: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        architecture(self.arch)
+        if self.n_classes < 1:
+            raise UsageError(f"{self.arch}: {self.n_classes} classes; a model needs at least one")
+        if self.labels is not None and len(self.labels) != self.n_classes:
+            raise UsageError(f"{self.arch}: {len(self.labels)} labels for {self.n_classes} classes; give one for each")
+        if self.shortcut not in get_args(ShortcutKind):
+            raise UsageError(f"unknown shortcut {self.shortcut!r}; known: {', '.join(get_args(ShortcutKind))}")
+
+    @property
+    def architecture(self) -> Architecture:
+        return architecture(self.arch)

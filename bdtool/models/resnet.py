@@ -1,0 +1,181 @@
+"""ResNets whose residual blocks can be dropped image by image.
+
+Source: He et al., CVPR 2016; dropping as in Wu et al., "BlockDrop", CVPR 2018, section 3.1. Strides of bottlenecks sit
+in the 3x3 convolution, as in torchvision ("v1.5") and in BlockDrop's code.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bdtool.models.architectures import Architecture, ShortcutKind
+from bdtool.models.shortcuts import make_shortcut
+
+
+class CifarStem(nn.Module):
+    """3x3 convolution, batch normalisation, ReLU: [N, 3, H, W] to [N, width, H, W]."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = _conv3x3(3, width)
+        self.bn = nn.BatchNorm2d(width)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return F.relu(self.bn(self.conv(images)))
+
+
+class ImageNetStem(nn.Module):
+    """7x7 convolution, batch normalisation, ReLU, max-pool: [N, 3, H, W] to [N, width, H / 4, W / 4]."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, width, kernel_size=7, stride=2, padding=3, bias=False)
+        self.bn = nn.BatchNorm2d(width)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return F.max_pool2d(F.relu(self.bn(self.conv(images))), kernel_size=3, stride=2, padding=1)
+
+
+class ResidualBlock(nn.Module):
+    """A kept block: `relu(shortcut(x) + residual(x))`, from [N, n_in, H, W] to [N, n_out, H / stride, W / stride]."""
+
+    shortcut: nn.Module
+
+    def residual(self, x: Tensor) -> Tensor:
+        """Return F(x) of the paper: the branch, before the addition."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.shortcut(x) + self.residual(x))
+
+
+class BasicBlock(ResidualBlock):
+    """Two 3x3 convolutions; the first one carries the stride."""
+
+    def __init__(self, n_in: int, width: int, *, stride: int, shortcut: ShortcutKind) -> None:
+        super().__init__()
+        self.conv1 = _conv3x3(n_in, width, stride=stride)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = _conv3x3(width, width)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.shortcut = make_shortcut(shortcut, n_in, width, stride=stride)
+
+    def residual(self, x: Tensor) -> Tensor:
+        y: Tensor = F.relu(self.bn1(self.conv1(x)))
+        y = self.bn2(self.conv2(y))
+        return y
+
+
+class Bottleneck(ResidualBlock):
+    """1x1, 3x3 and 1x1 convolutions; the middle one carries the stride, the last one widens fourfold."""
+
+    def __init__(self, n_in: int, width: int, *, stride: int, shortcut: ShortcutKind) -> None:
+        super().__init__()
+        n_out = 4 * width
+        self.conv1 = nn.Conv2d(n_in, width, kernel_size=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = _conv3x3(width, width, stride=stride)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, n_out, kernel_size=1, bias=False)
+        self.bn3 = nn.BatchNorm2d(n_out)
+        self.shortcut = make_shortcut(shortcut, n_in, n_out, stride=stride)
+
+    def residual(self, x: Tensor) -> Tensor:
+        y: Tensor = F.relu(self.bn1(self.conv1(x)))
+        y = F.relu(self.bn2(self.conv2(y)))
+        y = self.bn3(self.conv3(y))
+        return y
+
+
+class GlobalAveragePool(nn.Module):
+    """Mean over the pixels: [N, C, H, W] to [N, C]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.adaptive_avg_pool2d(x, 1).flatten(1)
+
+
+class ResNet(nn.Module):
+    """A ResNet as `stem`, a flat list of K `blocks`, and `head`.
+
+    Args:
+        architecture: its layout.
+        shortcut: what replaces the identity where the shape changes.
+        n_classes: columns of the logits; None leaves out the classifier, so that the head gives [N, n_features].
+    """
+
+    def __init__(self, architecture: Architecture, *, shortcut: ShortcutKind, n_classes: int | None) -> None:
+        super().__init__()
+        stem = CifarStem if architecture.family == "cifar" else ImageNetStem
+        self.stem = stem(architecture.widths[0])
+        self.blocks = nn.ModuleList(_blocks(architecture, shortcut))
+        self.n_features = architecture.widths[-1] * architecture.expansion
+        layers: OrderedDict[str, nn.Module] = OrderedDict(pool=GlobalAveragePool())
+        if n_classes is not None:
+            layers["linear"] = nn.Linear(self.n_features, n_classes)
+        self.head = nn.Sequential(layers)
+
+    def forward(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Return logits float32 [N, n_classes] of preprocessed images float32 [N, 3, H, W].
+
+        A dropped block leaves `x` as it is, or at a shape change runs its shortcut alone, without a ReLU. Only the kept
+        images of a block are computed. So in training mode its batch statistics are those of the images that use
+        it, where the authors' code, which computes all and then masks, takes them over the whole batch.
+
+        Args:
+            images: as above.
+            keep: bool [N, K], True runs block k on image n; None keeps every block.
+
+        Raises:
+            ValueError: `keep` is not bool, or not [N, K].
+        """
+        x: Tensor = self.stem(images)
+        if keep is None:
+            for block in self.blocks:
+                x = block(x)
+        else:
+            x = self._run_kept_blocks(x, keep)
+        logits: Tensor = self.head(x)
+        return logits
+
+    def _run_kept_blocks(self, x: Tensor, keep: Tensor) -> Tensor:
+        expected = (len(x), len(self.blocks))
+        if keep.dtype != torch.bool or tuple(keep.shape) != expected:
+            raise ValueError(f"keep must be bool {expected}, images by blocks; got {keep.dtype} {tuple(keep.shape)}")
+        n_kept: list[int] = keep.sum(dim=0).tolist()  # one transfer from the device instead of one for each block
+        for k, block in enumerate(self.blocks):
+            assert isinstance(block, ResidualBlock)
+            if n_kept[k] == 0:
+                x = block.shortcut(x)
+            elif n_kept[k] == len(x):
+                x = block(x)
+            else:
+                x = _run_kept_images(block, x, keep[:, k])
+        return x
+
+
+def _run_kept_images(block: ResidualBlock, x: Tensor, kept: Tensor) -> Tensor:
+    """Run `block` on the images that `kept`, bool [N], marks and its shortcut on all; out of place, for autograd."""
+    index = kept.nonzero().squeeze(1)
+    passed: Tensor = block.shortcut(x)
+    computed = F.relu(passed[index] + block.residual(x[index]))
+    return passed.index_copy(0, index, computed)
+
+
+def _blocks(architecture: Architecture, shortcut: ShortcutKind) -> list[ResidualBlock]:
+    block = Bottleneck if architecture.block == "bottleneck" else BasicBlock
+    blocks: list[ResidualBlock] = []
+    n_in = architecture.widths[0]
+    for stage, (n_blocks, width) in enumerate(zip(architecture.stages, architecture.widths, strict=True)):
+        for i in range(n_blocks):
+            stride = 2 if i == 0 and stage > 0 else 1
+            blocks.append(block(n_in, width, stride=stride, shortcut=shortcut))
+            n_in = width * architecture.expansion
+    return blocks
+
+
+def _conv3x3(n_in: int, n_out: int, *, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(n_in, n_out, kernel_size=3, stride=stride, padding=1, bias=False)

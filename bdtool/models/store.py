@@ -1,0 +1,160 @@
+"""MODEL files: one safetensors file with the weights, and in its header what they are.
+
+Importing this file and reading a header load no torch. Loading never unpickles: a safetensors file is a JSON header and
+plain bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+
+from bdtool.errors import CheckpointError, UsageError
+from bdtool.models.model_spec import ModelSpec
+from bdtool.specs import preprocessing_from_dict
+from export.files import atomic_path
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from bdtool.models.model import BlockDropModel
+
+FORMAT_VERSION = 1
+_METADATA_KEY = (
+    "bdtool"  # one key only: safetensors does not keep the order of several, and equal input gives equal bytes
+)
+
+
+def save_model(model: BlockDropModel, path: Path) -> None:
+    """Write `model` to `path` as one MODEL file, atomically; equal models give equal bytes.
+
+    Raises:
+        CheckpointError: a weight is NaN or infinite, or the file cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    from bdtool.models.state import listing, non_finite_names
+
+    tensors = {name: _stored(tensor) for name, tensor in model.state_dict().items()}
+    if bad := non_finite_names(tensors):
+        raise CheckpointError(f"{path.name} not written: NaN or infinite weights in {listing(bad)}; train again")
+    metadata = {_METADATA_KEY: json.dumps(_header_from_spec(model.spec), sort_keys=True, allow_nan=False)}
+    try:
+        with atomic_path(path) as temporary:
+            save_file(tensors, temporary, metadata=metadata)
+    except OSError as exc:
+        raise CheckpointError(f"{path} cannot be written: {exc.strerror or exc}") from exc
+
+
+def load_model(path: Path) -> BlockDropModel:
+    """Return the model of a MODEL file, in eval mode, on the CPU.
+
+    Raises:
+        CheckpointError: the file is not a whole MODEL file, is newer than this bdtool, or its tensors do not fit.
+    """
+    from bdtool.models.state import (
+        compare_states,
+        listing,
+        meta_model,
+        model_from_state,
+        non_finite_names,
+        shapes_of,
+    )
+
+    spec = read_spec(path)
+    tensors = _read_tensors(path)
+    needed = meta_model(spec).state_dict()
+    if difference := compare_states(shapes_of(tensors), shapes_of(needed)):
+        raise CheckpointError(f"{path} does not fit the {spec.arch} in its header ({difference}); import it again")
+    if wrong := [f"{name} {tensors[name].dtype}" for name in tensors if tensors[name].dtype != needed[name].dtype]:
+        raise CheckpointError(f"{path}: unexpected data types of {listing(wrong)}; import it again")
+    if bad := non_finite_names(tensors):
+        raise CheckpointError(f"{path}: NaN or infinite weights in {listing(bad)}; import or train it again")
+    return model_from_state(spec, tensors)
+
+
+def read_spec(path: Path) -> ModelSpec:
+    """Return what a MODEL file's header says, without reading its weights.
+
+    Raises:
+        CheckpointError: the file is not a whole MODEL file, or is newer than this bdtool.
+    """
+    text = _read_metadata(path).get(_METADATA_KEY)
+    if text is None:
+        raise CheckpointError(
+            f"{path} is a safetensors file but not a MODEL of bdtool; run `bdtool import` on it first"
+        )
+    try:
+        header = json.loads(text)
+        version = int(header["format_version"])
+        if version > FORMAT_VERSION:
+            raise CheckpointError(
+                f"{path} has format_version {version}, this bdtool reads up to {FORMAT_VERSION}; upgrade bdtool"
+            )
+        return _spec_from_header(header)
+    except (KeyError, TypeError, ValueError, AttributeError, UsageError) as exc:
+        raise CheckpointError(f"{path}: its header is damaged ({type(exc).__name__}: {exc}); import it again") from exc
+
+
+def _header_from_spec(spec: ModelSpec) -> dict[str, Any]:
+    return {
+        "format_version": FORMAT_VERSION,
+        "arch": spec.arch,
+        "n_classes": spec.n_classes,
+        "labels": spec.labels,
+        "preprocessing": asdict(spec.preprocessing),
+        "shortcut": spec.shortcut,
+        "has_policy": spec.has_policy,
+        "stages": spec.architecture.stages,
+        "provenance": dict(spec.provenance),
+    }
+
+
+def _spec_from_header(header: Mapping[str, Any]) -> ModelSpec:
+    spec = ModelSpec(
+        arch=header["arch"],
+        n_classes=int(header["n_classes"]),
+        labels=None if header["labels"] is None else tuple(str(label) for label in header["labels"]),
+        preprocessing=preprocessing_from_dict(header["preprocessing"]),
+        shortcut=header["shortcut"],
+        has_policy=bool(header["has_policy"]),
+        provenance=dict(header["provenance"]),
+    )
+    if tuple(header["stages"]) != spec.architecture.stages:
+        raise ValueError(f"stages {header['stages']} are not those of {spec.arch}, {list(spec.architecture.stages)}")
+    return spec
+
+
+def _stored(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach().cpu().contiguous()
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
+def _read_metadata(path: Path) -> Mapping[str, str]:
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError) as exc:
+        raise _unreadable(path, exc) from exc
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as exc:
+        raise _unreadable(path, exc) from exc
+
+
+def _unreadable(path: Path, exc: Exception) -> CheckpointError:
+    if isinstance(exc, OSError):
+        return CheckpointError(f"{path} cannot be read: {exc.strerror or exc}")
+    return CheckpointError(
+        f"{path} is not a whole safetensors file ({exc}); it may be truncated, copy or import it again"
+    )

@@ -1,0 +1,215 @@
+"""Importing checkpoints of akamaster and torchvision, and what is refused."""
+
+import hashlib
+import os
+import pickle
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torchvision
+from safetensors.torch import save_file
+
+from bdtool.errors import CheckpointError, UsageError
+from bdtool.models.checkpoints import import_checkpoint
+
+
+def _accuracy(model, sample):
+    images, labels = sample
+    p = model.spec.preprocessing
+    x = torch.from_numpy(images.copy()).permute(0, 3, 1, 2) / 255
+    x = (x - torch.tensor(p.mean).view(3, 1, 1)) / torch.tensor(p.std).view(3, 1, 1)
+    with torch.no_grad():
+        return float((model(x).argmax(dim=1) == torch.from_numpy(labels)).float().mean())
+
+
+@pytest.mark.parametrize(("file", "arch"), [("resnet20-12fca82f.th", "resnet20"), ("resnet32-d509ac18.th", "resnet32")])
+def test_public_cifar_checkpoints_classify_real_images(public_checkpoints, cifar_sample, file, arch):
+    model = import_checkpoint(public_checkpoints / file, arch=arch)
+    assert model.spec.shortcut == "option-a"
+    assert model.spec.labels[:2] == ("airplane", "automobile")
+    assert _accuracy(model, cifar_sample) > 0.87  # 91.7 % and 92.6 % on all 10,000; 200 images scatter by 2 % (1 sigma)
+
+
+def test_project_checkpoint_needs_average_pool_shortcuts(public_checkpoints, cifar_sample):
+    options = {"arch": "resnet32", "mean": (0.4914, 0.4822, 0.4465), "std": (0.2470, 0.2435, 0.2616)}
+    path = public_checkpoints / "r32-cifar10-base.pt"
+    right = _accuracy(import_checkpoint(path, shortcut="average-pool", **options), cifar_sample)
+    assert right > 0.87  # 91.8 % on all 10,000
+    assert _accuracy(import_checkpoint(path, **options), cifar_sample) < right
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50", "resnet101"])
+def test_imported_torchvision_network_gives_torchvisions_logits(stir, tmp_path, arch):
+    oracle = getattr(torchvision.models, arch)().eval()
+    stir(oracle)
+    torch.save(oracle.state_dict(), tmp_path / "net.pth")
+    model = import_checkpoint(tmp_path / "net.pth", arch=arch)
+    images = torch.randn(2, 3, 96, 96)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), oracle(images), atol=1e-4, rtol=1e-4)
+    assert model.spec.preprocessing.resize == 256
+    assert model.spec.labels[0] == "tench"
+
+
+@pytest.fixture
+def resnet18_state():
+    return torchvision.models.resnet18(num_classes=7).state_dict()
+
+
+def _saved(tmp_path, content, name="net.pth", **options):
+    torch.save(content, tmp_path / name, **options)
+    return tmp_path / name
+
+
+def test_safetensors_and_data_parallel_checkpoints_are_read_alike(tmp_path, resnet18_state):
+    save_file(resnet18_state, tmp_path / "net.safetensors")
+    wrapped = {"epoch": 3, "state_dict": {f"module.{key}": value for key, value in resnet18_state.items()}}
+    first = import_checkpoint(tmp_path / "net.safetensors", arch="resnet18")
+    second = import_checkpoint(_saved(tmp_path, wrapped), arch="resnet18", format="torchvision")
+    assert all(
+        torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
+    )
+    assert first.spec.n_classes == 7
+    assert first.spec.labels is None
+
+
+def test_provenance_names_the_file_by_its_digest_and_no_time(tmp_path, resnet18_state):
+    path = _saved(tmp_path, resnet18_state)
+    assert import_checkpoint(path, arch="resnet18").spec.provenance == {
+        "source": "net.pth",
+        "format": "torchvision",
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "created_by": "bdtool import",
+    }
+
+
+def test_all_wrong_keys_are_listed_by_the_files_own_names(tmp_path, resnet18_state):
+    del resnet18_state["layer2.0.downsample.0.weight"]
+    resnet18_state["layer9.0.conv1.weight"] = torch.zeros(1)
+    resnet18_state["bn1.bias"] = torch.zeros(3)
+    with pytest.raises(CheckpointError) as caught:
+        import_checkpoint(_saved(tmp_path, resnet18_state), arch="resnet18")
+    assert "1 missing: layer2.0.downsample.0.weight" in str(caught.value)
+    assert "1 unexpected: layer9.0.conv1.weight" in str(caught.value)
+    assert "1 mis-shaped: bn1.bias got [3], needs [64]" in str(caught.value)
+
+
+@pytest.mark.parametrize("arch", ["resnet34", "resnet50", "resnet20"])
+def test_wrong_depth_names_the_likely_arch_and_caps_the_list(tmp_path, resnet18_state, arch):
+    with pytest.raises(CheckpointError, match=r"it looks like --arch resnet18$") as caught:
+        import_checkpoint(_saved(tmp_path, resnet18_state), arch=arch)
+    assert len(str(caught.value)) < 1500
+
+
+def test_unlisted_cifar_depth_is_recognised(tmp_path, make_model):
+    state = _akamaster_state(make_model("resnet14", shortcut="option-a", has_policy=False), blocks_per_stage=2)
+    with pytest.raises(CheckpointError, match=r"and 22 more.*it looks like --arch resnet14$"):
+        import_checkpoint(_saved(tmp_path, state), arch="resnet20")
+
+
+def _akamaster_state(model, *, blocks_per_stage):
+    state = {}
+    for name, tensor in model.base.state_dict().items():
+        if name.startswith("blocks."):
+            _, k, rest = name.split(".", 2)
+            name = f"layer{int(k) // blocks_per_stage + 1}.{int(k) % blocks_per_stage}.{rest}"
+        state[name.replace("stem.conv", "conv1").replace("stem.bn", "bn1").replace("head.linear", "linear")] = tensor
+    return state
+
+
+def test_classes_that_differ_from_the_head_are_refused(tmp_path, resnet18_state):
+    path = _saved(tmp_path, resnet18_state)
+    with pytest.raises(CheckpointError, match="head has 7 classes, not the 1000"):
+        import_checkpoint(path, arch="resnet18", classes=1000)
+    assert import_checkpoint(path, arch="resnet18", classes=7, labels=tuple("abcdefg")).spec.labels[6] == "g"
+    with pytest.raises(UsageError, match="2 labels for 7 classes"):
+        import_checkpoint(path, arch="resnet18", labels=("a", "b"))
+
+
+def test_nan_weights_are_named(tmp_path, resnet18_state):
+    resnet18_state["layer3.1.bn2.running_var"][5] = float("nan")
+    with pytest.raises(CheckpointError, match=r"NaN or infinite weights in layer3\.1\.bn2\.running_var"):
+        import_checkpoint(_saved(tmp_path, resnet18_state), arch="resnet18")
+
+
+def test_unknown_format_and_unrecognised_keys_list_the_known_formats(tmp_path):
+    path = _saved(tmp_path, {"weights": torch.zeros(3)})
+    with pytest.raises(UsageError, match="known: auto, akamaster, torchvision, blockdrop"):
+        import_checkpoint(path, arch="resnet18", format="caffe")
+    with pytest.raises(CheckpointError, match="none of akamaster, torchvision, blockdrop: it holds weights"):
+        import_checkpoint(path, arch="resnet18")
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_truncated_checkpoint_is_named(tmp_path, resnet18_state, legacy):
+    path = _saved(tmp_path, resnet18_state, _use_new_zipfile_serialization=not legacy)
+    whole = path.read_bytes()
+    for n_bytes in (0, 10, 1000, len(whole) // 2, len(whole) - 20):
+        path.write_bytes(whole[:n_bytes])
+        with pytest.raises(CheckpointError, match=r"net\.pth is truncated"):
+            import_checkpoint(path, arch="resnet18")
+
+
+class _RunsACommand:
+    def __init__(self, command):
+        self.command = command
+
+    def __reduce__(self):
+        return os.system, (self.command,)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_malicious_pickle_is_refused_and_does_not_run(tmp_path, resnet18_state, legacy):
+    resnet18_state["conv1.weight"] = _RunsACommand(f"touch {tmp_path / 'ran'}")
+    path = _saved(tmp_path, resnet18_state, _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(CheckpointError, match=r"needs more than weights \(it asks for posix\.system\).*state_dict"):
+        import_checkpoint(path, arch="resnet18")
+    path.write_bytes(pickle.dumps(resnet18_state["conv1.weight"], protocol=2))
+    with pytest.raises(CheckpointError, match=r"net\.pth"):
+        import_checkpoint(path, arch="resnet18")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_whole_pickled_model_is_refused_with_what_to_do(tmp_path):
+    path = _saved(tmp_path, torch.nn.Sequential(torch.nn.Linear(2, 2)))
+    with pytest.raises(CheckpointError, match=r"asks for torch\.nn\..*Sequential.*save model\.state_dict"):
+        import_checkpoint(path, arch="resnet18")
+
+
+@pytest.mark.parametrize("content", [[1, 2], torch.zeros(3), {}, {"state_dict": {}}, {"layer1.x": 3, "fc.weight": "y"}])
+def test_files_without_weights_are_refused(tmp_path, content):
+    with pytest.raises(CheckpointError, match=r"net\.pth"):
+        import_checkpoint(_saved(tmp_path, content), arch="resnet18")
+
+
+def test_absent_file_is_named(tmp_path):
+    for name in ("none.pth", "none.safetensors"):
+        with pytest.raises(CheckpointError, match="No such file"):
+            import_checkpoint(tmp_path / name, arch="resnet18")
+
+
+class _Python2Pickler(pickle._Pickler):
+    """Writes str as Python 2 did: SHORT_BINSTRING."""
+
+    dispatch = dict(pickle._Pickler.dispatch)
+
+    def save_str(self, text):
+        self.write(pickle.SHORT_BINSTRING + bytes([len(text)]) + text.encode())
+        self.memoize(text)
+
+    dispatch[str] = save_str
+
+
+def test_checkpoint_written_by_python_2_is_read(tmp_path, make_model):
+    def dump(value, file, protocol):
+        _Python2Pickler(file, protocol=protocol).dump(value)
+
+    python2 = SimpleNamespace(Pickler=_Python2Pickler, dump=dump, __name__="pickle")
+    model = make_model("resnet8", shortcut="option-a", has_policy=False)
+    state = _akamaster_state(model, blocks_per_stage=1)
+    path = _saved(tmp_path, dict(state), pickle_module=python2, _use_new_zipfile_serialization=False)
+    assert b"U\x0cconv1.weight" in path.read_bytes()
+    imported = import_checkpoint(path, arch="resnet8")
+    images = torch.randn(1, 3, 32, 32)
+    assert torch.equal(imported(images), model(images))

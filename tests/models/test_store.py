@@ -1,0 +1,141 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from bdtool.errors import CheckpointError, PolicyError
+from bdtool.models.store import load_model, read_spec, save_model
+
+
+@pytest.fixture
+def saved(make_model, tmp_path):
+    path = tmp_path / "m.safetensors"
+    save_model(make_model("resnet8"), path)
+    return path
+
+
+def _rewrite(path, *, header=None, **tensors):
+    """Change header fields or tensors of a MODEL file; None removes a tensor."""
+    state = load_file(path)
+    with safe_open(path, framework="numpy") as file:
+        fields = json.loads(file.metadata()["bdtool"])
+    state.update({name: tensor for name, tensor in tensors.items() if tensor is not None})
+    for name in [name for name, tensor in tensors.items() if tensor is None]:
+        del state[name]
+    save_file(state, path, metadata={"bdtool": json.dumps(fields | (header or {}))})
+
+
+@pytest.mark.parametrize("has_policy", [True, False])
+def test_round_trip_gives_the_same_model_in_eval_mode(make_model, tmp_path, has_policy):
+    model = make_model("resnet14", has_policy=has_policy)
+    save_model(model, tmp_path / "m.safetensors")
+    loaded = load_model(tmp_path / "m.safetensors")
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(loaded(images), model(images))
+    assert loaded.spec == model.spec == read_spec(tmp_path / "m.safetensors")
+    assert not loaded.training
+
+
+def test_equal_models_give_equal_bytes(make_model, saved, tmp_path):
+    save_model(make_model("resnet8"), tmp_path / "again.safetensors")
+    save_model(load_model(saved), tmp_path / "reloaded.safetensors")
+    assert saved.read_bytes() == (tmp_path / "again.safetensors").read_bytes()
+    assert saved.read_bytes() == (tmp_path / "reloaded.safetensors").read_bytes()
+
+
+def test_nan_weights_are_not_written_and_the_old_file_stays(make_model, saved):
+    before = saved.read_bytes()
+    model = make_model("resnet8")
+    model.base.blocks[1].conv1.weight.data[0, 0, 0, 0] = float("nan")
+    with pytest.raises(CheckpointError, match=r"base\.blocks\.1\.conv1\.weight"):
+        save_model(model, saved)
+    assert saved.read_bytes() == before
+    assert len(list(saved.parent.iterdir())) == 1
+
+
+@pytest.mark.parametrize("n_bytes", [0, 5, 100, 3000, -1])
+def test_truncated_file_is_refused_by_name(saved, n_bytes):
+    saved.write_bytes(saved.read_bytes()[:n_bytes])
+    for read in (load_model, read_spec):
+        with pytest.raises(CheckpointError, match=r"m\.safetensors is not a whole safetensors file"):
+            read(saved)
+
+
+def test_absent_file_and_absent_folder_are_named(make_model, tmp_path):
+    with pytest.raises(CheckpointError, match=r"none\.safetensors cannot be read: No such file"):
+        load_model(tmp_path / "none.safetensors")
+    with pytest.raises(CheckpointError, match=r"cannot be written: No such file"):
+        save_model(make_model("resnet8"), tmp_path / "folder" / "m.safetensors")
+
+
+def test_foreign_safetensors_file_is_refused(saved):
+    save_file(load_file(saved), saved, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="not a MODEL of bdtool; run `bdtool import`"):
+        load_model(saved)
+
+
+def test_newer_format_is_refused(saved):
+    _rewrite(saved, header={"format_version": 2})
+    with pytest.raises(CheckpointError, match="format_version 2, this bdtool reads up to 1"):
+        load_model(saved)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"arch": "resnet33"},
+        {"arch": None},
+        {"n_classes": "many"},
+        {"n_classes": 0},
+        {"labels": ["one"]},
+        {"labels": 3},
+        {"preprocessing": {}},
+        {"preprocessing": None},
+        {"stages": [9, 9, 9]},
+        {"shortcut": "bridge"},
+        {"shortcut": []},
+        {"provenance": 1},
+        {"format_version": None},
+    ],
+)
+def test_damaged_header_is_refused_with_a_reason(saved, header):
+    _rewrite(saved, header=header)
+    with pytest.raises(CheckpointError, match="its header is damaged"):
+        read_spec(saved)
+
+
+def test_tampered_tensors_are_refused_by_name(saved):
+    _rewrite(saved, **{"base.stem.conv.weight": None, "extra": torch.zeros(1), "policy.logit.bias": torch.zeros(9)})
+    with pytest.raises(CheckpointError) as caught:
+        load_model(saved)
+    assert "1 missing: base.stem.conv.weight" in str(caught.value)
+    assert "1 unexpected: extra" in str(caught.value)
+    assert "policy.logit.bias got [9], needs [3]" in str(caught.value)
+
+
+def test_non_finite_or_integer_weights_are_refused_on_loading(saved):
+    _rewrite(saved, **{"policy.logit.bias": torch.tensor([0.0, float("inf"), 0.0])})
+    with pytest.raises(CheckpointError, match=r"NaN or infinite weights in policy\.logit\.bias"):
+        load_model(saved)
+    _rewrite(saved, **{"policy.logit.bias": torch.zeros(3, dtype=torch.int64)})
+    with pytest.raises(CheckpointError, match=r"policy\.logit\.bias torch\.int64"):
+        load_model(saved)
+
+
+def test_reading_a_header_loads_no_torch(saved):
+    code = (
+        "import sys; from pathlib import Path; from bdtool.models.store import read_spec;"
+        "print(read_spec(Path(sys.argv[1])).arch, 'torch' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code, str(saved)], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["resnet8", "False"]
+
+
+def test_model_without_policy_says_so_when_asked_for_probabilities(make_model):
+    with pytest.raises(PolicyError, match="resnet8 has no policy network"):
+        make_model("resnet8", has_policy=False).keep_probability(torch.zeros(1, 3, 32, 32))
