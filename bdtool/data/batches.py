@@ -1,0 +1,68 @@
+"""What every data set gives: batches of images, with or without labels, read as they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from bdtool.errors import DataError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageBatch:
+    """Images uint8 [N, H, W, 3], their labels int64 [N] where known, and a name for each, for messages."""
+
+    images: np.ndarray
+    labels: np.ndarray | None
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSource:
+    """A data set that decodes an image only when a batch needs it; it can be walked any number of times.
+
+    Attributes:
+        description: one line for people, for instance "cifar10 (test) in data".
+        is_real: False for synthetic pictures, on which accuracy and learned policies mean nothing.
+        names: one name per image.
+        labels: int64 [n_images], or None.
+        image_at: returns image i as uint8 [height, width, 3] at the network's input size.
+    """
+
+    description: str
+    is_real: bool
+    names: Sequence[str]
+    labels: np.ndarray | None
+    image_at: Callable[[int], np.ndarray]
+
+    def __post_init__(self) -> None:
+        if not self.names:
+            raise DataError(f"{self.description}: no images, expected at least one. Choose another data set")
+
+    @property
+    def n_images(self) -> int:
+        return len(self.names)
+
+    @property
+    def has_labels(self) -> bool:
+        return self.labels is not None
+
+    def batches(self, batch_size: int, *, limit: int | None = None) -> Iterator[ImageBatch]:
+        """Yield the images in order; the last batch may be smaller. `limit` stops after that many, None takes all."""
+        if batch_size < 1 or (limit is not None and limit < 1):
+            raise ValueError(f"batch_size and limit must be at least 1; got {batch_size} and {limit}")
+        stop = self.n_images if limit is None else min(limit, self.n_images)
+        return (self._read(first, min(first + batch_size, stop)) for first in range(0, stop, batch_size))
+
+    def take(self, n_images: int) -> ImageBatch:
+        """Return the first `n_images`, or all there are where the data set is smaller."""
+        return next(self.batches(n_images, limit=n_images))
+
+    def _read(self, first: int, stop: int) -> ImageBatch:
+        return ImageBatch(
+            images=np.stack([self.image_at(index) for index in range(first, stop)]),
+            labels=None if self.labels is None else self.labels[first:stop],
+            names=tuple(self.names[first:stop]),
+        )

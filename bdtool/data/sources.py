@@ -1,0 +1,71 @@
+"""DATA: what a user writes after `--data`, opened as an `ImageSource`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from bdtool.data.batches import ImageBatch, ImageSource
+from bdtool.data.folders import folder_source
+from bdtool.data.npz import npz_source
+from bdtool.data.synthetic import synthetic_image
+from bdtool.data.torchvision_sets import Split, torchvision_source
+from bdtool.errors import DataError
+from bdtool.specs import NetworkSpec
+
+__all__ = ["ImageBatch", "ImageSource", "open_data"]
+
+DATA_FORMS = (
+    "FILE.npz (x uint8 [N, H, W, 3], optional y [N]), a directory with a folder per class, a directory of images, "
+    "cifar10:ROOT, cifar100:ROOT, imagenet:ROOT, synthetic[:N[:SEED]]"
+)
+_N_SYNTHETIC = 64
+_SYNTHETIC = re.compile(r"synthetic(?::(?P<n>[0-9]{1,7})(?::(?P<seed>[0-9]{1,18}))?)?")
+_TORCHVISION = re.compile(r"(?P<name>cifar10|cifar100|imagenet):(?P<root>.+)", re.DOTALL)
+
+
+def open_data(data: str, *, network: NetworkSpec, resize: bool = False, split: Split = "test") -> ImageSource:
+    """Open a data set and check that its first image fits the network.
+
+    Args:
+        data: one of `DATA_FORMS`.
+        network: gives the input size, the classes and their labels.
+        resize: scale and crop images of another size instead of refusing them.
+        split: which part of a torchvision data set; files and directories have one part only.
+
+    Raises:
+        DataError: no such form, nothing there, no images, or images and labels that do not fit the network.
+    """
+    source = _open_form(data, network=network, resize=resize, split=split)
+    source.image_at(0)  # refuse what cannot fit now, not after minutes of building
+    return source
+
+
+def _open_form(data: str, *, network: NetworkSpec, resize: bool, split: Split) -> ImageSource:
+    if data.split(":", 1)[0] == "synthetic":
+        return _synthetic_source(data, network=network)
+    if match := _TORCHVISION.fullmatch(data):
+        root = Path(match["root"]).expanduser()  # a shell leaves the ~ after a colon alone
+        return torchvision_source(match["name"], root, network=network, resize=resize, split=split)
+    path = Path(data)
+    if data and path.is_dir():
+        return folder_source(path, network=network, resize=resize)
+    if path.suffix.lower() == ".npz" and path.is_file():
+        return npz_source(path, network=network, resize=resize)
+    problem = "not a form of DATA" if path.is_file() else "no such file, directory or data set"
+    raise DataError(f"{data!r}: {problem}. DATA is one of: {DATA_FORMS}")
+
+
+def _synthetic_source(data: str, *, network: NetworkSpec) -> ImageSource:
+    match = _SYNTHETIC.fullmatch(data)
+    if match is None:
+        raise DataError(f"{data!r}: expected synthetic[:N[:SEED]] with whole numbers, for instance synthetic:64:0")
+    n_images, seed = int(match["n"] or _N_SYNTHETIC), int(match["seed"] or 0)
+    height, width = network.preprocessing.height, network.preprocessing.width
+    return ImageSource(
+        description=f"{n_images} synthetic pictures (seed {seed}), not real images",
+        is_real=False,
+        names=tuple(f"synthetic-{seed}[{index}]" for index in range(n_images)),
+        labels=None,
+        image_at=lambda index: synthetic_image(index, height=height, width=width, seed=seed),
+    )

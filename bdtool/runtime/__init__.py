@@ -1,0 +1,1 @@
+"""Running a network block by block: preprocessing, policies, controllers, strategies and the orchestrator."""

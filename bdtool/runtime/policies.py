@@ -1,0 +1,192 @@
+"""POLICY: what a user writes after `--policy`, as a keep matrix bool [N, K] or as a call for the policy network."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from bdtool.errors import PolicyError
+
+POLICY_FORMS = (
+    "learned, all, none, first:K, random:K[:SEED], distribute:K, a string of 0 and 1 with one bit for each block, "
+    "FILE.npy with [K] or [N, K] zeros and ones"
+)
+_COUNTED = re.compile(r"(?P<form>first|random|distribute):(?P<count>[0-9]{1,9})(?::(?P<seed>[0-9]{1,18}))?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyRequest:
+    """A POLICY that fits the model: the policy network decides (`is_learned`), or `matrix` gives the bits.
+
+    Attributes:
+        name: canonical text, the same for equal requests: `random:3` becomes `random:3:0`.
+        draw: computes the keep matrix from n_images and first; None where the policy network decides.
+    """
+
+    name: str
+    draw: Callable[[int, int], np.ndarray] | None
+
+    @property
+    def is_learned(self) -> bool:
+        return self.draw is None
+
+    def matrix(self, n_images: int, *, first: int = 0) -> np.ndarray:
+        """Return the keep matrix bool [n_images, K] of a batch, True = kept; the caller owns it.
+
+        Args:
+            first: index in the data set of the batch's first image, so that no answer depends on the batch size.
+
+        Raises:
+            PolicyError: a file has fewer rows than the data set images.
+            ValueError: the policy is learned, so only the policy network knows its bits.
+        """
+        if self.draw is None:
+            raise ValueError("policy 'learned' has no fixed matrix: run the policy network")
+        return self.draw(n_images, first)
+
+
+def parse_policy(text: str | None, *, n_blocks: int, has_policy_network: bool) -> PolicyRequest:
+    """Read one of `POLICY_FORMS`; None is `learned` where the model has a policy network, else `all`.
+
+    `first:K`, `random:K` and `distribute:K` keep K of the `n_blocks` blocks: the first ones, K drawn for each image,
+    or K spread evenly (see `_distributed`). Source: BlockDrop, section 4.2, FirstK, RandomK and DistributeK.
+
+    Raises:
+        PolicyError: unknown form, a number or length that does not fit the model, or an unreadable file.
+    """
+    if text is None:
+        text = "learned" if has_policy_network else "all"
+    text = text.strip()
+    if text == "learned":
+        return _learned(has_policy_network=has_policy_network)
+    if text in ("all", "none"):
+        return _fixed(text, np.full(n_blocks, text == "all"))
+    if text.lower().endswith(".npy"):
+        return _from_file(text, n_blocks=n_blocks)
+    if text and set(text) <= {"0", "1"}:
+        return _from_bits(text, n_blocks=n_blocks)
+    return _counted(text, n_blocks=n_blocks)
+
+
+def keep_matrix_from(policy: ArrayLike, n_images: int, n_blocks: int) -> np.ndarray:
+    """Return a given policy as keep matrix bool [n_images, n_blocks], True = kept; the caller owns it.
+
+    Args:
+        policy: [K], used for every image, or [N, K]; booleans, or numbers that are all 0 or 1.
+
+    Raises:
+        PolicyError: another shape or dtype, or a value other than 0 and 1, NaN included.
+    """
+    keep = _checked_bits(policy, n_blocks=n_blocks, source="policy")
+    if keep.ndim == 2 and len(keep) != n_images:
+        raise PolicyError(
+            f"policy: got {len(keep)} rows for {n_images} images, expected one row for each image. "
+            f"Pass shape [{n_images}, {n_blocks}], or [{n_blocks}] for all images alike"
+        )
+    return np.broadcast_to(keep, (n_images, n_blocks)).copy()
+
+
+def _learned(*, has_policy_network: bool) -> PolicyRequest:
+    if not has_policy_network:
+        raise PolicyError(
+            f"policy 'learned': the model has no policy network. Use another POLICY, for instance all. "
+            f"POLICY is one of: {POLICY_FORMS}"
+        )
+    return PolicyRequest(name="learned", draw=None)
+
+
+def _fixed(name: str, keep: np.ndarray) -> PolicyRequest:
+    return PolicyRequest(name=name, draw=functools.partial(_repeat_row, keep))
+
+
+def _from_bits(text: str, *, n_blocks: int) -> PolicyRequest:
+    if len(text) != n_blocks:
+        raise PolicyError(
+            f"policy {text!r}: got {len(text)} bits, the model has {n_blocks} blocks. Give one bit for each block"
+        )
+    return _fixed(text, np.array([bit == "1" for bit in text]))
+
+
+def _counted(text: str, *, n_blocks: int) -> PolicyRequest:
+    match = _COUNTED.fullmatch(text)
+    if match is None or (match["seed"] is not None and match["form"] != "random"):
+        raise PolicyError(f"policy {text!r}: not a form of POLICY. POLICY is one of: {POLICY_FORMS}")
+    form, count, seed = match["form"], int(match["count"]), int(match["seed"] or 0)
+    if count > n_blocks:
+        raise PolicyError(
+            f"policy {text!r}: got K = {count}, the model has {n_blocks} blocks. Use K from 0 to {n_blocks}"
+        )
+    if form == "random":
+        return PolicyRequest(name=f"random:{count}:{seed}", draw=functools.partial(_random_rows, count, seed, n_blocks))
+    keep = np.arange(n_blocks) < count if form == "first" else _distributed(count, n_blocks)
+    return _fixed(f"{form}:{count}", keep)
+
+
+def _distributed(count: int, n_blocks: int) -> np.ndarray:
+    """Keep the blocks floor(i * n_blocks / count) for i = 0 to count - 1: block 0, then even steps."""
+    keep = np.zeros(n_blocks, dtype=bool)
+    keep[[i * n_blocks // count for i in range(count)]] = True
+    return keep
+
+
+def _repeat_row(keep: np.ndarray, n_images: int, first: int) -> np.ndarray:
+    return np.tile(keep, (n_images, 1))
+
+
+def _random_rows(count: int, seed: int, n_blocks: int, n_images: int, first: int) -> np.ndarray:
+    """Give every block of every image a random number, and keep the `count` lowest of each image.
+
+    Philox counts: image i always gets the same stretch of its counter, whatever batch it comes in.
+    """
+    steps = -(-n_blocks // 4)  # one step of Philox4x64 yields four numbers
+    numbers = np.random.Philox(key=seed, counter=first * steps).random_raw(n_images * steps * 4)
+    ranks = numbers.reshape(n_images, steps * 4)[:, :n_blocks].argsort(axis=1).argsort(axis=1)
+    return np.asarray(ranks < count)
+
+
+def _from_file(text: str, *, n_blocks: int) -> PolicyRequest:
+    try:
+        with Path(text).open("rb") as file:
+            values = np.lib.format.read_array(file, allow_pickle=False)
+    except FileNotFoundError as exc:
+        raise PolicyError(f"policy {text}: no such file. Check the path") from exc
+    except (OSError, ValueError, EOFError, MemoryError) as exc:
+        raise PolicyError(f"policy {text}: not a readable .npy file ({exc}). Write it with np.save") from exc
+    keep = _checked_bits(values, n_blocks=n_blocks, source=f"policy {text}")
+    if keep.ndim == 1:
+        return _fixed(text, keep)
+    return PolicyRequest(name=text, draw=functools.partial(_file_rows, keep, text))
+
+
+def _file_rows(keep: np.ndarray, name: str, n_images: int, first: int) -> np.ndarray:
+    if first + n_images > len(keep):
+        raise PolicyError(
+            f"policy {name}: has {len(keep)} rows, but image {first + n_images - 1} of the data set needs row "
+            f"{first + n_images - 1}. Give a row for each image, one row [K] for all, or use --limit {len(keep)}"
+        )
+    return keep[first : first + n_images].copy()
+
+
+def _checked_bits(policy: ArrayLike, *, n_blocks: int, source: str) -> np.ndarray:
+    """Return the bits as bool [K] or [N, K]."""
+    try:
+        values = np.asarray(policy)
+    except ValueError as exc:
+        raise PolicyError(f"{source}: rows differ in length ({exc}). Give {n_blocks} values for each image") from exc
+    if values.ndim not in (1, 2) or values.shape[-1] != n_blocks or values.size == 0:
+        raise PolicyError(
+            f"{source}: got shape {list(values.shape)}, expected [{n_blocks}] or [N, {n_blocks}]. "
+            f"Give one value for each of the model's {n_blocks} blocks"
+        )
+    if values.dtype.kind not in "biuf":
+        raise PolicyError(f"{source}: got dtype {values.dtype}, expected zeros and ones. Give booleans or numbers")
+    wrong = values[(values != 0) & (values != 1)]
+    if wrong.size:
+        raise PolicyError(f"{source}: got the value {wrong[0]}, expected only 0 (drop) and 1 (keep). Round or fix it")
+    return values.astype(bool)

@@ -1,0 +1,296 @@
+"""Every form of DATA opens as the same kind of source, or says what is wrong with it."""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import datasets
+
+from bdtool.data import torchvision_sets
+from bdtool.data.sources import ImageSource, open_data
+from bdtool.errors import DataError
+from bdtool.specs import NetworkSpec, Preprocessing
+
+NETWORK = NetworkSpec(
+    arch="tiny",
+    n_classes=3,
+    labels=("cat", "ant", "dog"),
+    preprocessing=Preprocessing(height=8, width=8, mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2)),
+    stages=(),
+    parts=(),
+)
+UNNAMED = dataclasses.replace(NETWORK, labels=None)
+X = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), dtype=np.uint8)
+Y = np.array([0, 1, 2, 0, 1])
+
+
+def npz(tmp_path: Path, **arrays: Any) -> str:
+    np.savez(tmp_path / "set.npz", **arrays)
+    return str(tmp_path / "set.npz")
+
+
+def folders(root: Path, *names: str) -> str:
+    """Write one image for each name such as "cat/0.png"; image i is X[i]."""
+    for index, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(X[index % len(X)]).save(root / name)
+    return str(root)
+
+
+def all_images(source: ImageSource, batch_size: int) -> np.ndarray:
+    return np.concatenate([batch.images for batch in source.batches(batch_size)])
+
+
+def test_npz_gives_its_images_and_labels(tmp_path: Path) -> None:
+    source = open_data(npz(tmp_path, x=X, y=Y.astype(np.uint8)), network=NETWORK)
+    batch = source.take(5)
+    np.testing.assert_array_equal(batch.images, X)
+    np.testing.assert_array_equal(batch.labels, Y)
+    assert batch.labels is not None
+    assert batch.labels.dtype == np.int64
+    assert batch.names[4] == "set.npz[4]"
+    assert (source.n_images, source.has_labels, source.is_real) == (5, True, True)
+
+
+def test_npz_without_labels_has_none(tmp_path: Path) -> None:
+    source = open_data(npz(tmp_path, x=X), network=NETWORK)
+    assert not source.has_labels
+    assert source.take(1).labels is None
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 100])
+def test_batches_keep_order_and_lose_nothing(tmp_path: Path, batch_size: int) -> None:
+    source = open_data(npz(tmp_path, x=X, y=Y), network=NETWORK)
+    np.testing.assert_array_equal(all_images(source, batch_size), X)
+    np.testing.assert_array_equal(all_images(source, batch_size), X)  # and a second walk starts again
+
+
+def test_limit_and_take_stop_early(tmp_path: Path) -> None:
+    source = open_data(npz(tmp_path, x=X, y=Y), network=NETWORK)
+    assert [len(batch.images) for batch in source.batches(2, limit=3)] == [2, 1]
+    assert len(source.take(2).images) == 2
+    assert len(source.take(99).images) == 5
+
+
+@pytest.mark.parametrize(("batch_size", "limit"), [(0, None), (1, 0)])
+def test_batches_refuse_sizes_below_one(tmp_path: Path, batch_size: int, limit: int | None) -> None:
+    source = open_data(npz(tmp_path, x=X), network=NETWORK)
+    with pytest.raises(ValueError, match="at least 1"):
+        source.batches(batch_size, limit=limit)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"images": X}, "no array 'x'"),
+        ({"x": X.astype(np.float32)}, r"array 'x': got float32 \[5, 8, 8, 3\], expected uint8"),
+        ({"x": X.transpose(0, 3, 1, 2)}, r"save x\.transpose\(0, 2, 3, 1\)"),
+        ({"x": X[0]}, r"save x\[None\]"),
+        ({"x": X[:0]}, "no images"),
+        ({"x": X[:, :0]}, "array 'x'"),
+        ({"x": X, "y": Y[:4]}, r"array 'y': got int64 \[4\], expected whole numbers \[5\]"),
+        ({"x": X, "y": Y.astype(float)}, "array 'y': got float64"),
+        ({"x": X, "y": Y + 1}, "label 3 of image 2 is not in 0 to 2"),
+        ({"x": X, "y": Y - 1}, "label -1 of image 0 is not in 0 to 2"),
+        ({"x": np.array([None, "a"])}, "not a readable .npz file"),
+        ({"x": X[:, :6]}, r"set\.npz\[0\]: got 8 x 6 pixels, the model takes 8 x 8.*--resize"),
+    ],
+)
+def test_npz_with_unusable_arrays_is_refused(tmp_path: Path, arrays: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        open_data(npz(tmp_path, **arrays), network=NETWORK)
+
+
+def test_npz_of_another_size_is_resized_on_request(tmp_path: Path) -> None:
+    source = open_data(npz(tmp_path, x=X[:, :6]), network=NETWORK, resize=True)
+    assert all_images(source, 2).shape == (5, 8, 8, 3)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 broken", b"hello"])
+def test_damaged_npz_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "set.npz"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"set\.npz: not a readable \.npz file"):
+        open_data(str(path), network=NETWORK)
+
+
+def test_class_folders_are_matched_by_label(tmp_path: Path) -> None:
+    source = open_data(folders(tmp_path, "ant/a.png", "cat/b.png", "dog/deep/c.PNG"), network=NETWORK)
+    batch = source.take(3)
+    np.testing.assert_array_equal(batch.labels, [1, 0, 2])
+    np.testing.assert_array_equal(batch.images, X[:3])
+    assert batch.names == ("ant/a.png", "cat/b.png", "dog/deep/c.PNG")
+
+
+def test_some_of_the_classes_are_enough_when_named(tmp_path: Path) -> None:
+    batch = open_data(folders(tmp_path, "dog/a.png"), network=NETWORK).take(1)
+    np.testing.assert_array_equal(batch.labels, [2])
+
+
+@pytest.mark.parametrize("network", [NETWORK, UNNAMED])
+def test_other_folder_names_count_alphabetically(tmp_path: Path, network: NetworkSpec) -> None:
+    batch = open_data(folders(tmp_path, "n01/a.png", "n02/b.png", "n03/c.png"), network=network).take(3)
+    np.testing.assert_array_equal(batch.labels, [0, 1, 2])
+
+
+def test_folders_agree_with_torchvision(tmp_path: Path) -> None:
+    root = folders(tmp_path, "n02/b.png", "n02/a.png", "n01/z.png", "n03/c.png")
+    oracle = datasets.ImageFolder(root)
+    batch = open_data(root, network=UNNAMED).take(9)
+    np.testing.assert_array_equal(batch.labels, oracle.targets)
+    assert [str(Path(root, name)) for name in batch.names] == [path for path, _ in oracle.samples]
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("n01/a.png", "n02/b.png"), "got 2 class folders, the model has 3 classes"),
+        (("ant/a.png", "cat/b.png", "dgo/c.png"), "class folders dgo are not among the model's labels"),
+        (("train/ant/a.png", "test/cat/b.png"), "folders test, train look like splits"),
+        (("a.png", "ant/b.png"), "1 images beside folders with images"),
+    ],
+)
+def test_folders_that_do_not_match_are_refused(tmp_path: Path, names: tuple[str, ...], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        open_data(folders(tmp_path, *names), network=NETWORK)
+
+
+def test_folder_named_after_an_ambiguous_label_is_refused(tmp_path: Path) -> None:
+    network = dataclasses.replace(NETWORK, labels=("crane", "crane", "ant"))
+    with pytest.raises(DataError, match="class folders crane are not among"):
+        open_data(folders(tmp_path, "ant/a.png", "crane/b.png"), network=network)
+
+
+def test_directory_of_images_has_no_labels(tmp_path: Path) -> None:
+    source = open_data(folders(tmp_path, "b.png", "a.png"), network=NETWORK)
+    (tmp_path / "notes.txt").write_text("not an image")
+    assert source.take(2).names == ("a.png", "b.png")
+    assert not source.has_labels
+
+
+def test_empty_directory_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("not an image")
+    with pytest.raises(DataError, match=r"no images in it, expected files named .*\.png"):
+        open_data(str(tmp_path), network=NETWORK)
+
+
+def test_images_are_decoded_only_when_read(tmp_path: Path) -> None:
+    source = open_data(folders(tmp_path, "a.png", "b.png"), network=NETWORK)
+    (tmp_path / "b.png").write_text("damaged meanwhile")
+    assert len(source.take(1).images) == 1
+    with pytest.raises(DataError, match=r"b\.png"):
+        source.take(2)
+
+
+def test_image_of_another_size_is_refused_when_opening(tmp_path: Path) -> None:
+    Image.fromarray(X[0, :6]).save(tmp_path / "small.png")
+    with pytest.raises(DataError, match=r"small\.png: got 8 x 6 pixels"):
+        open_data(str(tmp_path), network=NETWORK)
+
+
+def test_synthetic_is_labelled_as_not_real() -> None:
+    source = open_data("synthetic:3:7", network=NETWORK)
+    assert (source.n_images, source.is_real, source.has_labels) == (3, False, False)
+    assert "not real" in source.description
+    np.testing.assert_array_equal(source.take(3).images, all_images(source, 2))
+
+
+def test_synthetic_has_defaults() -> None:
+    plain, explicit = (open_data(data, network=NETWORK) for data in ("synthetic", "synthetic:64:0"))
+    np.testing.assert_array_equal(plain.take(64).images, explicit.take(64).images)
+    assert plain.n_images == 64
+
+
+@pytest.mark.parametrize("data", ["synthetic:", "synthetic:x", "synthetic:1:2:3", "synthetic:-1"])
+def test_malformed_synthetic_is_refused(data: str) -> None:
+    with pytest.raises(DataError, match=r"expected synthetic\[:N\[:SEED\]\]"):
+        open_data(data, network=NETWORK)
+
+
+def test_synthetic_without_images_is_refused() -> None:
+    with pytest.raises(DataError, match="no images"):
+        open_data("synthetic:0", network=NETWORK)
+
+
+@pytest.mark.parametrize("data", ["", "mnist:root", "gone.npz", "cifar10:", "cifar10"])
+def test_unknown_data_lists_the_forms(data: str) -> None:
+    with pytest.raises(DataError, match=r"FILE\.npz .* cifar10:ROOT, cifar100:ROOT, imagenet:ROOT, synthetic"):
+        open_data(data, network=NETWORK)
+
+
+def test_file_of_another_kind_is_no_data(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="not a form of DATA"):
+        open_data(str(Path(folders(tmp_path, "a.png"), "a.png")), network=NETWORK)
+
+
+@pytest.fixture
+def cifar_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A CIFAR-10 of four images in torchvision's own layout, with its digests switched off."""
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    data = np.arange(4 * 3072, dtype=np.uint32).astype(np.uint8).reshape(4, 3072)
+    (folder / "test_batch").write_bytes(pickle.dumps({"data": data, "labels": [3, 1, 4, 9]}))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
+    monkeypatch.setattr(datasets.CIFAR10, "train_list", [])
+    monkeypatch.setattr(datasets.CIFAR10, "test_list", [["test_batch", None]])
+    monkeypatch.setitem(datasets.CIFAR10.meta, "md5", None)
+    return tmp_path
+
+
+def cifar_network(n_classes: int = 10) -> NetworkSpec:
+    preprocessing = dataclasses.replace(NETWORK.preprocessing, height=32, width=32)
+    return dataclasses.replace(UNNAMED, n_classes=n_classes, preprocessing=preprocessing)
+
+
+def test_cifar10_equals_torchvision(cifar_root: Path) -> None:
+    oracle = datasets.CIFAR10(cifar_root, train=False)
+    batch = open_data(f"cifar10:{cifar_root}", network=cifar_network()).take(4)
+    np.testing.assert_array_equal(batch.images, np.stack([np.asarray(image) for image, _ in oracle]))
+    np.testing.assert_array_equal(batch.labels, [3, 1, 4, 9])
+
+
+def test_cifar_for_a_model_of_other_classes_is_refused(cifar_root: Path) -> None:
+    with pytest.raises(DataError, match="cifar10: has 10 classes, the model has 3"):
+        open_data(f"cifar10:{cifar_root}", network=cifar_network(3))
+
+
+@pytest.mark.parametrize(
+    ("name", "n_classes", "layout"),
+    [("cifar10", 10, "cifar-10-batches-py"), ("cifar100", 100, "cifar-100-python"), ("imagenet", 1000, "n01440764")],
+)
+def test_missing_files_name_the_expected_layout(tmp_path: Path, name: str, n_classes: int, layout: str) -> None:
+    with pytest.raises(DataError, match=layout):
+        open_data(f"{name}:{tmp_path}", network=cifar_network(n_classes))
+
+
+def imagenet(root: Path) -> str:
+    wnids = ["n01440764", "n01443537", "n01484850"]
+    torch.save(({wnid: (wnid,) for wnid in wnids}, ["n01440764"]), root / "meta.bin")
+    folders(root / "val", *(f"{wnid}/x.png" for wnid in wnids))
+    return f"imagenet:{root}"
+
+
+def test_imagenet_reads_the_validation_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(torchvision_sets._N_CLASSES, "imagenet", 3)
+    batch = open_data(imagenet(tmp_path), network=UNNAMED).take(3)
+    np.testing.assert_array_equal(batch.labels, [0, 1, 2])
+    np.testing.assert_array_equal(batch.images, X[:3])
+    assert batch.names[0] == "val/n01440764/x.png"
+
+
+def test_imagenet_with_missing_classes_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="got 3 class folders"):
+        open_data(imagenet(tmp_path), network=cifar_network(1000))
+
+
+def test_torchvision_is_not_loaded_for_other_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchvision", None)  # importing it now fails
+    assert open_data(npz(tmp_path, x=X), network=NETWORK).n_images == 5
