@@ -1,0 +1,239 @@
+"""Write a bundle: every part exported, compared with PyTorch as it is written, and the whole put in place at once.
+
+Work goes on in a hidden directory beside the target, part by part. A run that is interrupted leaves the earlier bundle
+whole; the next run takes up the parts whose weights, structure and exporter are unchanged.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from torch import nn
+
+from bdtool.errors import BundleError
+from bdtool.specs import NetworkSpec, PartSpec
+from export.check import check_part
+from export.compose import compose_parts
+from export.files import (
+    atomic_path,
+    exclusive_lock,
+    sha256_of_bytes,
+    sha256_of_file,
+    swap_directory,
+    write_bytes,
+    write_json,
+)
+from export.manifest import MANIFEST_NAME, Manifest, PartFile, write_manifest
+from export.onnx_model import OPSET, OnnxExporter, fold_batch_norm, structure
+from export.walk import Probe, walk
+
+WEIGHTS_NAME = "weights.safetensors"
+PRECISION = "fp32"
+_RECORDS = "records"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportedPart:
+    """One finished part: `reused` when an interrupted run had already written it."""
+
+    name: str
+    file: PartFile
+    reused: bool
+
+
+def export_bundle(
+    network: NetworkSpec,
+    modules: Mapping[str, nn.Module],
+    *,
+    weights_path: Path,
+    target: Path,
+    images: np.ndarray,
+    max_batch: int,
+    provenance: Mapping[str, Any],
+    force: bool = False,
+    on_part: Callable[[ExportedPart], None] = lambda part: None,
+) -> Manifest:
+    """Export `network` to the bundle directory `target` and return its manifest.
+
+    Args:
+        modules: the PyTorch module of each part, in eval mode, by part name.
+        weights_path: the MODEL file; the bundle keeps a copy.
+        images: preprocessed float32 [n, 3, H, W], n >= 2; each part is compared on what they become inside the network.
+        force: replace an existing bundle. Engines in it that still fit are kept.
+
+    Raises:
+        BundleError: the target exists (and `force` is False), is not a bundle, or cannot be written.
+        ExportError: a part's ONNX differs from PyTorch by more than its precision allows.
+    """
+    _check_target(target, force=force)
+    target = target.resolve()  # "." has no name to derive another from, and a symbolic link must stay one
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        (partial / "onnx").mkdir(parents=True, exist_ok=True)
+        (partial / _RECORDS).mkdir(exist_ok=True)
+        with exclusive_lock(partial / "lock", purpose=f"an export to {target}"):
+            network, files = _write_parts(network, modules, partial, images, on_part)
+            manifest = Manifest(
+                network=network,
+                files=files,
+                weights_file=WEIGHTS_NAME,
+                weights_sha256=_copy_weights(weights_path, partial),
+                max_batch=max_batch,
+                provenance=provenance,
+                environment=_environment(),
+            )
+            write_manifest(partial, manifest)
+            _put_in_place(partial, target, manifest)
+    except OSError as exc:
+        raise BundleError(
+            f"{target}: writing stopped ({exc.strerror or exc}). What was there before is unchanged; the finished "
+            f"parts wait in {partial.name}. Make room, or choose another place, and run the same command again"
+        ) from exc
+    return manifest
+
+
+def _check_target(target: Path, *, force: bool) -> None:
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    if not (target / MANIFEST_NAME).is_file():
+        raise BundleError(f"{target} exists and is not a bundle; it is left alone. Choose another -o BUNDLE")
+    if not force:
+        raise BundleError(f"{target} already holds a bundle; pass --force to replace it")
+
+
+def _write_parts(
+    network: NetworkSpec,
+    modules: Mapping[str, nn.Module],
+    partial: Path,
+    images: np.ndarray,
+    on_part: Callable[[ExportedPart], None],
+) -> tuple[NetworkSpec, dict[str, PartFile]]:
+    """Write every part and `full.onnx`; return the network with its full part, and the files by part name."""
+    network = replace(network, parts=(*network.parts, _full_spec(network)))
+    writer = _PartWriter(partial)
+    files: dict[str, PartFile] = {}
+    for probe in walk(network, modules, images):
+        if probe.part.kind == "full":
+            done = writer.write_full(probe, network)
+        else:
+            done = writer.write(probe, modules[probe.part.name])
+        files[done.name] = done.file
+        on_part(done)
+    return network, files
+
+
+class _PartWriter:
+    """Writes parts into the partial bundle, taking up what an interrupted run left there."""
+
+    def __init__(self, partial: Path) -> None:
+        self._partial = partial
+        self._exporter = OnnxExporter()
+
+    def write(self, probe: Probe, module: nn.Module) -> ExportedPart:
+        folded = fold_batch_norm(module)
+        key = _content_key(probe.part, folded)
+        return self._finish(probe, key, lambda: self._exporter.onnx_from_module(folded, probe.part))
+
+    def write_full(self, probe: Probe, network: NetworkSpec) -> ExportedPart:
+        chain = [part for part in network.parts if part.kind in ("stem", "block", "head")]
+        pieces = [(part, (self._partial / _onnx_file(part)).read_bytes()) for part in chain]
+        key = sha256_of_bytes("".join(sha256_of_bytes(data) for _, data in pieces).encode())
+        return self._finish(probe, key, lambda: compose_parts(probe.part.name, pieces))
+
+    def _finish(self, probe: Probe, key: str, make: Callable[[], bytes]) -> ExportedPart:
+        """Take up the part from an interrupted run, or make it, compare it with PyTorch and write it."""
+        part = probe.part
+        record_path = self._partial / _RECORDS / f"{part.name}.json"
+        earlier = _earlier(record_path, key, self._partial)
+        if earlier is not None:
+            return ExportedPart(name=part.name, file=earlier, reused=True)
+        model = make()
+        comparison = check_part(part.name, model, probe.feeds, probe.expected, precision=PRECISION)
+        file = PartFile(
+            file=_onnx_file(part),
+            sha256=sha256_of_bytes(model),
+            precision=PRECISION,
+            error=comparison.error,
+            tolerance=comparison.tolerance,
+        )
+        write_bytes(self._partial / file.file, model)
+        write_json(record_path, {"key": key, "file": asdict(file)})
+        return ExportedPart(name=part.name, file=file, reused=False)
+
+
+def _onnx_file(part: PartSpec) -> str:
+    return f"onnx/{part.name}.onnx"
+
+
+def _earlier(record_path: Path, key: str, partial: Path) -> PartFile | None:
+    """Return the part that an interrupted run finished, if it was made from the same content and is still whole."""
+    try:
+        record = json.loads(record_path.read_bytes())
+        file = PartFile(**record["file"])
+        fits = record["key"] == key and sha256_of_file(partial / file.file) == file.sha256
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return file if fits else None
+
+
+def _content_key(part: PartSpec, folded: torch.fx.GraphModule) -> str:
+    digest = hashlib.sha256(f"{part}{structure(folded)}{torch.__version__}{OPSET}".encode())
+    for name, tensor in folded.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _full_spec(network: NetworkSpec) -> PartSpec:
+    stem, head = network.require("stem"), network.require("head")
+    return PartSpec(
+        name="full",
+        kind="full",
+        reads=stem.reads,
+        writes=head.writes,
+        inputs=stem.inputs,
+        outputs=head.outputs,
+        flops=network.full_flops,
+    )
+
+
+def _copy_weights(weights_path: Path, partial: Path) -> str:
+    with atomic_path(partial / WEIGHTS_NAME) as temporary:
+        shutil.copyfile(weights_path, temporary)
+    return sha256_of_file(partial / WEIGHTS_NAME)
+
+
+def _put_in_place(partial: Path, target: Path, manifest: Manifest) -> None:
+    """Make the finished directory the bundle; engines of the one before come along, for `build` to judge by content."""
+    listed = {partial / file.file for file in manifest.files.values()}
+    for file in (partial / "onnx").iterdir():  # an interrupted export of another model may have left some
+        if file not in listed:
+            file.unlink()
+    shutil.rmtree(partial / _RECORDS)
+    if (partial / "engines").exists():  # of a run that was killed in this very step
+        shutil.rmtree(partial / "engines")
+    if (target / "engines").is_dir():
+        shutil.copytree(target / "engines", partial / "engines")
+    (partial / "lock").unlink()
+    swap_directory(partial, target)
+
+
+def _environment() -> dict[str, str]:
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "onnx": onnx.__version__,
+        "exporter": "torch.onnx.export(dynamo=True)",
+        "opset": str(OPSET),
+        "platform": platform.platform(),
+    }

@@ -1,0 +1,210 @@
+"""The bundle's manifest: what `manifest.json` says, checked when it is read.
+
+Top-level keys: format_version, arch, n_classes, labels, K, stages, threshold, max_batch, policy, preprocessing, parts,
+weights, provenance, environment. Each part: name, kind, index, file, sha256, reads, writes, inputs, outputs, shapes,
+dtypes, flops, precision, error (worst difference from PyTorch at export) and tolerance.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from bdtool.errors import BundleError
+from bdtool.specs import NetworkSpec, PartSpec, TensorSpec, dict_from_spec, preprocessing_from_dict
+from export.files import write_json
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartFile:
+    """Where a part's ONNX model lies in the bundle, its digest, and how close to PyTorch it was at export."""
+
+    file: str  # relative to the bundle, with forward slashes
+    sha256: str
+    precision: str
+    error: float  # worst |onnx - torch| over the tensor's range, see export.check
+    tolerance: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Everything `manifest.json` holds."""
+
+    network: NetworkSpec
+    files: Mapping[str, PartFile]  # by part name
+    weights_file: str
+    weights_sha256: str
+    max_batch: int
+    provenance: Mapping[str, Any]
+    environment: Mapping[str, str]
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Write `manifest.json` atomically."""
+    network = manifest.network
+    write_json(
+        directory / MANIFEST_NAME,
+        {
+            "format_version": FORMAT_VERSION,
+            "arch": network.arch,
+            "n_classes": network.n_classes,
+            "labels": None if network.labels is None else list(network.labels),
+            "K": network.n_blocks,
+            "stages": list(network.stages),
+            "threshold": network.threshold,
+            "max_batch": manifest.max_batch,
+            "policy": "learned" if network.has_policy else None,
+            "preprocessing": dict_from_spec(network.preprocessing),
+            "parts": [_dict_from_part(part, manifest.files[part.name]) for part in network.parts],
+            "weights": {"file": manifest.weights_file, "sha256": manifest.weights_sha256},
+            "provenance": dict(manifest.provenance),
+            "environment": dict(manifest.environment),
+        },
+    )
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Read and check `manifest.json`.
+
+    Raises:
+        BundleError: no bundle there, damaged JSON, a newer format, a missing or impossible field, or a path that
+            leaves the bundle.
+    """
+    path = directory / MANIFEST_NAME
+    try:
+        data = json.loads(path.read_bytes())
+    except FileNotFoundError as exc:
+        raise BundleError(f"{directory} is not a bundle: it has no {MANIFEST_NAME}. Make one: bdtool export") from exc
+    except (OSError, ValueError) as exc:
+        raise BundleError(f"{path} cannot be read ({exc}); export the model again") from exc
+    if not isinstance(data, dict):
+        raise BundleError(f"{path}: expected a JSON object, got {type(data).__name__}; export the model again")
+    _check_version(path, data.get("format_version"))
+    try:
+        return _manifest_from_dict(data)
+    except BundleError as exc:
+        raise BundleError(f"{path}: {exc}") from exc
+    except KeyError as exc:
+        raise BundleError(f"{path}: no field {exc}; the file was changed or cut short, export the model again") from exc
+    except (TypeError, ValueError, AttributeError) as exc:
+        raise BundleError(f"{path}: {exc}; the file was changed, export the model again") from exc
+
+
+def _check_version(path: Path, version: object) -> None:
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise BundleError(f"{path}: format_version is {version!r}, expected a number from 1 to {FORMAT_VERSION}")
+    if version > FORMAT_VERSION:
+        raise BundleError(
+            f"{path}: format_version {version} is newer than this bdtool reads ({FORMAT_VERSION}); upgrade bdtool"
+        )
+
+
+def _manifest_from_dict(data: Mapping[str, Any]) -> Manifest:
+    parts = tuple(_part_from_dict(part) for part in data["parts"])
+    network = NetworkSpec(
+        arch=data["arch"],
+        n_classes=int(data["n_classes"]),
+        labels=None if data["labels"] is None else tuple(map(str, data["labels"])),
+        preprocessing=preprocessing_from_dict(data["preprocessing"]),
+        stages=tuple(map(int, data["stages"])),
+        threshold=float(data["threshold"]),
+        parts=parts,
+    )
+    _check_parts(network, data)
+    return Manifest(
+        network=network,
+        files={part["name"]: _file_from_dict(part) for part in data["parts"]},
+        weights_file=_inside(data["weights"]["file"]),
+        weights_sha256=_digest(data["weights"]["sha256"]),
+        max_batch=int(data["max_batch"]),
+        provenance=data["provenance"],
+        environment=data["environment"],
+    )
+
+
+def _check_parts(network: NetworkSpec, data: Mapping[str, Any]) -> None:
+    missing = [kind for kind in ("stem", "head", "full") if network.find(kind) is None]
+    if data["policy"] == "learned" and not network.has_policy:
+        missing.append("policy")
+    if missing:
+        raise BundleError(f"no {' and no '.join(missing)} part is listed; export the model again")
+    if data["K"] != network.n_blocks:
+        raise BundleError(f"K is {data['K']} but the stages {list(network.stages)} have {network.n_blocks} blocks")
+    for block in network.blocks:
+        if block.inputs[0].shape != block.outputs[0].shape and network.find("shortcut", block.index) is None:
+            raise BundleError(
+                f"part {block.name!r} changes the shape but no shortcut is listed; export the model again"
+            )
+    if int(data["max_batch"]) < 1:
+        raise BundleError(f"max_batch is {data['max_batch']}, expected at least 1; export the model again")
+    if len({part.name for part in network.parts}) != len(network.parts):
+        raise BundleError("two parts have the same name; export the model again")
+
+
+def _dict_from_part(part: PartSpec, file: PartFile) -> dict[str, Any]:
+    tensors = (*part.inputs, *part.outputs)
+    return {
+        "name": part.name,
+        "kind": part.kind,
+        "index": part.index,
+        "file": file.file,
+        "sha256": file.sha256,
+        "reads": list(part.reads),
+        "writes": list(part.writes),
+        "inputs": [tensor.name for tensor in part.inputs],
+        "outputs": [tensor.name for tensor in part.outputs],
+        "shapes": {tensor.name: list(tensor.shape) for tensor in tensors},
+        "dtypes": {tensor.name: tensor.dtype for tensor in tensors},
+        "flops": part.flops,
+        "precision": file.precision,
+        "error": file.error,
+        "tolerance": file.tolerance,
+    }
+
+
+def _part_from_dict(data: Mapping[str, Any]) -> PartSpec:
+    def tensors(names: list[str]) -> tuple[TensorSpec, ...]:
+        shapes, dtypes = data["shapes"], data["dtypes"]
+        return tuple(TensorSpec(name=n, shape=tuple(shapes[n]), dtype=dtypes[n]) for n in names)
+
+    return PartSpec(
+        name=data["name"],
+        kind=data["kind"],
+        index=data["index"],
+        reads=tuple(data["reads"]),
+        writes=tuple(data["writes"]),
+        inputs=tensors(data["inputs"]),
+        outputs=tensors(data["outputs"]),
+        flops=int(data["flops"]),
+    )
+
+
+def _file_from_dict(data: Mapping[str, Any]) -> PartFile:
+    return PartFile(
+        file=_inside(data["file"]),
+        sha256=_digest(data["sha256"]),
+        precision=str(data["precision"]),
+        error=float(data["error"]),
+        tolerance=float(data["tolerance"]),
+    )
+
+
+def _inside(file: str) -> str:
+    path = PurePosixPath(file)
+    if path.is_absolute() or ".." in path.parts or "\\" in file or not path.parts:
+        raise BundleError(f"the path {file!r} leaves the bundle; do not use this bundle, export the model again")
+    return file
+
+
+def _digest(text: str) -> str:
+    if not _SHA256.fullmatch(text):
+        raise BundleError(f"{text!r} is not a SHA-256 digest; export the model again")
+    return text

@@ -1,0 +1,78 @@
+"""ONNX Runtime's threads, which belong to the process: every session of ours is made from the options given here.
+
+Sessions with their own thread pools fight for the cores: 54 block sessions with two threads each took 200 ms an image
+where one shared pool takes 5 ms. ONNX Runtime's shared ("global") pool is made once in a process and keeps its size,
+and from then on every session of the process must use it.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+
+import onnxruntime as ort
+
+from bdtool.errors import BackendError
+
+MAX_DEFAULT_THREADS = 4  # a choice: the convolutions of small networks do not fill many cores
+_ERRORS_ONLY = 3  # ONNX Runtime's log severity
+
+_lock = threading.Lock()
+_pool_threads: int | None = None  # size of the process's global pool, None where there is none
+
+
+def default_threads() -> int:
+    """Return the size of the process's pool, else the processors it may use, at most `MAX_DEFAULT_THREADS`."""
+    return _pool_threads or min(len(os.sched_getaffinity(0)), MAX_DEFAULT_THREADS)
+
+
+def any_threads_options() -> ort.SessionOptions:
+    """Return options for a session whose speed does not matter: the global pool if there is one, else one thread."""
+    return _options(shared=_pool_threads is not None)
+
+
+def shared_threads_options(n_threads: int) -> ort.SessionOptions:
+    """Return options for sessions that run on `n_threads` threads together, not each.
+
+    One thread needs no pool: the caller's does the work.
+
+    Raises:
+        BackendError: the process already runs on another number of threads, or this onnxruntime has no shared pool.
+    """
+    with _lock:
+        if n_threads > 1 and _pool_threads is None:
+            _make_pool(n_threads)
+        if _pool_threads is not None and _pool_threads != n_threads:
+            raise BackendError(
+                f"this process already runs ONNX Runtime on {_pool_threads} threads, "
+                f"which cannot change to {n_threads}: use threads={_pool_threads}, or start another process"
+            )
+    return _options(shared=n_threads > 1)
+
+
+def _make_pool(n_threads: int) -> None:
+    global _pool_threads
+    if not hasattr(ort, "set_global_thread_pool_sizes"):
+        raise BackendError(
+            f"onnxruntime {ort.__version__} cannot share {n_threads} threads between engines; "
+            "use threads=1, or: pip install 'onnxruntime-gpu>=1.23'"
+        )
+    try:
+        ort.set_global_thread_pool_sizes(n_threads, 1)
+    except Exception as exc:  # onnxruntime's Fail
+        raise BackendError(
+            f"other code in this process has already set ONNX Runtime's global thread pool ({exc}); "
+            "run bdtool in a process of its own"
+        ) from exc
+    _pool_threads = n_threads
+
+
+def _options(*, shared: bool) -> ort.SessionOptions:
+    options = ort.SessionOptions()
+    options.log_severity_level = _ERRORS_ONLY
+    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    if shared:
+        options.use_per_session_threads = False
+    else:
+        options.intra_op_num_threads = options.inter_op_num_threads = 1
+    return options

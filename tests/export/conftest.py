@@ -1,0 +1,39 @@
+"""Helpers for the tests of export: comparing directories, and a process of its own for what must not be patched."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from export.files import sha256_of_file
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def digests():
+    """Return a function from a directory to the digest of every file in it, by relative path."""
+
+    def of(directory):
+        files = sorted(path for path in directory.rglob("*") if path.is_file())
+        return {str(path.relative_to(directory)): sha256_of_file(path) for path in files}
+
+    return of
+
+
+@pytest.fixture
+def start_python():
+    """Return a function that starts a Python process on a script, from the repository; it is gone after the test."""
+    started = []
+
+    def start(script, *arguments):
+        command = [sys.executable, "-c", script, *map(str, arguments)]
+        process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()

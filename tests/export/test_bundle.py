@@ -1,0 +1,184 @@
+"""A bundle is read only when it is whole; every refusal names the part or field and what to do."""
+
+import json
+import re
+import shutil
+
+import pytest
+
+from bdtool.errors import BundleError
+from export.bundle import Bundle
+
+
+def _edit(bundle, change):
+    """Let `change` edit the manifest's JSON in place."""
+    path = bundle / "manifest.json"
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+
+
+def _part(data, name):
+    return next(part for part in data["parts"] if part["name"] == name)
+
+
+def test_opened_bundle_gives_back_what_was_exported(tiny):
+    bundle = Bundle.open(tiny.bundle)
+    network = bundle.network
+    assert (network.arch, network.n_classes, network.stages, network.n_blocks) == ("resnet8", 10, (1, 1, 1), 3)
+    assert network.preprocessing == tiny.model.spec.preprocessing
+    assert network.has_policy
+    assert network.threshold == 0.5
+    assert bundle.weights_path.read_bytes() == tiny.path.read_bytes()
+    assert bundle.manifest.provenance["created_by"] == "test"
+
+
+@pytest.mark.parametrize("file", ["onnx/block_01.onnx", "onnx/full.onnx", "weights.safetensors"])
+def test_one_changed_byte_is_found_and_named(bundle_copy, file):
+    data = bytearray((bundle_copy / file).read_bytes())
+    data[len(data) // 2] ^= 1
+    (bundle_copy / file).write_bytes(data)
+    with pytest.raises(
+        BundleError, match=f"{re.escape(file)}, has SHA-256 .* was changed or cut short. Copy the bundle"
+    ):
+        Bundle.open(bundle_copy)
+    Bundle.open(bundle_copy, check_digests=False)
+
+
+def test_truncated_file_is_found_and_named(bundle_copy):
+    data = (bundle_copy / "onnx" / "head.onnx").read_bytes()
+    (bundle_copy / "onnx" / "head.onnx").write_bytes(data[: len(data) // 2])
+    with pytest.raises(BundleError, match=r"part 'head', onnx/head.onnx, has SHA-256"):
+        Bundle.open(bundle_copy)
+
+
+@pytest.mark.parametrize(
+    ("file", "what"), [("onnx/block_02.onnx", "part 'block_02'"), ("weights.safetensors", "the weights")]
+)
+def test_missing_file_is_named(bundle_copy, file, what):
+    (bundle_copy / file).unlink()
+    with pytest.raises(BundleError, match=rf"{what} is missing: no file {re.escape(file)}. Copy the whole bundle"):
+        Bundle.open(bundle_copy)
+
+
+def test_directory_without_manifest_is_no_bundle(tmp_path):
+    for path in (tmp_path, tmp_path / "absent"):
+        with pytest.raises(BundleError, match=r"is not a bundle: it has no manifest.json. Make one: bdtool export"):
+            Bundle.open(path)
+
+
+def test_newer_format_asks_for_an_upgrade(bundle_copy):
+    _edit(bundle_copy, lambda data: data.update(format_version=2, parts="something else by then"))
+    with pytest.raises(BundleError, match=r"format_version 2 is newer than this bdtool reads \(1\); upgrade bdtool"):
+        Bundle.open(bundle_copy)
+
+
+@pytest.mark.parametrize("version", ["1", None, True, 1.0, 0, -1, []])
+def test_format_version_must_be_a_number(bundle_copy, version):
+    _edit(bundle_copy, lambda data: data.update(format_version=version))
+    with pytest.raises(BundleError, match=r"format_version is .*, expected a number from 1 to 1"):
+        Bundle.open(bundle_copy)
+
+
+@pytest.mark.parametrize("path", ["../stem.onnx", "onnx/../../stem.onnx", "/etc/passwd", "", ".", "onnx\\..\\..\\x"])
+def test_path_that_leaves_the_bundle_is_refused(bundle_copy, path):
+    shutil.copy(bundle_copy / "onnx" / "stem.onnx", bundle_copy.parent / "stem.onnx")
+    _edit(bundle_copy, lambda data: _part(data, "stem").update(file=path))
+    with pytest.raises(BundleError, match="leaves the bundle; do not use this bundle"):
+        Bundle.open(bundle_copy)
+
+
+def test_weights_path_that_leaves_the_bundle_is_refused(bundle_copy):
+    _edit(bundle_copy, lambda data: data["weights"].update(file="../weights.safetensors"))
+    with pytest.raises(BundleError, match=r"'../weights.safetensors' leaves the bundle"):
+        Bundle.open(bundle_copy)
+
+
+def test_symbolic_link_that_leaves_the_bundle_is_refused(bundle_copy, tmp_path):
+    stem = bundle_copy / "onnx" / "stem.onnx"
+    stem.rename(tmp_path / "outside.onnx")
+    stem.symlink_to(tmp_path / "outside.onnx")
+    with pytest.raises(BundleError, match=r"part 'stem', onnx/stem.onnx, leads outside the bundle to .*outside.onnx"):
+        Bundle.open(bundle_copy)
+
+
+@pytest.mark.parametrize("text", ["", "{", "garbage", "\xff\xfe", '{"format_version": 1'])
+def test_garbage_instead_of_json_is_refused(bundle_copy, text):
+    (bundle_copy / "manifest.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(BundleError, match=r"manifest.json cannot be read .*export the model again"):
+        Bundle.open(bundle_copy)
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "null", '"text"'])
+def test_json_that_is_no_object_is_refused(bundle_copy, text):
+    (bundle_copy / "manifest.json").write_text(text)
+    with pytest.raises(BundleError, match=r"expected a JSON object, got"):
+        Bundle.open(bundle_copy)
+
+
+def test_every_missing_field_is_named(bundle_copy):
+    whole = (bundle_copy / "manifest.json").read_text()
+    for field in set(json.loads(whole)) - {"format_version"}:
+        _edit(bundle_copy, lambda data, field=field: data.pop(field))
+        with pytest.raises(BundleError, match=rf"no field '{field}'; the file was changed or cut short"):
+            Bundle.open(bundle_copy)
+        (bundle_copy / "manifest.json").write_text(whole)
+
+
+def test_every_missing_field_of_a_part_is_named(bundle_copy):
+    whole = (bundle_copy / "manifest.json").read_text()
+    for field in json.loads(whole)["parts"][0]:
+        _edit(bundle_copy, lambda data, field=field: _part(data, "block_01").pop(field))
+        with pytest.raises(BundleError, match=rf"no field '{field}'"):
+            Bundle.open(bundle_copy)
+        (bundle_copy / "manifest.json").write_text(whole)
+
+
+def _drop(name):
+    return lambda data: data["parts"].remove(_part(data, name))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda data: data.update(K=4), r"K is 4 but the stages \[1, 1, 1\] have 3 blocks"),
+        (lambda data: data.update(K="3"), r"K is 3 but the stages"),
+        (lambda data: data.update(stages=[1, 1]), "blocks must be numbered 0 to 1"),
+        (_drop("block_01"), "blocks must be numbered 0 to 2 in order; got"),
+        (_drop("stem"), "no stem part is listed; export the model again"),
+        (_drop("full"), "no full part is listed"),
+        (_drop("policy"), "no policy part is listed"),
+        (_drop("shortcut_01"), "block_01.* changes the shape but no shortcut is listed"),
+        (lambda data: data["parts"].append(data["parts"][0]), "two parts have the same name"),
+        (lambda data: _part(data, "stem").update(kind="trunk"), "kind 'trunk' is not one of policy, stem, block"),
+        (lambda data: _part(data, "stem").update(sha256="abc"), "'abc' is not a SHA-256 digest"),
+        (
+            lambda data: _part(data, "stem").update(writes=[]),
+            "reads/inputs and writes/outputs must have the same length",
+        ),
+        (lambda data: data.update(max_batch=0), "max_batch is 0, expected at least 1"),
+        (lambda data: data.update(max_batch="many"), "invalid literal"),
+        (lambda data: data.update(labels=["one"]), "1 labels for 10 classes"),
+        (lambda data: data["preprocessing"].update(std=[0, 1, 1]), "std above 0"),
+        (lambda data: data["preprocessing"].update(sharpen=1), "unexpected keyword argument 'sharpen'"),
+        (lambda data: data.update(parts=5), "the file was changed, export the model again"),
+        (lambda data: data.update(stages=None), "the file was changed, export the model again"),
+    ],
+)
+def test_impossible_manifest_is_refused_with_the_reason(bundle_copy, change, message):
+    _edit(bundle_copy, change)
+    with pytest.raises(BundleError, match=message):
+        Bundle.open(bundle_copy)
+
+
+def test_moved_bundle_is_still_whole(bundle_copy, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    bundle = Bundle.open(shutil.move(bundle_copy, tmp_path / "elsewhere" / "renamed"))
+    assert all(bundle.part_path(part).is_file() for part in bundle.network.parts)
+
+
+def test_precision_that_the_bundle_lacks_is_refused(tiny):
+    bundle = Bundle.open(tiny.bundle)
+    bundle.require_precision("fp32")
+    with pytest.raises(BundleError, match=r"has no int8 parts; it has fp32. Use --precision fp32"):
+        bundle.require_precision("int8")

@@ -1,0 +1,115 @@
+"""Files and directories are whole or absent."""
+
+import os
+import stat
+
+import pytest
+
+from bdtool.errors import BundleError
+from export import files
+from export.files import atomic_path, exclusive_lock, sha256_of_bytes, sha256_of_files, swap_directory, write_bytes
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_failed_write_leaves_the_old_content(tmp_path, error):
+    (tmp_path / "file").write_text("old")
+
+    def write_half():
+        with atomic_path(tmp_path / "file") as temporary:
+            temporary.write_text("half of the ne")
+            raise error
+
+    with pytest.raises(error):
+        write_half()
+    assert (tmp_path / "file").read_text() == "old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_write_replaces_the_old_content(tmp_path):
+    write_bytes(tmp_path / "file", b"old")
+    write_bytes(tmp_path / "file", b"new")
+    assert (tmp_path / "file").read_bytes() == b"new"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+def test_written_files_follow_the_umask(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        write_bytes(tmp_path / "file", b"")
+        assert os.umask(umask) == umask  # asking for it did not change it
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == mode
+
+
+def test_digests_come_in_the_order_of_the_paths(tmp_path):
+    for name in "abc":
+        (tmp_path / name).write_text(name)
+    expected = [sha256_of_bytes(name.encode()) for name in "cab"]
+    assert sha256_of_files([tmp_path / name for name in "cab"]) == expected
+
+
+@pytest.fixture(params=["exchange", "two renames"])
+def directories(request, tmp_path, monkeypatch):
+    """A new directory and an old one, on a system that can exchange two names and on one that cannot."""
+    if request.param == "two renames":
+        monkeypatch.setattr(files, "_exchange", lambda first, second: False)
+    for name in ("new", "target"):
+        (tmp_path / name / "inner").mkdir(parents=True)
+        (tmp_path / name / "inner" / "file").write_text(name)
+    return tmp_path
+
+
+def test_swap_puts_the_new_directory_in_place_of_the_old(directories):
+    swap_directory(directories / "new", directories / "target")
+    assert (directories / "target" / "inner" / "file").read_text() == "new"
+    assert os.listdir(directories) == ["target"]
+
+
+def test_target_is_never_absent_where_names_can_be_exchanged(tmp_path, monkeypatch):
+    for name in ("new", "target", "probe"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+    if not files._exchange(tmp_path / "probe", tmp_path / "target"):
+        pytest.skip("this system or file system cannot exchange two names in one step")
+    assert (tmp_path / "target" / "file").read_text() == "probe"
+    monkeypatch.setattr(type(tmp_path), "rename", lambda *_: pytest.fail("the target was absent for a moment"))
+    swap_directory(tmp_path / "new", tmp_path / "target")
+    assert (tmp_path / "target" / "file").read_text() == "new"
+
+
+def test_swap_needs_no_old_directory(directories):
+    swap_directory(directories / "new", directories / "elsewhere")
+    assert (directories / "elsewhere" / "inner" / "file").read_text() == "new"
+    assert (directories / "target" / "inner" / "file").read_text() == "target"
+
+
+def test_second_rename_that_fails_brings_the_old_directory_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_exchange", lambda first, second: False)
+    (tmp_path / "target").mkdir()
+    with pytest.raises(FileNotFoundError):
+        swap_directory(tmp_path / "absent", tmp_path / "target")
+    assert os.listdir(tmp_path) == ["target"]
+
+
+def test_leftover_of_a_killed_swap_is_no_obstacle(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_exchange", lambda first, second: False)
+    for name in ("new", "target", "new.previous"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+    swap_directory(tmp_path / "new", tmp_path / "target")
+    assert (tmp_path / "target" / "file").read_text() == "new"
+    assert os.listdir(tmp_path) == ["target"]
+
+
+def test_second_holder_of_a_lock_is_refused(tmp_path):
+    refused = pytest.raises(BundleError, match="an export is already running in another process")
+    with (
+        exclusive_lock(tmp_path / "lock", purpose="x"),
+        refused,
+        exclusive_lock(tmp_path / "lock", purpose="an export"),
+    ):
+        pytest.fail("two hold the lock")
+    with exclusive_lock(tmp_path / "lock", purpose="x"):
+        pass
