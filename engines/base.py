@@ -1,0 +1,113 @@
+"""What every backend offers: engines that are built from ONNX parts, loaded, bound to buffers and run.
+
+A backend may keep the activations that pass between its engines in a layout of its own (ONNX Runtime's NCHW16c, later
+TensorRT's HWC8). Images, keep probabilities and logits are always plain arrays, in the layout the part's spec says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from bdtool.errors import EngineError
+from bdtool.specs import NetworkSpec, PartSpec, TensorSpec
+
+if TYPE_CHECKING:  # only types: a build with nothing to do starts without numpy
+    import numpy as np
+
+Call = Callable[[], None]
+PLAIN_LAYOUT = "NCHW"
+ENGINE_TOLERANCE = 1e-4  # engine against ONNX part, over the output's range: other kernels, another summing order
+
+
+class LayoutError(EngineError):
+    """A part cannot be built with the activation layout asked for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackendIdentity:
+    """What an engine file is made for; known without loading the backend's library."""
+
+    name: str
+    version: str
+    target: str  # device and instruction set or GPU, as a file name: "cpu-x86_64-avx512"
+    suffix: str  # of engine files
+
+
+class Buffer(Protocol):
+    """Memory of a backend that holds one tensor of fixed shape; it belongs to the backend's device."""
+
+    def write(self, values: np.ndarray) -> None:
+        """Copy `values`, of the buffer's shape and dtype, into the buffer."""
+
+    def read(self) -> np.ndarray:
+        """Return the content on the host. It may be a view: valid until the next write or engine call."""
+
+    def first(self, n_rows: int) -> Buffer:
+        """Return a buffer for `n_rows` rows (images), of this buffer's memory where the backend can; content undefined."""
+
+    def gather(self, source: Buffer, rows: np.ndarray) -> None:
+        """Copy these rows of `source`, int [n_rows], into this buffer, which has as many."""
+
+    def scatter(self, source: Buffer, rows: np.ndarray) -> None:
+        """Copy `source`, which has as many rows as `rows`, into these rows of this buffer."""
+
+
+class Engine(Protocol):
+    """One part, loaded and ready to run."""
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]: ...
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]: ...
+
+    @property
+    def layout(self) -> str:
+        """Layout of the activations named `x` in the part's reads and writes; see `engines.layouts`."""
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Run on host arrays in the engine's own layout; the caller owns the returned arrays.
+
+        Raises:
+            EngineError: the backend failed.
+        """
+
+    def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Call:
+        """Return a call that runs from and into these buffers, whose batch sizes are equal. Inputs are not changed.
+
+        The call raises EngineError when the backend fails.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuiltEngine:
+    """What a build gives: the engine file's content and what was really obtained."""
+
+    data: bytes
+    layout: str
+    error: float  # worst difference from the ONNX part, over the output's range
+
+
+class Backend(Protocol):
+    """One inference library on one device."""
+
+    @property
+    def threads(self) -> int:
+        """CPU threads of one engine call."""
+
+    def activation_layout(self, network: NetworkSpec) -> str:
+        """Return the layout that this backend prefers between the engines of `network`."""
+
+    def build(self, part: PartSpec, model: bytes, *, layout: str) -> BuiltEngine:
+        """Build one part from its ONNX model, with activations in `layout`.
+
+        Raises:
+            LayoutError: the part cannot be built with that layout; `PLAIN_LAYOUT` always can.
+            EngineError: the backend refused the part, or the engine does not compute what the ONNX says.
+        """
+
+    def load(self, part: PartSpec, data: bytes, *, layout: str) -> Engine: ...
+
+    def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer: ...

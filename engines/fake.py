@@ -1,0 +1,115 @@
+"""A backend for tests of whatever drives engines: cheap arithmetic whose result depends on order and on each part.
+
+Every activation of an image is one number v, filled into the whole tensor. All values are small integers, exact in
+float32, so that results can be compared with `==`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from bdtool.errors import EngineError
+from bdtool.specs import NetworkSpec, PartSpec, TensorSpec
+from engines.base import PLAIN_LAYOUT, Buffer, BuiltEngine, Call, Engine
+
+_MODULUS = 97
+
+
+def fake_value(kind: str, index: int, v: np.ndarray) -> np.ndarray:
+    """Return what a part makes of the values v of its images, float [N]."""
+    k = index + 1
+    steps = {"stem": v * 2 + 1, "block": v * 3 + k, "shortcut": v * 5 + 2 * k, "head": v, "policy": v}
+    return np.asarray(steps[kind] % _MODULUS)
+
+
+class FakeBackend:
+    """Builds from anything, needs nothing, and notes each engine call in `calls` as (part name, images).
+
+    `broken` names parts whose build fails; `not_finite` names parts that return NaN.
+    """
+
+    threads = 1
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, int]] = []
+        self.broken: set[str] = set()
+        self.not_finite: set[str] = set()
+
+    def activation_layout(self, network: NetworkSpec) -> str:
+        return PLAIN_LAYOUT
+
+    def build(self, part: PartSpec, model: bytes, *, layout: str) -> BuiltEngine:
+        if part.name in self.broken:
+            raise EngineError(f"part {part.name!r}: the fake backend was told to fail")
+        return BuiltEngine(data=b"{}", layout=layout, error=0.0)
+
+    def load(self, part: PartSpec, data: bytes, *, layout: str) -> Engine:
+        return FakeEngine(part, self)
+
+    def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
+        return _FakeBuffer(np.zeros(shape, dtype))
+
+
+class FakeEngine:
+    """One part of the fake backend."""
+
+    layout = PLAIN_LAYOUT
+
+    def __init__(self, part: PartSpec, backend: FakeBackend) -> None:
+        self._part = part
+        self._backend = backend
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        return self._part.inputs
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        return self._part.outputs
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        first = feeds[self._part.inputs[0].name]
+        n_images = first.shape[0]
+        self._backend.calls.append((self._part.name, n_images))
+        v = first.reshape(n_images, -1)[:, 0].round()
+        return {tensor.name: self._output(tensor, v, n_images) for tensor in self._part.outputs}
+
+    def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Call:
+        def call() -> None:
+            results = self.run({name: buffer.read() for name, buffer in inputs.items()})
+            for name, buffer in outputs.items():
+                buffer.write(results[name])
+
+        return call
+
+    def _output(self, tensor: TensorSpec, v: np.ndarray, n_images: int) -> np.ndarray:
+        part, shape = self._part, tensor.shape_for(n_images)
+        values = v if part.kind == "full" else fake_value(part.kind, part.index or 0, v)
+        columns = np.broadcast_to(values.reshape(n_images, *[1] * (len(shape) - 1)), shape).astype(np.float32)
+        if part.kind == "policy":
+            return ((columns + np.arange(shape[1])) % 3 / 2).astype(np.float32)  # 0, 0.5 or 1
+        if part.name in self._backend.not_finite:
+            return np.full(shape, np.nan, np.float32)
+        return columns
+
+
+class _FakeBuffer:
+    def __init__(self, array: np.ndarray) -> None:
+        self._array = array
+
+    def write(self, values: np.ndarray) -> None:
+        np.copyto(self._array, values)
+
+    def read(self) -> np.ndarray:
+        return self._array
+
+    def first(self, n_rows: int) -> Buffer:
+        return _FakeBuffer(self._array[:n_rows])
+
+    def gather(self, source: Buffer, rows: np.ndarray) -> None:
+        self._array[:] = source.read()[rows]
+
+    def scatter(self, source: Buffer, rows: np.ndarray) -> None:
+        self._array[rows] = source.read()

@@ -1,0 +1,287 @@
+"""ONNX Runtime: the embedded default on the CPU, and its CUDA provider where there is a GPU.
+
+On the CPU an engine is the part's model as ONNX Runtime's optimiser leaves it, stored so that loading it takes no
+optimising, with activations in the provider's own layout (`engines.native_layout`). On CUDA it is the ONNX part.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from onnx import TensorProto, helper, numpy_helper
+
+from bdtool.errors import BackendError, EngineError
+from bdtool.specs import BATCH_AXIS, NetworkSpec, PartSpec, TensorSpec
+from engines.base import ENGINE_TOLERANCE, PLAIN_LAYOUT, Buffer, BuiltEngine, Call, Engine, LayoutError
+from engines.layouts import block_size, pack, run_plain, unpack
+from engines.native_layout import add_guards, cut_guards
+from export.check import OnnxReference, compare, compare_outputs
+from export.ort_threads import any_threads_options, default_threads, shared_threads_options
+
+_CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+_FATAL_ONLY, _ORT_DEFAULT = 4, 2  # ONNX Runtime's log severities; its own default shows warnings
+
+
+class OnnxRuntimeBackend:
+    """ONNX Runtime on "cpu" or "cuda:N"; many engines share one thread pool."""
+
+    def __init__(self, *, device: str = "cpu", threads: int | None = None) -> None:
+        if threads is not None and threads < 1:
+            raise ValueError(f"threads must be at least 1, got {threads}")
+        self.device = device
+        self.threads = default_threads() if threads is None else threads
+        self._options = shared_threads_options(self.threads)
+        if device == "cpu":
+            self._providers: list[Any] = [_CPU]
+            self._options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # done at build
+        else:
+            self._providers = [(_CUDA, {"device_id": int(device.partition(":")[2])})]
+            self._options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+            _require_cuda(device, self._providers)
+
+    def activation_layout(self, network: NetworkSpec) -> str:
+        layout = _native_layout() if self.device == "cpu" else PLAIN_LAYOUT
+        tensors = [t for part in network.parts for t in _feature_maps(part)]
+        fits = all(isinstance(t.shape[1], int) and t.shape[1] % block_size(layout) == 0 for t in tensors)
+        return layout if fits else PLAIN_LAYOUT
+
+    def build(self, part: PartSpec, model: bytes, *, layout: str) -> BuiltEngine:
+        data = model if self.device != "cpu" else _optimise(part, model, layout)
+        error = self._check(part, model, data, layout)
+        return BuiltEngine(data=data, layout=layout, error=error)
+
+    def load(self, part: PartSpec, data: bytes, *, layout: str) -> Engine:
+        try:
+            session = ort.InferenceSession(data, self._options, providers=self._providers)
+        except Exception as exc:  # onnxruntime raises classes of its own for each status
+            raise EngineError(
+                f"part {part.name!r}: ONNX Runtime cannot load its engine ({exc}); build it again"
+            ) from exc
+        wanted = _CPU if self.device == "cpu" else _CUDA
+        if session.get_providers()[0] != wanted:
+            raise BackendError(f"part {part.name!r}: asked for {wanted}, ONNX Runtime chose {session.get_providers()}")
+        return OnnxRuntimeEngine(part, session, layout)
+
+    def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
+        if self.device == "cpu":
+            return _HostBuffer(np.zeros(shape, dtype))
+        return _DeviceBuffer(shape, dtype, self.device)
+
+    def _check(self, part: PartSpec, model: bytes, data: bytes, layout: str) -> float:
+        """Compare the engine with its ONNX part; return the worst error."""
+        rng = np.random.default_rng(0)
+        # Negative values too, though most activations follow a ReLU: they show a ReLU that was cut off with a guard.
+        feeds = {t.name: rng.normal(size=t.shape_for(2)).astype(np.float32) for t in part.inputs}
+        expected = OnnxReference(model).run(feeds)
+        engine = self.load(part, data, layout=layout)
+        actual = run_plain(engine, part, feeds)
+        worst = compare_outputs(expected, actual, tolerance=ENGINE_TOLERANCE)
+        if not worst.ok:
+            kind = EngineError if layout == PLAIN_LAYOUT else LayoutError
+            raise kind(
+                f"part {part.name!r}: its engine differs from its ONNX by {worst.error:.2g} of the output's range, "
+                f"allowed is {ENGINE_TOLERANCE}"
+            )
+        return worst.error
+
+
+class OnnxRuntimeEngine:
+    """One part in an ONNX Runtime session."""
+
+    def __init__(self, part: PartSpec, session: ort.InferenceSession, layout: str) -> None:
+        self._part = part
+        self._session = session
+        self._names = [tensor.name for tensor in part.outputs]
+        self.layout = layout
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        return self._part.inputs
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        return self._part.outputs
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        try:
+            return dict(zip(self._names, self._session.run(self._names, dict(feeds)), strict=True))
+        except Exception as exc:
+            raise self._error(exc) from exc
+
+    def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Call:
+        binding = self._session.io_binding()
+        for name, buffer in inputs.items():
+            binding.bind_ortvalue_input(name, _ort_value(buffer))
+        for name, buffer in outputs.items():
+            binding.bind_ortvalue_output(name, _ort_value(buffer))
+        # The C++ method itself: the Python wrapper costs microseconds a call, and a RunOptions object even more.
+        run, raw = self._session._sess.run_with_iobinding, binding._iobinding
+
+        def call() -> None:
+            try:
+                run(raw, None)
+            except Exception as exc:
+                raise self._error(exc) from exc
+
+        call.keep_alive = (binding, inputs, outputs)  # type: ignore[attr-defined]  # `raw` does not own them
+        return call
+
+    def _error(self, exc: Exception) -> EngineError:
+        return EngineError(f"part {self._part.name!r}: ONNX Runtime failed to run it: {exc}")
+
+
+class _HostBuffer:
+    """A numpy array that ONNX Runtime reads and writes in place."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self._array = array
+        self.value = ort.OrtValue.ortvalue_from_numpy(array)  # shares the array's memory on the CPU
+
+    def write(self, values: np.ndarray) -> None:
+        np.copyto(self._array, values)
+
+    def read(self) -> np.ndarray:
+        return self._array
+
+    def first(self, n_rows: int) -> Buffer:
+        return _HostBuffer(self._array[:n_rows])
+
+    def gather(self, source: Buffer, rows: np.ndarray) -> None:
+        np.take(source.read(), rows, axis=0, out=self._array, mode="clip")  # the default mode copies `out` first
+
+    def scatter(self, source: Buffer, rows: np.ndarray) -> None:
+        self._array[rows] = source.read()
+
+
+class _DeviceBuffer:
+    """GPU memory owned by ONNX Runtime. Rows are picked on the host: its Python API has no device-side way."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: str, device: str) -> None:
+        self._shape, self._dtype, self._device = shape, dtype, device
+        kind, _, index = device.partition(":")
+        self.value = ort.OrtValue.ortvalue_from_shape_and_type(shape, np.dtype(dtype), kind, int(index))
+
+    def write(self, values: np.ndarray) -> None:
+        self.value.update_inplace(np.ascontiguousarray(values))
+
+    def read(self) -> np.ndarray:
+        array: np.ndarray = self.value.numpy()
+        return array
+
+    def first(self, n_rows: int) -> Buffer:
+        return _DeviceBuffer((n_rows, *self._shape[1:]), self._dtype, self._device)
+
+    def gather(self, source: Buffer, rows: np.ndarray) -> None:
+        self.write(source.read()[rows])
+
+    def scatter(self, source: Buffer, rows: np.ndarray) -> None:
+        values = self.read().copy()
+        values[rows] = source.read()
+        self.write(values)
+
+
+def _ort_value(buffer: Buffer) -> ort.OrtValue:
+    if not isinstance(buffer, _HostBuffer | _DeviceBuffer):
+        raise TypeError(f"expected a buffer of this backend, got {type(buffer).__name__}")
+    return buffer.value
+
+
+def _feature_maps(part: PartSpec) -> list[TensorSpec]:
+    pairs = (*zip(part.reads, part.inputs, strict=True), *zip(part.writes, part.outputs, strict=True))
+    return [tensor for activation, tensor in pairs if activation == "x" and len(tensor.shape) == 4]
+
+
+def _optimise(part: PartSpec, model: bytes, layout: str) -> bytes:
+    """Return the model as ONNX Runtime's optimiser leaves it, its activations in `layout`."""
+    if layout == PLAIN_LAYOUT:
+        return _optimised_file(part, model)
+    guarded = onnx.ModelProto.FromString(model)
+    add_guards(guarded, part)
+    optimised = onnx.ModelProto.FromString(_optimised_file(part, guarded.SerializeToString()))
+    cut_guards(optimised, part)
+    data: bytes = optimised.SerializeToString(deterministic=True)
+    return data
+
+
+def _optimised_file(part: PartSpec, model: bytes) -> bytes:
+    options = any_threads_options()
+    with tempfile.TemporaryDirectory(prefix="bdtool-") as directory:
+        file = Path(directory) / "optimised.onnx"
+        options.optimized_model_filepath = str(file)
+        try:
+            ort.InferenceSession(model, options, providers=[_CPU])
+        except Exception as exc:
+            raise EngineError(f"part {part.name!r}: ONNX Runtime refuses its model: {exc}") from exc
+        return file.read_bytes()
+
+
+@cache
+def _native_layout() -> str:
+    """Return the layout of this processor's convolution kernels, found by trying."""
+    part, model = _probe_part()
+    reference = OnnxReference(model)
+    feeds = {"x": np.random.default_rng(0).normal(size=(1, 64, 8, 8)).astype(np.float32)}
+    expected = reference.run(feeds)["y"]
+    try:
+        data = _optimise(part, model, "NCHW16c")  # cutting the guards is the same for every block size
+    except LayoutError:
+        return PLAIN_LAYOUT  # a processor without NCHWc kernels
+    session = ort.InferenceSession(data, any_threads_options(), providers=[_CPU])
+    for layout in ("NCHW16c", "NCHW8c", "NCHW4c"):
+        actual = unpack(session.run(None, {"x": pack(feeds["x"], layout)})[0], layout)
+        if compare(expected, actual, tolerance=ENGINE_TOLERANCE).ok:
+            return layout
+    return PLAIN_LAYOUT
+
+
+def _probe_part() -> tuple[PartSpec, bytes]:
+    shape = (BATCH_AXIS, 64, 8, 8)
+    x, y = TensorSpec(name="x", shape=shape), TensorSpec(name="y", shape=shape)
+    part = PartSpec(
+        name="probe", kind="block", index=0, reads=("x",), writes=("x",), inputs=(x,), outputs=(y,), flops=0
+    )
+    weight = np.random.default_rng(1).normal(size=(64, 64, 3, 3)).astype(np.float32)
+    graph = helper.make_graph(
+        [helper.make_node("Conv", ["x", "w"], ["y"], pads=[1, 1, 1, 1])],
+        "probe",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, shape)],
+        [numpy_helper.from_array(weight, "w")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    return part, model.SerializeToString()
+
+
+def _require_cuda(device: str, providers: list[Any]) -> None:
+    """Raise BackendError unless a session can really be created on the CUDA device."""
+    if _CUDA not in ort.get_available_providers():
+        raise BackendError(
+            f"device {device!r}: this onnxruntime has no CUDA provider "
+            f"(it has {', '.join(ort.get_available_providers())}); "
+            "install it with: pip uninstall onnxruntime; pip install onnxruntime-gpu"
+        )
+    options = any_threads_options()
+    options.log_severity_level = _FATAL_ONLY  # the reason goes into our error
+    options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    _, model = _probe_part()
+    ort.set_default_logger_severity(_FATAL_ONLY)  # a provider that does not load also tells the process's own log
+    try:
+        session = ort.InferenceSession(model, options, providers=providers)
+    except Exception as exc:
+        raise BackendError(
+            f"device {device!r}: the CUDA provider cannot start ({str(exc).strip().splitlines()[0]}); "
+            "see `bdtool doctor`, or use --device cpu"
+        ) from exc
+    finally:
+        ort.set_default_logger_severity(_ORT_DEFAULT)
+    if session.get_providers()[0] != _CUDA:
+        raise BackendError(
+            f"device {device!r}: ONNX Runtime fell back to {session.get_providers()[0]}; see `bdtool doctor`"
+        )

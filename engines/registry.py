@@ -1,0 +1,68 @@
+"""The backends by name. Only the one asked for is imported, and only when something has to be built or run."""
+
+from __future__ import annotations
+
+from importlib import metadata
+
+from bdtool.errors import BackendError, UsageError
+from engines.base import Backend, BackendIdentity
+from engines.cpu import instruction_set
+
+BACKENDS = ("onnxruntime", "fake")
+DEFAULT_BACKEND = "onnxruntime"
+DEFAULT_DEVICE = "cpu"
+
+
+def identify_backend(name: str, device: str) -> BackendIdentity:
+    """Return what engines of this backend on this device are made for, without importing its library.
+
+    Raises:
+        UsageError: no such backend, or a device that is neither "cpu" nor "cuda:N".
+        BackendError: its package is not installed.
+    """
+    _check(name, device)
+    if name == "fake":
+        return BackendIdentity(name=name, version="1", target=_file_name(device), suffix=".json")
+    target = f"cpu-{instruction_set()}" if device == "cpu" else _file_name(device)
+    return BackendIdentity(name=name, version=_onnxruntime_version(), target=target, suffix=".onnx")
+
+
+def open_backend(name: str, device: str, *, threads: int | None = None) -> Backend:
+    """Return the backend `name` on `device` ("cpu" or "cuda:N").
+
+    Args:
+        threads: CPU threads for one engine call; None takes what `export.ort_threads.default_threads` says.
+
+    Raises:
+        UsageError: no such backend, or a device that is neither "cpu" nor "cuda:N".
+        BackendError: the library, the device or that number of threads is not to be had in this process.
+    """
+    _check(name, device)
+    if name == "fake":
+        from engines.fake import FakeBackend
+
+        return FakeBackend()
+    from engines.onnxrt import OnnxRuntimeBackend
+
+    return OnnxRuntimeBackend(device=device, threads=threads)
+
+
+def _check(name: str, device: str) -> None:
+    if name not in BACKENDS:
+        raise UsageError(f"unknown backend {name!r}; this version has {', '.join(BACKENDS)}")
+    kind, _, index = device.partition(":")
+    if device != "cpu" and not (kind == "cuda" and index.isdigit()):
+        raise UsageError(f"unknown device {device!r}; expected cpu or cuda:N, for instance cuda:0")
+
+
+def _file_name(device: str) -> str:
+    return device.replace(":", "")
+
+
+def _onnxruntime_version() -> str:
+    for distribution in ("onnxruntime-gpu", "onnxruntime"):
+        try:
+            return metadata.version(distribution)
+        except metadata.PackageNotFoundError:
+            continue
+    raise BackendError("onnxruntime is not installed; add it with: pip install onnxruntime-gpu")

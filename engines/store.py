@@ -1,0 +1,199 @@
+"""Engines in a bundle: built once for each content and target, found again by what they were built from.
+
+`engines/<backend>-<version>-<target>-<precision>/` holds one engine file and one record for each part. The record says
+what the engine was built from; an engine whose record does not fit is built again. The engine file is written before
+its record, so a build that is killed leaves nothing that looks finished.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from bdtool.errors import BundleError, EngineError
+from bdtool.specs import PartSpec
+from engines.base import PLAIN_LAYOUT, Backend, BackendIdentity, BuiltEngine, Engine, LayoutError
+from export.bundle import Bundle
+from export.files import sha256_of_bytes, sha256_of_files, write_bytes, write_json
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineRecord:
+    """What one engine was built from, and what came out."""
+
+    part: str
+    onnx_sha256: str
+    backend: str
+    backend_version: str
+    target: str
+    precision: str
+    layout: str
+    file: str
+    sha256: str
+    error: float  # worst difference from the ONNX part, over the output's range
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartStatus:
+    """What happened to one part in a build."""
+
+    name: str
+    status: Literal["built", "cached", "failed"]
+    seconds: float
+    message: str = ""
+    record: EngineRecord | None = None
+
+    @property
+    def cached(self) -> bool:
+        return self.status == "cached"
+
+
+class EngineStore:
+    """The engines of one bundle for one backend, target and precision, in `directory`."""
+
+    def __init__(
+        self, bundle: Bundle, identity: BackendIdentity, *, precision: str = "fp32", directory: Path | None = None
+    ) -> None:
+        bundle.require_precision(precision)
+        self._bundle = bundle
+        self.identity = identity
+        self._precision = precision
+        name = f"{identity.name}-{identity.version}-{identity.target}-{precision}"
+        self.directory = (directory or bundle.engines_path) / name
+
+    def build(
+        self,
+        open_backend: Callable[[], Backend],
+        *,
+        resume: bool = True,
+        on_part: Callable[[PartStatus], None] = lambda status: None,
+    ) -> list[PartStatus]:
+        """Build whatever has no fitting engine; return each part's status. A part that fails does not stop the others.
+
+        Args:
+            open_backend: called only when there is something to build.
+            resume: take up engines that fit; False builds every part again.
+
+        Raises:
+            BundleError: the engines cannot be written.
+        """
+        records = self.find() if resume else {}
+        if len(records) == len(self._bundle.network.parts):
+            statuses = [_cached(records[part.name]) for part in self._bundle.network.parts]
+            for status in statuses:
+                on_part(status)
+            return statuses
+        backend = open_backend()  # first: one that is not to be had leaves no empty directory behind
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            return self._build_missing(backend, records, on_part)
+        except OSError as exc:
+            raise BundleError(
+                f"{self.directory}: engines cannot be written ({exc.strerror or exc}). The bundle and the finished "
+                "engines are whole; make room and run the same command again"
+            ) from exc
+
+    def find(self, parts: Sequence[PartSpec] | None = None) -> dict[str, EngineRecord]:
+        """Return the records of `parts` (None: all) that fit the bundle; their engines are whole and of one layout."""
+        fitting = [record for part in parts or self._bundle.network.parts if (record := self._fitting_record(part))]
+        digests = sha256_of_files([self.directory / record.file for record in fitting])
+        records = {r.part: r for r, digest in zip(fitting, digests, strict=True) if digest == r.sha256}
+        layouts = {record.layout for record in records.values()}
+        return records if len(layouts) <= 1 else {}
+
+    def load(self, backend: Backend, records: Mapping[str, EngineRecord]) -> dict[str, Engine]:
+        """Load the engines of `records`, as `find` gave them, by part name.
+
+        Raises:
+            EngineError: the backend cannot load one.
+        """
+        network = self._bundle.network
+        return {
+            name: backend.load(network.part(name), (self.directory / record.file).read_bytes(), layout=record.layout)
+            for name, record in records.items()
+        }
+
+    def _build_missing(
+        self, backend: Backend, records: dict[str, EngineRecord], on_part: Callable[[PartStatus], None]
+    ) -> list[PartStatus]:
+        layout = backend.activation_layout(self._bundle.network)
+        try:
+            return self._build_all(backend, records, layout, on_part)
+        except LayoutError as exc:
+            logger.warning("%s; building every part with plain %s activations instead", exc, PLAIN_LAYOUT)
+            return self._build_all(backend, {}, PLAIN_LAYOUT, on_part)
+
+    def _build_all(
+        self,
+        backend: Backend,
+        records: Mapping[str, EngineRecord],
+        layout: str,
+        on_part: Callable[[PartStatus], None],
+    ) -> list[PartStatus]:
+        statuses = []
+        for part in self._bundle.network.parts:
+            record = records.get(part.name)
+            fits = record is not None and record.layout == layout
+            statuses.append(_cached(record) if fits and record else self._build_part(backend, part, layout))
+            on_part(statuses[-1])
+        return statuses
+
+    def _build_part(self, backend: Backend, part: PartSpec, layout: str) -> PartStatus:
+        start = time.perf_counter()
+        try:
+            built = backend.build(part, self._bundle.part_path(part).read_bytes(), layout=layout)
+        except LayoutError:
+            raise
+        except EngineError as exc:
+            return PartStatus(name=part.name, status="failed", seconds=time.perf_counter() - start, message=str(exc))
+        record = self._write(part, built)
+        return PartStatus(name=part.name, status="built", seconds=time.perf_counter() - start, record=record)
+
+    def _write(self, part: PartSpec, built: BuiltEngine) -> EngineRecord:
+        record = EngineRecord(
+            **self._key(part),
+            layout=built.layout,
+            file=self._engine_name(part),
+            sha256=sha256_of_bytes(built.data),
+            error=built.error,
+        )
+        write_bytes(self.directory / record.file, built.data)
+        write_json(self._record_path(part), asdict(record))
+        return record
+
+    def _fitting_record(self, part: PartSpec) -> EngineRecord | None:
+        """Return the part's record, if there is one, it was made from the same content, and its engine is there."""
+        try:
+            record = EngineRecord(**json.loads(self._record_path(part).read_bytes()))
+        except (OSError, ValueError, TypeError):
+            return None
+        fits = all(getattr(record, name) == value for name, value in self._key(part).items())
+        own_file = record.file == self._engine_name(part) and (self.directory / record.file).is_file()
+        return record if fits and own_file else None
+
+    def _engine_name(self, part: PartSpec) -> str:
+        return f"{part.name}{self.identity.suffix}"
+
+    def _key(self, part: PartSpec) -> dict[str, str]:
+        return {
+            "part": part.name,
+            "onnx_sha256": self._bundle.part_sha256(part),
+            "backend": self.identity.name,
+            "backend_version": self.identity.version,
+            "target": self.identity.target,
+            "precision": self._precision,
+        }
+
+    def _record_path(self, part: PartSpec) -> Path:
+        return self.directory / f"{part.name}.engine.json"
+
+
+def _cached(record: EngineRecord) -> PartStatus:
+    return PartStatus(name=record.part, status="cached", seconds=0.0, record=record)
