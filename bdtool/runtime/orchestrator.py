@@ -1,0 +1,226 @@
+"""`Orchestrator`: a bundle opened for inference. Images go in; logits, and which blocks ran, come out."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import numpy.typing as npt
+
+from bdtool.errors import EngineError, PolicyError
+from bdtool.runtime.controllers import Controller, MaskController
+from bdtool.runtime.policies import PolicyRequest, keep_matrix_from, parse_policy
+from bdtool.runtime.preprocess import Preprocessor
+from bdtool.runtime.strategies import Strategy, WrapCall, strategy_class
+from bdtool.specs import NetworkSpec, PartSpec
+from engines.base import Backend, Engine
+from engines.registry import DEFAULT_BACKEND, DEFAULT_DEVICE, identify_backend, open_backend
+from engines.store import EngineStore
+from export.bundle import Bundle
+
+logger = logging.getLogger(__name__)
+PolicyLike = str | npt.ArrayLike | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """What came out for N images."""
+
+    logits: np.ndarray  # float32 [N, classes]
+    policy: np.ndarray  # bool [N, K], True = kept
+
+    @property
+    def blocks_run(self) -> np.ndarray:
+        """Blocks that ran for each image, int [N]."""
+        blocks: np.ndarray = self.policy.sum(axis=1)
+        return blocks
+
+    @property
+    def classes(self) -> np.ndarray:
+        """The class with the largest logit, int [N]."""
+        classes: np.ndarray = self.logits.argmax(axis=1)
+        return classes
+
+
+class Orchestrator:
+    """A bundle's engines, chained for each image by its policy vector.
+
+    Not thread-safe: the buffers between engines are its own. Open one for each thread.
+    """
+
+    def __init__(
+        self, network: NetworkSpec, backend: Backend, engines: dict[str, Engine], *, strategy: str, max_batch: int
+    ) -> None:
+        self.network = network
+        self.strategy_name = strategy
+        self._backend = backend
+        self._engines = engines
+        self._max_batch = max_batch
+        self._strategy: Strategy | None = strategy_class(strategy)(network, backend, engines)
+        self._preprocess = Preprocessor(network.preprocessing)
+        self._parse = lru_cache(maxsize=64)(self._parse_text)
+
+    @classmethod
+    def open(
+        cls,
+        bundle: str | os.PathLike[str] | Bundle,
+        *,
+        backend: str = DEFAULT_BACKEND,
+        device: str = DEFAULT_DEVICE,
+        strategy: str = "chain",
+        threads: int | None = None,
+        precision: str = "fp32",
+    ) -> Orchestrator:
+        """Open a bundle. Engines that it lacks for this machine are built first, as `bdtool build` does.
+
+        Args:
+            bundle: the bundle's directory, or an opened `Bundle`.
+            backend: "onnxruntime" (or "fake", for tests).
+            device: "cpu", or "cuda:N" where the backend has it; never exchanged for another in silence.
+            strategy: "chain" (one engine call for each kept block) or "full" (the whole ResNet as one engine).
+            threads: CPU threads of one engine call; None takes the processors that are there, at most 4. More than
+                one come from a pool that ONNX Runtime makes once in a process.
+
+        Raises:
+            BundleError: the bundle is damaged, incomplete or too new.
+            BackendError: backend, device or threads are not to be had here, or an engine does not build.
+            UsageError: an unknown backend or strategy.
+        """
+        opened = bundle if isinstance(bundle, Bundle) else Bundle.open(Path(bundle))
+        parts = strategy_class(strategy).parts(opened.network)
+        identity = identify_backend(backend, device)
+        library = open_backend(backend, device, threads=threads)
+        with ExitStack() as stack:
+            store = EngineStore(opened, identity, precision=precision)
+            records = store.find(parts)
+            if len(records) < len(parts):
+                store = _build_missing(opened, store, library, precision, stack)
+                records = store.find(parts)
+            engines = store.load(library, records)
+        return cls(opened.network, library, engines, strategy=strategy, max_batch=opened.manifest.max_batch)
+
+    def run(self, images: np.ndarray, policy: PolicyLike = None) -> RunResult:
+        """Classify a batch.
+
+        Args:
+            images: uint8 [N, H, W, 3], or float32 [N, 3, H, W] already preprocessed. A batch larger than the bundle's
+                `max_batch` runs in slices.
+            policy: None for the policy network's own decision (every block, where the bundle has none), a POLICY text,
+                or zeros and ones [K] or [N, K].
+
+        Raises:
+            DataError: the images have another shape or type.
+            PolicyError: the policy does not fit.
+            EngineError: an engine fails, or a result is not finite.
+        """
+        request = self._request(policy, len(images))
+        return self._run_slices(images, request, run_policy=False)
+
+    def run_with_policy_cost(self, images: np.ndarray, policy: np.ndarray) -> RunResult:
+        """Classify with given bits, but run the policy network too: what a learned policy of these bits would cost."""
+        return self._run_slices(images, policy, run_policy=self.network.has_policy)
+
+    def run_with(self, images: np.ndarray, controller: Controller) -> RunResult:
+        """Classify with a controller of one's own; at most `max_batch` images."""
+        return self._run_slice(images, controller, first=0)
+
+    def _run_slice(self, images: np.ndarray, controller: Controller, *, first: int) -> RunResult:
+        """Run at most `max_batch` images, of which the first is number `first` of the caller's batch."""
+        strategy = self._require_open()
+        logits = strategy.run(self._preprocess(images), controller)
+        if not np.isfinite(logits).all():
+            bad = np.flatnonzero(~np.isfinite(logits).all(axis=1))
+            raise EngineError(
+                f"the logits of image {first + bad[0]} are not finite ({len(bad)} of {len(logits)} images). "
+                "Check the input for NaN or huge values, and run `bdtool verify` on the bundle"
+            )
+        return RunResult(logits=logits, policy=controller.matrix)
+
+    @property
+    def threads(self) -> int:
+        """CPU threads of one engine call."""
+        return self._backend.threads
+
+    def engine(self, part: PartSpec) -> Engine:
+        """Return the loaded engine of a part (for verification and profiling)."""
+        return self._engines[part.name]
+
+    def timed(self, wrap: WrapCall) -> Orchestrator:
+        """Return an orchestrator on the same engines whose every engine call goes through `wrap` (for profiling)."""
+        other = Orchestrator(
+            self.network, self._backend, self._engines, strategy=self.strategy_name, max_batch=self._max_batch
+        )
+        other._strategy = strategy_class(self.strategy_name)(self.network, self._backend, self._engines, wrap=wrap)
+        return other
+
+    def close(self) -> None:
+        """Let go of engines and buffers."""
+        self._strategy = None
+        self._engines = {}
+
+    def __enter__(self) -> Orchestrator:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _run_slices(self, images: np.ndarray, keep: np.ndarray | None, *, run_policy: bool) -> RunResult:
+        if len(images) <= self._max_batch:
+            return self.run_with(images, self._controller(keep, run_policy))
+        results = []
+        for start in range(0, len(images), self._max_batch):
+            piece = slice(start, start + self._max_batch)
+            bits = None if keep is None else keep[piece]
+            results.append(self._run_slice(images[piece], self._controller(bits, run_policy), first=start))
+        return RunResult(
+            logits=np.concatenate([result.logits for result in results]),
+            policy=np.concatenate([result.policy for result in results]),
+        )
+
+    def _controller(self, keep: np.ndarray | None, run_policy: bool) -> Controller:
+        return MaskController(keep, threshold=self.network.threshold, run_policy=run_policy)
+
+    def _request(self, policy: PolicyLike, n_images: int) -> np.ndarray | None:
+        """Return the keep matrix bool [N, K] asked for, or None where the policy network decides."""
+        if self.strategy_name == "full":
+            if not (policy is None or (isinstance(policy, str) and policy == "all")):
+                raise PolicyError(
+                    "strategy 'full' runs every block; open the bundle with strategy='chain' for a policy"
+                )
+            return np.ones((n_images, self.network.n_blocks), dtype=bool)
+        if policy is None or isinstance(policy, str):
+            request = self._parse(policy)
+            return None if request.is_learned else request.matrix(n_images)
+        return keep_matrix_from(policy, n_images, self.network.n_blocks)
+
+    def _parse_text(self, policy: str | None) -> PolicyRequest:
+        return parse_policy(policy, n_blocks=self.network.n_blocks, has_policy_network=self.network.has_policy)
+
+    def _require_open(self) -> Strategy:
+        if self._strategy is None:
+            raise ValueError("this orchestrator was closed; open the bundle again")
+        return self._strategy
+
+
+def _build_missing(
+    bundle: Bundle, store: EngineStore, backend: Backend, precision: str, stack: ExitStack
+) -> EngineStore:
+    """Build what the store lacks and return it; beside a read-only bundle, one in a temporary place."""
+    if not os.access(bundle.path, os.W_OK):
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bdtool-engines-")))
+        logger.warning("%s is read-only: its engines are built for this run only", bundle.path)
+        store = EngineStore(bundle, store.identity, precision=precision, directory=directory)
+    logger.info("building the engines that %s lacks for %s, once", bundle.path, store.identity.target)
+    failed = [status for status in store.build(lambda: backend) if status.status == "failed"]
+    if failed:
+        raise EngineError(f"{len(failed)} engines did not build; the first: {failed[0].message}")
+    return store

@@ -1,0 +1,263 @@
+"""How keep bits turn into engine calls. A strategy is chosen once, when the orchestrator is opened."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from bdtool.errors import UsageError
+from bdtool.runtime.controllers import Controller, Decision
+from bdtool.specs import NetworkSpec, PartSpec, TensorSpec
+from engines.base import Backend, Buffer, Call, Engine
+
+MAX_LANES = 8  # batch sizes whose buffers are kept; a choice that bounds memory
+WrapCall = Callable[[PartSpec, Call], Call]  # lets a profiler time each engine call
+
+
+class Strategy(Protocol):
+    """Runs batches: images float32 [N, 3, H, W] in, logits float32 [N, classes] out."""
+
+    def run(self, images: np.ndarray, controller: Controller) -> np.ndarray: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Step:
+    """One block with its calls, bound for the activation in buffer 0 and in buffer 1."""
+
+    part: PartSpec
+    shortcut_part: PartSpec | None
+    block: tuple[Call, Call]
+    shortcut: tuple[Call, Call] | None
+    inputs: tuple[Buffer, Buffer]
+    outputs: tuple[Buffer, Buffer]
+    emitted: Mapping[str, Buffer]
+
+
+class ChainStrategy:
+    """One engine call for each kept block. Buffers are allocated and bound once for each batch size."""
+
+    def __init__(
+        self,
+        network: NetworkSpec,
+        backend: Backend,
+        engines: Mapping[str, Engine],
+        *,
+        wrap: WrapCall = lambda part, call: call,
+    ) -> None:
+        self._make_lane: Callable[[int], _Lane] = lambda n_images: _Lane(network, backend, engines, n_images, wrap)
+        self._lanes: OrderedDict[int, _Lane] = OrderedDict()
+
+    @staticmethod
+    def parts(network: NetworkSpec) -> list[PartSpec]:
+        return [part for part in network.parts if part.kind != "full"]
+
+    def run(self, images: np.ndarray, controller: Controller) -> np.ndarray:
+        return self._lane(len(images)).run(images, controller)
+
+    def _lane(self, n_images: int) -> _Lane:
+        lane = self._lanes.get(n_images)
+        if lane is None:
+            lane = self._lanes[n_images] = self._make_lane(n_images)
+            if len(self._lanes) > MAX_LANES:
+                self._lanes.popitem(last=False)
+        self._lanes.move_to_end(n_images)
+        return lane
+
+
+class FullStrategy:
+    """The baseline: the whole static ResNet as one engine. It runs every block and asks no controller."""
+
+    def __init__(
+        self,
+        network: NetworkSpec,
+        backend: Backend,
+        engines: Mapping[str, Engine],
+        *,
+        wrap: WrapCall = lambda part, call: call,
+    ) -> None:
+        self._part = network.require("full")
+        self._backend = backend
+        self._engine = engines[self._part.name]
+        self._wrap = wrap
+        self._bound: OrderedDict[int, tuple[Buffer, Call, Buffer]] = OrderedDict()
+
+    @staticmethod
+    def parts(network: NetworkSpec) -> list[PartSpec]:
+        return [network.require("full")]
+
+    def run(self, images: np.ndarray, controller: Controller) -> np.ndarray:
+        if len(images) not in self._bound:
+            self._bound[len(images)] = self._bind(len(images))
+            if len(self._bound) > MAX_LANES:
+                self._bound.popitem(last=False)
+        image, call, logits = self._bound[len(images)]
+        controller.begin(len(images), _no_policy)
+        image.write(images)
+        call()
+        return logits.read().copy()
+
+    def _bind(self, n_images: int) -> tuple[Buffer, Call, Buffer]:
+        source, result = self._part.inputs[0], self._part.outputs[0]
+        image = self._backend.allocate(source.shape_for(n_images), source.dtype)
+        logits = self._backend.allocate(result.shape_for(n_images), result.dtype)
+        call = self._engine.bind({source.name: image}, {result.name: logits})
+        return image, self._wrap(self._part, call), logits
+
+
+def _no_policy() -> np.ndarray:
+    raise UsageError("strategy 'full' runs every block and has no policy; open the bundle with strategy='chain'")
+
+
+STRATEGIES: dict[str, type[ChainStrategy] | type[FullStrategy]] = {"chain": ChainStrategy, "full": FullStrategy}
+
+
+def strategy_class(name: str) -> type[ChainStrategy] | type[FullStrategy]:
+    if name not in STRATEGIES:
+        raise UsageError(f"unknown strategy {name!r}; this version has {', '.join(STRATEGIES)}")
+    return STRATEGIES[name]
+
+
+def _plain_bool(keep: Decision) -> bool | np.ndarray:
+    """Return a decision in which all images agree as a bool of Python: no engine is called for an empty batch."""
+    if isinstance(keep, bool):
+        return keep
+    if np.all(keep):
+        return True
+    return np.asarray(keep) if np.any(keep) else False
+
+
+class _Lane:
+    """Everything bound for one batch size: two buffers for each activation shape, between which blocks ping-pong.
+
+    An engine never reads and writes the same buffer, so each is bound twice: from buffer 0 to 1, and from 1 to 0.
+    """
+
+    def __init__(
+        self, network: NetworkSpec, backend: Backend, engines: Mapping[str, Engine], n_images: int, wrap: WrapCall
+    ) -> None:
+        self._n_images = n_images
+        self._backend = backend
+        self._engines = engines
+        self._wrap = wrap
+        self._pairs: dict[tuple[tuple[int, ...], str], tuple[Buffer, Buffer]] = {}
+        self._scratches: dict[tuple[str, tuple[int, ...], str], Buffer] = {}
+        stem, head = network.require("stem"), network.require("head")
+        self._image = self._allocate(stem.inputs[0])
+        self._logits = self._allocate(head.outputs[0])
+        self._bind_policy(network)
+        self._stem = self._bind(stem, [self._image], [self._pair(stem.outputs[0])[0]])
+        self._steps = [self._step(part, network.shortcut(k)) for k, part in enumerate(network.blocks)]
+        first, second = self._pair(head.inputs[0])
+        self._head = (self._bind(head, [first], [self._logits]), self._bind(head, [second], [self._logits]))
+
+    def run(self, images: np.ndarray, controller: Controller) -> np.ndarray:
+        self._image.write(images)
+        controller.begin(self._n_images, self._probabilities)
+        self._stem()
+        side = 0  # which buffer holds the activation now
+        for k, step in enumerate(self._steps):
+            keep = _plain_bool(controller.keep(k))
+            if keep is True:
+                step.block[side]()
+                side ^= 1
+                if step.emitted:
+                    controller.observe(k, {name: buffer.read() for name, buffer in step.emitted.items()})
+            elif keep is False:
+                if step.shortcut is not None:
+                    step.shortcut[side]()
+                    side ^= 1
+            else:
+                side = self._run_mixed(step, side, keep, controller)
+        self._head[side]()
+        return self._logits.read().copy()
+
+    def _run_mixed(self, step: _Step, side: int, keep: np.ndarray, controller: Controller) -> int:
+        """Run a block on the images that keep it, its shortcut on the others; return where the activation is now.
+
+        Only rows that change are moved: where the block has no shortcut part, the dropped images stay where they are.
+        """
+        kept = np.flatnonzero(keep)
+        in_place = step.shortcut_part is None
+        before, after = step.inputs[side], step.inputs[side] if in_place else step.outputs[side]
+        results = self._run_rows(step.part, before, after, kept)
+        if step.shortcut_part is not None:
+            self._run_rows(step.shortcut_part, before, after, np.flatnonzero(~keep))
+        if results:
+            emitted = {name: self._spread(buffer.read(), kept) for name, buffer in results.items()}
+            controller.observe(step.part.index or 0, emitted)
+        return side if in_place else side ^ 1
+
+    def _run_rows(self, part: PartSpec, before: Buffer, after: Buffer, rows: np.ndarray) -> dict[str, Buffer]:
+        """Run a part on some rows of `before`, put the results into the same rows of `after`; return what it emitted."""
+        gathered = self._scratch(part.inputs[0], "in").first(len(rows))
+        gathered.gather(before, rows)
+        results = {tensor.name: self._scratch(tensor, "out").first(len(rows)) for tensor in part.outputs}
+        self._wrap(part, self._engines[part.name].bind({part.inputs[0].name: gathered}, results))()
+        after.scatter(results.pop(part.outputs[0].name), rows)
+        return results
+
+    def _spread(self, values: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        spread = np.zeros((self._n_images, *values.shape[1:]), values.dtype)
+        spread[rows] = values
+        return spread
+
+    def _scratch(self, tensor: TensorSpec, role: str) -> Buffer:
+        """Return memory for the rows that a mixed step moves; one piece for each shape, made when first needed."""
+        key = (role, tensor.shape_for(self._n_images), tensor.dtype)
+        if key not in self._scratches:
+            self._scratches[key] = self._allocate(tensor)
+        return self._scratches[key]
+
+    def _probabilities(self) -> np.ndarray:
+        if self._policy is None:
+            raise UsageError("the bundle has no policy network; give a POLICY")
+        call, result = self._policy
+        call()
+        return result.read()
+
+    def _bind_policy(self, network: NetworkSpec) -> None:
+        part = network.find("policy")
+        self._policy: tuple[Call, Buffer] | None = None
+        if part is not None:
+            result = self._allocate(part.outputs[0])
+            self._policy = (self._bind(part, [self._image], [result]), result)
+
+    def _step(self, part: PartSpec, shortcut: PartSpec | None) -> _Step:
+        inputs, outputs = self._pair(part.inputs[0]), self._pair(part.outputs[0])
+        emitted = {tensor.name: self._allocate(tensor) for tensor in part.outputs if tensor.name in part.emits}
+
+        def calls(spec: PartSpec, extra: list[Buffer]) -> tuple[Call, Call]:
+            return (
+                self._bind(spec, [inputs[0]], [outputs[1], *extra]),
+                self._bind(spec, [inputs[1]], [outputs[0], *extra]),
+            )
+
+        return _Step(
+            part=part,
+            shortcut_part=shortcut,
+            block=calls(part, list(emitted.values())),
+            shortcut=None if shortcut is None else calls(shortcut, []),
+            inputs=inputs,
+            outputs=(outputs[1], outputs[0]),
+            emitted=emitted,
+        )
+
+    def _bind(self, part: PartSpec, inputs: list[Buffer], outputs: list[Buffer]) -> Call:
+        call = self._engines[part.name].bind(
+            {tensor.name: buffer for tensor, buffer in zip(part.inputs, inputs, strict=True)},
+            {tensor.name: buffer for tensor, buffer in zip(part.outputs, outputs, strict=True)},
+        )
+        return self._wrap(part, call)
+
+    def _pair(self, tensor: TensorSpec) -> tuple[Buffer, Buffer]:
+        key = (tensor.shape_for(self._n_images), tensor.dtype)
+        if key not in self._pairs:
+            self._pairs[key] = (self._allocate(tensor), self._allocate(tensor))
+        return self._pairs[key]
+
+    def _allocate(self, tensor: TensorSpec) -> Buffer:
+        return self._backend.allocate(tensor.shape_for(self._n_images), tensor.dtype)

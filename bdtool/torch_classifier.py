@@ -1,0 +1,39 @@
+"""A MODEL run by PyTorch: the oracle that engines are compared with."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from bdtool.models.model import BlockDropModel
+from bdtool.models.parts import network_spec
+from bdtool.runtime.orchestrator import RunResult
+from bdtool.runtime.preprocess import Preprocessor
+
+
+class TorchClassifier:
+    """The masked forward pass of a model on the CPU, behind the same `run` as an `Orchestrator`."""
+
+    def __init__(self, model: BlockDropModel) -> None:
+        self.network = network_spec(model)
+        self._model = model.eval()
+        self._preprocess = Preprocessor(self.network.preprocessing)
+
+    def run(self, images: np.ndarray, policy: np.ndarray | None = None) -> RunResult:
+        """Classify images (as `Orchestrator.run` takes them) with keep bits [N, K]; None asks the policy network."""
+        inputs = torch.from_numpy(self._preprocess(images))
+        with torch.inference_mode():
+            if policy is None and self._model.policy is None:
+                keep = torch.ones(len(images), self.network.n_blocks, dtype=torch.bool)
+            elif policy is None:
+                keep = self._model.keep_probability(inputs) >= self.network.threshold
+            else:
+                keep = torch.from_numpy(policy)
+            logits = self._model(inputs, keep)
+        return RunResult(logits=logits.numpy(), policy=keep.numpy())
+
+    def keep_probability(self, images: np.ndarray) -> np.ndarray:
+        """Return P(keep), float32 [N, K]."""
+        with torch.inference_mode():
+            probability = self._model.keep_probability(torch.from_numpy(self._preprocess(images)))
+        return probability.numpy()
