@@ -6,7 +6,7 @@ TensorRT's HWC8). Images, keep probabilities and logits are always plain arrays,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -45,7 +45,7 @@ class Buffer(Protocol):
         """Return the content on the host. It may be a view: valid until the next write or engine call."""
 
     def first(self, n_rows: int) -> Buffer:
-        """Return a buffer for `n_rows` rows (images), of this buffer's memory where the backend can; content undefined."""
+        """Return a buffer for `n_rows` rows (images), in this buffer's memory where the backend can."""
 
     def gather(self, source: Buffer, rows: np.ndarray) -> None:
         """Copy these rows of `source`, int [n_rows], into this buffer, which has as many."""
@@ -109,5 +109,20 @@ class Backend(Protocol):
         """
 
     def load(self, part: PartSpec, data: bytes, *, layout: str) -> Engine: ...
+
+    def join(self, joined: PartSpec, pieces: Sequence[tuple[PartSpec, bytes]]) -> tuple[Engine, int]:
+        """Return an engine that runs these parts' engine files, all of one layout, in order; and its file's size.
+
+        Engines that one backend object joins share the memory of their weights where the library allows it.
+        """
+
+    def fuse(self, network: NetworkSpec, pieces: Mapping[str, bytes]) -> bytes:
+        """Return one engine file with an `If` for each block, of the engine files of the network's parts.
+
+        Its inputs and outputs are those of `export.fused.fused_spec`.
+
+        Raises:
+            EngineError: the backend has no conditionals.
+        """
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer: ...

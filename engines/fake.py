@@ -6,7 +6,8 @@ float32, so that results can be compared with `==`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -48,6 +49,13 @@ class FakeBackend:
     def load(self, part: PartSpec, data: bytes, *, layout: str) -> Engine:
         return FakeEngine(part, self)
 
+    def join(self, joined: PartSpec, pieces: Sequence[tuple[PartSpec, bytes]]) -> tuple[Engine, int]:
+        steps = [(part.kind, part.index or 0) for part, _ in pieces]
+        return FakeEngine(joined, self, steps=steps), len(json.dumps(steps))
+
+    def fuse(self, network: NetworkSpec, pieces: Mapping[str, bytes]) -> bytes:
+        raise EngineError("the fake backend has no conditionals; use the onnxruntime backend for strategy 'fused'")
+
     def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
         return _FakeBuffer(np.zeros(shape, dtype))
 
@@ -57,9 +65,10 @@ class FakeEngine:
 
     layout = PLAIN_LAYOUT
 
-    def __init__(self, part: PartSpec, backend: FakeBackend) -> None:
+    def __init__(self, part: PartSpec, backend: FakeBackend, steps: Sequence[tuple[str, int]] = ()) -> None:
         self._part = part
         self._backend = backend
+        self._steps = steps  # of a joined engine: the kind and index of each part
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -87,6 +96,8 @@ class FakeEngine:
     def _output(self, tensor: TensorSpec, v: np.ndarray, n_images: int) -> np.ndarray:
         part, shape = self._part, tensor.shape_for(n_images)
         values = v if part.kind == "full" else fake_value(part.kind, part.index or 0, v)
+        for kind, index in self._steps:
+            values = fake_value(kind, index, values)
         columns = np.broadcast_to(values.reshape(n_images, *[1] * (len(shape) - 1)), shape).astype(np.float32)
         if part.kind == "policy":
             return ((columns + np.arange(shape[1])) % 3 / 2).astype(np.float32)  # 0, 0.5 or 1

@@ -7,7 +7,7 @@ optimising, with activations in the provider's own layout (`engines.native_layou
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,12 @@ from engines.base import ENGINE_TOLERANCE, PLAIN_LAYOUT, Buffer, BuiltEngine, Ca
 from engines.layouts import block_size, pack, run_plain, unpack
 from engines.native_layout import add_guards, cut_guards
 from export.check import OnnxReference, compare, compare_outputs
+from export.compose import compose_parts
+from export.fused import fuse_parts
 from export.ort_threads import any_threads_options, default_threads, shared_threads_options
 
 _CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+_CACHE_LINE = 64  # bytes
 _FATAL_ONLY, _ORT_DEFAULT = 4, 2  # ONNX Runtime's log severities; its own default shows warnings
 
 
@@ -38,6 +41,7 @@ class OnnxRuntimeBackend:
         self.device = device
         self.threads = default_threads() if threads is None else threads
         self._options = shared_threads_options(self.threads)
+        self._weights: dict[str, ort.OrtValue] = {}  # of joined engines, by name: "block_03/weight"
         if device == "cpu":
             self._providers: list[Any] = [_CPU]
             self._options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # done at build
@@ -58,21 +62,48 @@ class OnnxRuntimeBackend:
         return BuiltEngine(data=data, layout=layout, error=error)
 
     def load(self, part: PartSpec, data: bytes, *, layout: str) -> Engine:
+        return self._open(part, data, self._options, layout)
+
+    def join(self, joined: PartSpec, pieces: Sequence[tuple[PartSpec, bytes]]) -> tuple[Engine, int]:
+        data = compose_parts(joined.name, pieces, check=False)  # of engines that were checked when they were built
+        options = self._sharing_options(data) if self.device == "cpu" else self._options
+        return self._open(joined, data, options, PLAIN_LAYOUT), len(data)
+
+    def fuse(self, network: NetworkSpec, pieces: Mapping[str, bytes]) -> bytes:
+        return fuse_parts(network, pieces, check=False)
+
+    def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
+        if self.device == "cpu":
+            return _HostBuffer(_aligned(np.zeros(shape, dtype)))
+        return _DeviceBuffer(shape, dtype, self.device)
+
+    def _open(self, part: PartSpec, data: bytes, options: ort.SessionOptions, layout: str) -> Engine:
         try:
-            session = ort.InferenceSession(data, self._options, providers=self._providers)
+            session = ort.InferenceSession(data, options, providers=self._providers)
         except Exception as exc:  # onnxruntime raises classes of its own for each status
             raise EngineError(
                 f"part {part.name!r}: ONNX Runtime cannot load its engine ({exc}); build it again"
             ) from exc
+        session._model_bytes = None  # kept for a second try with other providers, which we do not want
         wanted = _CPU if self.device == "cpu" else _CUDA
         if session.get_providers()[0] != wanted:
             raise BackendError(f"part {part.name!r}: asked for {wanted}, ONNX Runtime chose {session.get_providers()}")
-        return OnnxRuntimeEngine(part, session, layout)
+        return OnnxRuntimeEngine(part, session, layout, options)
 
-    def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
-        if self.device == "cpu":
-            return _HostBuffer(np.zeros(shape, dtype))
-        return _DeviceBuffer(shape, dtype, self.device)
+    def _sharing_options(self, data: bytes) -> ort.SessionOptions:
+        """Return options for an optimised model whose weights lie in memory that other joined engines use, too.
+
+        Only without graph optimisations: the optimiser would bake some of the weights in.
+        """
+        options = shared_threads_options(self.threads)
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        for weight in onnx.ModelProto.FromString(data).graph.initializer:
+            if weight.name not in self._weights:
+                # the value shares the array's memory and keeps it alive, as the options and the backend keep the value
+                array = _aligned(numpy_helper.to_array(weight))
+                self._weights[weight.name] = ort.OrtValue.ortvalue_from_numpy(array)
+            options.add_initializer(weight.name, self._weights[weight.name])
+        return options
 
     def _check(self, part: PartSpec, model: bytes, data: bytes, layout: str) -> float:
         """Compare the engine with its ONNX part; return the worst error."""
@@ -95,8 +126,9 @@ class OnnxRuntimeBackend:
 class OnnxRuntimeEngine:
     """One part in an ONNX Runtime session."""
 
-    def __init__(self, part: PartSpec, session: ort.InferenceSession, layout: str) -> None:
+    def __init__(self, part: PartSpec, session: ort.InferenceSession, layout: str, options: ort.SessionOptions) -> None:
         self._part = part
+        self._options = options  # hold the shared weights, which ONNX Runtime does not own
         self._session = session
         self._names = [tensor.name for tensor in part.outputs]
         self.layout = layout
@@ -185,6 +217,15 @@ class _DeviceBuffer:
         values = self.read().copy()
         values[rows] = source.read()
         self.write(values)
+
+
+def _aligned(values: np.ndarray) -> np.ndarray:
+    """Return a copy that starts on a cache line, as AVX-512 kernels like their operands; numpy does not see to it."""
+    memory = np.empty(values.nbytes + _CACHE_LINE, np.uint8)
+    start = -memory.ctypes.data % _CACHE_LINE
+    array = memory[start : start + values.nbytes].view(values.dtype).reshape(values.shape)
+    array[...] = values
+    return array
 
 
 def _ort_value(buffer: Buffer) -> ort.OrtValue:

@@ -10,16 +10,17 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 from bdtool.errors import BundleError, EngineError
-from bdtool.specs import PartSpec
+from bdtool.specs import NetworkSpec, PartSpec
 from engines.base import PLAIN_LAYOUT, Backend, BackendIdentity, BuiltEngine, Engine, LayoutError
 from export.bundle import Bundle
 from export.files import sha256_of_bytes, sha256_of_files, write_bytes, write_json
+from export.fused import fused_spec
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,36 @@ class PartStatus:
         return self.status == "cached"
 
 
+class EngineSet(Mapping[str, Engine]):
+    """Loaded engines by part name, which can be joined into larger ones."""
+
+    def __init__(self, engines: Mapping[str, Engine], *, backend: Backend, files: Mapping[str, bytes]) -> None:
+        self._engines = engines
+        self._backend = backend
+        self._files = files  # empty where nothing will be joined: they are as large as the engines
+
+    def __getitem__(self, name: str) -> Engine:
+        return self._engines[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._engines)
+
+    def __len__(self) -> int:
+        return len(self._engines)
+
+    def join(self, joined: PartSpec, parts: Sequence[PartSpec]) -> tuple[Engine, int]:
+        """Return one engine that runs `parts` in order, and the size of its file in bytes.
+
+        Args:
+            joined: describes the result; it reads images and writes logits.
+        """
+        return self._backend.join(joined, [(part, self._files[part.name]) for part in parts])
+
+    def fuse(self, network: NetworkSpec) -> Engine:
+        """Return one engine of the whole network, policy included, with an `If` for each block."""
+        return self._backend.load(fused_spec(network), self._backend.fuse(network, self._files), layout=PLAIN_LAYOUT)
+
+
 class EngineStore:
     """The engines of one bundle for one backend, target and precision, in `directory`."""
 
@@ -64,7 +95,7 @@ class EngineStore:
         bundle.require_precision(precision)
         self._bundle = bundle
         self.identity = identity
-        self._precision = precision
+        self.precision = precision
         name = f"{identity.name}-{identity.version}-{identity.target}-{precision}"
         self.directory = (directory or bundle.engines_path) / name
 
@@ -108,17 +139,23 @@ class EngineStore:
         layouts = {record.layout for record in records.values()}
         return records if len(layouts) <= 1 else {}
 
-    def load(self, backend: Backend, records: Mapping[str, EngineRecord]) -> dict[str, Engine]:
-        """Load the engines of `records`, as `find` gave them, by part name.
+    def load(self, backend: Backend, records: Mapping[str, EngineRecord], *, joinable: bool = False) -> EngineSet:
+        """Load the engines of `records`, as `find` gave them.
+
+        Args:
+            joinable: keep the engine files in memory, for `EngineSet.join`.
 
         Raises:
             EngineError: the backend cannot load one.
         """
-        network = self._bundle.network
-        return {
-            name: backend.load(network.part(name), (self.directory / record.file).read_bytes(), layout=record.layout)
-            for name, record in records.items()
-        }
+        engines: dict[str, Engine] = {}
+        files: dict[str, bytes] = {}
+        for name, record in records.items():
+            data = (self.directory / record.file).read_bytes()
+            engines[name] = backend.load(self._bundle.network.part(name), data, layout=record.layout)
+            if joinable:
+                files[name] = data
+        return EngineSet(engines, backend=backend, files=files)
 
     def _build_missing(
         self, backend: Backend, records: dict[str, EngineRecord], on_part: Callable[[PartStatus], None]
@@ -188,7 +225,7 @@ class EngineStore:
             "backend": self.identity.name,
             "backend_version": self.identity.version,
             "target": self.identity.target,
-            "precision": self._precision,
+            "precision": self.precision,
         }
 
     def _record_path(self, part: PartSpec) -> Path:

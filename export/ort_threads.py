@@ -1,4 +1,4 @@
-"""ONNX Runtime's threads, which belong to the process: every session of ours is made from the options given here.
+"""ONNX Runtime's threads and memory, which belong to the process: our sessions are made from the options given here.
 
 Sessions with their own thread pools fight for the cores: 54 block sessions with two threads each took 200 ms an image
 where one shared pool takes 5 ms. ONNX Runtime's shared ("global") pool is made once in a process and keeps its size,
@@ -7,6 +7,7 @@ and from then on every session of the process must use it.
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 
@@ -67,8 +68,17 @@ def _make_pool(n_threads: int) -> None:
     _pool_threads = n_threads
 
 
+@functools.cache
+def _share_arena() -> None:
+    """Make one CPU memory arena for all sessions: one each would hold on to the activations of its largest batch."""
+    memory = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
+    ort.create_and_register_allocator(memory, ort.OrtArenaCfg(0, -1, -1, -1))
+
+
 def _options(*, shared: bool) -> ort.SessionOptions:
+    _share_arena()
     options = ort.SessionOptions()
+    options.add_session_config_entry("session.use_env_allocators", "1")
     options.log_severity_level = _ERRORS_ONLY
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     if shared:

@@ -26,6 +26,10 @@ class Controller(Protocol):
         """Receive what block `k` wrote besides the activation, each [N, ...]; zeros where it was dropped."""
 
     @property
+    def mask(self) -> np.ndarray | None:
+        """The keep matrix bool [N, K] once `begin` returned, or None where the bits are found on the way."""
+
+    @property
     def matrix(self) -> np.ndarray:
         """The keep matrix of the batch, bool [N, K], once every block was asked."""
 
@@ -40,7 +44,7 @@ class MaskController:
     """
 
     def __init__(self, given: np.ndarray | None, *, threshold: float, run_policy: bool = False) -> None:
-        self._given = given
+        self.given = given
         self._threshold = threshold
         self._run_policy = run_policy or given is None
         self._matrix = np.empty((0, 0), dtype=bool)
@@ -48,7 +52,7 @@ class MaskController:
 
     def begin(self, n_images: int, probabilities: Callable[[], np.ndarray]) -> None:
         learned = self._learned(probabilities()) if self._run_policy else None
-        keep = learned if self._given is None else self._given
+        keep = learned if self.given is None else self.given
         assert keep is not None
         self._matrix = keep
         self._decisions = decisions_from_matrix(keep)
@@ -58,6 +62,10 @@ class MaskController:
 
     def observe(self, k: int, emitted: Mapping[str, np.ndarray]) -> None:
         """Nothing to learn: the bits are known."""
+
+    @property
+    def mask(self) -> np.ndarray | None:
+        return self._matrix
 
     @property
     def matrix(self) -> np.ndarray:

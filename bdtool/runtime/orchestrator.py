@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,9 +17,13 @@ import numpy.typing as npt
 
 from bdtool.errors import EngineError, PolicyError
 from bdtool.runtime.controllers import Controller, MaskController
+from bdtool.runtime.factory import DEFAULT_STRATEGY, make_strategy, parts_for
+from bdtool.runtime.masks import read_masks
+from bdtool.runtime.paths import PathOptions, PathStats, PathStrategy
 from bdtool.runtime.policies import PolicyRequest, keep_matrix_from, parse_policy
 from bdtool.runtime.preprocess import Preprocessor
-from bdtool.runtime.strategies import Strategy, WrapCall, strategy_class
+from bdtool.runtime.recommendation import AUTO, read_recommendation
+from bdtool.runtime.strategies import Strategy, WrapCall
 from bdtool.specs import NetworkSpec, PartSpec
 from engines.base import Backend, Engine
 from engines.registry import DEFAULT_BACKEND, DEFAULT_DEVICE, identify_backend, open_backend
@@ -35,6 +40,7 @@ class RunResult:
 
     logits: np.ndarray  # float32 [N, classes]
     policy: np.ndarray  # bool [N, K], True = kept
+    hits: np.ndarray | None = None  # bool [N], ran as one path engine; None for strategies without them
 
     @property
     def blocks_run(self) -> np.ndarray:
@@ -56,14 +62,22 @@ class Orchestrator:
     """
 
     def __init__(
-        self, network: NetworkSpec, backend: Backend, engines: dict[str, Engine], *, strategy: str, max_batch: int
+        self,
+        network: NetworkSpec,
+        backend: Backend,
+        engines: Mapping[str, Engine],
+        *,
+        strategy: str,
+        max_batch: int,
+        paths: PathOptions | None = None,
+        wrap: WrapCall = lambda part, call: call,
     ) -> None:
         self.network = network
         self.strategy_name = strategy
         self._backend = backend
         self._engines = engines
         self._max_batch = max_batch
-        self._strategy: Strategy | None = strategy_class(strategy)(network, backend, engines)
+        self._strategy: Strategy | None = make_strategy(strategy, network, backend, engines, wrap=wrap, paths=paths)
         self._preprocess = Preprocessor(network.preprocessing)
         self._parse = lru_cache(maxsize=64)(self._parse_text)
 
@@ -74,9 +88,10 @@ class Orchestrator:
         *,
         backend: str = DEFAULT_BACKEND,
         device: str = DEFAULT_DEVICE,
-        strategy: str = "chain",
+        strategy: str = DEFAULT_STRATEGY,
         threads: int | None = None,
         precision: str = "fp32",
+        paths: PathOptions | None = None,
     ) -> Orchestrator:
         """Open a bundle. Engines that it lacks for this machine are built first, as `bdtool build` does.
 
@@ -84,27 +99,39 @@ class Orchestrator:
             bundle: the bundle's directory, or an opened `Bundle`.
             backend: "onnxruntime" (or "fake", for tests).
             device: "cpu", or "cuda:N" where the backend has it; never exchanged for another in silence.
-            strategy: "chain" (one engine call for each kept block) or "full" (the whole ResNet as one engine).
+            strategy: "chain" (one engine call for each kept block), "path" (one engine for each frequent keep mask,
+                the chain for the others), "fused" (the whole network as one engine with an `If` for each block),
+                "full" (the whole ResNet as one engine) or "auto" (what `bdtool profile --strategy auto` recommended
+                for this target and number of threads).
             threads: CPU threads of one engine call; None takes the processors that are there, at most 4. More than
                 one come from a pool that ONNX Runtime makes once in a process.
+            paths: bounds of the path cache; None takes the defaults, with the masks that `bdtool build --paths` found.
 
         Raises:
-            BundleError: the bundle is damaged, incomplete or too new.
+            BundleError: the bundle is damaged, incomplete or too new, or has no recommendation for "auto".
             BackendError: backend, device or threads are not to be had here, or an engine does not build.
             UsageError: an unknown backend or strategy.
         """
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(Path(bundle))
-        parts = strategy_class(strategy).parts(opened.network)
+        if strategy != AUTO:
+            parts_for(strategy, opened.network)  # refuse an unknown one before the backend is opened
         identity = identify_backend(backend, device)
         library = open_backend(backend, device, threads=threads)
         with ExitStack() as stack:
             store = EngineStore(opened, identity, precision=precision)
+            if strategy == AUTO:
+                recorded = read_recommendation(store.directory, threads=library.threads, bundle=opened.path)
+                strategy = recorded.strategy
+            parts = parts_for(strategy, opened.network)
             records = store.find(parts)
             if len(records) < len(parts):
                 store = _build_missing(opened, store, library, precision, stack)
                 records = store.find(parts)
-            engines = store.load(library, records)
-        return cls(opened.network, library, engines, strategy=strategy, max_batch=opened.manifest.max_batch)
+            engines = store.load(library, records, joinable=strategy in ("path", "fused"))
+        if strategy == "path" and paths is None:
+            paths = PathOptions(ahead=read_masks(store.directory, opened.network.n_blocks))
+        max_batch = opened.manifest.max_batch
+        return cls(opened.network, library, engines, strategy=strategy, max_batch=max_batch, paths=paths)
 
     def run(self, images: np.ndarray, policy: PolicyLike = None) -> RunResult:
         """Classify a batch.
@@ -141,7 +168,26 @@ class Orchestrator:
                 f"the logits of image {first + bad[0]} are not finite ({len(bad)} of {len(logits)} images). "
                 "Check the input for NaN or huge values, and run `bdtool verify` on the bundle"
             )
-        return RunResult(logits=logits, policy=controller.matrix)
+        return RunResult(logits=logits, policy=controller.matrix, hits=strategy.hits)
+
+    def keep_probability(self, images: np.ndarray) -> np.ndarray:
+        """Return the policy network's P(keep), float32 [N, K], without running anything else.
+
+        Raises:
+            PolicyError: the bundle has no policy network.
+        """
+        part = self.network.find("policy")
+        if part is None:
+            raise PolicyError("the bundle has no policy network; give a POLICY")
+        pixels = self._preprocess(images)
+        slices = [pixels[i : i + self._max_batch] for i in range(0, len(pixels), self._max_batch)]
+        engine = self._engines[part.name]
+        return np.concatenate([engine.run({part.inputs[0].name: s})[part.outputs[0].name] for s in slices])
+
+    @property
+    def path_stats(self) -> PathStats | None:
+        """What the path cache has done; None for other strategies."""
+        return self._strategy.cache.stats if isinstance(self._strategy, PathStrategy) else None
 
     @property
     def threads(self) -> int:
@@ -152,16 +198,25 @@ class Orchestrator:
         """Return the loaded engine of a part (for verification and profiling)."""
         return self._engines[part.name]
 
-    def timed(self, wrap: WrapCall) -> Orchestrator:
-        """Return an orchestrator on the same engines whose every engine call goes through `wrap` (for profiling)."""
-        other = Orchestrator(
-            self.network, self._backend, self._engines, strategy=self.strategy_name, max_batch=self._max_batch
+    def timed(self, wrap: WrapCall, *, paths: PathOptions | None = None) -> Orchestrator:
+        """Return an orchestrator on the same engines whose every engine call goes through `wrap` (for profiling).
+
+        Its path cache is its own, of `paths`. Close it when done.
+        """
+        return Orchestrator(
+            self.network,
+            self._backend,
+            self._engines,
+            strategy=self.strategy_name,
+            max_batch=self._max_batch,
+            paths=paths,
+            wrap=wrap,
         )
-        other._strategy = strategy_class(self.strategy_name)(self.network, self._backend, self._engines, wrap=wrap)
-        return other
 
     def close(self) -> None:
-        """Let go of engines and buffers."""
+        """Let go of engines and buffers, and stop what runs in the background."""
+        if self._strategy is not None:
+            self._strategy.close()
         self._strategy = None
         self._engines = {}
 
@@ -184,6 +239,7 @@ class Orchestrator:
         return RunResult(
             logits=np.concatenate([result.logits for result in results]),
             policy=np.concatenate([result.policy for result in results]),
+            hits=None if results[0].hits is None else np.concatenate([r.hits for r in results if r.hits is not None]),
         )
 
     def _controller(self, keep: np.ndarray | None, run_policy: bool) -> Controller:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,13 +17,21 @@ from bdtool.specs import NetworkSpec, PartSpec, TensorSpec
 from engines.base import Backend, Buffer, Call, Engine
 
 MAX_LANES = 8  # batch sizes whose buffers are kept; a choice that bounds memory
+MAX_ROW_CALLS = 4096  # bindings of parts to some rows of a batch that are kept; each takes a few kB
 WrapCall = Callable[[PartSpec, Call], Call]  # lets a profiler time each engine call
 
 
 class Strategy(Protocol):
     """Runs batches: images float32 [N, 3, H, W] in, logits float32 [N, classes] out."""
 
+    @property
+    def hits(self) -> np.ndarray | None:
+        """Which images of the last batch ran as one specialised engine, bool [N]; None where there are none such."""
+
     def run(self, images: np.ndarray, controller: Controller) -> np.ndarray: ...
+
+    def close(self) -> None:
+        """Stop what runs in the background."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +47,20 @@ class _Step:
     emitted: Mapping[str, Buffer]
 
 
+@dataclass(frozen=True, kw_only=True)
+class _RowCall:
+    """A part bound to scratch memory for some number of rows."""
+
+    gathered: Buffer
+    call: Call
+    result: Buffer
+    emitted: Mapping[str, Buffer]
+
+
 class ChainStrategy:
     """One engine call for each kept block. Buffers are allocated and bound once for each batch size."""
+
+    hits: np.ndarray | None = None
 
     def __init__(
         self,
@@ -48,17 +70,19 @@ class ChainStrategy:
         *,
         wrap: WrapCall = lambda part, call: call,
     ) -> None:
-        self._make_lane: Callable[[int], _Lane] = lambda n_images: _Lane(network, backend, engines, n_images, wrap)
-        self._lanes: OrderedDict[int, _Lane] = OrderedDict()
+        self._make_lane: Callable[[int], Lane] = lambda n_images: Lane(network, backend, engines, n_images, wrap)
+        self._lanes: OrderedDict[int, Lane] = OrderedDict()
 
-    @staticmethod
-    def parts(network: NetworkSpec) -> list[PartSpec]:
-        return [part for part in network.parts if part.kind != "full"]
+    def close(self) -> None:
+        """Nothing runs in the background."""
 
     def run(self, images: np.ndarray, controller: Controller) -> np.ndarray:
-        return self._lane(len(images)).run(images, controller)
+        lane = self.lane(len(images))
+        lane.begin(images, controller)
+        return lane.finish(controller)
 
-    def _lane(self, n_images: int) -> _Lane:
+    def lane(self, n_images: int) -> Lane:
+        """Return what is bound for batches of that size."""
         lane = self._lanes.get(n_images)
         if lane is None:
             lane = self._lanes[n_images] = self._make_lane(n_images)
@@ -70,6 +94,8 @@ class ChainStrategy:
 
 class FullStrategy:
     """The baseline: the whole static ResNet as one engine. It runs every block and asks no controller."""
+
+    hits: np.ndarray | None = None
 
     def __init__(
         self,
@@ -85,9 +111,8 @@ class FullStrategy:
         self._wrap = wrap
         self._bound: OrderedDict[int, tuple[Buffer, Call, Buffer]] = OrderedDict()
 
-    @staticmethod
-    def parts(network: NetworkSpec) -> list[PartSpec]:
-        return [network.require("full")]
+    def close(self) -> None:
+        """Nothing runs in the background."""
 
     def run(self, images: np.ndarray, controller: Controller) -> np.ndarray:
         if len(images) not in self._bound:
@@ -112,13 +137,14 @@ def _no_policy() -> np.ndarray:
     raise UsageError("strategy 'full' runs every block and has no policy; open the bundle with strategy='chain'")
 
 
-STRATEGIES: dict[str, type[ChainStrategy] | type[FullStrategy]] = {"chain": ChainStrategy, "full": FullStrategy}
-
-
-def strategy_class(name: str) -> type[ChainStrategy] | type[FullStrategy]:
-    if name not in STRATEGIES:
-        raise UsageError(f"unknown strategy {name!r}; this version has {', '.join(STRATEGIES)}")
-    return STRATEGIES[name]
+def _fastest(action: Callable[[], object], *, n_runs: int = 3) -> float:
+    """Return the seconds that the fastest of some runs took."""
+    times = []
+    for _ in range(n_runs):
+        start = time.perf_counter()
+        action()
+        times.append(time.perf_counter() - start)
+    return min(times)
 
 
 def _plain_bool(keep: Decision) -> bool | np.ndarray:
@@ -130,7 +156,7 @@ def _plain_bool(keep: Decision) -> bool | np.ndarray:
     return np.asarray(keep) if np.any(keep) else False
 
 
-class _Lane:
+class Lane:
     """Everything bound for one batch size: two buffers for each activation shape, between which blocks ping-pong.
 
     An engine never reads and writes the same buffer, so each is bound twice: from buffer 0 to 1, and from 1 to 0.
@@ -144,19 +170,25 @@ class _Lane:
         self._engines = engines
         self._wrap = wrap
         self._pairs: dict[tuple[tuple[int, ...], str], tuple[Buffer, Buffer]] = {}
+        self._everyone: dict[tuple[int | str, ...], int] = {}
+        self._row_calls: dict[tuple[str, int], _RowCall] = {}
         self._scratches: dict[tuple[str, tuple[int, ...], str], Buffer] = {}
         stem, head = network.require("stem"), network.require("head")
-        self._image = self._allocate(stem.inputs[0])
-        self._logits = self._allocate(head.outputs[0])
+        self.image = self._allocate(stem.inputs[0])
+        self.logits = self._allocate(head.outputs[0])
         self._bind_policy(network)
-        self._stem = self._bind(stem, [self._image], [self._pair(stem.outputs[0])[0]])
+        self._stem = self._bind(stem, [self.image], [self._pair(stem.outputs[0])[0]])
         self._steps = [self._step(part, network.shortcut(k)) for k, part in enumerate(network.blocks)]
         first, second = self._pair(head.inputs[0])
-        self._head = (self._bind(head, [first], [self._logits]), self._bind(head, [second], [self._logits]))
+        self._head = (self._bind(head, [first], [self.logits]), self._bind(head, [second], [self.logits]))
 
-    def run(self, images: np.ndarray, controller: Controller) -> np.ndarray:
-        self._image.write(images)
+    def begin(self, images: np.ndarray, controller: Controller) -> None:
+        """Put the images into their buffer and let the controller look at them."""
+        self.image.write(images)
         controller.begin(self._n_images, self._probabilities)
+
+    def finish(self, controller: Controller) -> np.ndarray:
+        """Run stem, blocks and head on the images in the buffer; return the logits."""
         self._stem()
         side = 0  # which buffer holds the activation now
         for k, step in enumerate(self._steps):
@@ -173,7 +205,7 @@ class _Lane:
             else:
                 side = self._run_mixed(step, side, keep, controller)
         self._head[side]()
-        return self._logits.read().copy()
+        return self.logits.read().copy()
 
     def _run_mixed(self, step: _Step, side: int, keep: np.ndarray, controller: Controller) -> int:
         """Run a block on the images that keep it, its shortcut on the others; return where the activation is now.
@@ -181,6 +213,9 @@ class _Lane:
         Only rows that change are moved: where the block has no shortcut part, the dropped images stay where they are.
         """
         kept = np.flatnonzero(keep)
+        # everyone cannot be cheaper for half of the images or fewer, however quick the block: nothing to measure then
+        if 2 * len(kept) > self._n_images and len(kept) >= self._everyone_from(step, side):
+            return self._run_everyone(step, side, keep)
         in_place = step.shortcut_part is None
         before, after = step.inputs[side], step.inputs[side] if in_place else step.outputs[side]
         results = self._run_rows(step.part, before, after, kept)
@@ -191,14 +226,56 @@ class _Lane:
             controller.observe(step.part.index or 0, emitted)
         return side if in_place else side ^ 1
 
-    def _run_rows(self, part: PartSpec, before: Buffer, after: Buffer, rows: np.ndarray) -> dict[str, Buffer]:
-        """Run a part on some rows of `before`, put the results into the same rows of `after`; return what it emitted."""
-        gathered = self._scratch(part.inputs[0], "in").first(len(rows))
-        gathered.gather(before, rows)
-        results = {tensor.name: self._scratch(tensor, "out").first(len(rows)) for tensor in part.outputs}
-        self._wrap(part, self._engines[part.name].bind({part.inputs[0].name: gathered}, results))()
-        after.scatter(results.pop(part.outputs[0].name), rows)
-        return results
+    def _run_everyone(self, step: _Step, side: int, keep: np.ndarray) -> int:
+        """Run a block on all images and put back the few that drop it."""
+        step.block[side]()
+        dropped = np.flatnonzero(~keep)
+        moved = self._scratch(step.part.inputs[0], "in").first(len(dropped))
+        moved.gather(step.inputs[side], dropped)
+        step.outputs[side].scatter(moved, dropped)
+        return side ^ 1
+
+    def _everyone_from(self, step: _Step, side: int) -> int:
+        """Return how many images must keep a block for running everyone to be cheaper than gathering.
+
+        With t the time of the block and c the time of moving an activation, for one image: gathering n of N images
+        costs n (t + 2c), running everyone N t + 2c (N - n), so everyone wins from n / N = (t + 2c) / (t + 4c). Both
+        times are measured once for each activation shape. Blocks that change the shape or emit something gather.
+        """
+        part, n_images = step.part, self._n_images
+        if step.shortcut_part is not None or step.emitted:
+            return n_images
+        key = part.inputs[0].shape
+        if key not in self._everyone:
+            everyone = np.arange(n_images)
+            scratch = self._scratch(part.inputs[0], "in")
+            move_s = _fastest(lambda: scratch.gather(step.inputs[side], everyone))
+            run_s = _fastest(step.block[side])  # writes the buffer that is free now
+            self._everyone[key] = math.ceil(n_images * (run_s + 2 * move_s) / (run_s + 4 * move_s))
+        return self._everyone[key]
+
+    def _run_rows(self, part: PartSpec, before: Buffer, after: Buffer, rows: np.ndarray) -> Mapping[str, Buffer]:
+        """Run a part on some rows of `before`, results into the same rows of `after`; return what it emitted."""
+        bound = self._row_calls.get((part.name, len(rows)))
+        if bound is None:
+            bound = self._bind_rows(part, len(rows))
+        bound.gathered.gather(before, rows)
+        bound.call()
+        after.scatter(bound.result, rows)
+        return bound.emitted
+
+    def _bind_rows(self, part: PartSpec, n_rows: int) -> _RowCall:
+        """Bind a part to scratch memory of `n_rows` rows, and remember it: the same numbers come up again and again."""
+        gathered = self._scratch(part.inputs[0], "in").first(n_rows)
+        results = {tensor.name: self._scratch(tensor, "out").first(n_rows) for tensor in part.outputs}
+        call = self._wrap(part, self._engines[part.name].bind({part.inputs[0].name: gathered}, results))
+        first = part.outputs[0].name
+        emitted = {name: buffer for name, buffer in results.items() if name != first}
+        if len(self._row_calls) >= MAX_ROW_CALLS:
+            self._row_calls.clear()
+        bound = _RowCall(gathered=gathered, call=call, result=results[first], emitted=emitted)
+        self._row_calls[part.name, n_rows] = bound
+        return bound
 
     def _spread(self, values: np.ndarray, rows: np.ndarray) -> np.ndarray:
         spread = np.zeros((self._n_images, *values.shape[1:]), values.dtype)
@@ -224,7 +301,7 @@ class _Lane:
         self._policy: tuple[Call, Buffer] | None = None
         if part is not None:
             result = self._allocate(part.outputs[0])
-            self._policy = (self._bind(part, [self._image], [result]), result)
+            self._policy = (self._bind(part, [self.image], [result]), result)
 
     def _step(self, part: PartSpec, shortcut: PartSpec | None) -> _Step:
         inputs, outputs = self._pair(part.inputs[0]), self._pair(part.outputs[0])

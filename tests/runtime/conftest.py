@@ -9,6 +9,7 @@ import pytest
 from bdtool.runtime.orchestrator import Orchestrator
 from bdtool.specs import NetworkSpec, PartSpec, Preprocessing, TensorSpec
 from engines.fake import FakeBackend, fake_value
+from engines.store import EngineSet
 
 N_STAGES, BLOCKS_PER_STAGE = 3, 2
 CHANGES = (2, 4)  # blocks that change the shape, so that dropping them runs a shortcut
@@ -68,10 +69,12 @@ class Fake(NamedTuple):
 def fake() -> Callable[..., Fake]:
     """Return a function that opens the network on a fake backend of its own."""
 
-    def opened(*, emits=(), has_policy=True, strategy="chain", max_batch=4) -> Fake:
+    def opened(*, emits=(), has_policy=True, strategy="chain", max_batch=4, paths=None) -> Fake:
         backend, network = FakeBackend(), _network(tuple(emits), has_policy)
-        engines = {part.name: backend.load(part, b"", layout="NCHW") for part in network.parts}
-        runtime = Orchestrator(network, backend, engines, strategy=strategy, max_batch=max_batch)
+        files = {part.name: b"{}" for part in network.parts}
+        engines = {part.name: backend.load(part, files[part.name], layout="NCHW") for part in network.parts}
+        joinable = EngineSet(engines, backend=backend, files=files)
+        runtime = Orchestrator(network, backend, joinable, strategy=strategy, max_batch=max_batch, paths=paths)
         return Fake(backend, network, runtime)
 
     return opened

@@ -46,10 +46,10 @@ def test_learned_policy_runs_the_policy_network_first(fake, images_of):
 
 def test_only_the_images_that_keep_a_block_go_through_it(fake, images_of):
     opened = fake()
-    keep = np.stack([_bits("110111"), _bits("010111"), _bits("010011")])
+    keep = np.stack([_bits("110111"), _bits("010011"), _bits("010011")])
     opened.runtime.run(images_of([1, 2, 3]), policy=keep)
     assert opened.backend.calls == [
-        *[("stem", 3), ("block_00", 1), ("block_01", 3), ("shortcut_02", 3), ("block_03", 2), ("block_04", 3)],
+        *[("stem", 3), ("block_00", 1), ("block_01", 3), ("shortcut_02", 3), ("block_03", 1), ("block_04", 3)],
         *[("block_05", 3), ("head", 3)],
     ]
 
@@ -164,6 +164,8 @@ def test_full_takes_no_policy(fake, images_of, policy):
 class StopsWhenTold:
     """Like ACT (Graves 2016): an image runs on until the score its last block emitted is at least `limit`."""
 
+    mask = None  # the bits are found on the way
+
     def __init__(self, limit):
         self._limit = limit
         self.seen = []
@@ -273,7 +275,7 @@ def test_timed_orchestrator_sees_every_call_of_one_image(fake, images_of):
 
 
 def test_unknown_strategy_backend_and_device_are_wrong_usage(tiny):
-    with pytest.raises(UsageError, match="unknown strategy 'graph'; this version has chain, full"):
+    with pytest.raises(UsageError, match=r"unknown strategy 'graph'; this version has chain, .*full"):
         Orchestrator.open(tiny.bundle, strategy="graph")
     with pytest.raises(UsageError, match="unknown backend 'openvino'"):
         Orchestrator.open(tiny.bundle, backend="openvino")

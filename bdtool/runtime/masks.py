@@ -1,0 +1,80 @@
+"""The frequent keep masks of a bundle, counted on sample images and stored beside its engines."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from bdtool.errors import BundleError
+from export.files import write_json
+
+_FILE = "paths.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskCount:
+    """A keep mask as a string of K bits, and the share of the sample images that it was chosen for."""
+
+    mask: str
+    share: float
+
+
+def count_masks(keep: Iterable[np.ndarray]) -> list[MaskCount]:
+    """Return the masks of keep matrices bool [N, K], the most frequent first."""
+    counts = Counter("".join("1" if bit else "0" for bit in row) for matrix in keep for row in matrix)
+    total = counts.total()
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))  # equal counts: the same order on every run
+    return [MaskCount(mask=mask, share=count / total) for mask, count in ordered]
+
+
+def choose_masks(counts: list[MaskCount], *, n_paths: int | None, coverage: float | None) -> list[MaskCount]:
+    """Return the first `n_paths` masks, or the fewest that cover that share of the sample images."""
+    if n_paths is not None:
+        return counts[:n_paths]
+    assert coverage is not None
+    covered, chosen = 0.0, []
+    for count in counts:
+        if covered >= coverage - 1e-9:
+            break
+        chosen.append(count)
+        covered += count.share
+    return chosen
+
+
+def write_masks(directory: Path, masks: list[MaskCount], *, source: str, policy: str) -> None:
+    """Store the masks beside the engines, atomically.
+
+    Raises:
+        BundleError: the file cannot be written; an earlier one is whole.
+    """
+    rows = [{"mask": count.mask, "share": count.share} for count in masks]
+    try:
+        write_json(directory / _FILE, {"source": source, "policy": policy, "masks": rows})
+    except OSError as exc:
+        raise BundleError(
+            f"{directory / _FILE} cannot be written ({exc.strerror or exc}); make room and run `bdtool build` again"
+        ) from exc
+
+
+def read_masks(directory: Path, n_blocks: int) -> list[np.ndarray]:
+    """Return the stored masks, bool [K] each, the most frequent first; none where there is no file.
+
+    Raises:
+        BundleError: the file is damaged or does not fit the network.
+    """
+    path = directory / _FILE
+    try:
+        masks = [row["mask"] for row in json.loads(path.read_bytes())["masks"]]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, KeyError, TypeError) as exc:
+        raise BundleError(f"{path} cannot be read ({exc}); run `bdtool build --paths` again") from exc
+    bad = [mask for mask in masks if not isinstance(mask, str) or len(mask) != n_blocks or set(mask) - {"0", "1"}]
+    if bad:
+        raise BundleError(f"{path}: {bad[0]!r} is not a mask of {n_blocks} bits; run `bdtool build --paths` again")
+    return [np.array([bit == "1" for bit in mask]) for mask in masks]

@@ -1,0 +1,294 @@
+"""One specialised engine for each frequent keep mask: the kept parts joined, so that an image takes two engine calls.
+
+Images concentrate on few masks (the authors: 469 among 10,000 CIFAR-10 images, 10 on ImageNet). A path engine is
+joined from the engines of its parts, in milliseconds, so nothing but the list of masks is stored on disk and every
+weight is stored once. A mask that has no engine yet runs through the chain, and gives the same logits.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
+
+import numpy as np
+
+from bdtool.errors import BdtoolError, UsageError
+from bdtool.runtime.controllers import Controller, MaskController
+from bdtool.runtime.strategies import ChainStrategy, Lane, WrapCall
+from bdtool.specs import NetworkSpec, PartSpec
+from engines.base import Backend, Call, Engine
+from engines.store import EngineSet
+
+logger = logging.getLogger(__name__)
+
+BUILD_AFTER = 2  # times that a mask is seen before its engine is joined: a mask seen once may never come again
+# Memory that an engine takes at most, over the size of its file. Engines share their weights, so 300 paths of a
+# ResNet-110 took 0.7 MB each, a third of their files (`benchmarks/paths.py`).
+MEMORY_PER_FILE_BYTE = 1
+_MAX_COUNTED = 4096  # masks whose sightings are counted
+_MAX_WAITING = 8  # engines that wait to be joined in the background
+
+
+@dataclass(frozen=True, kw_only=True)
+class PathOptions:
+    """What the path cache holds.
+
+    Attributes:
+        max_paths: engines kept; the least recently used one goes first.
+        max_bytes: memory of all engines kept, estimated as `MEMORY_PER_FILE_BYTE` times their files.
+        ahead: masks, bool [K] each, joined when the bundle is opened; the first are the most frequent.
+        background: join engines of masks that come up while running, in a thread of its own.
+    """
+
+    max_paths: int = 64
+    max_bytes: int = 256 * 2**20
+    ahead: Sequence[np.ndarray] = ()
+    background: bool = True
+
+    def __post_init__(self) -> None:
+        if self.max_paths < 1 or self.max_bytes < 1:
+            raise ValueError(f"max_paths and max_bytes must be at least 1; got {self.max_paths} and {self.max_bytes}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PathStats:
+    """What the path cache has done since the bundle was opened."""
+
+    hits: int  # images that ran as one path engine
+    misses: int  # images that ran through the chain
+    n_paths: int  # engines held now
+    n_bytes: int  # of memory that they take, estimated
+    max_bytes: int
+    joined: int
+    dropped: int
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of images that hit, 0 to 1; NaN before the first."""
+        images = self.hits + self.misses
+        return self.hits / images if images else float("nan")
+
+
+@dataclass(kw_only=True)
+class _Path:
+    """A path engine, bound to the buffers of each lane it was used with; weakly, as the chain drops lanes."""
+
+    engine: Engine
+    n_bytes: int
+    calls: WeakKeyDictionary[Lane, Call] = field(default_factory=WeakKeyDictionary)
+
+
+class PathCache:
+    """Path engines by mask, at most as many as the options say; safe for one user and its background thread."""
+
+    def __init__(self, join: Callable[[np.ndarray], tuple[Engine, int]], options: PathOptions) -> None:
+        self._join = join
+        self._options = options
+        self._paths: OrderedDict[bytes, _Path] = OrderedDict()
+        self._seen: OrderedDict[bytes, float] = OrderedDict()  # images; -inf: its engine is not to be had
+        self._waiting: set[bytes] = set()
+        self._lock = threading.Lock()
+        self._n_bytes = self._hits = self._misses = self._joined = self._dropped = 0
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="bdtool-paths") if options.background else None
+        ahead = {mask.tobytes(): mask for mask in (np.asarray(mask, dtype=bool) for mask in options.ahead)}
+        for mask in list(ahead.values())[: options.max_paths]:
+            if not self._add(mask, evict=False):
+                break
+        self._paths = OrderedDict(reversed(self._paths.items()))  # the most frequent one is dropped last
+
+    def get(self, mask: np.ndarray, n_images: int = 1) -> _Path | None:
+        """Return the engine of a mask bool [K], or None; a mask seen often enough is then joined in the background."""
+        key = mask.tobytes()
+        with self._lock:
+            path = self._paths.get(key)
+            if path is not None:
+                self._paths.move_to_end(key)
+                self._hits += n_images
+                return path
+            self._misses += n_images
+            wanted = self._count(key, n_images)
+        if wanted and self._thread is not None:
+            self._thread.submit(self._add_in_background, mask.copy())
+        return None
+
+    @property
+    def stats(self) -> PathStats:
+        with self._lock:
+            return PathStats(
+                hits=self._hits,
+                misses=self._misses,
+                n_paths=len(self._paths),
+                n_bytes=self._n_bytes,
+                max_bytes=self._options.max_bytes,
+                joined=self._joined,
+                dropped=self._dropped,
+            )
+
+    def settle(self) -> None:
+        """Wait until the background thread has nothing left to join."""
+        if self._thread is not None:
+            self._thread.submit(lambda: None).result()
+
+    def close(self) -> None:
+        """Stop joining; a join under way is finished."""
+        if self._thread is not None:
+            self._thread.shutdown(wait=True, cancel_futures=True)
+        with self._lock:
+            self._paths.clear()
+            self._n_bytes = 0
+
+    def _count(self, key: bytes, n_images: int) -> bool:
+        """Count a sighting; say whether the mask's engine should be joined now."""
+        self._seen[key] = self._seen.pop(key, 0) + n_images
+        if len(self._seen) > _MAX_COUNTED:
+            self._seen.popitem(last=False)
+        if self._seen[key] < BUILD_AFTER or key in self._waiting or len(self._waiting) >= _MAX_WAITING:
+            return False
+        self._waiting.add(key)
+        return True
+
+    def _add(self, mask: np.ndarray, *, evict: bool = True) -> bool:
+        """Join the engine of `mask` and keep it, dropping others where it does not fit; say whether it is kept."""
+        engine, n_bytes = self._join(mask)
+        with self._lock:
+            room = self._options.max_bytes - (0 if evict else self._n_bytes)
+            if n_bytes > room:
+                return False
+            self._paths[mask.tobytes()] = _Path(engine=engine, n_bytes=n_bytes)
+            self._n_bytes += n_bytes
+            self._joined += 1
+            while len(self._paths) > self._options.max_paths or self._n_bytes > self._options.max_bytes:
+                self._drop_oldest()
+        return True
+
+    def _drop_oldest(self) -> None:
+        key, dropped = self._paths.popitem(last=False)
+        self._seen.pop(key, None)  # it has to be seen often again, or more masks than fit would be joined without end
+        self._n_bytes -= dropped.n_bytes
+        self._dropped += 1
+
+    def _add_in_background(self, mask: np.ndarray) -> None:
+        kept = False
+        try:
+            kept = self._add(mask)
+        except BdtoolError as error:
+            logger.warning("a path engine could not be joined, its images run through the chain: %s", error)
+        except Exception:
+            logger.exception("a path engine could not be joined, its images run through the chain")
+        with self._lock:
+            self._waiting.discard(mask.tobytes())
+            if not kept:  # too large, or it failed: it would be so the next time
+                self._seen[mask.tobytes()] = -math.inf
+
+
+class PathStrategy:
+    """Two engine calls an image, policy and path, for masks that have a path engine; the chain for the others."""
+
+    def __init__(
+        self,
+        network: NetworkSpec,
+        backend: Backend,
+        engines: Mapping[str, Engine],
+        *,
+        wrap: WrapCall = lambda part, call: call,
+        options: PathOptions | None = None,
+    ) -> None:
+        if not isinstance(engines, EngineSet):
+            raise TypeError(f"strategy 'path' joins engines and needs an EngineSet, got {type(engines).__name__}")
+        self._network = network
+        self._engines = engines
+        self._wrap = wrap
+        self._chain = ChainStrategy(network, backend, engines, wrap=wrap)
+        self._part = path_spec(network)
+        self.cache = PathCache(self._join, options or PathOptions())
+        self.hits: np.ndarray | None = None
+
+    def run(self, images: np.ndarray, controller: Controller) -> np.ndarray:
+        lane = self._chain.lane(len(images))
+        lane.begin(images, controller)
+        mask = controller.mask
+        if mask is None:
+            raise UsageError(
+                "strategy 'path' needs every keep bit before block 0; this controller finds them on the way"
+            )
+        if len(mask) > 1 and (mask != mask[0]).any():
+            return self._run_groups(images, mask, controller)
+        path = self.cache.get(mask[0], len(mask))
+        self.hits = np.full(len(mask), path is not None)
+        if path is None:
+            return lane.finish(controller)
+        self._call(path, lane)()
+        return lane.logits.read().copy()
+
+    def close(self) -> None:
+        self.cache.close()
+
+    def _run_groups(self, images: np.ndarray, mask: np.ndarray, controller: Controller) -> np.ndarray:
+        """Run the images of each mask that has an engine together, and the others as one batch of the chain."""
+        groups, group_of = np.unique(mask, axis=0, return_inverse=True)
+        logits = np.empty((len(images), self._network.n_classes), dtype=np.float32)
+        hits = np.zeros(len(images), dtype=bool)
+        for index, bits in enumerate(groups):
+            rows = np.flatnonzero(group_of == index)
+            path = self.cache.get(bits, len(rows))
+            if path is not None:
+                hits[rows] = True
+                logits[rows] = self._run_once(path, images[rows])
+        if not hits.all():
+            rest = MaskController(mask[~hits], threshold=self._network.threshold)
+            logits[~hits] = self._chain.run(images[~hits], rest)
+        self.hits = hits
+        return logits
+
+    def _run_once(self, path: _Path, images: np.ndarray) -> np.ndarray:
+        """Run a path engine without bound buffers: groups have too many sizes to keep some for each."""
+        results: dict[str, np.ndarray] = {}
+        self._wrap(self._part, lambda: results.update(path.engine.run({self._part.inputs[0].name: images})))()
+        return results[self._part.outputs[0].name]
+
+    def _call(self, path: _Path, lane: Lane) -> Call:
+        call = path.calls.get(lane)
+        if call is None:
+            call = path.engine.bind({self._part.inputs[0].name: lane.image}, {self._part.outputs[0].name: lane.logits})
+            call = path.calls[lane] = self._wrap(self._part, call)
+        return call
+
+    def _join(self, mask: np.ndarray) -> tuple[Engine, int]:
+        engine, file_bytes = self._engines.join(self._part, parts_of_path(self._network, mask))
+        return engine, file_bytes * MEMORY_PER_FILE_BYTE
+
+
+def parts_of_path(network: NetworkSpec, mask: np.ndarray) -> list[PartSpec]:
+    """Return the parts that run for a keep mask bool [K]: stem, kept blocks and shortcuts of dropped ones, head."""
+    if mask.shape != (network.n_blocks,):
+        raise UsageError(
+            f"a mask of shape {list(mask.shape)} has no path; this network's masks have {network.n_blocks} bits"
+        )
+    parts = [network.require("stem")]
+    for k, block in enumerate(network.blocks):
+        shortcut = network.shortcut(k)
+        if mask[k]:
+            parts.append(block)
+        elif shortcut is not None:
+            parts.append(shortcut)
+    return [*parts, network.require("head")]
+
+
+def path_spec(network: NetworkSpec) -> PartSpec:
+    """Return the part that a joined path engine is: images in, logits out. Its FLOPs depend on the mask: 0 here."""
+    stem, head = network.require("stem"), network.require("head")
+    return PartSpec(
+        name="path",
+        kind="full",
+        reads=stem.reads,
+        writes=head.writes,
+        inputs=stem.inputs,
+        outputs=head.outputs,
+        flops=0,
+    )

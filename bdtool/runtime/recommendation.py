@@ -1,0 +1,92 @@
+"""Which strategy was measured to be the fastest here: recorded beside the engines that it was measured with.
+
+The directory of the engines names backend, version, target and precision; within it there is one entry for each number
+of threads, because the order of the strategies changes with them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from bdtool.errors import BundleError
+from bdtool.runtime.factory import STRATEGIES
+from export.files import write_json
+
+AUTO = "auto"
+CANDIDATES = tuple(name for name in STRATEGIES if name != "full")  # `full` takes no policy, so it is no answer
+FILE = "recommendation.json"
+_FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recommendation:
+    """The strategy with the lowest median, and the measurement that says so."""
+
+    strategy: str
+    threads: int
+    batch: int
+    policy: str
+    medians_ms: Mapping[str, float]  # of a request, all strategies of the run, `full` included
+    input_source: str
+    versions: Mapping[str, str]
+
+    def __post_init__(self) -> None:
+        if self.strategy not in CANDIDATES:
+            raise ValueError(f"strategy {self.strategy!r} is not one of {', '.join(CANDIDATES)}")
+        if type(self.threads) is not int or self.threads < 1:
+            raise ValueError(f"threads must be a whole number from 1; got {self.threads!r}")
+        if not all(isinstance(ms, int | float) and math.isfinite(ms) for ms in self.medians_ms.values()):
+            raise ValueError("medians_ms must be finite numbers")
+
+
+def choose_strategy(medians_ms: Mapping[str, float]) -> str:
+    """Return the candidate with the lowest median; of equal ones the first measured."""
+    return min((name for name in medians_ms if name in CANDIDATES), key=lambda name: medians_ms[name])
+
+
+def write_recommendation(directory: Path, recommendation: Recommendation) -> None:
+    """Record a recommendation in the engines' directory, in the place of an earlier one for as many threads.
+
+    The file is replaced atomically; a damaged one is replaced as a whole.
+    """
+    try:
+        entries = [entry for entry in _read(directory) if entry.threads != recommendation.threads]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        entries = []
+    entries = sorted([*entries, recommendation], key=lambda entry: entry.threads)
+    rows = [asdict(entry) for entry in entries]
+    write_json(directory / FILE, {"format_version": _FORMAT_VERSION, "recommendations": rows})
+
+
+def read_recommendation(directory: Path, *, threads: int, bundle: Path) -> Recommendation:
+    """Return what was recorded for that number of threads.
+
+    Raises:
+        BundleError: nothing was recorded for it, or the file is damaged.
+    """
+    remedy = f"Run `bdtool profile {bundle} --strategy auto --threads {threads}` (with the --data it will see)"
+    try:
+        entries = _read(directory)
+    except FileNotFoundError as exc:
+        raise BundleError(f"{bundle}: strategy 'auto' has no recommendation for {directory.name}. {remedy}") from exc
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as exc:
+        raise BundleError(f"{directory / FILE} cannot be read as a recommendation ({exc}). {remedy}") from exc
+    for entry in entries:
+        if entry.threads == threads:
+            return entry
+    known = ", ".join(str(entry.threads) for entry in entries) or "none"
+    raise BundleError(
+        f"{bundle}: strategy 'auto' has no recommendation for {threads} threads, only for {known}. {remedy}"
+    )
+
+
+def _read(directory: Path) -> list[Recommendation]:
+    data: Any = json.loads((directory / FILE).read_bytes())
+    if data["format_version"] != _FORMAT_VERSION:
+        raise ValueError(f"format_version is {data['format_version']!r}, this version reads {_FORMAT_VERSION}")
+    return [Recommendation(**row) for row in data["recommendations"]]

@@ -1,0 +1,157 @@
+"""The whole dynamic network as one ONNX model: policy included, an `If` for each block.
+
+For deployments that can hold only one file. It takes one image at a time, because an `If` has one condition:
+
+    image  float32 [1, 3, H, W]     preprocessed
+    force  uint8 [K], optional      0: the policy decides, 1: keep, 2: drop; zeros unless given
+    logits float32 [1, classes]
+    keep   bool [K]                 which blocks ran
+
+Without a policy network every block that is not forced off is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import compose, helper, numpy_helper
+
+from bdtool.specs import NetworkSpec, PartSpec, TensorSpec
+
+FORCE_KEEP, FORCE_DROP = 1, 2
+
+
+def fused_spec(network: NetworkSpec) -> PartSpec:
+    """Return the fused model as a part. Its FLOPs depend on the image and are 0 here."""
+    stem, head = network.require("stem"), network.require("head")
+    return PartSpec(
+        name="fused",
+        kind="full",
+        reads=("image", "force"),
+        writes=("logits", "keep"),
+        inputs=(_for_one(stem.inputs[0]), TensorSpec(name="force", shape=(network.n_blocks,), dtype="uint8")),
+        outputs=(_for_one(head.outputs[0]), TensorSpec(name="keep", shape=(network.n_blocks,), dtype="bool")),
+        flops=0,
+    )
+
+
+def fuse_parts(network: NetworkSpec, pieces: Mapping[str, bytes], *, check: bool = True) -> bytes:
+    """Return the fused model made of the ONNX models of the network's parts, all but `full`, by part name.
+
+    `check` runs ONNX's checker and shape inference over the result.
+    """
+    spec = fused_spec(network)
+    build = _Builder(network, pieces)
+    image, force = spec.inputs[0].name, spec.inputs[1].name
+    conditions = build.conditions(image, force, keep=spec.outputs[1].name)
+    x = build.inline(network.require("stem"), image)
+    for k, block in enumerate(network.blocks):
+        x = build.choose(conditions[k], block, network.shortcut(k), x)
+    build.inline(network.require("head"), x, output=spec.outputs[0].name)
+    model = build.model(spec)
+    if check:
+        onnx.checker.check_model(model, full_check=True)
+    fused: bytes = model.SerializeToString(deterministic=True)
+    return fused
+
+
+class _Builder:
+    """Collects the nodes and weights of the fused graph."""
+
+    def __init__(self, network: NetworkSpec, pieces: Mapping[str, bytes]) -> None:
+        self._network = network
+        self._pieces = pieces
+        self._nodes: list[onnx.NodeProto] = []
+        self._weights: list[onnx.TensorProto] = []
+        self._first = onnx.ModelProto.FromString(pieces[network.require("stem").name])
+
+    def conditions(self, image: str, force: str, *, keep: str) -> list[str]:
+        """Add what decides: the policy network, the threshold and `force`; return one condition for each block."""
+        n_blocks = self._network.n_blocks
+        policy = self._network.find("policy")
+        if policy is None:
+            self._constant("decided", np.ones(n_blocks, dtype=bool))
+        else:
+            probability = self.inline(policy, image)
+            self._constant("threshold", np.array(self._network.threshold, dtype=np.float32))
+            self._constant("flat", np.array([n_blocks], dtype=np.int64))
+            self._node("Reshape", [probability, "flat"], ["flat_probability"])
+            self._node("GreaterOrEqual", ["flat_probability", "threshold"], ["decided"])
+        self._constant("force_none", np.array(0, dtype=np.uint8))
+        self._constant("force_keep", np.array(FORCE_KEEP, dtype=np.uint8))
+        self._node("Equal", [force, "force_none"], ["is_free"])
+        self._node("Equal", [force, "force_keep"], ["is_kept"])
+        self._node("And", ["is_free", "decided"], ["is_chosen"])
+        self._node("Or", ["is_chosen", "is_kept"], [keep])  # ONNX Runtime has no Where for booleans
+        names = [f"keep_{k}" for k in range(n_blocks)]
+        self._constant("ones", np.ones(n_blocks, dtype=np.int64))
+        self._node("Split", [keep, "ones"], names, axis=0)
+        return names
+
+    def inline(self, part: PartSpec, source: str, *, output: str | None = None) -> str:
+        """Add a part's nodes to the graph; return the name of its output."""
+        nodes, weights, result = _renamed(part, self._pieces[part.name], source, output)
+        self._nodes += nodes
+        self._weights += weights
+        return result
+
+    def choose(self, condition: str, block: PartSpec, shortcut: PartSpec | None, x: str) -> str:
+        """Add an `If` that runs the block, or else its shortcut, or else passes `x` on; return the output's name."""
+        result = f"{block.name}/chosen"
+        kept = self._branch(block, x)
+        dropped = self._branch(shortcut, x) if shortcut is not None else _identity_branch(block, x)
+        self._node("If", [condition], [result], then_branch=kept, else_branch=dropped)
+        return result
+
+    def model(self, spec: PartSpec) -> onnx.ModelProto:
+        inputs = [_info(tensor) for tensor in spec.inputs]
+        outputs = [_info(tensor) for tensor in spec.outputs]
+        force = spec.inputs[1]
+        default = numpy_helper.from_array(np.zeros(force.shape_for(1), dtype=np.uint8), force.name)
+        graph = helper.make_graph(self._nodes, "fused", inputs, outputs, [*self._weights, default])
+        model = onnx.ModelProto()
+        model.CopyFrom(self._first)  # versions and opsets
+        model.graph.CopyFrom(graph)
+        return model
+
+    def _branch(self, part: PartSpec, x: str) -> onnx.GraphProto:
+        nodes, weights, result = _renamed(part, self._pieces[part.name], x, None)
+        return helper.make_graph(nodes, part.name, [], [_info(part.outputs[0], name=result)], weights)
+
+    def _node(self, op: str, inputs: Sequence[str], outputs: Sequence[str], **attributes: Any) -> None:
+        self._nodes.append(helper.make_node(op, inputs, outputs, name=f"{op}_{outputs[0]}", **attributes))
+
+    def _constant(self, name: str, values: np.ndarray) -> None:
+        self._weights.append(numpy_helper.from_array(values, name))
+
+
+def _renamed(
+    part: PartSpec, data: bytes, source: str, output: str | None
+) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto], str]:
+    """Return a part's nodes and weights under names of its own, reading `source`, and its output's name."""
+    piece = compose.add_prefix(onnx.ModelProto.FromString(data), prefix=f"{part.name}/").graph
+    result = output or piece.output[0].name
+    names = {piece.input[0].name: source, piece.output[0].name: result}
+    for node in piece.node:
+        for tensors in (node.input, node.output):
+            for i, tensor in enumerate(tensors):
+                tensors[i] = names.get(tensor, tensor)
+    return list(piece.node), list(piece.initializer), result
+
+
+def _identity_branch(block: PartSpec, x: str) -> onnx.GraphProto:
+    result = f"{block.name}/passed"
+    node = helper.make_node("Identity", [x], [result], name=result)
+    return helper.make_graph([node], f"{block.name}_dropped", [], [_info(block.outputs[0], name=result)])
+
+
+def _info(tensor: TensorSpec, *, name: str | None = None) -> onnx.ValueInfoProto:
+    kind = helper.np_dtype_to_tensor_dtype(np.dtype(tensor.dtype))
+    return helper.make_tensor_value_info(name or tensor.name, kind, tensor.shape_for(1))
+
+
+def _for_one(tensor: TensorSpec) -> TensorSpec:
+    return TensorSpec(name=tensor.name, shape=tensor.shape_for(1), dtype=tensor.dtype)

@@ -1,0 +1,106 @@
+"""Batches whose images keep different blocks: each part runs once, on the images that need it, in reused memory."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from bdtool.runtime.strategies import Lane
+
+K = 6
+MEASURED = Lane._everyone_from
+SHORTCUTS = {2, 4}  # blocks of the hand-made network that have a shortcut
+
+
+@pytest.fixture(scope="module", autouse=True, params=["gather", "everyone"])
+def cheaper(request):
+    """What the cost model finds cheaper where it has the choice: it would measure, and no two runs were the same."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Lane, "_everyone_from", lambda lane, step, side: _everyone_from(request.param, lane, step))
+        yield request.param
+
+
+def _everyone_from(cheaper, lane, step):
+    return 0 if cheaper == "everyone" and step.shortcut_part is None else lane._n_images
+
+
+def _expected_calls(keep, cheaper):
+    """Oracle: each block once on the images that keep it, or on all, then its shortcut once on the others."""
+    n_images = len(keep)
+    calls = [("stem", n_images)]
+    for k, n_kept in enumerate(keep.sum(axis=0).tolist()):
+        if n_kept:
+            with_everyone = cheaper == "everyone" and 2 * n_kept > n_images and k not in SHORTCUTS
+            calls.append((f"block_{k:02}", n_images if with_everyone else n_kept))
+        if n_kept < n_images and k in SHORTCUTS:
+            calls.append((f"shortcut_{k:02}", n_images - n_kept))
+    return [*calls, ("head", n_images)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(keep=hnp.arrays(bool, st.tuples(st.integers(1, 8), st.just(K))))
+def test_each_part_runs_once_on_the_images_that_need_it(fake, images_of, cheaper, keep):
+    opened = fake(max_batch=8)
+    opened.runtime.run(images_of(range(len(keep))), policy=keep)
+    assert opened.backend.calls == _expected_calls(keep, cheaper)
+
+
+@pytest.fixture(scope="module")
+def wide(fake, cheaper):
+    """One runtime for many batches, so that rows which an earlier one left in a buffer would be found."""
+    return fake(max_batch=64).runtime
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data(), n=st.sampled_from([*range(1, 9), 64]))
+def test_mixed_batches_equal_the_oracle(wide, images_of, fake_oracle, data, n):
+    keep = data.draw(hnp.arrays(bool, (n, K)))
+    values = [(7 * i + n) % 97 for i in range(n)]
+    logits = wide.run(images_of(values), policy=keep).logits[:, 0]
+    assert logits.tolist() == [fake_oracle(value, row) for value, row in zip(values, keep, strict=True)]
+
+
+@pytest.mark.parametrize("k", sorted(set(range(K)) - SHORTCUTS))
+@pytest.mark.parametrize("kept", [[0], [3], [1, 2], [0, 1, 3]])
+def test_rows_that_drop_a_block_without_shortcut_stay_as_they_were(wide, images_of, fake_oracle, k, kept):
+    keep = np.zeros((4, K), dtype=bool)
+    keep[kept, k] = True
+    logits = wide.run(images_of([11, 22, 33, 44]), policy=keep).logits[:, 0]
+    assert logits.tolist() == [fake_oracle(v, row) for v, row in zip([11, 22, 33, 44], keep, strict=True)]
+
+
+def test_memory_of_a_batch_size_is_allocated_once(fake, images_of, monkeypatch):
+    opened = fake(max_batch=8)
+    allocate, shapes = opened.backend.allocate, []
+    monkeypatch.setattr(opened.backend, "allocate", lambda *args: (shapes.append(args[0]), allocate(*args))[1])
+    rng = np.random.default_rng(0)
+    images = images_of(range(8))
+    for n_kept in (4, 7):  # every block is mixed, with the choice and without
+        opened.runtime.run(images, policy=np.arange(8)[:, None] < np.full(K, n_kept))
+    n_allocated = len(shapes)
+    for _ in range(200):
+        opened.runtime.run(images, policy=rng.random((8, K)) < rng.random())
+    assert 0 < len(shapes) == n_allocated
+
+
+def test_wrap_sees_the_calls_of_mixed_batches(fake, images_of, cheaper):
+    opened, seen = fake(), []
+
+    def wrap(part, call):
+        return lambda: (seen.append(part.name), call())
+
+    keep = np.random.default_rng(1).random((4, K)) < 0.5
+    opened.runtime.timed(wrap).run(images_of(range(4)), policy=keep)
+    assert seen == [name for name, _ in _expected_calls(keep, cheaper)]
+    assert seen == [name for name, _ in opened.backend.calls]
+
+
+def test_measured_cost_model_leaves_the_answers_right(fake, images_of, fake_oracle):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Lane, "_everyone_from", MEASURED)
+        runtime, rng = fake(max_batch=64).runtime, np.random.default_rng(2)
+        for kept in (0.3, 0.6, 0.9, 0.95):
+            keep = rng.random((64, K)) < kept
+            logits = runtime.run(images_of(range(64)), policy=keep).logits[:, 0]
+            assert logits.tolist() == [fake_oracle(value, row) for value, row in enumerate(keep)]
