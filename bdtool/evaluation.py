@@ -1,0 +1,145 @@
+"""Accuracy and cost on labelled images, through PyTorch (a MODEL) or through engines (a bundle)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from bdtool.data.batches import ImageSource
+from bdtool.errors import DataError, UsageError
+from bdtool.runtime.orchestrator import Orchestrator, RunResult
+from bdtool.runtime.policies import PolicyRequest, parse_policy
+from bdtool.specs import NetworkSpec
+from engines.registry import DEFAULT_BACKEND, DEFAULT_DEVICE
+
+
+class Classifier(Protocol):
+    """What can be evaluated: an `Orchestrator`, or a `TorchClassifier`."""
+
+    @property
+    def network(self) -> NetworkSpec: ...
+
+    def run(self, images: np.ndarray, policy: np.ndarray | None = None) -> RunResult: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """The figures of one evaluation. FLOPs are 2 x multiply-accumulates for one image (the paper's rule).
+
+    A learned policy's FLOPs hold the policy network; a given policy costs nothing to decide.
+    """
+
+    policy: str
+    n_images: int
+    accuracy: float  # share of images whose top-1 class is the label, 0 to 1
+    blocks_mean: float
+    blocks_std: float
+    flops_mean: float
+    flops_std: float
+    full_flops: int
+    unique_policies: int
+    input_source: str
+
+
+def evaluate(
+    classifier: Classifier,
+    data: ImageSource,
+    *,
+    policy: str | None = None,
+    batch_size: int = 64,
+    limit: int | None = None,
+    on_batch: Callable[[int], None] = lambda n_images: None,
+) -> Evaluation:
+    """Classify every image (or the first `limit`) and count.
+
+    Args:
+        policy: a POLICY; None is the policy network, or `all` where there is none.
+        on_batch: called after each batch with its number of images.
+
+    Raises:
+        DataError: the data set has no labels.
+        PolicyError: the policy does not fit the network.
+    """
+    if not data.has_labels:
+        raise DataError(f"{data.description} has no labels; evaluate needs them: an .npz with y, or one folder a class")
+    network = classifier.network
+    request = parse_policy(policy, n_blocks=network.n_blocks, has_policy_network=network.has_policy)
+    correct, kept = [], []
+    first = 0
+    for batch in data.batches(batch_size, limit=limit):
+        assert batch.labels is not None
+        result = classifier.run(batch.images, policy=keep_for(request, len(batch.images), first))
+        correct.append(result.classes == batch.labels)
+        kept.append(result.policy)
+        first += len(batch.images)
+        on_batch(len(batch.images))
+    return _figures(network, request, np.concatenate(correct), np.concatenate(kept), data.description)
+
+
+def keep_for(request: PolicyRequest, n_images: int, first: int) -> np.ndarray | None:
+    """Return the keep matrix of one batch, or None where the policy network decides."""
+    return None if request.is_learned else request.matrix(n_images, first=first)
+
+
+def _figures(
+    network: NetworkSpec, request: PolicyRequest, correct: np.ndarray, keep: np.ndarray, source: str
+) -> Evaluation:
+    blocks = keep.sum(axis=1)
+    flops = network.flops_per_image(keep, with_policy=request.is_learned)
+    return Evaluation(
+        policy=request.name,
+        n_images=len(correct),
+        accuracy=float(correct.mean()),
+        blocks_mean=float(blocks.mean()),
+        blocks_std=float(blocks.std()),
+        flops_mean=float(flops.mean()),
+        flops_std=float(flops.std()),
+        full_flops=network.full_flops,
+        unique_policies=len(np.unique(keep, axis=0)),
+        input_source=source,
+    )
+
+
+@contextmanager
+def open_classifier(
+    path: Path, *, backend: str, device: str, threads: int | None, precision: str
+) -> Iterator[Classifier]:
+    """Open a bundle directory through its engines, or a MODEL file through PyTorch on the CPU.
+
+    Raises:
+        UsageError: a MODEL was asked to run on something else than PyTorch's CPU in fp32.
+    """
+    if path.is_dir():
+        with Orchestrator.open(path, backend=backend, device=device, threads=threads, precision=precision) as runtime:
+            yield runtime
+        return
+    from bdtool.models.store import load_model
+    from bdtool.torch_classifier import TorchClassifier
+
+    wanted = {"--backend": (backend, DEFAULT_BACKEND), "--device": (device, DEFAULT_DEVICE)}
+    wanted |= {"--precision": (precision, "fp32")}
+    for option, (value, default) in wanted.items():
+        if value != default:
+            raise UsageError(
+                f"{path} is a MODEL, which runs in PyTorch on the CPU in fp32; {option} {value} needs a BUNDLE. "
+                "Make one: bdtool export"
+            )
+    with _torch_threads(threads):
+        yield TorchClassifier(load_model(path))
+
+
+@contextmanager
+def _torch_threads(n_threads: int | None) -> Iterator[None]:
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(n_threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

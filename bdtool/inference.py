@@ -1,0 +1,51 @@
+"""Image files in, labelled answers out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bdtool.data.images import fit_image, read_image
+from bdtool.evaluation import keep_for
+from bdtool.runtime.orchestrator import Orchestrator
+from bdtool.runtime.policies import parse_policy
+
+
+def classify_files(
+    runtime: Orchestrator, files: Sequence[Path], *, policy: str | None = None, resize: bool = False
+) -> list[dict[str, Any]]:
+    """Classify image files one by one; each answer has image, class, label, probability, blocks_run and policy.
+
+    `policy` in an answer is a string of K bits, 1 = kept; `probability` is the softmax of the label.
+
+    Raises:
+        DataError: a file is not an image, or does not have the network's input size (and `resize` is False).
+        PolicyError: the policy does not fit the network.
+    """
+    network = runtime.network
+    request = parse_policy(policy, n_blocks=network.n_blocks, has_policy_network=network.has_policy)
+    images = [fit_image(read_image(file), network.preprocessing, source=str(file), resize=resize) for file in files]
+    rows = []
+    for i, (file, image) in enumerate(zip(files, images, strict=True)):
+        result = runtime.run(image[None], policy=keep_for(request, 1, i))
+        winner = int(result.classes[0])
+        rows.append(
+            {
+                "image": str(file),
+                "class": winner,
+                "label": network.label(winner),
+                "probability": float(softmax(result.logits)[0, winner]),
+                "blocks_run": int(result.blocks_run[0]),
+                "policy": "".join("1" if bit else "0" for bit in result.policy[0]),
+            }
+        )
+    return rows
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Return the softmax over the last axis, float64."""
+    shifted = np.exp(logits.astype(np.float64) - logits.max(axis=-1, keepdims=True))
+    return np.asarray(shifted / shifted.sum(axis=-1, keepdims=True))

@@ -1,0 +1,140 @@
+"""Where a request's time goes. A pass of its own, because the clock reads around each engine call cost time."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from bdtool.profiling.workload import Workload, runner
+from bdtool.runtime.orchestrator import Orchestrator
+from bdtool.runtime.paths import PathOptions
+from bdtool.runtime.preprocess import Preprocessor
+from bdtool.specs import PartSpec
+from engines.base import Call
+
+PASS_NOTE = (
+    "means of a pass of its own, with clock reads around each engine call, which slow it a little; dispatch is what "
+    "no engine call and no preprocessing accounts for, the clock reads included"
+)
+_REQUESTS = 60  # of one image; fewer of larger batches
+_MIN_REQUESTS = 8
+# A path, a fused or a full engine is one call for all that it joins.
+_COMPONENTS = {"policy": "policy", "stem": "stem", "block": "blocks", "shortcut": "blocks", "head": "head"}
+_ONE_ENGINE = "one_engine"
+
+
+@dataclass(kw_only=True)
+class PartTime:
+    """Engine calls of one part over the measured requests."""
+
+    part: PartSpec
+    calls: int = 0
+    total_ms: float = 0.0
+
+
+@dataclass(kw_only=True)
+class InstrumentedPass:
+    """What the clocks showed."""
+
+    batch: int
+    times: dict[str, PartTime] = field(default_factory=dict)
+    total_ms: list[float] = field(default_factory=list)  # of each request
+    preprocess_ms: float = 0.0
+    keep: list[np.ndarray] = field(default_factory=list)
+
+    @property
+    def n_images(self) -> int:
+        return len(self.total_ms) * self.batch
+
+    def split(self) -> dict[str, Any]:
+        """Return mean milliseconds an image and shares of the whole; they add up to `total_ms` and to 1."""
+        spent = {"preprocess": self.preprocess_ms}
+        for entry in self.times.values():
+            if entry.calls:
+                component = _COMPONENTS.get(entry.part.kind, _ONE_ENGINE)
+                spent[component] = spent.get(component, 0.0) + entry.total_ms
+        whole = sum(self.total_ms)
+        spent["dispatch"] = whole - sum(spent.values())
+        per_image = np.array(self.total_ms) / self.batch
+        return {
+            "components": {
+                name: {"ms": value / self.n_images, "share": value / whole} for name, value in spent.items()
+            },
+            "total_ms": float(per_image.mean()),
+            "total_ms_iqr": [float(np.percentile(per_image, p)) for p in (25, 75)],
+            "n_images": self.n_images,
+        }
+
+    def parts(self) -> list[dict[str, Any]]:
+        """Return one row for each part that ran; see `measure_parts`."""
+        kept = np.concatenate(self.keep).mean(axis=0)
+        shares = {"block": kept, "shortcut": 1 - kept}
+        whole = sum(entry.total_ms for entry in self.times.values())
+        return [
+            {
+                "name": entry.part.name,
+                "kind": entry.part.kind,
+                "mean_ms": entry.total_ms / entry.calls,
+                "ms_per_image": entry.total_ms / self.n_images,
+                "calls": entry.calls / len(self.total_ms),
+                "usage": float(shares[entry.part.kind][entry.part.index or 0]) if entry.part.kind in shares else 1.0,
+                "share": entry.total_ms / whole,
+                "flops": entry.part.flops,
+            }
+            for entry in self.times.values()
+            if entry.calls
+        ]
+
+
+def run_instrumented(
+    name: str, runtime: Orchestrator, workload: Workload, *, batch: int = 1, paths: PathOptions | None = None
+) -> InstrumentedPass:
+    """Run some requests with a clock around preprocessing and around each engine call of a strategy.
+
+    Args:
+        paths: of a `path` strategy: the engines to join for this pass.
+    """
+    seen = InstrumentedPass(batch=batch)
+
+    def wrap(part: PartSpec, call: Call) -> Call:
+        entry = seen.times.setdefault(part.name, PartTime(part=part))
+
+        def timed() -> None:
+            start = time.perf_counter()
+            call()
+            entry.total_ms += (time.perf_counter() - start) * 1000
+            entry.calls += 1
+
+        return timed
+
+    preprocess = Preprocessor(runtime.network.preprocessing)
+    with runtime.timed(wrap, paths=paths) as other:
+        run = runner(name, other)
+        n_requests = max(_MIN_REQUESTS, _REQUESTS // batch)
+        for i in range(n_requests):  # binds and warms what the counted requests need
+            run(*workload.request(i, batch))
+        for entry in seen.times.values():
+            entry.calls, entry.total_ms = 0, 0.0
+        for i in range(n_requests):
+            images, keep = workload.request(i, batch)
+            start = time.perf_counter()
+            prepared = preprocess(images)  # here, so that it can be timed: preprocessed images pass through the runtime
+            middle = time.perf_counter()
+            result = run(prepared, keep)
+            seen.total_ms.append((time.perf_counter() - start) * 1000)
+            seen.preprocess_ms += (middle - start) * 1000
+            seen.keep.append(result.policy)
+    return seen
+
+
+def measure_parts(runtime: Orchestrator, workload: Workload, *, batch: int = 1) -> list[dict[str, Any]]:
+    """Time each engine call of a strategy, in a pass of its own: the clock reads would disturb the latency figures.
+
+    Returns one row for each part that ran: mean_ms of a call, ms_per_image over all images, calls of each request,
+    usage (share of images whose bits want it), share of all engine time, FLOPs of one image. In a batch of images with
+    different bits a call runs on those images that the strategy hands to it, so that mean_ms is not for one image.
+    """
+    return run_instrumented("", runtime, workload, batch=batch).parts()

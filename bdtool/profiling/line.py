@@ -1,0 +1,154 @@
+"""Latency against blocks run: a fixed cost, a cost for each block, and the break-even point with `full`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from bdtool.profiling.measure import Track, alternate, samples_of
+from bdtool.profiling.statistics import Samples
+from bdtool.profiling.workload import BASELINE, Settings, Workload, runner
+from bdtool.runtime.orchestrator import Orchestrator
+from bdtool.runtime.paths import PathOptions
+from bdtool.runtime.policies import parse_policy
+
+FROM_WORKLOAD = "the measured requests, whose images run different numbers of blocks"
+FROM_POINTS = "extra points: the same images with distribute:{counts}, in alternating rounds of their own"
+N_STEPS = 6
+_ROUND_IMAGES = 20
+_ROUNDS = 6  # of each point: a duration would be spent on the fastest of them
+_ROUNDS_OF_LARGE_BATCHES = 2
+_MIN_COUNTS = 3  # a line through two points always fits
+_MIN_REQUESTS = 3  # of a number of blocks, to have a median
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlocksLine:
+    """latency of a request = fixed_ms + per_block_ms x blocks run (mean over its images), and where it meets `full`.
+
+    `break_even_blocks` may lie beyond the blocks there are (always faster than `full`) or below 0 (never).
+    """
+
+    fixed_ms: float
+    per_block_ms: float
+    break_even_blocks: float | None  # None where another block costs nothing measurable
+    r_squared: float | None  # of the medians that the line goes through; None where they are all equal
+    n_counts: int  # different numbers of blocks
+    n_requests: int
+    points: str  # where they come from
+
+
+def fit_line(samples: Samples, full_ms: float, *, points: str = FROM_WORKLOAD) -> BlocksLine | None:
+    """Fit a line by least squares through the median latency of each number of blocks run.
+
+    Medians, weighted by how many requests they stand for: single slow requests must not tilt the line. Numbers of
+    blocks with fewer than three requests are left out, and so are requests of `path` that missed: those are the
+    chain's. None where fewer than three numbers of blocks are left.
+    """
+    hit = np.ones(len(samples.latency_ms), dtype=bool) if samples.hits is None else samples.hits == 1
+    latency, blocks = samples.latency_ms[hit], samples.blocks_run[hit]
+    counts, inverse, weights = np.unique(blocks, return_inverse=True, return_counts=True)
+    medians = np.array([np.median(latency[inverse == i]) for i in range(len(counts))])
+    enough = weights >= _MIN_REQUESTS
+    counts, medians, weights = counts[enough], medians[enough], weights[enough]
+    if len(counts) < _MIN_COUNTS:
+        return None
+    per_block_ms, fixed_ms = (float(value) for value in np.polyfit(counts, medians, 1, w=np.sqrt(weights)))
+    return BlocksLine(
+        fixed_ms=fixed_ms,
+        per_block_ms=per_block_ms,
+        break_even_blocks=(full_ms - fixed_ms) / per_block_ms if per_block_ms > 0 else None,
+        r_squared=_r_squared(medians, fixed_ms + per_block_ms * counts, weights),
+        n_counts=len(counts),
+        n_requests=int(weights.sum()),
+        points=points,
+    )
+
+
+def fit_lines(
+    runtimes: Mapping[str, Orchestrator],
+    samples: Mapping[str, Samples],
+    workload: Workload,
+    settings: Settings,
+    *,
+    on_round: Callable[[float], None] = lambda share_done: None,
+) -> dict[str, BlocksLine]:
+    """Return the line of each strategy, from its samples or, where those run equally many blocks, from extra points.
+
+    Args:
+        runtimes: `full` and the strategies; others (static baselines) are not fitted.
+    """
+    full_ms = samples[BASELINE].median_ms
+    lines = {name: fit_line(samples[name], full_ms) for name in runtimes if name != BASELINE}
+    missing = [name for name, line in lines.items() if line is None]
+    if missing:
+        wanted = {name: runtime for name, runtime in runtimes.items() if name == BASELINE or name in missing}
+        lines |= _lines_through_points(wanted, workload, settings, on_round)
+    return {name: line for name, line in lines.items() if line is not None}
+
+
+def _lines_through_points(
+    runtimes: Mapping[str, Orchestrator],
+    workload: Workload,
+    settings: Settings,
+    on_round: Callable[[float], None],
+) -> dict[str, BlocksLine | None]:
+    """Measure a few numbers of blocks and `full` in alternating rounds; with the policy network, as elsewhere."""
+    network = runtimes[BASELINE].network
+    counts = sorted({round(step) for step in np.linspace(0, network.n_blocks, N_STEPS).tolist()})
+    images = workload.images
+    keeps = [
+        parse_policy(f"distribute:{count}", n_blocks=network.n_blocks, has_policy_network=False).matrix(len(images))
+        for count in counts
+    ]
+    n_rounds = _ROUNDS if settings.batch <= _ROUND_IMAGES else _ROUNDS_OF_LARGE_BATCHES
+    text = FROM_POINTS.format(counts=",".join(map(str, counts)))
+    short = replace(settings, warmup_ms=settings.warmup_ms / len(counts))
+    others = {name: _with_masks(runtime, keeps) for name, runtime in runtimes.items() if name != BASELINE}
+    try:
+        full = Track(run=runner(BASELINE, runtimes[BASELINE]), requests=workload.requests(settings.batch))
+        tracks = {
+            f"{name} {count}": Track(
+                run=runner(name, runtime), requests=Workload(images=images, keep=keep).requests(settings.batch)
+            )
+            for name, runtime in others.items()
+            for count, keep in zip(counts, keeps, strict=True)
+        }
+        alternate({BASELINE: full, **tracks}, short, round_images=_ROUND_IMAGES, max_rounds=n_rounds, on_round=on_round)
+    finally:
+        for runtime in others.values():
+            runtime.close()
+    full_ms = float(np.median(full.latency_ms))
+    return {
+        name: fit_line(
+            _joined([samples_of(name, tracks[f"{name} {count}"], network, settings.batch) for count in counts]),
+            full_ms,
+            points=text,
+        )
+        for name in others
+    }
+
+
+def _with_masks(runtime: Orchestrator, keeps: list[np.ndarray]) -> Orchestrator:
+    """Return an orchestrator on the same engines; one of `path` has engines for these masks and joins no others."""
+    return runtime.timed(
+        lambda part, call: call, paths=PathOptions(ahead=[keep[0] for keep in keeps], background=False)
+    )
+
+
+def _joined(samples: list[Samples]) -> Samples:
+    hits = [sample.hits for sample in samples if sample.hits is not None]
+    return Samples(
+        latency_ms=np.concatenate([sample.latency_ms for sample in samples]),
+        blocks_run=np.concatenate([sample.blocks_run for sample in samples]),
+        flops=np.concatenate([sample.flops for sample in samples]),
+        batch=samples[0].batch,
+        hits=np.concatenate(hits) if hits else None,
+    )
+
+
+def _r_squared(values: np.ndarray, fitted: np.ndarray, weights: np.ndarray) -> float | None:
+    spread = float((weights * (values - np.average(values, weights=weights)) ** 2).sum())
+    return None if spread == 0 else 1 - float((weights * (values - fitted) ** 2).sum()) / spread

@@ -1,0 +1,144 @@
+"""Open the strategies to measure, `path` with its engines joined before the clock starts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from bdtool.errors import UsageError
+from bdtool.profiling.workload import BASELINE, Workload
+from bdtool.runtime.factory import parts_for
+from bdtool.runtime.masks import count_masks, read_masks
+from bdtool.runtime.orchestrator import Orchestrator
+from bdtool.runtime.paths import PathOptions
+from bdtool.runtime.recommendation import AUTO, CANDIDATES
+from bdtool.specs import NetworkSpec
+from engines.registry import identify_backend
+from engines.store import EngineStore
+from export.bundle import Bundle
+
+STORED = "stored by `bdtool build --paths`"
+COUNTED = "counted on the measured images before the clock started"
+_COUNT_BATCH = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where engines run."""
+
+    backend: str
+    device: str
+    threads: int | None
+    precision: str
+
+    def open(self, bundle: Bundle, strategy: str, *, paths: PathOptions | None = None) -> Orchestrator:
+        return Orchestrator.open(
+            bundle,
+            backend=self.backend,
+            device=self.device,
+            strategy=strategy,
+            threads=self.threads,
+            precision=self.precision,
+            paths=paths,
+        )
+
+    def store(self, bundle: Bundle) -> EngineStore:
+        return EngineStore(bundle, identify_backend(self.backend, self.device), precision=self.precision)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """Everything that takes turns: `full` first, the strategies, then another bundle's `full:<arch>`."""
+
+    runtimes: dict[str, Orchestrator]
+    paths: PathOptions | None  # of `path`, where it is among them
+    path_masks: str  # where its masks come from
+
+    @property
+    def of_bundle(self) -> dict[str, Orchestrator]:
+        """The runtimes of the bundle itself."""
+        return {name: runtime for name, runtime in self.runtimes.items() if ":" not in name}
+
+    def path_figures(self) -> dict[str, Any]:
+        """Return what the path cache holds; nothing without a `path` strategy."""
+        stats = self.runtimes["path"].path_stats if "path" in self.runtimes else None
+        if stats is None:
+            return {}
+        return {
+            "paths": stats.n_paths,
+            "path_bytes": stats.n_bytes,
+            "path_bytes_bound": stats.max_bytes,
+            "path_masks": self.path_masks,
+        }
+
+
+def strategy_names(asked: Sequence[str], network: NetworkSpec) -> list[str]:
+    """Return the strategies to measure, the baseline first; `auto` stands for all that take a policy.
+
+    Raises:
+        UsageError: no such strategy.
+    """
+    named = [name for word in asked for name in (CANDIDATES if word == AUTO else (word,))]
+    names = [BASELINE, *(name for name in dict.fromkeys(named) if name != BASELINE)]
+    for name in names:
+        parts_for(name, network)  # refuse an unknown one now, not after building engines
+    return names
+
+
+def open_all(
+    bundle: Bundle,
+    names: Sequence[str],
+    workload: Workload,
+    place: Place,
+    stack: ExitStack,
+    *,
+    baseline: Bundle | None = None,
+) -> Opened:
+    """Open the strategies, and `full` of another bundle under the name `full:<arch>`, until `stack` is closed.
+
+    The engines of `path` are joined here, and no others while the clock runs: a background thread would disturb the
+    other strategies, too.
+
+    Raises:
+        UsageError: the other bundle takes images of another size.
+        BackendError: engines cannot be built, or backend, device or threads are not to be had.
+    """
+    if baseline is not None:
+        _check_size(bundle, baseline)
+    paths, source = path_options(bundle, workload, place) if "path" in names else (None, "")
+    runtimes = {
+        name: stack.enter_context(place.open(bundle, name, paths=paths if name == "path" else None)) for name in names
+    }
+    if baseline is not None:
+        runtimes[f"{BASELINE}:{baseline.network.arch}"] = stack.enter_context(place.open(baseline, BASELINE))
+    return Opened(runtimes=runtimes, paths=paths, path_masks=source)
+
+
+def path_options(bundle: Bundle, workload: Workload, place: Place) -> tuple[PathOptions, str]:
+    """Return the masks to join ahead and where they come from: those stored with the engines, else the workload's."""
+    stored = read_masks(place.store(bundle).directory, bundle.network.n_blocks)
+    if stored:
+        return PathOptions(ahead=stored, background=False), STORED
+    keep = workload.keep if workload.keep is not None else learned_bits(bundle, workload.images, place)
+    masks = [np.array([bit == "1" for bit in count.mask]) for count in count_masks([keep])]
+    return PathOptions(ahead=masks, background=False), COUNTED
+
+
+def learned_bits(bundle: Bundle, images: np.ndarray, place: Place) -> np.ndarray:
+    """Return what the policy network keeps, bool [M, K]."""
+    with place.open(bundle, "chain") as runtime:
+        batches = [images[i : i + _COUNT_BATCH] for i in range(0, len(images), _COUNT_BATCH)]
+        return np.concatenate([runtime.run(batch).policy for batch in batches])
+
+
+def _check_size(bundle: Bundle, baseline: Bundle) -> None:
+    mine, other = bundle.network.preprocessing, baseline.network.preprocessing
+    if (mine.height, mine.width) != (other.height, other.width):
+        raise UsageError(
+            f"--baseline {baseline.path}: takes images of {other.height} x {other.width}, {bundle.path} of "
+            f"{mine.height} x {mine.width}. A baseline must run on the same images; give one of that size"
+        )

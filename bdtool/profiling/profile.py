@@ -1,0 +1,244 @@
+"""`bdtool profile`: a bundle's strategies against its `full` baseline."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from bdtool.data.batches import ImageSource
+from bdtool.evaluation import keep_for
+from bdtool.profiling.environment import describe_environment
+from bdtool.profiling.instrumented import PASS_NOTE, InstrumentedPass, run_instrumented
+from bdtool.profiling.line import BlocksLine, fit_lines
+from bdtool.profiling.measure import BASELINE, BOUNDARY, Settings, Workload, measure, stability_warnings
+from bdtool.profiling.opening import Opened, Place, open_all, strategy_names
+from bdtool.profiling.statistics import Samples
+from bdtool.runtime.orchestrator import Orchestrator
+from bdtool.runtime.policies import parse_policy
+from bdtool.runtime.recommendation import AUTO, CANDIDATES, Recommendation, choose_strategy, write_recommendation
+from engines.registry import identify_backend
+from export.bundle import Bundle
+
+MAX_IMAGES = 512  # how many different images are cycled through
+SWEEP = (1, 8, 32, 64)
+MEMORY_NOTE = "largest resident size of the process up to the end of the latency rounds, all strategies open together"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """One run's figures and everything that names them."""
+
+    bundle: str
+    arch: str
+    policy: str
+    policy_network: str
+    precision: str
+    settings: Settings
+    n_images: int
+    input_source: str
+    is_real_input: bool
+    samples: dict[str, Samples]
+    parts: list[dict[str, Any]]
+    warnings: list[str]
+    environment: dict[str, str | int | float]
+    splits: dict[str, dict[str, Any]] = field(default_factory=dict)
+    lines: dict[str, BlocksLine] = field(default_factory=dict)
+    sweep: dict[int, dict[str, Samples]] = field(default_factory=dict)  # by batch
+    paths: dict[str, Any] = field(default_factory=dict)  # what the path cache held
+    peak_memory_mib: float | None = None
+    recommendation: Recommendation | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        settings = self.settings
+        return {
+            "bundle": self.bundle,
+            "arch": self.arch,
+            "policy": self.policy,
+            "policy_network": self.policy_network,
+            "precision": self.precision,
+            "batch": settings.batch,
+            "warmup_ms": settings.warmup_ms,
+            "duration_s": settings.duration_s,
+            "boundary": BOUNDARY,
+            "n_images": self.n_images,
+            "input_source": self.input_source,
+            "is_real_input": self.is_real_input,
+            "strategies": _strategies_json(self.samples, settings, self.paths),
+            "split": {"pass": PASS_NOTE, "unit": "ms an image", "strategies": self.splits},
+            "latency_against_blocks": {name: asdict(line) for name, line in self.lines.items()},
+            "sweep": {str(batch): _strategies_json(found, settings, {}) for batch, found in self.sweep.items()},
+            "parts": self.parts,
+            "parts_pass": f"engine calls of chain at batch {settings.batch}; {PASS_NOTE}",
+            "peak_memory_mib": self.peak_memory_mib,
+            "peak_memory_boundary": MEMORY_NOTE,
+            "recommendation": None if self.recommendation is None else asdict(self.recommendation),
+            "warnings": self.warnings,
+            "environment": self.environment,
+        }
+
+
+def profile(
+    bundle: Bundle,
+    data: ImageSource,
+    *,
+    policy: str | None,
+    strategies: Sequence[str],
+    settings: Settings,
+    backend: str,
+    device: str,
+    threads: int | None,
+    precision: str = "fp32",
+    baseline: Bundle | None = None,
+    sweep: Sequence[int] = (),
+    on_progress: Callable[[float], None] = lambda share_done: None,
+) -> Profile:
+    """Measure `strategies` and the baseline `full` on the first images of `data`, in one run.
+
+    Args:
+        strategies: names; "auto" stands for all that take a policy, and records the fastest beside the engines.
+        baseline: another static ResNet, whose `full` engine takes turns under the name `full:<arch>`.
+        sweep: batch sizes whose throughput is measured as well.
+
+    Raises:
+        PolicyError: the policy does not fit the network.
+        UsageError: an unknown strategy or backend, or a baseline for images of another size.
+        BackendError: the engines cannot be built, or backend, device or threads are not to be had.
+    """
+    network = bundle.network
+    request = parse_policy(policy, n_blocks=network.n_blocks, has_policy_network=network.has_policy)
+    names = strategy_names(strategies, network)
+    images = data.take(MAX_IMAGES).images
+    workload = Workload(images=images, keep=keep_for(request, len(images), 0))
+    place = Place(backend=backend, device=device, threads=threads, precision=precision)
+    batches = [batch for batch in sweep if batch <= bundle.manifest.max_batch]
+    steps = _Steps(2 + len(batches), on_progress)
+    with ExitStack() as stack:
+        opened = open_all(bundle, names, workload, place, stack, baseline=baseline)
+        samples = measure(opened.runtimes, workload, settings, on_round=steps.share)
+        peak_memory_mib, paths = _peak_memory_mib(), opened.path_figures()
+        steps.next()
+        passes = _instrumented(opened, workload, settings)
+        lines = fit_lines(opened.of_bundle, samples, workload, settings, on_round=steps.share)
+        steps.next()
+        swept = _sweep(opened.runtimes, workload, settings, batches, steps)
+        n_threads = opened.runtimes[BASELINE].threads
+    version = identify_backend(backend, device).version
+    result = Profile(
+        bundle=bundle.path.name,
+        arch=network.arch,
+        policy=request.name,
+        policy_network=_policy_network(network.has_policy, request.is_learned),
+        precision=precision,
+        settings=settings,
+        n_images=len(images),
+        input_source=data.description,
+        is_real_input=data.is_real,
+        samples=samples,
+        parts=passes["chain"].parts() if "chain" in passes else [],
+        warnings=[
+            *_input_warnings(data, request.is_learned),
+            *stability_warnings(samples),
+            *_sweep_warnings(sweep, bundle.manifest.max_batch),
+        ],
+        environment=describe_environment(backend=backend, backend_version=version, device=device, threads=n_threads),
+        splits={name: one.split() for name, one in passes.items()},
+        lines=lines,
+        sweep=swept,
+        paths=paths,
+        peak_memory_mib=peak_memory_mib,
+    )
+    return _recommended(result, bundle, place) if AUTO in strategies else result
+
+
+class _Steps:
+    """Turns the progress of each step into that of the whole."""
+
+    def __init__(self, n_steps: int, on_progress: Callable[[float], None]) -> None:
+        self._n_steps, self._done, self._on_progress = n_steps, 0, on_progress
+
+    def share(self, share_done: float) -> None:
+        self._on_progress((self._done + share_done) / self._n_steps)
+
+    def next(self) -> None:
+        self._done += 1
+        self.share(0)
+
+
+def _instrumented(opened: Opened, workload: Workload, settings: Settings) -> dict[str, InstrumentedPass]:
+    return {
+        name: run_instrumented(
+            name, runtime, workload, batch=settings.batch, paths=opened.paths if name == "path" else None
+        )
+        for name, runtime in opened.of_bundle.items()
+    }
+
+
+def _sweep(
+    runtimes: dict[str, Orchestrator], workload: Workload, settings: Settings, batches: Sequence[int], steps: _Steps
+) -> dict[int, dict[str, Samples]]:
+    """Measure each batch size in alternating rounds of its own, sharing the duration between them."""
+    found = {}
+    for batch in batches:
+        short = replace(settings, batch=batch, duration_s=settings.duration_s / len(batches))
+        found[batch] = measure(runtimes, workload, short, on_round=steps.share)
+        steps.next()
+    return found
+
+
+def _strategies_json(samples: dict[str, Samples], settings: Settings, paths: dict[str, Any]) -> dict[str, Any]:
+    full = samples[BASELINE]
+    rows = {name: one.to_json(full, settings.percentiles) for name, one in samples.items()}
+    if "path" in rows:
+        rows["path"] |= {"hit_rate": samples["path"].hit_rate, **paths}
+    return rows
+
+
+def _recommended(result: Profile, bundle: Bundle, place: Place) -> Profile:
+    """Return the profile with a recommendation, which is recorded beside the engines where that can be written."""
+    medians = {name: samples.median_ms for name, samples in result.samples.items()}
+    environment = result.environment
+    recommendation = Recommendation(
+        strategy=choose_strategy(medians),
+        threads=int(environment["threads"]),
+        batch=result.settings.batch,
+        policy=result.policy,
+        medians_ms=medians,
+        input_source=result.input_source,
+        versions={key: str(environment[key]) for key in ("bdtool", "backend", "numpy", "python", "cpu")},
+    )
+    warnings = list(result.warnings)
+    if medians[recommendation.strategy] > medians[BASELINE]:
+        warnings.append(f"none of {', '.join(CANDIDATES)} is faster than `full` here; `auto` takes the fastest of them")
+    try:
+        write_recommendation(place.store(bundle).directory, recommendation)
+    except OSError as exc:
+        reason = exc.strerror or exc
+        warnings.append(f"the recommendation could not be recorded ({reason}); strategy 'auto' does not know it")
+    return replace(result, recommendation=recommendation, warnings=warnings)
+
+
+def _peak_memory_mib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # KiB on Linux
+
+
+def _policy_network(has_policy: bool, is_learned: bool) -> str:
+    if not has_policy:
+        return "none in this bundle"
+    return "decides" if is_learned else "runs on every image, its bits are replaced by the POLICY"
+
+
+def _input_warnings(data: ImageSource, is_learned: bool) -> list[str]:
+    if data.is_real:
+        return []
+    learned = "; what a policy network keeps on them means nothing" if is_learned else ""
+    return [f"the input is {data.description}{learned}. Give real ones with --data"]
+
+
+def _sweep_warnings(sweep: Sequence[int], max_batch: int) -> list[str]:
+    left_out = [str(batch) for batch in sweep if batch > max_batch]
+    if not left_out:
+        return []
+    return [f"batch {', '.join(left_out)} left out of the sweep: the bundle was exported with --max-batch {max_batch}"]

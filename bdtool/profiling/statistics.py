@@ -1,0 +1,98 @@
+"""Latency samples in, the figures of a report out. Names and units follow trtexec."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+UNSTABLE_ABOVE = 0.025  # trtexec warns above a coefficient of variation of 2.5 %
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """What one strategy was measured at: one row for each request of `batch` images."""
+
+    latency_ms: np.ndarray  # float64 [requests]
+    blocks_run: np.ndarray  # float64 [requests], mean over the request's images
+    flops: np.ndarray  # float64 [requests], mean over the request's images
+    batch: int
+    rounds: np.ndarray | None = None  # int [requests], the round that each ran in; None where there were none
+    hits: np.ndarray | None = None  # float64 [requests], share of images that ran as one path engine
+
+    @property
+    def median_ms(self) -> float:
+        return float(np.median(self.latency_ms))
+
+    @property
+    def hit_rate(self) -> float | None:
+        """Share of the measured images that ran as one path engine; None for strategies without them."""
+        return None if self.hits is None else float(self.hits.mean())
+
+    def summary(self, percentiles: Sequence[float]) -> dict[str, float]:
+        """Return min, mean, median, the percentiles (as "p99") and max, in milliseconds."""
+        latency = self.latency_ms
+        return {
+            "min": float(latency.min()),
+            "mean": float(latency.mean()),
+            "median": self.median_ms,
+            **{f"p{p:g}": float(np.percentile(latency, p)) for p in percentiles},
+            "max": float(latency.max()),
+        }
+
+    @property
+    def throughput_ips(self) -> float:
+        """Images per second when requests follow each other."""
+        return float(self.batch * 1000 / self.latency_ms.mean())
+
+    @property
+    def variation(self) -> float:
+        """Coefficient of variation of the latency of equal work: standard deviation over mean.
+
+        An image that keeps more blocks rightly takes longer, so the deviation is pooled over groups of requests that
+        ran equally many blocks. Where all requests run the same blocks this is trtexec's figure.
+        """
+        groups = [self.latency_ms[self.blocks_run == n] for n in np.unique(self.blocks_run)]
+        groups = [group for group in groups if len(group) > 1]
+        if not groups:
+            return float("nan")
+        squares = sum(float(((group - group.mean()) ** 2).sum()) for group in groups)
+        freedom = sum(len(group) - 1 for group in groups)
+        return float(np.sqrt(squares / freedom) / self.latency_ms.mean())
+
+    def round_medians(self) -> np.ndarray | None:
+        """Return the median latency of each round, float64 [rounds], in milliseconds."""
+        if self.rounds is None:
+            return None
+        return np.array([np.median(self.latency_ms[self.rounds == n]) for n in np.unique(self.rounds)])
+
+    def median_ms_iqr(self) -> list[float] | None:
+        """Return the lower and upper quartile of the rounds' medians, in milliseconds."""
+        medians = self.round_medians()
+        return None if medians is None else _quartiles(medians)
+
+    def ratio_iqr(self, full: Samples) -> list[float] | None:
+        """Return the lower and upper quartile over rounds of this median over that of `full` in the same round."""
+        mine, base = self.round_medians(), full.round_medians()
+        if mine is None or base is None or len(mine) != len(base):
+            return None
+        return _quartiles(mine / base)
+
+    def to_json(self, full: Samples, percentiles: Sequence[float]) -> dict[str, Any]:
+        return {
+            "latency_ms": self.summary(percentiles),
+            "median_ms_iqr": self.median_ms_iqr(),
+            "throughput_ips": self.throughput_ips,
+            "ratio_to_full": self.median_ms / full.median_ms,
+            "ratio_to_full_iqr": self.ratio_iqr(full),
+            "flops_ratio_to_full": float(self.flops.mean() / full.flops.mean()),
+            "blocks_mean": float(self.blocks_run.mean()),
+            "coefficient_of_variation": None if np.isnan(self.variation) else self.variation,
+            "n_requests": len(self.latency_ms),
+        }
+
+
+def _quartiles(values: np.ndarray) -> list[float]:
+    return [float(np.percentile(values, p)) for p in (25, 75)]

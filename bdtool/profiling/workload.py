@@ -1,0 +1,60 @@
+"""What is run under the clock: which images in which requests, for how long, and what the clock holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from bdtool.runtime.orchestrator import Orchestrator, RunResult
+
+BASELINE = "full"
+BOUNDARY = (
+    "uint8 images in host memory to logits in host memory: preprocessing, policy network, kept blocks, head; "
+    "reading and decoding files is outside"
+)
+Run = Callable[[np.ndarray, np.ndarray | None], RunResult]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How long and how wide to measure; names as in trtexec."""
+
+    batch: int = 1
+    warmup_ms: float = 200
+    duration_s: float = 3
+    percentiles: tuple[float, ...] = (90, 95, 99)
+
+    def __post_init__(self) -> None:
+        if self.batch < 1 or self.warmup_ms < 0 or not self.duration_s > 0:
+            raise ValueError(f"batch and duration must be positive and warmup_ms not negative; got {self}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """The images to run, uint8 [M, H, W, 3], and their keep bits [M, K] (None: the policy network decides)."""
+
+    images: np.ndarray
+    keep: np.ndarray | None
+
+    def request(self, index: int, batch: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """Return request number `index`: `batch` images, starting again from the first when the images run out."""
+        rows = np.arange(index * batch, (index + 1) * batch) % len(self.images)
+        return self.images[rows], None if self.keep is None else self.keep[rows]
+
+    def requests(self, batch: int) -> list[tuple[np.ndarray, np.ndarray | None]]:
+        """Return the requests that hold each image once, at least one."""
+        return [self.request(i, batch) for i in range(max(1, len(self.images) // batch))]
+
+
+def is_static(name: str) -> bool:
+    """Say whether what is measured under that name is a static ResNet: `full`, or `full:<arch>` of another bundle."""
+    return name == BASELINE or name.startswith(f"{BASELINE}:")
+
+
+def runner(name: str, runtime: Orchestrator) -> Run:
+    """Return what answers a request. Given bits still pay for the policy network, whose cost belongs to the answer."""
+    if is_static(name):
+        return lambda images, keep: runtime.run(images)
+    return lambda images, keep: runtime.run(images) if keep is None else runtime.run_with_policy_cost(images, keep)

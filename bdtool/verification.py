@@ -1,0 +1,229 @@
+"""The parity ladder of a bundle: each rung compares one form of the network with the one before it.
+
+    digests   every file is what the manifest says
+    onnx      each ONNX part against its PyTorch module, on the activations of real paths
+    engines   each engine against its ONNX part
+    policy    keep bits of the policy engine against PyTorch's
+    logits    the chain of engines against PyTorch's masked forward, on equal keep bits
+    top1      the class of each image, chain against PyTorch
+
+Policy flips and logits are separate rungs because one flipped bit makes any comparison of logits meaningless.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from bdtool.data.batches import ImageSource
+from bdtool.errors import BundleError, EngineError
+from bdtool.models.model import BlockDropModel
+from bdtool.models.parts import network_spec, part_modules
+from bdtool.models.store import load_model
+from bdtool.runtime.orchestrator import Orchestrator, RunResult
+from bdtool.runtime.policies import parse_policy
+from bdtool.runtime.preprocess import preprocess
+from bdtool.torch_classifier import TorchClassifier
+from engines.base import ENGINE_TOLERANCE, Engine
+from engines.layouts import run_plain
+from export.bundle import Bundle
+from export.check import TOLERANCES, Comparison, OnnxReference, compare_outputs
+from export.walk import Probe, walk
+
+LOGITS_TOLERANCE = 1e-4  # largest |difference| between the chain's logits and PyTorch's
+_N_PROBES = 4  # images on which single parts are compared
+_ORACLE_BATCH = 64  # images that PyTorch runs at a time: bounds its memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rung:
+    """One comparison: the worst figure found, the bound it must keep, and where it was found.
+
+    `worst` is an error for onnx, engines and logits; a count of damaged files for digests; the share of flipped bits
+    for policy and of changed classes for top1; infinity where an engine gave no finite answer at all. None: nothing to
+    compare (a bundle without policy network).
+    """
+
+    name: str
+    worst: float | None
+    bound: float
+    detail: str
+
+    @property
+    def ok(self) -> bool:
+        return self.worst is None or self.worst <= self.bound
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verification:
+    """The whole ladder."""
+
+    rungs: tuple[Rung, ...]
+    n_images: int
+    input_source: str
+
+    @property
+    def ok(self) -> bool:
+        return all(rung.ok for rung in self.rungs)
+
+    def to_json(self) -> dict[str, Any]:
+        rungs = {
+            r.name: {"ok": r.ok, "worst": _json_number(r.worst), "bound": r.bound, "detail": r.detail}
+            for r in self.rungs
+        }
+        return {"ok": self.ok, "n_images": self.n_images, "input_source": self.input_source, "rungs": rungs}
+
+
+def verify(
+    bundle: Bundle,
+    data: ImageSource,
+    *,
+    backend: str,
+    device: str,
+    threads: int | None = None,
+    limit: int = 256,
+    on_rung: Callable[[Rung], None] = lambda rung: None,
+) -> Verification:
+    """Climb the ladder with an opened bundle, whose digests were checked when it was opened.
+
+    Args:
+        data: images for the upper rungs; at most `limit` of them.
+
+    Raises:
+        CheckpointError: the bundle's weights cannot be loaded.
+        BundleError: the weights are not those of the manifest's network.
+        BackendError: the engines cannot be built or run.
+    """
+    model = _load_weights(bundle)
+    images = data.take(limit).images
+    rungs = []
+    with ExitStack() as stack:
+        engines = [
+            stack.enter_context(
+                Orchestrator.open(bundle, backend=backend, device=device, threads=threads, strategy=strategy)
+            )
+            for strategy in ("chain", "full")
+        ]
+        for rung in _climb(bundle, model, images, *engines):
+            rungs.append(rung)
+            on_rung(rung)
+    return Verification(rungs=tuple(rungs), n_images=len(images), input_source=data.description)
+
+
+def _json_number(worst: float | None) -> float | None:
+    """JSON has no infinity: `worst` is null and `ok` false."""
+    return worst if worst is not None and math.isfinite(worst) else None
+
+
+def _load_weights(bundle: Bundle) -> BlockDropModel:
+    model = load_model(bundle.weights_path)
+    if network_spec(model).parts != tuple(part for part in bundle.network.parts if part.kind != "full"):
+        raise BundleError(
+            f"{bundle.path}: its weights are those of a {model.spec.arch} whose parts are not those of the manifest, "
+            f"a {bundle.network.arch}. Export the model again"
+        )
+    return model
+
+
+def _climb(
+    bundle: Bundle, model: BlockDropModel, images: np.ndarray, chain: Orchestrator, full: Orchestrator
+) -> Iterator[Rung]:
+    yield Rung(name="digests", worst=0, bound=0, detail=f"{len(bundle.manifest.files) + 1} files as in the manifest")
+    pixels = preprocess(images[:_N_PROBES], bundle.network.preprocessing)
+    comparisons = [
+        _compare_part(bundle, probe, chain, full) for probe in walk(bundle.network, part_modules(model), pixels)
+    ]
+    yield _worst("onnx", [(onnx, name) for name, onnx, _ in comparisons])
+    yield _worst("engines", [(engine, name) for name, _, engine in comparisons])
+    oracle = TorchClassifier(model)
+    upper = {("policy",): _policy_rungs, ("logits", "top1"): _output_rungs}
+    for names, compared in upper.items():
+        try:
+            yield from compared(chain, oracle, images)
+        except EngineError as exc:  # a failed rung, not the end of the ladder
+            yield from (Rung(name=name, worst=math.inf, bound=0.0, detail=str(exc)) for name in names)
+
+
+def _compare_part(
+    bundle: Bundle, probe: Probe, chain: Orchestrator, full: Orchestrator
+) -> tuple[str, Comparison, Comparison]:
+    """Return the part's name, its ONNX against PyTorch, and its engine against its ONNX."""
+    part = probe.part
+    onnx = OnnxReference(bundle.part_path(part).read_bytes()).run(probe.feeds)
+    tolerance = TOLERANCES[bundle.manifest.files[part.name].precision]
+    engine = _compare_engine((full if part.kind == "full" else chain).engine(part), probe, onnx)
+    return part.name, compare_outputs(probe.expected, onnx, tolerance=tolerance), engine
+
+
+def _compare_engine(engine: Engine, probe: Probe, onnx: dict[str, np.ndarray]) -> Comparison:
+    try:
+        outputs = run_plain(engine, probe.part, probe.feeds)
+    except EngineError:  # the engine of another part, for instance, refuses the shapes
+        return Comparison(error=math.inf, tolerance=ENGINE_TOLERANCE)
+    return compare_outputs(onnx, outputs, tolerance=ENGINE_TOLERANCE)
+
+
+def _worst(name: str, comparisons: list[tuple[Comparison, str]]) -> Rung:
+    worst, where = max(comparisons, key=lambda row: row[0].error)
+    return Rung(name=name, worst=worst.error, bound=worst.tolerance, detail=f"{len(comparisons)} parts, worst {where}")
+
+
+def _policy_rungs(chain: Orchestrator, oracle: TorchClassifier, images: np.ndarray) -> list[Rung]:
+    """Compare keep bits; the policy engine runs alone, so that a damaged block cannot hide its answer."""
+    part = chain.network.find("policy")
+    if part is None:
+        return [Rung(name="policy", worst=None, bound=0.0, detail="the bundle has no policy network")]
+    probabilities, expected = [], []
+    for piece in _pieces(images):
+        feeds = {part.inputs[0].name: preprocess(piece, chain.network.preprocessing)}
+        probabilities.append(run_plain(chain.engine(part), part, feeds)[part.outputs[0].name])
+        expected.append(oracle.keep_probability(piece))
+    theirs = np.concatenate(expected)
+    differ = (np.concatenate(probabilities) >= chain.network.threshold) != (theirs >= oracle.network.threshold)
+    detail = f"{differ.sum()} of {differ.size} keep bits differ"
+    if differ.any():  # a probability at the threshold tips over with the last digit; one far from it does not
+        distance = np.abs(theirs - oracle.network.threshold)[differ].max()
+        detail += f", PyTorch's probability up to {distance:.1g} from the threshold"
+    return [Rung(name="policy", worst=float(differ.mean()), bound=0.0, detail=detail)]
+
+
+def _output_rungs(chain: Orchestrator, oracle: TorchClassifier, images: np.ndarray) -> list[Rung]:
+    """Compare logits and classes on equal keep bits: every block, half of them, and what the policy network chose."""
+    n_blocks = chain.network.n_blocks
+    policies = {"all": np.ones((len(images), n_blocks), dtype=bool)}
+    half = parse_policy(f"random:{n_blocks // 2}", n_blocks=n_blocks, has_policy_network=False)
+    policies[half.name] = half.matrix(len(images))
+    if chain.network.has_policy:
+        policies["learned"] = _run_oracle(oracle, images).policy
+    errors, changed = {}, 0
+    for name, keep in policies.items():
+        actual, expected = chain.run(images, policy=keep), _run_oracle(oracle, images, keep)
+        errors[name] = float(np.abs(actual.logits - expected.logits).max())
+        changed += int((actual.classes != expected.classes).sum())
+    where = max(errors, key=lambda name: errors[name])
+    n_answers = len(policies) * len(images)
+    logits = f"policies {', '.join(policies)}; worst {where}"
+    return [
+        Rung(name="logits", worst=errors[where], bound=LOGITS_TOLERANCE, detail=logits),
+        Rung(name="top1", worst=changed / n_answers, bound=0.0, detail=f"{changed} of {n_answers} classes differ"),
+    ]
+
+
+def _pieces(rows: np.ndarray) -> list[np.ndarray]:
+    return [rows[start : start + _ORACLE_BATCH] for start in range(0, len(rows), _ORACLE_BATCH)]
+
+
+def _run_oracle(oracle: TorchClassifier, images: np.ndarray, keep: np.ndarray | None = None) -> RunResult:
+    if keep is None:
+        results = [oracle.run(piece) for piece in _pieces(images)]
+    else:
+        results = [oracle.run(*pieces) for pieces in zip(_pieces(images), _pieces(keep), strict=True)]
+    return RunResult(
+        logits=np.concatenate([result.logits for result in results]),
+        policy=np.concatenate([result.policy for result in results]),
+    )

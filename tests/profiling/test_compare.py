@@ -1,0 +1,131 @@
+"""A regression is beyond the bound and beyond the spread; what makes profiles incomparable is listed."""
+
+import copy
+import json
+import math
+
+import pytest
+
+from bdtool.errors import UsageError
+from bdtool.profiling.compare import compare_profiles, read_profile
+
+
+def _row(median, ratio, *, width=0.01):
+    return {
+        "latency_ms": {"median": median, "p99": 2 * median},
+        "median_ms_iqr": [median * (1 - width), median * (1 + width)],
+        "ratio_to_full": ratio,
+        "ratio_to_full_iqr": [ratio * (1 - width), ratio * (1 + width)],
+        "blocks_mean": 3.0,
+        "throughput_ips": 1000 / median,
+    }
+
+
+def profile_json(median=4.0, full=10.0, *, width=0.01, **others):
+    strategies = {"full": _row(full, 1.0, width=width), "chain": _row(median, median / full, width=width)}
+    environment = {"cpu": "one", "threads": 1, "bdtool": "1"}
+    return {"strategies": strategies, "environment": environment, "batch": 1, "policy": "learned", **others}
+
+
+def _compare(a, b, bound=0.05):
+    return compare_profiles(a, b, max_slowdown=bound)
+
+
+def test_equal_profiles_have_no_regression():
+    result = _compare(profile_json(), profile_json())
+    assert result.ok
+    assert not result.differences
+    assert result.strategies["chain"]["median_ms"].relative == 0
+
+
+def test_slower_strategy_is_a_regression_of_both_figures():
+    result = _compare(profile_json(4), profile_json(4.4))
+    assert result.regressions == {"full": (), "chain": ("median_ms", "ratio_to_full")}
+    assert result.strategies["chain"]["median_ms"].relative == pytest.approx(0.1)
+    assert not result.ok
+
+
+def test_faster_is_no_regression():
+    assert _compare(profile_json(4), profile_json(1)).ok
+
+
+def test_bound_is_kept():
+    assert _compare(profile_json(4), profile_json(4.4), bound=0.11).ok
+    assert not _compare(profile_json(4), profile_json(4.4), bound=0).ok
+
+
+def test_slowdown_within_the_spread_is_no_regression():
+    # quartiles 4 to 4.4 and 3.96 to 4.84 overlap
+    assert _compare(profile_json(4, width=0.1), profile_json(4.4, width=0.1)).ok
+
+
+def test_without_a_spread_the_bound_decides():
+    a, b = profile_json(4), profile_json(4.4, width=0.5)
+    for figure in ("median_ms_iqr", "ratio_to_full_iqr"):
+        b["strategies"]["chain"][figure] = None
+    assert not _compare(a, b).ok
+
+
+def test_a_slower_machine_leaves_the_ratio():
+    result = _compare(profile_json(4, 10), profile_json(8, 20))
+    assert result.regressions == {"full": ("median_ms",), "chain": ("median_ms",)}
+
+
+def test_what_makes_figures_incomparable_is_told_from_versions():
+    other = profile_json(batch=8)
+    other["environment"] |= {"threads": 2, "bdtool": "2"}
+    result = _compare(profile_json(), other)
+    assert result.differences == {"batch": (1, 8), "threads": (1, 2), "bdtool": ("1", "2")}
+    assert result.incomparable == ("batch", "threads")
+    assert result.to_json()["comparable"] is False
+    other = profile_json()
+    other["environment"]["bdtool"] = "2"
+    assert _compare(profile_json(), other).to_json()["comparable"] is True
+
+
+def test_strategies_of_one_side_are_named():
+    b = profile_json()
+    b["strategies"]["path"] = b["strategies"].pop("chain")
+    result = _compare(profile_json(), b)
+    assert (result.only_in_a, result.only_in_b) == (("chain",), ("path",))
+    assert list(result.strategies) == ["full"]
+
+
+def test_missing_percentile_is_no_figure():
+    a = profile_json()
+    del a["strategies"]["chain"]["latency_ms"]["p99"]
+    change = _compare(a, profile_json()).strategies["chain"]["p99_ms"]
+    assert (change.a, change.relative) == (None, None)
+
+
+def _with(path, value):
+    data = copy.deepcopy(profile_json())
+    inner = data
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    return json.dumps(data)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "not JSON"),
+        ("\xff", "not JSON"),
+        ("[]", "it holds a list"),
+        ("{}", "no object 'strategies'"),
+        ('{"strategies": {}, "environment": {}}', "no strategies"),
+        (_with(["strategies", "chain"], 3), "strategy 'chain' has no positive number"),
+        (_with(["strategies", "chain", "latency_ms"], None), "latency_ms.median"),
+        (_with(["strategies", "chain", "ratio_to_full"], "0.5"), "ratio_to_full"),
+        (_with(["strategies", "chain", "ratio_to_full"], math.nan), "ratio_to_full"),
+        (_with(["strategies", "chain", "ratio_to_full"], 0), "ratio_to_full"),
+        (_with(["environment"], []), "no object 'environment'"),
+    ],
+)
+def test_foreign_files_are_refused_by_name(tmp_path, content, message):
+    (tmp_path / "a.json").write_text(content, encoding="latin-1")
+    with pytest.raises(UsageError, match=message) as caught:
+        read_profile(tmp_path / "a.json")
+    assert "a.json" in str(caught.value)
+    assert "bdtool profile --json" in str(caught.value)

@@ -1,0 +1,117 @@
+"""The line of latency against blocks run recovers what it was made from, and asks for more points where it has few."""
+
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from bdtool.profiling.line import FROM_WORKLOAD, fit_line, fit_lines
+from bdtool.profiling.measure import Settings, Workload, measure
+from bdtool.profiling.statistics import Samples
+from bdtool.runtime.orchestrator import RunResult
+from export.bundle import Bundle
+
+FIXED_MS, BLOCK_MS, FULL_MS = 2.0, 0.5, 5.0
+
+
+def _samples(blocks, latency):
+    blocks = np.array(blocks, dtype=np.float64)
+    return Samples(latency_ms=np.array(latency, dtype=np.float64), blocks_run=blocks, flops=blocks, batch=1)
+
+
+def _on_the_line(counts, n=3):
+    blocks = np.repeat(counts, n)
+    return _samples(blocks, FIXED_MS + BLOCK_MS * blocks)
+
+
+def test_points_on_a_line_give_the_line():
+    line = fit_line(_on_the_line([0, 4, 7, 9]), FULL_MS)
+    assert (line.fixed_ms, line.per_block_ms) == pytest.approx((FIXED_MS, BLOCK_MS))
+    assert line.break_even_blocks == pytest.approx((FULL_MS - FIXED_MS) / BLOCK_MS)
+    assert line.r_squared == pytest.approx(1)
+    assert (line.n_counts, line.n_requests, line.points) == (4, 12, FROM_WORKLOAD)
+
+
+def test_r_squared_is_of_the_medians():
+    # medians 0, 3, 0 at 0, 1, 2: the flat line through 1 explains nothing
+    line = fit_line(_samples(np.repeat([0, 1, 2], 3), [0, 0, 9, 3, 3, 3, 0, 0, 0]), 1)
+    assert (line.fixed_ms, line.per_block_ms, line.r_squared) == pytest.approx((1, 0, 0), abs=1e-12)
+
+
+def test_slow_requests_do_not_tilt_the_line():
+    samples = _on_the_line([0, 1, 2, 3], n=5)
+    samples.latency_ms[0] = 1000
+    assert fit_line(samples, FULL_MS).per_block_ms == pytest.approx(BLOCK_MS)
+
+
+def test_two_numbers_of_blocks_are_no_line():
+    assert fit_line(_on_the_line([3, 9]), FULL_MS) is None
+    assert fit_line(_on_the_line([3, 6, 9], n=2), FULL_MS) is None
+
+
+def test_missed_requests_of_path_are_left_out():
+    samples = _on_the_line([0, 4, 8], n=4)
+    hits = np.tile([1.0, 1.0, 1.0, 0.0], 3)
+    samples.latency_ms[3::4] = 100
+    assert fit_line(replace(samples, hits=hits), FULL_MS).n_requests == 9
+    assert fit_line(replace(samples, hits=hits), FULL_MS).r_squared == pytest.approx(1)
+
+
+def test_free_blocks_never_break_even():
+    assert fit_line(_samples(np.repeat([0, 1, 2], 3), np.repeat([3, 2, 1], 3)), 1).break_even_blocks is None
+
+
+class _Clocked:
+    """A runtime whose clock moves by a known time for each request."""
+
+    def __init__(self, network, clock, *, is_full):
+        self.network, self._clock, self._is_full, self.closed = network, clock, is_full, False
+
+    def run(self, images, policy=None):
+        keep = np.ones((len(images), self.network.n_blocks), dtype=bool) if policy is None else policy
+        self._clock[0] += (FULL_MS if self._is_full else FIXED_MS + BLOCK_MS * keep.sum(axis=1).mean()) / 1000
+        return RunResult(logits=np.zeros((len(images), 10)), policy=keep)
+
+    def run_with_policy_cost(self, images, policy):
+        return self.run(images, policy)
+
+    def timed(self, wrap, *, paths=None):
+        self.masks = [mask.tolist() for mask in paths.ahead]
+        return self
+
+    def close(self):
+        self.closed = True
+
+
+@pytest.fixture
+def clocked(tiny, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    network = Bundle.open(tiny.bundle).network
+    return {name: _Clocked(network, clock, is_full=name == "full") for name in ("full", "chain")}
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_fixed_policy_is_measured_at_extra_points(clocked, batch):
+    settings = Settings(batch=batch, warmup_ms=0, duration_s=1e-9)
+    workload = Workload(images=np.zeros((6, 32, 32, 3), np.uint8), keep=np.tile([True, False, True], (6, 1)))
+    lines = fit_lines(clocked, measure(clocked, workload, settings), workload, settings)
+    assert list(lines) == ["chain"]
+    line = lines["chain"]
+    assert (line.fixed_ms, line.per_block_ms, line.r_squared) == pytest.approx((FIXED_MS, BLOCK_MS, 1))
+    assert line.break_even_blocks == pytest.approx(6)
+    assert "extra points" in line.points
+    assert "distribute:0,1,2,3" in line.points
+    assert [sum(mask) for mask in clocked["chain"].masks] == [0, 1, 2, 3]  # a path strategy would join these
+    assert clocked["chain"].closed
+
+
+def test_a_workload_that_varies_needs_no_extra_points(clocked):
+    settings = Settings(warmup_ms=0, duration_s=1e-9)
+    keep = np.tril(np.ones((4, 3), dtype=bool), -1)
+    workload = Workload(images=np.zeros((4, 32, 32, 3), np.uint8), keep=keep)
+    lines = fit_lines(clocked, measure(clocked, workload, settings), workload, settings)
+    assert lines["chain"].points == FROM_WORKLOAD
+    assert lines["chain"].n_counts == 4
+    assert lines["chain"].per_block_ms == pytest.approx(BLOCK_MS)

@@ -1,0 +1,90 @@
+"""Figures of a profile against numpy and against values worked out by hand."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from bdtool.profiling.statistics import Samples
+
+
+def _samples(latency_ms, blocks_run=None, batch=1):
+    latency_ms = np.array(latency_ms, dtype=np.float64)
+    blocks = np.full(len(latency_ms), 3.0) if blocks_run is None else np.array(blocks_run, dtype=np.float64)
+    return Samples(latency_ms=latency_ms, blocks_run=blocks, flops=10 * blocks, batch=batch)
+
+
+def test_summary_of_one_to_hundred_is_known():
+    summary = _samples(np.arange(1, 101)).summary((50, 90, 99))
+    assert summary == pytest.approx(
+        {"min": 1, "mean": 50.5, "median": 50.5, "p50": 50.5, "p90": 90.1, "p99": 99.01, "max": 100}
+    )
+    assert list(summary) == ["min", "mean", "median", "p50", "p90", "p99", "max"]
+
+
+def test_summary_equals_numpy():
+    latency = np.random.default_rng(0).lognormal(size=999)
+    summary = _samples(latency).summary((12.5, 95))
+    assert summary["p12.5"] == np.percentile(latency, 12.5)
+    assert summary["p95"] == np.percentile(latency, 95)
+    assert (summary["mean"], summary["median"]) == (latency.mean(), np.median(latency))
+
+
+def test_throughput_counts_the_images_of_a_request():
+    assert _samples([2, 4, 6]).throughput_ips == 250
+    assert _samples([2, 4, 6], batch=8).throughput_ips == 2000
+
+
+def test_variation_of_equal_work_is_standard_deviation_over_mean():
+    latency = np.array([9.0, 10.0, 11.0, 10.5])
+    assert _samples(latency).variation == pytest.approx(latency.std(ddof=1) / latency.mean())
+
+
+def test_different_work_is_no_variation():
+    assert _samples([1, 1, 5, 5], [1, 1, 9, 9]).variation == 0
+
+
+def test_deviations_are_pooled_over_groups_of_equal_work():
+    # deviations -1, 1 about 5 and -2, 0, 2 about 10: squares 2 + 8, freedom 1 + 2; the mean of all is 8
+    assert _samples([4, 6, 8, 10, 12], [1, 1, 2, 2, 2]).variation == pytest.approx(math.sqrt(10 / 3) / 8)
+
+
+def test_single_requests_give_no_variation():
+    samples = _samples([1, 2, 3], [1, 2, 3])
+    assert math.isnan(samples.variation)
+    assert samples.to_json(samples, (90,))["coefficient_of_variation"] is None
+
+
+def test_ratios_are_to_the_baseline():
+    full = _samples([10, 10, 30], [6, 6, 6])
+    data = _samples([4, 5, 100], [3, 3, 3]).to_json(full, (90,))
+    assert (data["ratio_to_full"], data["flops_ratio_to_full"]) == (0.5, 0.5)
+    assert (data["blocks_mean"], data["n_requests"]) == (3, 3)
+    assert full.to_json(full, ())["ratio_to_full"] == 1
+
+
+def _rounds(latency_ms, rounds):
+    return replace(_samples(latency_ms), rounds=np.array(rounds))
+
+
+def test_spread_of_the_ratio_is_over_rounds():
+    full = _rounds([10, 10, 20, 20, 10, 10, 10, 10], [0, 0, 1, 1, 2, 2, 3, 3])
+    mine = _rounds([4, 6, 4, 6, 4, 6, 1, 15], [0, 0, 1, 1, 2, 2, 3, 3])
+    # medians 5, 5, 5, 8 over 10, 20, 10, 10: ratios 0.25, 0.5, 0.5, 0.8
+    assert mine.round_medians().tolist() == [5, 5, 5, 8]
+    assert mine.ratio_iqr(full) == pytest.approx([0.4375, 0.575])
+    assert mine.median_ms_iqr() == pytest.approx([5, 5.75])
+    data = mine.to_json(full, ())
+    assert data["ratio_to_full_iqr"] == mine.ratio_iqr(full)
+
+
+def test_samples_without_rounds_have_no_spread():
+    samples = _samples([1, 2, 3])
+    assert samples.ratio_iqr(samples) is None
+    assert samples.to_json(samples, ())["median_ms_iqr"] is None
+
+
+def test_hit_rate_is_the_mean_over_requests():
+    assert replace(_samples([1, 1]), hits=np.array([1.0, 0.5])).hit_rate == 0.75
+    assert _samples([1, 1]).hit_rate is None
