@@ -1,0 +1,147 @@
+"""What a report shows, as plain data: `gather` fills it, `charts` and `page` read it; `asdict` makes JSON of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """One image of the data set, small enough to travel inside the page."""
+
+    uri: str  # data:image/...
+    name: str
+    predicted: str
+    is_correct: bool
+    blocks_run: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyUse:
+    """One policy vector and the images of a class that it was chosen for."""
+
+    bits: str  # one 0 or 1 for each block
+    n_images: int
+    share: float  # of the class's images
+    pictures: tuple[Picture, ...]
+
+    @property
+    def blocks_run(self) -> int:
+        return self.bits.count("1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassFigures:
+    """The images whose label is this class."""
+
+    label: str
+    n_images: int
+    accuracy: float
+    blocks_mean: float
+    blocks_std: float
+    n_policies: int
+    median_ms: float
+    usage: tuple[float, ...]  # share of the class's images that keep each block
+    dominant: tuple[PolicyUse, ...]  # the most frequent first; empty where no two images share a policy
+    easiest: tuple[Picture, ...]  # fewest blocks first; empty where all ran equally many
+    hardest: tuple[Picture, ...]  # most blocks first
+
+
+@dataclass(frozen=True, kw_only=True)
+class StrategyLatency:
+    """Latency of one strategy, one request of one image each, measured in turns with the others."""
+
+    name: str
+    latency_ms: tuple[float, ...]
+    blocks_run: tuple[float, ...]
+    summary_ms: dict[str, float]  # min, mean, median, percentiles, max
+    ratio_to_full: float
+    variation: float | None  # coefficient of variation of equal work
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatencyLine:
+    """latency_ms = fixed_ms + per_block_ms x blocks run, and where it meets the median of `full`."""
+
+    fixed_ms: float
+    per_block_ms: float
+    break_even_blocks: float | None  # None where another block costs nothing measurable
+
+
+@dataclass(frozen=True, kw_only=True)
+class OperatingPoint:
+    """One policy's accuracy and cost, of this bundle or as the paper prints it (`source` then says where)."""
+
+    name: str
+    accuracy: float
+    blocks_mean: float
+    flops_mean: float | None  # None where the source prints none
+    source: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartCost:
+    """One part of the network: what a call costs and how often it is called."""
+
+    name: str
+    kind: str
+    mean_ms: float | None  # None: it did not run among the timed requests
+    flops: int
+    usage: float  # share of all images that run it
+    share: float | None  # of all engine time of the timed requests
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportData:
+    """Everything on the page. `accuracy`, `points` and `classes` need labels: without them None and empty."""
+
+    bundle: str
+    arch: str
+    stages: tuple[int, ...]
+    policy: str
+    policy_network: str
+    input_source: str
+    is_real_input: bool
+    n_images: int
+    accuracy: float | None
+    blocks_mean: float
+    blocks_std: float
+    flops_mean: float
+    flops_std: float
+    full_flops: int
+    unique_policies: int
+    common_bits: str | None  # the policy vector, where all images share one
+    boundary: str
+    n_timed_images: int
+    strategies: tuple[StrategyLatency, ...]
+    line: LatencyLine | None  # None where all images run equally many blocks
+    points: tuple[OperatingPoint, ...]
+    paper_points: tuple[OperatingPoint, ...]
+    usage: tuple[float, ...]  # share of images that keep each block
+    classes: tuple[ClassFigures, ...]
+    parts: tuple[PartCost, ...]
+    warnings: tuple[str, ...]
+    environment: dict[str, str]
+    commands: tuple[str, ...]
+
+    @property
+    def n_blocks(self) -> int:
+        return sum(self.stages)
+
+    @property
+    def full(self) -> StrategyLatency:
+        return next(strategy for strategy in self.strategies if strategy.name == "full")
+
+    @property
+    def dynamic(self) -> StrategyLatency:
+        """The strategy of the headline: the first that is not the baseline."""
+        return next((strategy for strategy in self.strategies if strategy.name != "full"), self.full)
+
+    @property
+    def has_equal_policies(self) -> bool:
+        return self.common_bits is not None
+
+    @property
+    def has_equal_cost(self) -> bool:
+        """Whether every image ran equally many blocks, though maybe not the same ones."""
+        return self.blocks_std == 0

@@ -1,0 +1,403 @@
+"""Measure what a report shows: one walk over the images, a few policies to compare with, and a profile's figures."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bdtool.data.batches import ImageSource
+from bdtool.evaluation import evaluate, keep_for
+from bdtool.profiling.profile import Profile
+from bdtool.profiling.statistics import Samples
+from bdtool.report.data import (
+    ClassFigures,
+    LatencyLine,
+    OperatingPoint,
+    PartCost,
+    Picture,
+    PolicyUse,
+    ReportData,
+    StrategyLatency,
+)
+from bdtool.report.paper import paper_points
+from bdtool.report.pictures import uri_from_pixels
+from bdtool.runtime.orchestrator import Orchestrator
+from bdtool.runtime.policies import PolicyRequest, parse_policy
+from bdtool.specs import NetworkSpec
+from export.bundle import Bundle
+
+PERCENTILES = (90.0, 95.0, 99.0)
+_N_WARMUP = 20
+_N_DOMINANT = 3  # policies shown for each class
+_N_PICTURES = 4  # pictures shown for each policy, and of the easiest and hardest
+_MAX_PICTURED_CLASSES = 12  # the page grows by some 50 kB with each
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportRequest:
+    """What the user asked for; the page repeats it as commands."""
+
+    bundle: Path
+    data: str
+    output: Path
+    policy: str | None = None
+    limit: int = 2000
+    duration_s: float = 3
+    resize: bool = False
+    backend: str = "onnxruntime"
+    device: str = "cpu"
+    threads: int | None = None
+    precision: str = "fp32"
+
+    def commands(self) -> tuple[str, ...]:
+        """Return the command that makes this page, and those that measure its figures alone."""
+        shared = ["--data", self.data, *(["--policy", self.policy] if self.policy else [])]
+        shared += ["--resize"] if self.resize else []
+        shared += ["--backend", self.backend, "--device", self.device, "--precision", self.precision]
+        shared += ["--threads", str(self.threads)] if self.threads else []
+        limit, duration = ["--limit", str(self.limit)], ["--duration", f"{self.duration_s:g}"]
+        bundle = str(self.bundle)
+        return tuple(
+            shlex.join(["bdtool", *words])
+            for words in (
+                ["report", bundle, *shared, *limit, *duration, "-o", str(self.output)],
+                ["evaluate", bundle, *shared, *limit],
+                ["profile", bundle, *shared, *duration],
+            )
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Walk:
+    """What `walk_images` saw, one row for each image."""
+
+    keep: np.ndarray  # bool [N, K]
+    predicted: np.ndarray  # int [N]
+    latency_ms: np.ndarray  # float64 [N]
+    labels: np.ndarray | None  # int [N]
+
+    @property
+    def blocks_run(self) -> np.ndarray:
+        blocks: np.ndarray = self.keep.sum(axis=1)
+        return blocks
+
+    @property
+    def correct(self) -> np.ndarray | None:
+        return None if self.labels is None else self.predicted == self.labels
+
+
+def gather_report(
+    profile: Profile,
+    bundle: Bundle,
+    source: ImageSource,
+    request: ReportRequest,
+    *,
+    on_images: Callable[[int], None] = lambda n_images: None,
+) -> ReportData:
+    """Walk the first `request.limit` images one by one, and join what they show to a finished profile.
+
+    Args:
+        profile: of the same bundle, images and policy, at batch 1: all latencies that are compared come from it.
+        on_images: called with how many images were classified since the last call; see `n_steps`.
+
+    Raises:
+        PolicyError: the policy does not fit the network, or has too few rows.
+        ValueError: the profile is for another batch size.
+    """
+    if profile.settings.batch != 1:
+        raise ValueError(f"a report shows one image at a time; got a profile of batch {profile.settings.batch}")
+    network = bundle.network
+    policy = parse_policy(request.policy, n_blocks=network.n_blocks, has_policy_network=network.has_policy)
+    with Orchestrator.open(
+        bundle,
+        backend=request.backend,
+        device=request.device,
+        threads=request.threads,
+        precision=request.precision,
+    ) as runtime:
+        walk = walk_images(runtime, source, policy, limit=request.limit, on_images=on_images)
+        points = _operating_points(runtime, source, policy, walk, limit=request.limit, on_images=on_images)
+    return report_from(profile, bundle, source, request, policy=policy, walk=walk, points=points)
+
+
+def first_images(source: ImageSource, limit: int) -> ImageSource:
+    """Return the source cut to its first `limit` images, so that the profile sees no others than the walk."""
+    labels = None if source.labels is None else source.labels[:limit]
+    return replace(source, names=source.names[:limit], labels=labels)
+
+
+def n_steps(source: ImageSource, limit: int) -> int:
+    """Return about how many images `gather_report` will classify."""
+    return min(limit, source.n_images) * (1 + (len(_COMPARED) if source.has_labels else 0))
+
+
+def walk_images(
+    runtime: Orchestrator,
+    source: ImageSource,
+    policy: PolicyRequest,
+    *,
+    limit: int,
+    on_images: Callable[[int], None] = lambda n_images: None,
+) -> Walk:
+    """Classify images one by one after a short warm-up; the clock runs from pixels to logits.
+
+    With given bits the policy network runs all the same where there is one, as in a profile: its time is part of the
+    answer.
+    """
+
+    def run(image: np.ndarray, index: int) -> tuple[np.ndarray, int]:
+        keep = keep_for(policy, 1, index)
+        result = runtime.run(image) if keep is None else runtime.run_with_policy_cost(image, keep)
+        return result.policy[0], int(result.classes[0])
+
+    for index, batch in enumerate(source.batches(1, limit=min(_N_WARMUP, limit))):
+        run(batch.images, index)
+    keep, predicted, latency_ms = [], [], []
+    for index, batch in enumerate(source.batches(1, limit=limit)):
+        start = time.perf_counter()
+        bits, class_index = run(batch.images, index)
+        latency_ms.append((time.perf_counter() - start) * 1000)
+        keep.append(bits)
+        predicted.append(class_index)
+        on_images(1)
+    return Walk(
+        keep=np.stack(keep),
+        predicted=np.array(predicted),
+        latency_ms=np.array(latency_ms),
+        labels=None if source.labels is None else source.labels[: len(keep)],
+    )
+
+
+_COMPARED = ("all", "distribute", "random", "first")
+
+
+def _operating_points(
+    runtime: Orchestrator,
+    source: ImageSource,
+    policy: PolicyRequest,
+    walk: Walk,
+    *,
+    limit: int,
+    on_images: Callable[[int], None],
+) -> tuple[OperatingPoint, ...]:
+    """Return the policy's own accuracy and cost beside every block and the paper's heuristics at equally many blocks.
+
+    Where the policy keeps all blocks or none, the heuristics keep half of them.
+    """
+    correct, network = walk.correct, runtime.network
+    if correct is None:
+        return ()
+    flops = network.flops_per_image(walk.keep, with_policy=policy.is_learned)
+    mine = f"this policy: {policy.name}"
+    points = [_point(mine, float(correct.mean()), float(walk.blocks_run.mean()), float(flops.mean()))]
+    n_kept = round(float(walk.blocks_run.mean()))
+    n_kept = n_kept if 0 < n_kept < network.n_blocks else network.n_blocks // 2
+    for form in _COMPARED:
+        text = form if form == "all" else f"{form}:{n_kept}"
+        named = parse_policy(text, n_blocks=network.n_blocks, has_policy_network=network.has_policy)
+        if named.name == policy.name:
+            continue
+        result = evaluate(runtime, source, policy=text, limit=limit, on_batch=on_images)
+        points.append(_point(text, result.accuracy, result.blocks_mean, result.flops_mean))
+    return tuple(points)
+
+
+def _point(name: str, accuracy: float, blocks_mean: float, flops_mean: float) -> OperatingPoint:
+    return OperatingPoint(
+        name=name, accuracy=accuracy, blocks_mean=blocks_mean, flops_mean=flops_mean, source="measured here"
+    )
+
+
+def report_from(
+    profile: Profile,
+    bundle: Bundle,
+    source: ImageSource,
+    request: ReportRequest,
+    *,
+    policy: PolicyRequest,
+    walk: Walk,
+    points: tuple[OperatingPoint, ...],
+) -> ReportData:
+    """Put everything that was measured together; nothing runs any more, only the pictures shown are read again."""
+    network = bundle.network
+    flops = network.flops_per_image(walk.keep, with_policy=policy.is_learned)
+    vectors = np.unique(walk.keep, axis=0)
+    strategies = tuple(_strategy(name, samples, profile.samples["full"]) for name, samples in profile.samples.items())
+    dynamic = next((samples for name, samples in profile.samples.items() if name != "full"), None)
+    return ReportData(
+        bundle=bundle.path.resolve().name,
+        arch=network.arch,
+        stages=network.stages,
+        policy=policy.name,
+        policy_network=profile.policy_network,
+        input_source=source.description,
+        is_real_input=source.is_real,
+        n_images=len(walk.keep),
+        accuracy=None if walk.correct is None else float(walk.correct.mean()),
+        blocks_mean=float(walk.blocks_run.mean()),
+        blocks_std=float(walk.blocks_run.std()),
+        flops_mean=float(flops.mean()),
+        flops_std=float(flops.std()),
+        full_flops=network.full_flops,
+        unique_policies=len(vectors),
+        common_bits=_bits(vectors[0]) if len(vectors) == 1 else None,
+        boundary=profile.to_json()["boundary"],
+        n_timed_images=profile.n_images,
+        strategies=strategies,
+        line=None if dynamic is None else fit_line(dynamic, profile.samples["full"].median_ms),
+        points=points,
+        paper_points=paper_points(network) if points else (),
+        usage=tuple(walk.keep.mean(axis=0).tolist()),
+        classes=_classes(network, source, walk),
+        parts=_parts(network, profile.parts, walk.keep),
+        warnings=tuple(profile.warnings),
+        environment=_environment(profile, bundle),
+        commands=request.commands(),
+    )
+
+
+def _strategy(name: str, samples: Samples, full: Samples) -> StrategyLatency:
+    return StrategyLatency(
+        name=name,
+        latency_ms=tuple(samples.latency_ms.tolist()),
+        blocks_run=tuple(samples.blocks_run.tolist()),
+        summary_ms=samples.summary(PERCENTILES),
+        ratio_to_full=samples.median_ms / full.median_ms,
+        variation=None if np.isnan(samples.variation) else samples.variation,
+    )
+
+
+def fit_line(samples: Samples, full_ms: float) -> LatencyLine | None:
+    """Fit latency against blocks run by least squares through the median of each number of blocks.
+
+    Medians, weighted by how many requests they stand for: single slow requests must not tilt the line. None where all
+    requests ran equally many blocks.
+    """
+    counts, inverse = np.unique(samples.blocks_run, return_inverse=True)
+    if len(counts) < 2:
+        return None
+    medians = [np.median(samples.latency_ms[inverse == i]) for i in range(len(counts))]
+    weights = np.sqrt(np.bincount(inverse))  # polyfit squares them
+    per_block_ms, fixed_ms = (float(value) for value in np.polyfit(counts, medians, 1, w=weights))
+    return LatencyLine(
+        fixed_ms=fixed_ms,
+        per_block_ms=per_block_ms,
+        break_even_blocks=(full_ms - fixed_ms) / per_block_ms if per_block_ms > 0 else None,
+    )
+
+
+def _classes(network: NetworkSpec, source: ImageSource, walk: Walk) -> tuple[ClassFigures, ...]:
+    if walk.labels is None:
+        return ()
+    present = np.unique(walk.labels).tolist()
+    pictured = set(_pictured(present, walk))
+    return tuple(_class_figures(network, source, walk, k, with_pictures=k in pictured) for k in present)
+
+
+def _pictured(present: list[int], walk: Walk) -> list[int]:
+    """Return the classes that get pictures: all, or where they are many those that run the fewest and most blocks."""
+    assert walk.labels is not None
+    if len(present) <= _MAX_PICTURED_CLASSES:
+        return present
+    means = [float(walk.blocks_run[walk.labels == k].mean()) for k in present]
+    order = [present[i] for i in np.argsort(means, kind="stable")]
+    half = _MAX_PICTURED_CLASSES // 2
+    return order[:half] + order[-half:]
+
+
+def _class_figures(
+    network: NetworkSpec, source: ImageSource, walk: Walk, class_index: int, *, with_pictures: bool
+) -> ClassFigures:
+    assert walk.correct is not None
+    rows = np.flatnonzero(walk.labels == class_index)
+    keep, blocks = walk.keep[rows], walk.blocks_run[rows]
+    by_cost = rows[np.argsort(blocks, kind="stable")]
+    by_cost_down = rows[np.argsort(-blocks, kind="stable")]
+    shows_extremes = with_pictures and blocks.min() < blocks.max()
+
+    def pictures(indices: np.ndarray) -> tuple[Picture, ...]:
+        return tuple(_picture(network, source, walk, int(index)) for index in indices[:_N_PICTURES])
+
+    return ClassFigures(
+        label=network.label(class_index),
+        n_images=len(rows),
+        accuracy=float(walk.correct[rows].mean()),
+        blocks_mean=float(blocks.mean()),
+        blocks_std=float(blocks.std()),
+        n_policies=len(np.unique(keep, axis=0)),
+        median_ms=float(np.median(walk.latency_ms[rows])),
+        usage=tuple(keep.mean(axis=0).tolist()),
+        dominant=_dominant(rows, keep, pictures) if with_pictures else (),
+        easiest=pictures(by_cost) if shows_extremes else (),
+        hardest=pictures(by_cost_down) if shows_extremes else (),
+    )
+
+
+def _dominant(
+    rows: np.ndarray, keep: np.ndarray, pictures: Callable[[np.ndarray], tuple[Picture, ...]]
+) -> tuple[PolicyUse, ...]:
+    vectors, inverse, counts = np.unique(keep, axis=0, return_inverse=True, return_counts=True)
+    order = [i for i in np.argsort(-counts, kind="stable")[:_N_DOMINANT] if counts[i] > 1]
+    return tuple(
+        PolicyUse(
+            bits=_bits(vectors[i]),
+            n_images=int(counts[i]),
+            share=float(counts[i] / len(rows)),
+            pictures=pictures(rows[inverse == i]),
+        )
+        for i in order
+    )
+
+
+def _picture(network: NetworkSpec, source: ImageSource, walk: Walk, index: int) -> Picture:
+    assert walk.correct is not None
+    return Picture(
+        uri=uri_from_pixels(source.image_at(index)),
+        name=source.names[index],
+        predicted=network.label(int(walk.predicted[index])),
+        is_correct=bool(walk.correct[index]),
+        blocks_run=int(walk.blocks_run[index]),
+    )
+
+
+def _bits(keep: np.ndarray) -> str:
+    return "".join("1" if bit else "0" for bit in keep)
+
+
+def _parts(network: NetworkSpec, timed: list[dict[str, Any]], keep: np.ndarray) -> tuple[PartCost, ...]:
+    """Return a row for each part, times from the profile, usage from the walk."""
+    by_name = {row["name"]: row for row in timed}
+    usage = keep.mean(axis=0)
+    shares = {"block": usage, "shortcut": 1 - usage}
+    return tuple(
+        PartCost(
+            name=part.name,
+            kind=part.kind,
+            mean_ms=by_name.get(part.name, {}).get("mean_ms"),
+            flops=part.flops,
+            usage=float(shares[part.kind][part.index]) if part.kind in shares and part.index is not None else 1.0,
+            share=by_name.get(part.name, {}).get("share"),
+        )
+        for part in network.parts
+        if part.kind != "full"
+    )
+
+
+def _environment(profile: Profile, bundle: Bundle) -> dict[str, str]:
+    return {
+        **{name: str(value) for name, value in profile.environment.items()},
+        "precision": profile.precision,
+        "weights": f"sha256 {bundle.manifest.weights_sha256}",
+        **{f"model: {name}": _text(value) for name, value in bundle.manifest.provenance.items()},
+    }
+
+
+def _text(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, Mapping | list) else str(value)
