@@ -1,0 +1,218 @@
+"""`bdtool doctor` reports; it never fails because of what it finds."""
+
+import ctypes
+import importlib
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bdtool import doctor
+from bdtool.doctor import Finding, examine, render
+from bdtool.libcuda import Driver, Gpu, driver_from_calls
+
+NO_DRIVER = Driver(installed=False, error="no NVIDIA driver (libcuda not found)")
+ONE_GPU = Driver((13, 0), (Gpu("NVIDIA H200", (9, 0)),))
+
+
+@pytest.fixture
+def versions(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Installed distributions, as the test fills them in."""
+    installed: dict[str, str] = {}
+
+    def version(name: str) -> str:
+        if name not in installed:
+            raise metadata.PackageNotFoundError(name)
+        return installed[name]
+
+    monkeypatch.setattr(metadata, "version", version)
+    return installed
+
+
+@pytest.fixture
+def importable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Call it with a module name and code: an import of that name then runs that code, instead of what is installed."""
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def write(module: str, code: str) -> None:
+        (tmp_path / f"{module}.py").write_text(code)
+        for loaded in [name for name in sys.modules if name == module or name.startswith(f"{module}.")]:
+            monkeypatch.delitem(sys.modules, loaded)
+        importlib.invalidate_caches()
+
+    yield write
+    for file in tmp_path.glob("*.py"):
+        sys.modules.pop(file.stem, None)
+
+
+def test_examine_reports_every_subject_once() -> None:
+    names = [finding.name for finding in examine()]
+    assert len(names) == len(set(names))
+    needed = {name for ability in doctor.ABILITIES.values() for name in ability}
+    assert needed <= set(names)
+
+
+def test_everything_but_ok_has_a_remedy() -> None:
+    assert [finding for finding in examine() if finding.status != "ok" and not finding.remedy] == []
+
+
+def test_the_core_packages_are_ok_here() -> None:
+    found = {finding.name: finding for finding in examine()}
+    for name in ("torch", "torchvision", "onnx", "onnxscript", "onnxruntime", "numpy", "Pillow"):
+        assert found[name].status == "ok", found[name]
+    assert "CPUExecutionProvider" in found["onnxruntime"].detail
+
+
+def test_a_missing_extra_shows_its_pip_line(versions: dict[str, str], importable: Any) -> None:
+    importable("tensorrt_rtx", "raise ModuleNotFoundError(\"No module named 'tensorrt_rtx'\", name='tensorrt_rtx')")
+    finding = doctor._extra_package("TensorRT-RTX", NO_DRIVER)
+    assert finding.status == "missing"
+    assert finding.remedy is not None
+    assert 'pip install "bdtool[rtx]"' in finding.remedy
+    assert "works without it" in finding.detail
+
+
+def test_a_broken_package_is_a_problem_with_its_words(versions: dict[str, str], importable: Any) -> None:
+    versions["tensorrt"] = "10.13"
+    importable("tensorrt", "raise OSError('libnvinfer.so.10: cannot open shared object file')")
+    finding = doctor._extra_package("TensorRT", NO_DRIVER)
+    assert finding.status == "problem"
+    assert "OSError: libnvinfer.so.10: cannot open" in finding.detail
+
+
+def test_a_package_whose_own_dependency_is_missing_is_a_problem(versions: dict[str, str], importable: Any) -> None:
+    versions["scikit-learn"] = "1.9"
+    importable("sklearn", "import a_module_that_nobody_has")
+    finding = doctor._extra_package("scikit-learn", NO_DRIVER)
+    assert finding.status == "problem"
+    assert "a_module_that_nobody_has" in finding.detail
+
+
+def test_pycuda_without_a_driver_asks_for_the_driver(versions: dict[str, str], importable: Any) -> None:
+    versions["pycuda"] = "2026.1"
+    importable("pycuda", "raise ImportError('libcuda.so.1: cannot open shared object file')")
+    finding = doctor._extra_package("PyCUDA", NO_DRIVER)
+    assert finding.remedy is not None
+    assert "NVIDIA driver" in finding.remedy
+
+
+def test_a_probe_that_fails_becomes_a_finding() -> None:
+    def probe() -> Finding:
+        raise RuntimeError("boom\nsecond line")
+
+    assert doctor._guarded("x", probe).detail == "RuntimeError: boom"
+
+
+def test_both_onnxruntime_packages_are_a_problem(versions: dict[str, str]) -> None:
+    versions.update({"onnxruntime": "1.30.0", "onnxruntime-gpu": "1.31.1"})
+    finding = doctor._onnxruntime_packages()
+    assert finding.status == "problem"
+    assert "onnxruntime 1.30.0 and onnxruntime-gpu 1.31.1" in finding.detail
+    assert finding.remedy is not None
+    assert finding.remedy.startswith("pip uninstall -y onnxruntime onnxruntime-gpu && pip install")
+
+
+def test_one_onnxruntime_package_is_ok(versions: dict[str, str]) -> None:
+    versions["onnxruntime-gpu"] = "1.31.1"
+    assert doctor._onnxruntime_packages() == Finding("onnxruntime packages", "ok", "only onnxruntime-gpu 1.31.1")
+
+
+def test_cuda_provider_without_a_driver_is_missing_and_silent(capfd: pytest.CaptureFixture[str]) -> None:
+    finding = doctor._onnxruntime_cuda(NO_DRIVER)
+    assert finding.status == "missing"
+    assert "the CPU" in finding.detail
+    assert capfd.readouterr() == ("", "")
+
+
+def test_cuda_provider_that_falls_back_is_a_problem(importable: Any) -> None:
+    importable(
+        "onnxruntime",
+        "class SessionOptions: pass\n"
+        "class InferenceSession:\n"
+        "    def __init__(self, model, options, providers): pass\n"
+        "    def get_providers(self): return ['CPUExecutionProvider']\n"
+        "def get_available_providers(): return ['CUDAExecutionProvider', 'CPUExecutionProvider']\n",
+    )
+    finding = doctor._onnxruntime_cuda(ONE_GPU)
+    assert finding.status == "problem"
+    assert "fell back to CPUExecutionProvider" in finding.detail
+
+
+def test_a_torch_without_cuda_beside_a_gpu_is_a_problem(importable: Any) -> None:
+    importable(
+        "torch",
+        "from types import SimpleNamespace\n__version__ = '2.15.0+cpu'\nversion = SimpleNamespace(cuda=None)\n"
+        "cuda = SimpleNamespace(is_available=lambda: False)\n",
+    )
+    assert doctor._torch(ONE_GPU).status == "problem"
+    assert doctor._torch(NO_DRIVER).status == "ok"
+
+
+class FakeLibcuda:
+    """The calls of libcuda that the doctor makes, for one GPU; `init` is what cuInit returns."""
+
+    def __init__(self, *, init: int = 0) -> None:
+        self.init = init
+
+    def cuInit(self, flags: int) -> int:
+        return self.init
+
+    def cuDriverGetVersion(self, version: Any) -> int:
+        version._obj.value = 13020
+        return 0
+
+    def cuDeviceGetCount(self, n_gpus: Any) -> int:
+        n_gpus._obj.value = 1
+        return 0
+
+    def cuDeviceGet(self, device: Any, index: int) -> int:
+        return 0
+
+    def cuDeviceGetName(self, name: Any, size: int, device: ctypes.c_int) -> int:
+        name.value = b"NVIDIA H200"
+        return 0
+
+    def cuDeviceGetAttribute(self, value: Any, attribute: int, device: ctypes.c_int) -> int:
+        value._obj.value = {75: 9, 76: 0}[attribute]
+        return 0
+
+    def cuGetErrorName(self, code: int, text: Any) -> int:
+        text._obj.value = b"CUDA_ERROR_NO_DEVICE"
+        return 0
+
+
+def test_driver_lists_gpus_with_their_compute_capability() -> None:
+    finding = doctor._nvidia_driver(driver_from_calls(FakeLibcuda()))
+    assert finding == Finding("NVIDIA driver", "ok", "supports CUDA up to 13.2; NVIDIA H200 (compute capability 9.0)")
+
+
+def test_driver_without_a_gpu_is_a_problem() -> None:
+    finding = doctor._nvidia_driver(driver_from_calls(FakeLibcuda(init=100)))
+    assert finding.status == "problem"
+    assert "CUDA_ERROR_NO_DEVICE" in finding.detail
+
+
+def test_processor_names_model_and_instruction_sets(tmp_path: Path) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text("processor : 0\nmodel name : Some CPU\nflags : fpu avx2 avx512_vnni\n\nprocessor : 1\n")
+    detail = doctor._processor(cpuinfo).detail
+    assert detail.startswith("Some CPU; ")
+    assert detail.endswith("; avx2 avx512_vnni")
+
+
+def test_a_container_quota_limits_the_cores(tmp_path: Path) -> None:
+    cpu_max = tmp_path / "cpu.max"
+    cpu_max.write_text("50000 100000\n")
+    assert doctor._n_cores(cpu_max) == 0.5
+    cpu_max.write_text("max 100000\n")
+    assert doctor._n_cores(cpu_max) >= 1
+
+
+def test_render_puts_the_remedy_below_and_says_what_works() -> None:
+    findings = [Finding("numpy", "ok", "2.4"), Finding("Pillow", "ok", "13"), Finding("onnxruntime", "ok", "1.31")]
+    text = render([*findings, Finding("scikit-learn", "missing", "not installed", 'pip install "bdtool[demo]"')])
+    assert '-> pip install "bdtool[demo]"' in text
+    assert "yes  build and run on the CPU" in text
+    assert "no   demo (needs torch, onnx, onnxscript, scikit-learn, plotly)" in text
