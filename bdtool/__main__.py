@@ -1,0 +1,5 @@
+"""`python -m bdtool` is `bdtool`."""
+
+from bdtool.cli import main
+
+main(prog_name="bdtool")

@@ -1,0 +1,92 @@
+"""The command line. A command parses, calls one function and prints."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import sys
+from typing import Any
+
+import click
+
+from bdtool.cli import build, bundles, compare, inference, models, report, system
+from bdtool.errors import BdtoolError
+
+logger = logging.getLogger(__name__)
+
+
+class _WrongUsage(click.ClickException):
+    """Exit status 2, without the usage lines that click puts before its own errors."""
+
+    exit_code = 2
+
+
+class _Group(click.Group):
+    """Turns expected errors into one line on stderr, so that commands hold no try blocks."""
+
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except BdtoolError as exc:
+            raise _failure(exc) from exc
+        except OSError as exc:  # a full disk, a directory without permission: the user's to mend, not a bug
+            if exc.errno == errno.EPIPE:
+                raise  # click ends quietly when `head` has seen enough
+            logger.info("where it happened:", exc_info=True)
+            place = f"{exc.filename}: " if exc.filename else ""
+            raise click.ClickException(f"{place}{exc.strerror or exc}") from exc
+
+
+def _show_version(context: click.Context) -> None:
+    from bdtool.version import version
+
+    click.echo(f"bdtool {version()}")
+    context.exit()
+
+
+def _failure(error: BdtoolError) -> click.ClickException:
+    return (_WrongUsage if error.exit_code == 2 else click.ClickException)(str(error))
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.option(
+    "--version",
+    is_flag=True,
+    expose_value=False,
+    is_eager=True,
+    callback=lambda context, option, asked: _show_version(context) if asked else None,
+    help="Show the version and exit.",
+)
+@click.option("-v", "--verbose", is_flag=True, help="Say on stderr what is being done.")
+def main(verbose: bool) -> None:
+    """Deploy BlockDrop networks: one policy engine plus one engine per residual block, run only where kept.
+
+    \b
+    Example:
+      bdtool import resnet32.th --arch resnet32 -o model.safetensors
+      bdtool export model.safetensors -o bundle
+      bdtool build bundle
+      bdtool run bundle photo.png
+    """
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s: %(message)s"
+    )
+
+
+for command in (
+    models.import_cmd,
+    bundles.export_cmd,
+    build.build_cmd,
+    bundles.verify_cmd,
+    build.fuse_cmd,
+    inference.run_cmd,
+    inference.evaluate_cmd,
+    inference.profile_cmd,
+    compare.compare_cmd,
+    report.report_cmd,
+    models.inspect_cmd,
+    models.models_cmd,
+    system.doctor_cmd,
+    system.demo_cmd,
+):
+    main.add_command(command)

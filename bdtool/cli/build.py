@@ -1,0 +1,187 @@
+"""Commands that make something to run of a bundle: build, fuse."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from bdtool.cli.options import BUNDLE, NEW_FILE, PRECISION, data_option, json_option, policy_option, resize_option
+from bdtool.cli.output import emit, percent, progress
+
+if TYPE_CHECKING:
+    from engines.store import EngineStore, PartStatus
+    from export.bundle import Bundle
+
+
+@click.command("build")
+@click.argument("bundle", type=BUNDLE)
+@click.option("--backend", default="onnxruntime", show_default=True, help="Inference library.")
+@click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda:N", help="What the engines are for.")
+@click.option("--precision", type=PRECISION, default="fp32", show_default=True, help="Which parts to build.")
+@click.option("--resume/--no-resume", default=True, show_default=True, help="Keep engines whose content still fits.")
+@click.option("--paths", type=click.IntRange(min=1), metavar="N", help="Also note the N most frequent keep masks.")
+@click.option(
+    "--coverage",
+    type=click.FloatRange(0, 1, min_open=True),
+    metavar="C",
+    help="Also note the fewest keep masks that cover this share of the images, for instance 0.95.",
+)
+@data_option(required=False)
+@policy_option
+@click.option("--limit", type=click.IntRange(min=1), help="With --paths or --coverage: only the first N images.")
+@resize_option
+@json_option
+def build_cmd(
+    bundle: Path,
+    backend: str,
+    device: str,
+    precision: str,
+    resume: bool,
+    paths: int | None,
+    coverage: float | None,
+    data: str | None,
+    policy: str | None,
+    limit: int | None,
+    resize: bool,
+    json_file: str | None,
+) -> None:
+    """Build engines from a BUNDLE's parts; what was built from the same content is not built again.
+
+    Each engine is compared with its ONNX part. A part that fails does not stop the others; the exit status is then 1.
+
+    With --paths or --coverage the keep masks that the policy chooses on the images of --data are counted, and the
+    frequent ones noted beside the engines: strategy `path` then has an engine for each from the start.
+
+    \b
+    Example:
+      bdtool build bundle
+      bdtool build bundle --coverage 0.95 --data cifar10:data
+    """
+    from engines.registry import identify_backend, open_backend
+    from engines.store import EngineStore
+    from export.bundle import Bundle
+
+    options = _MaskOptions(paths=paths, coverage=coverage, data=data, policy=policy, limit=limit, resize=resize)
+    identity = identify_backend(backend, device)
+    opened = Bundle.open(bundle)
+    store = EngineStore(opened, identity, precision=precision)
+    with progress("building", len(opened.network.parts)) as advance:
+        statuses = store.build(
+            lambda: open_backend(backend, device),
+            resume=resume,
+            on_part=lambda status: advance(1, status.name),
+        )
+    failed = [status for status in statuses if status.status == "failed"]
+    masks = _note_masks(opened, store, device, options) if options.wanted and not failed else None
+    result = _build_json(store.directory.name, statuses) | ({} if masks is None else {"paths": masks})
+    emit(result, json_file, lambda: _print_build(store, statuses, masks))
+    for status in failed:
+        click.echo(f"Error: {status.message}", err=True)
+    if failed:
+        raise click.exceptions.Exit(1)
+
+
+@click.command("fuse")
+@click.argument("bundle", type=BUNDLE)
+@click.option("-o", "--output", "model", type=NEW_FILE, required=True, metavar="FILE.onnx", help="The file to write.")
+def fuse_cmd(bundle: Path, model: Path) -> None:
+    """Write a BUNDLE as one ONNX file, policy included, with an If for each block.
+
+    For deployments that can hold only one file. It takes one preprocessed image, float32 [1, 3, H, W], and gives the
+    logits and which blocks ran; its optional input `force` (uint8 [K]: 0 policy, 1 keep, 2 drop) overrides the policy.
+    It is compared with the parts of the bundle before it is written.
+
+    \b
+    Example:
+      bdtool fuse bundle -o model.onnx
+    """
+    from bdtool.fusing import write_fused
+    from export.bundle import Bundle
+
+    error = write_fused(Bundle.open(bundle), model)
+    click.echo(
+        f"{model}: {model.stat().st_size / 1e6:.1f} MB; worst difference from the parts: {error:.1e} of the range"
+    )
+
+
+def _build_json(directory: str, statuses: list[PartStatus]) -> dict[str, Any]:
+    def row(status: PartStatus) -> dict[str, Any]:
+        entry: dict[str, Any] = {"status": status.status, "seconds": status.seconds, "cached": status.cached}
+        if status.record is not None:
+            entry |= {"layout": status.record.layout, "error": status.record.error, "sha256": status.record.sha256}
+        if status.message:
+            entry["message"] = status.message
+        return entry
+
+    return {"engines": directory, "parts": {status.name: row(status) for status in statuses}}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _MaskOptions:
+    """What `build` was asked to note of keep masks; the names are those of its options."""
+
+    paths: int | None
+    coverage: float | None
+    data: str | None
+    policy: str | None
+    limit: int | None
+    resize: bool
+
+    def __post_init__(self) -> None:
+        if self.wanted and self.data is None:
+            raise click.UsageError("--paths and --coverage count masks on images: give them with --data")
+        if self.paths is not None and self.coverage is not None:
+            raise click.UsageError("--paths and --coverage both say how many masks to note; give one of them")
+
+    @property
+    def wanted(self) -> bool:
+        return self.paths is not None or self.coverage is not None
+
+
+def _note_masks(bundle: Bundle, store: EngineStore, device: str, options: _MaskOptions) -> dict[str, Any]:
+    """Count masks on images, store the frequent ones beside the engines; return what was found."""
+    from bdtool.data.sources import open_data
+    from bdtool.frequent_masks import frequent_masks
+    from bdtool.runtime.masks import choose_masks, write_masks
+    from bdtool.runtime.orchestrator import Orchestrator
+    from bdtool.runtime.policies import parse_policy
+
+    network, limit = bundle.network, options.limit
+    source = open_data(options.data or "", network=network, resize=options.resize)
+    request = parse_policy(options.policy, n_blocks=network.n_blocks, has_policy_network=network.has_policy)
+    with (
+        Orchestrator.open(bundle, backend=store.identity.name, device=device, precision=store.precision) as runtime,
+        progress("counting masks", min(limit or source.n_images, source.n_images)) as advance,
+    ):
+        counts = frequent_masks(runtime, source, request, limit=limit, on_batch=advance)
+    chosen = choose_masks(counts, n_paths=options.paths, coverage=options.coverage)
+    write_masks(store.directory, chosen, source=source.description, policy=request.name)
+    return {
+        "noted": len(chosen),
+        "unique": len(counts),
+        "coverage": sum(count.share for count in chosen),
+        "policy": request.name,
+        "input_source": source.description,
+    }
+
+
+def _print_build(store: EngineStore, statuses: list[PartStatus], masks: dict[str, Any] | None) -> None:
+    counts = {kind: sum(s.status == kind for s in statuses) for kind in ("built", "cached", "failed")}
+    seconds = sum(status.seconds for status in statuses)
+    click.echo(f"engines/{store.directory.name}")
+    click.echo(f"{counts['built']} built in {seconds:.1f} s, {counts['cached']} cached, {counts['failed']} failed")
+    records = [status.record for status in statuses if status.record is not None]
+    if records:
+        worst = max(records, key=lambda record: record.error)
+        click.echo(
+            f"precision {worst.precision}, activations {worst.layout}; worst difference from ONNX: "
+            f"{worst.error:.1e} of the range in {worst.part}"
+        )
+    if masks is not None:
+        click.echo(
+            f"{masks['noted']} of {masks['unique']} keep masks noted, policy {masks['policy']}: they cover "
+            f"{percent(masks['coverage'])} of {masks['input_source']}"
+        )

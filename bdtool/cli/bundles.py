@@ -1,0 +1,125 @@
+"""Commands that make and check bundles: export, verify."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from bdtool.cli.options import (
+    BUNDLE,
+    EXISTING_FILE,
+    NEW_DIRECTORY,
+    data_option,
+    json_option,
+    resize_option,
+    runtime_options,
+)
+from bdtool.cli.output import emit, print_table, progress, warn
+
+if TYPE_CHECKING:
+    from bdtool.verification import Rung
+    from export.exporter import ExportedPart
+
+
+@click.command("export")
+@click.argument("model", type=EXISTING_FILE)
+@click.option(
+    "-o", "--output", "bundle", type=NEW_DIRECTORY, required=True, metavar="BUNDLE", help="Directory to make."
+)
+@click.option(
+    "--max-batch",
+    type=click.IntRange(min=1),
+    default=64,
+    show_default=True,
+    help="Largest batch that engines are run with; the runtime slices larger ones.",
+)
+@click.option("--force", is_flag=True, help="Replace an existing bundle.")
+def export_cmd(model: Path, bundle: Path, max_batch: int, force: bool) -> None:
+    """Export a MODEL to a BUNDLE of ONNX parts, each compared with PyTorch as it is written.
+
+    An interrupted export leaves an earlier bundle whole; the same command takes up the finished parts.
+
+    \b
+    Example:
+      bdtool export model.safetensors -o bundle
+    """
+    from bdtool.pipeline import export_model
+    from bdtool.specs import NetworkSpec
+
+    reused, n_parts = 0, 1
+    with progress("exporting", 1) as advance:
+
+        def on_start(network: NetworkSpec) -> None:
+            nonlocal n_parts
+            n_parts = len(network.parts) + 1  # and `full`
+
+        def on_part(part: ExportedPart) -> None:
+            nonlocal reused
+            reused += part.reused
+            advance(1 / n_parts, part.name)
+
+        manifest = export_model(model, bundle, max_batch=max_batch, force=force, on_start=on_start, on_part=on_part)
+    worst = max(manifest.files.items(), key=lambda item: item[1].error)
+    taken_up = f" ({reused} taken up from an interrupted run)" if reused else ""
+    click.echo(f"{bundle}: {len(manifest.files)} parts{taken_up}, {manifest.network.n_blocks} blocks")
+    name, file = worst
+    click.echo(f"worst difference from PyTorch: {file.error:.1e} of the range in {name}, allowed {file.tolerance:.0e}")
+
+
+@click.command("verify")
+@click.argument("bundle", type=BUNDLE)
+@data_option(required=False)
+@click.option("--limit", type=click.IntRange(min=1), default=256, show_default=True, help="Images to compare on.")
+@resize_option
+@runtime_options
+@json_option
+def verify_cmd(
+    bundle: Path,
+    data: str | None,
+    limit: int,
+    resize: bool,
+    backend: str,
+    device: str,
+    threads: int | None,
+    precision: str,
+    json_file: str | None,
+) -> None:
+    """Climb a BUNDLE's parity ladder: digests, ONNX against PyTorch, engines, policy bits, logits, top-1.
+
+    \b
+    Example:
+      bdtool verify bundle --data cifar10:data
+    """
+    from bdtool.data.sources import open_data
+    from bdtool.verification import verify
+    from export.bundle import Bundle
+
+    opened = Bundle.open(bundle)
+    opened.require_precision(precision)
+    source = open_data(data or "synthetic", network=opened.network, resize=resize)
+    if not source.is_real:
+        warn(f"the images are {source.description}; give real ones with --data")
+    with progress("verifying", 6) as advance:
+        result = verify(
+            opened,
+            source,
+            backend=backend,
+            device=device,
+            threads=threads,
+            limit=limit,
+            on_rung=lambda rung: advance(1, rung.name),
+        )
+    emit(result.to_json(), json_file, lambda: _print_ladder(result.rungs))
+    if not result.ok:
+        raise click.exceptions.Exit(1)
+
+
+def _print_ladder(rungs: tuple[Rung, ...]) -> None:
+    rows = []
+    for rung in rungs:
+        worst = "-" if rung.worst is None else f"{rung.worst:.2g}"
+        state = "n/a" if rung.worst is None else ("ok" if rung.ok else "FAILED")
+        rows.append([rung.name, state, worst, f"{rung.bound:.2g}", f"  {rung.detail}"])
+    print_table(["rung", "", "worst", "bound", ""], rows)

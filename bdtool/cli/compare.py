@@ -1,0 +1,79 @@
+"""The command that compares two profiles."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from bdtool.cli.options import EXISTING_FILE, FiniteRange, json_option
+from bdtool.cli.output import emit, percent, print_table, warn
+
+if TYPE_CHECKING:
+    from bdtool.profiling.compare import Change, Comparison
+
+
+@click.command("compare")
+@click.argument("a", type=EXISTING_FILE, metavar="A.json")
+@click.argument("b", type=EXISTING_FILE, metavar="B.json")
+@click.option(
+    "--max-slowdown",
+    type=FiniteRange(min=0),
+    default=0.05,
+    show_default=True,
+    help="How much slower, as a share, a median or a ratio to `full` may be in B before it is a regression.",
+)
+@json_option
+def compare_cmd(a: Path, b: Path, max_slowdown: float, json_file: str | None) -> None:
+    """Show two profiles side by side, and fail where B became slower than A.
+
+    A regression is a median or a ratio to `full` that grew by more than the bound and beyond its spread over rounds.
+    The exit status is then 1. Profiles of different machines, threads, batches or policies are not comparable: what
+    differs is listed.
+
+    \b
+    Example:
+      bdtool compare before.json after.json --max-slowdown 0.1
+    """
+    from bdtool.profiling.compare import compare_profiles, read_profile
+
+    result = compare_profiles(read_profile(a), read_profile(b), max_slowdown=max_slowdown)
+    if result.incomparable:
+        names = ", ".join(result.incomparable)
+        warn(f"NOT COMPARABLE: {a} and {b} differ in {names}; their figures answer different questions")
+    for file, only in ((a, result.only_in_a), (b, result.only_in_b)):
+        if only:
+            warn(f"only {file} has {', '.join(only)}, which cannot be compared")
+    data = {"files": {"a": str(a), "b": str(b)}, **result.to_json()}
+    emit(data, json_file, lambda: _print_comparison(a, b, result))
+    if not result.ok:
+        raise click.exceptions.Exit(1)
+
+
+def _print_comparison(a: Path, b: Path, result: Comparison) -> None:
+    click.echo(f"A: {a}\nB: {b}")
+    rows = [
+        [name, figure, _number(change.a), _number(change.b), _relative(change), _verdict(result, name, figure)]
+        for name, figures in result.strategies.items()
+        for figure, change in figures.items()
+    ]
+    print_table(["strategy", "figure", "A", "B", "change", ""], rows, title="Figures")
+    if result.differences:
+        shown = [[name, str(one), str(other)] for name, (one, other) in result.differences.items()]
+        print_table(["differs", "A", "B"], shown, title="What else is different")
+    count = sum(map(len, result.regressions.values()))
+    bound = f"more than {percent(result.max_slowdown)} slower and beyond the spread"
+    click.echo(f"\n{count} regressions ({bound})" if count else f"\nno regression ({bound})")
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _relative(change: Change) -> str:
+    return "-" if change.relative is None else f"{100 * change.relative:+.1f} %"
+
+
+def _verdict(result: Comparison, name: str, figure: str) -> str:
+    return "REGRESSION" if figure in result.regressions[name] else ""

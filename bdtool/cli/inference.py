@@ -1,0 +1,253 @@
+"""Commands that classify and measure: run, evaluate, profile."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from bdtool.cli.options import (
+    BUNDLE,
+    EXISTING,
+    EXISTING_FILE,
+    NEW_FILE,
+    FiniteRange,
+    NumberList,
+    data_option,
+    json_option,
+    policy_option,
+    resize_option,
+    runtime_options,
+)
+from bdtool.cli.output import emit, mega, percent, print_table, progress, warn
+
+if TYPE_CHECKING:
+    from bdtool.evaluation import Evaluation
+
+
+@click.command("run")
+@click.argument("bundle", type=BUNDLE)
+@click.argument("images", type=EXISTING_FILE, nargs=-1, required=True)
+@policy_option
+@click.option(
+    "--strategy",
+    default="chain",
+    show_default=True,
+    help="How blocks run: chain, path, fused, full, or auto (what `bdtool profile --strategy auto` recorded).",
+)
+@resize_option
+@runtime_options
+@json_option
+def run_cmd(
+    bundle: Path,
+    images: tuple[Path, ...],
+    policy: str | None,
+    strategy: str,
+    resize: bool,
+    backend: str,
+    device: str,
+    threads: int | None,
+    precision: str,
+    json_file: str | None,
+) -> None:
+    """Classify image files with a BUNDLE, and show which blocks each of them ran.
+
+    \b
+    Example:
+      bdtool run bundle cat.png dog.png
+    """
+    from bdtool.inference import classify_files
+    from bdtool.runtime.orchestrator import Orchestrator
+
+    with Orchestrator.open(
+        bundle, backend=backend, device=device, strategy=strategy, threads=threads, precision=precision
+    ) as runtime:
+        rows = classify_files(runtime, images, policy=policy, resize=resize)
+
+    def text() -> None:
+        columns = ["image", "label", "probability", "blocks_run", "policy"]
+        shown = [[r["image"], r["label"], percent(r["probability"]), str(r["blocks_run"]), r["policy"]] for r in rows]
+        print_table(columns, shown)
+
+    emit({"images": rows}, json_file, text)
+
+
+@click.command("evaluate")
+@click.argument("model_or_bundle", type=EXISTING)
+@data_option(required=True)
+@policy_option
+@click.option("--limit", type=click.IntRange(min=1), help="Only the first N images.")
+@click.option("--batch", type=click.IntRange(min=1), default=64, show_default=True, help="Images at a time.")
+@resize_option
+@runtime_options
+@json_option
+def evaluate_cmd(
+    model_or_bundle: Path,
+    data: str,
+    policy: str | None,
+    limit: int | None,
+    batch: int,
+    resize: bool,
+    backend: str,
+    device: str,
+    threads: int | None,
+    precision: str,
+    json_file: str | None,
+) -> None:
+    """Measure accuracy and cost on labelled images: a MODEL through PyTorch, a BUNDLE through its engines.
+
+    \b
+    Example:
+      bdtool evaluate bundle --data cifar10:data --policy distribute:7
+    """
+    from bdtool.data.sources import open_data
+    from bdtool.evaluation import evaluate, open_classifier
+
+    with open_classifier(
+        model_or_bundle, backend=backend, device=device, threads=threads, precision=precision
+    ) as classifier:
+        source = open_data(data, network=classifier.network, resize=resize)
+        total = min(limit or source.n_images, source.n_images)
+        with progress("evaluating", total) as advance:
+            result = evaluate(classifier, source, policy=policy, batch_size=batch, limit=limit, on_batch=advance)
+    emit(asdict(result), json_file, lambda: _print_evaluation(result))
+
+
+@click.command("profile")
+@click.argument("bundle", type=BUNDLE)
+@data_option(required=False)
+@policy_option
+@click.option(
+    "--strategy",
+    default="chain",
+    show_default=True,
+    metavar="S,...",
+    help="Strategies to measure: chain, path, fused; auto measures all and records the fastest for strategy 'auto'.",
+)
+@click.option("--baseline", type=BUNDLE, help="Another bundle, whose static ResNet is measured as full:<arch>.")
+@click.option("--sweep", is_flag=True, help="Measure throughput at batch 1, 8, 32 and 64 as well.")
+@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Images of one request.")
+@click.option("--warmup", type=FiniteRange(min=0), default=200, show_default=True, help="Milliseconds a strategy.")
+@click.option(
+    "--duration",
+    type=FiniteRange(min=0, min_open=True),
+    default=3,
+    show_default=True,
+    help="Seconds measured, at least, for each strategy.",
+)
+@click.option(
+    "--percentile",
+    type=NumberList(low=0, high=100),
+    default="90,95,99",
+    show_default=True,
+    metavar="LIST",
+    help="Percentiles to report.",
+)
+@resize_option
+@runtime_options
+@click.option("--html", "html_file", type=NEW_FILE, metavar="FILE", help="Also write the page of `bdtool report`.")
+@json_option
+def profile_cmd(
+    bundle: Path,
+    data: str | None,
+    policy: str | None,
+    strategy: str,
+    baseline: Path | None,
+    sweep: bool,
+    batch: int,
+    warmup: float,
+    duration: float,
+    percentile: tuple[float, ...],
+    resize: bool,
+    backend: str,
+    device: str,
+    threads: int | None,
+    precision: str,
+    html_file: Path | None,
+    json_file: str | None,
+) -> None:
+    """Measure latency for each image, strategies side by side in one run, always beside the `full` baseline.
+
+    The strategies take turns, some 50 images at a time, so that a busy machine slows them alike; compare the ratios.
+
+    \b
+    Example:
+      bdtool profile bundle --data cifar10:data --policy distribute:7 --threads 1
+      bdtool profile bundle --data cifar10:data --strategy auto --sweep --json profile.json
+    """
+    from bdtool.cli.profile_tables import print_profile
+    from bdtool.data.sources import open_data
+    from bdtool.profiling.measure import Settings
+    from bdtool.profiling.profile import SWEEP, profile
+    from export.bundle import Bundle
+
+    strategies = [name.strip() for name in strategy.split(",")]
+    if html_file is not None:
+        _require_page(batch, strategies)
+    opened = Bundle.open(bundle)
+    source = open_data(data or "synthetic", network=opened.network, resize=resize)
+    settings = Settings(batch=batch, warmup_ms=warmup, duration_s=duration, percentiles=percentile)
+    with progress("profiling", 1) as advance:
+        done = 0.0
+
+        def on_progress(share: float) -> None:
+            nonlocal done
+            advance(share - done)
+            done = share
+
+        result = profile(
+            opened,
+            source,
+            policy=policy,
+            strategies=strategies,
+            settings=settings,
+            backend=backend,
+            device=device,
+            threads=threads,
+            precision=precision,
+            baseline=None if baseline is None else Bundle.open(baseline),
+            sweep=SWEEP if sweep else (),
+            on_progress=on_progress,
+        )
+    for message in result.warnings:
+        warn(message)
+    figures = result.to_json()
+    emit(figures, json_file, lambda: print_profile(figures))
+    if html_file is not None:
+        from bdtool.cli.report import write_page
+        from bdtool.report.gather import ReportRequest, first_images
+
+        request = ReportRequest(
+            bundle=bundle,
+            data=data or "synthetic",
+            output=html_file,
+            policy=policy,
+            duration_s=duration,
+            resize=resize,
+            backend=backend,
+            device=device,
+            threads=threads,
+            precision=precision,
+        )
+        page = write_page(result, opened, first_images(source, request.limit), request)
+        click.echo(page, err=json_file == "-")
+
+
+def _require_page(batch: int, strategies: list[str]) -> None:
+    """Refuse what the page cannot show before anything is measured."""
+    from bdtool.report.page import require_extra
+
+    require_extra()
+    if batch != 1 or not {"chain", "auto"} & set(strategies):
+        raise click.UsageError("--html shows single images through the chain: use --batch 1, and chain in --strategy")
+
+
+def _print_evaluation(result: Evaluation) -> None:
+    click.echo(f"{result.n_images} images of {result.input_source}, policy {result.policy}")
+    click.echo(f"accuracy         {percent(result.accuracy, 2)}")
+    click.echo(f"blocks           {result.blocks_mean:.2f} ± {result.blocks_std:.2f}")
+    share = percent(result.flops_mean / result.full_flops)
+    click.echo(f"FLOPs an image   {mega(result.flops_mean)} ± {mega(result.flops_std)} ({share} of the full network)")
+    click.echo(f"unique policies  {result.unique_policies}")

@@ -1,0 +1,242 @@
+"""Commands about MODEL files: import, inspect, models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from bdtool.cli.options import EXISTING, EXISTING_FILE, NEW_FILE, NumberList, json_option
+from bdtool.cli.output import emit, mega, print_table
+
+_CIFAR10 = "cifar10"
+
+
+@click.command("import")
+@click.argument("checkpoint", type=EXISTING_FILE)
+@click.option("--arch", required=True, metavar="NAME", help="Architecture, for instance resnet32; see `bdtool models`.")
+@click.option(
+    "--format",
+    "format_",
+    type=click.Choice(["auto", "akamaster", "torchvision", "blockdrop"]),
+    default="auto",
+    show_default=True,
+    help="Whose key names the checkpoint uses.",
+)
+@click.option("--classes", type=click.IntRange(min=1), help="Refuse a checkpoint with another number of classes.")
+@click.option("--mean", type=NumberList(3), metavar="R,G,B", help="Of the input, pixels being 0 to 1.")
+@click.option("--std", type=NumberList(3), metavar="R,G,B", help="Of the input, pixels being 0 to 1.")
+@click.option(
+    "--shortcut",
+    type=click.Choice(["option-a", "average-pool", "projection"]),
+    help="Shortcut at a stage change. CIFAR checkpoints do not say which; default: what the format's authors use.",
+)
+@click.option(
+    "--labels",
+    metavar="cifar10|FILE",
+    help="Class names: a text file with one a line. Default: CIFAR-10's or ImageNet's where they fit.",
+)
+@click.option("-o", "--output", "model", type=NEW_FILE, required=True, metavar="MODEL", help="The file to write.")
+def import_cmd(
+    checkpoint: Path,
+    arch: str,
+    format_: str,
+    classes: int | None,
+    mean: tuple[float, ...] | None,
+    std: tuple[float, ...] | None,
+    shortcut: str | None,
+    labels: str | None,
+    model: Path,
+) -> None:
+    """Turn a public checkpoint into a MODEL file, without running code from it.
+
+    \b
+    Example:
+      bdtool import resnet32-d509ac18.th --arch resnet32 -o model.safetensors
+    """
+    from bdtool.models.checkpoints import import_checkpoint
+    from bdtool.models.store import save_model
+
+    if model.exists() and model.samefile(checkpoint):
+        raise click.BadParameter(f"{model} is the checkpoint itself; choose another file", param_hint="'-o'")
+    imported = import_checkpoint(
+        checkpoint,
+        arch=arch,
+        format=format_,
+        classes=classes,
+        mean=mean,  # type: ignore[arg-type]  # click checked that there are three
+        std=std,  # type: ignore[arg-type]
+        shortcut=shortcut,  # type: ignore[arg-type]  # one of the choices
+        labels=_read_labels(labels),
+    )
+    save_model(imported, model)
+    spec = imported.spec
+    policy = "with a policy network" if spec.has_policy else "no policy network"
+    click.echo(f"{model}: {spec.arch}, {spec.n_classes} classes, {imported.n_blocks} blocks, {policy}")
+    click.echo(
+        f"shortcut {spec.shortcut}, mean {_numbers(spec.preprocessing.mean)}, std {_numbers(spec.preprocessing.std)}"
+    )
+
+
+@click.command("inspect")
+@click.argument("model_or_bundle", type=EXISTING)
+@json_option
+def inspect_cmd(model_or_bundle: Path, json_file: str | None) -> None:
+    """Show what a MODEL or BUNDLE is, part by part.
+
+    \b
+    Example:
+      bdtool inspect bundle
+    """
+    if model_or_bundle.is_dir():
+        facts, parts = _inspect_bundle(model_or_bundle)
+    else:
+        facts, parts = _inspect_model(model_or_bundle)
+
+    def text() -> None:
+        for name, value in facts.items():
+            click.echo(f"{name + ':':<16}{_fact(value)}")
+        columns = list(parts[0])
+        print_table(columns, [[_cell(name, part[name]) for name in columns] for part in parts], title="Parts")
+
+    emit({**facts, "parts": parts}, json_file, text)
+
+
+@click.command("models")
+@json_option
+def models_cmd(json_file: str | None) -> None:
+    """List the shipped models and the known architectures.
+
+    \b
+    Example:
+      bdtool models
+    """
+    from bdtool.models.architectures import architecture, known_architectures
+
+    rows: list[dict[str, Any]] = []
+    for name in known_architectures():
+        arch = architecture(name)
+        rows.append(
+            {
+                "name": name,
+                "family": arch.family,
+                "block": arch.block,
+                "stages": list(arch.stages),
+                "K": sum(arch.stages),
+                "input": f"{arch.image_size} x {arch.image_size}",
+            }
+        )
+
+    def text() -> None:
+        click.echo("Shipped models: none in this version; `bdtool import` takes public checkpoints.")
+        columns = list(rows[0])
+        print_table(columns, [[_cell(c, row[c]) for c in columns] for row in rows], title="Known architectures")
+        click.echo("CIFAR ResNets of any depth 6n + 2 are known by the same rule.")
+
+    emit({"shipped": [], "architectures": rows}, json_file, text)
+
+
+def _read_labels(labels: str | None) -> tuple[str, ...] | None:
+    if labels is None:
+        return None
+    if labels == _CIFAR10:
+        from bdtool.models.checkpoint_formats import CIFAR10_LABELS
+
+        return CIFAR10_LABELS
+    try:
+        return tuple(line.strip() for line in Path(labels).read_text().splitlines() if line.strip())
+    except (OSError, UnicodeDecodeError) as exc:
+        raise click.BadParameter(
+            f"{labels}: cannot be read ({exc}); expected a text file", param_hint="--labels"
+        ) from exc
+
+
+def _inspect_model(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    from bdtool.models.parts import network_spec
+    from bdtool.models.store import load_model
+
+    model = load_model(path)
+    network = network_spec(model)
+    facts = {
+        "kind": "MODEL",
+        **_network_facts(network),
+        "shortcut": model.spec.shortcut,
+        "provenance": dict(model.spec.provenance),
+    }
+    return facts, [_part_facts(part) for part in network.parts]
+
+
+def _inspect_bundle(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    from export.bundle import Bundle
+
+    bundle = Bundle.open(path)
+    manifest = bundle.manifest
+    facts = {
+        "kind": "BUNDLE",
+        **_network_facts(manifest.network),
+        "max_batch": manifest.max_batch,
+        "engines": sorted(p.name for p in bundle.engines_path.iterdir()) if bundle.engines_path.is_dir() else [],
+        "provenance": dict(manifest.provenance),
+        "environment": dict(manifest.environment),
+    }
+    parts = [
+        {
+            **_part_facts(part),
+            "precision": manifest.files[part.name].precision,
+            "error": manifest.files[part.name].error,
+            "sha256": manifest.files[part.name].sha256,
+        }
+        for part in manifest.network.parts
+    ]
+    return facts, parts
+
+
+def _network_facts(network: Any) -> dict[str, Any]:
+    from bdtool.specs import dict_from_spec
+
+    return {
+        "arch": network.arch,
+        "classes": network.n_classes,
+        "labels": None if network.labels is None else list(network.labels),
+        "stages": list(network.stages),
+        "K": network.n_blocks,
+        "policy": "learned" if network.has_policy else None,
+        "preprocessing": dict_from_spec(network.preprocessing),
+        "full_flops": network.full_flops,
+    }
+
+
+def _part_facts(part: Any) -> dict[str, Any]:
+    return {
+        "name": part.name,
+        "kind": part.kind,
+        "input": list(part.inputs[0].shape),
+        "output": list(part.outputs[0].shape),
+        "flops": part.flops,
+    }
+
+
+def _fact(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {_fact(v)}" for k, v in value.items()) or "-"
+    if isinstance(value, list):
+        shown = ", ".join(map(str, value[:10]))
+        return shown + (f", ... ({len(value)})" if len(value) > 10 else "") if value else "none"
+    return "-" if value is None else str(value)
+
+
+def _cell(column: str, value: Any) -> str:
+    if column == "flops":
+        return mega(value)
+    if column == "error":
+        return f"{value:.1e}"
+    if column == "sha256":
+        return str(value)[:12]
+    if isinstance(value, list):
+        return "x".join(map(str, value))
+    return str(value)
+
+
+def _numbers(values: tuple[float, ...]) -> str:
+    return ",".join(f"{value:g}" for value in values)

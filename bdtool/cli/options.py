@@ -1,0 +1,114 @@
+"""Options that several commands share, and parameter types."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+BUNDLE = click.Path(exists=True, file_okay=False, path_type=Path)
+EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+EXISTING = click.Path(exists=True, path_type=Path)
+NEW_DIRECTORY = click.Path(file_okay=False, path_type=Path)
+PRECISION = click.Choice(["fp32", "fp16", "int8"])
+
+
+class NewFile(click.Path):
+    """A file to write. Its directory is checked at the door: a result must not be lost after minutes of work."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        path = super().convert(value, param, ctx)
+        directory = Path(os.fsdecode(path)).parent
+        if str(path) != "-" and not (directory.is_dir() and os.access(directory, os.W_OK)):
+            why = "cannot be written to" if directory.is_dir() else "does not exist"
+            self.fail(f"{str(path)!r}: the directory {directory} {why}. Make it, or choose another place", param, ctx)
+        return path
+
+
+NEW_FILE = NewFile(dir_okay=False, path_type=Path)
+JSON_FILE = NewFile(dir_okay=False, allow_dash=True, path_type=str)
+
+
+class FiniteRange(click.FloatRange):
+    """A number within bounds that is neither NaN nor infinite."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number: float = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r}: expected a finite number", param, ctx)
+        return number
+
+
+class NumberList(click.ParamType):  # type: ignore[type-arg]  # generic only in newer versions of click
+    """Comma-separated numbers, as a tuple of floats; `length` fixes how many."""
+
+    name = "numbers"
+
+    def __init__(self, length: int | None = None, low: float = float("-inf"), high: float = float("inf")) -> None:
+        self._length, self._low, self._high = length, low, high
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+        if not isinstance(value, str):
+            return tuple(value)
+        try:
+            numbers = tuple(float(text) for text in value.split(","))
+        except ValueError:
+            self.fail(f"{value!r}: expected numbers separated by commas", param, ctx)
+        if self._length is not None and len(numbers) != self._length:
+            self.fail(f"{value!r}: got {len(numbers)} numbers, expected {self._length}", param, ctx)
+        if not all(math.isfinite(number) for number in numbers):
+            self.fail(f"{value!r}: expected finite numbers", param, ctx)
+        if not all(self._low <= number <= self._high for number in numbers):
+            self.fail(f"{value!r}: each number must lie between {self._low:g} and {self._high:g}", param, ctx)
+        return numbers
+
+
+def json_option(command: _Command) -> _Command:
+    help_text = "Write the result as JSON to FILE; - is stdout, instead of the text."
+    return click.option("--json", "json_file", type=JSON_FILE, metavar="FILE", help=help_text)(command)
+
+
+def policy_option(command: _Command) -> _Command:
+    help_text = (
+        "learned, all, none, first:K, random:K[:SEED], distribute:K, a string of 0 and 1, or FILE.npy. "
+        "Default: learned where the model has a policy network, else all."
+    )
+    return click.option("--policy", metavar="POLICY", help=help_text)(command)
+
+
+def data_option(*, required: bool) -> Callable[[_Command], _Command]:
+    help_text = (
+        "FILE.npz, a directory of images (with a folder per class: labelled), cifar10:ROOT, cifar100:ROOT, "
+        "imagenet:ROOT, or synthetic[:N[:SEED]]."
+    )
+    if not required:
+        help_text += " Default: synthetic pictures, labelled as such in the result."
+    return click.option("--data", metavar="DATA", required=required, help=help_text)
+
+
+def resize_option(command: _Command) -> _Command:
+    help_text = "Scale and centre-crop images of another size to the network's input instead of refusing them."
+    return click.option("--resize", is_flag=True, help=help_text)(command)
+
+
+def runtime_options(command: _Command) -> _Command:
+    """--backend, --device, --threads and --precision."""
+    options = [
+        click.option("--backend", default="onnxruntime", show_default=True, help="Inference library."),
+        click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda:N", help="Where engines run."),
+        click.option(
+            "--threads",
+            type=click.IntRange(min=1),
+            help="CPU threads of one engine call. Default: the processors that are there, at most 4.",
+        ),
+        click.option("--precision", type=PRECISION, default="fp32", show_default=True, help="Which parts to use."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command

@@ -1,0 +1,75 @@
+"""Results on stdout, as text or JSON; progress on stderr, silent where that is not a terminal."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+def emit(result: Any, json_file: str | None, text: Callable[[], None]) -> None:
+    """Print a result: `text()` prints it for people; with `--json -` stdout holds the JSON alone.
+
+    A JSON file is written whole or not at all; the text is then printed as well.
+    """
+    if json_file == "-":
+        click.echo(json.dumps(result, indent=2, allow_nan=False))
+        return
+    text()  # first: what a full disk keeps from the file is then still on the terminal
+    if json_file is not None:
+        from export.files import write_json
+
+        try:
+            write_json(Path(json_file), result)
+        except OSError as exc:
+            raise click.ClickException(f"{json_file}: cannot be written ({exc.strerror or exc})") from exc
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None) -> None:
+    """Print rows below their column names: the first column left, the others right, as wide as they need."""
+    widths = [max(len(cell) for cell in column) for column in zip(columns, *rows, strict=True)]
+    if title:
+        click.echo(f"\n{title}")
+    for row in (columns, *rows):
+        cells = [
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        click.echo("  ".join(cells).rstrip())
+
+
+def warn(message: str) -> None:
+    click.echo(f"warning: {message}", err=True)
+
+
+@contextmanager
+def progress(description: str, total: float | None) -> Iterator[Callable[..., None]]:
+    """Show a progress bar on stderr; the yielded function takes what was done since the last call (default 1)."""
+    if not sys.stderr.isatty():
+        yield lambda advance=1, name="": None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(description, total=total)
+
+        def advance_bar(advance: float = 1, name: str = "") -> None:
+            bar.update(task, advance=advance, description=f"{description} {name}".rstrip())
+
+        yield advance_bar
+
+
+def percent(share: float, digits: int = 1) -> str:
+    return f"{100 * share:.{digits}f} %"
+
+
+def mega(flops: float) -> str:
+    """FLOPs with a unit a reader can compare: MFLOPs below 1e9, GFLOPs above."""
+    return f"{flops / 1e9:.3f} G" if flops >= 1e9 else f"{flops / 1e6:.2f} M"

@@ -1,0 +1,151 @@
+"""The tables of a profile, from its JSON."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from bdtool.cli.output import mega, percent, print_table
+
+_MIB = 2**20
+
+
+def print_profile(data: dict[str, Any]) -> None:
+    """Print a profile's JSON for people."""
+    environment = data["environment"]
+    machine = f"{environment['backend']}, {environment['threads']} threads, {environment['cpu']}"
+    click.echo(f"{data['bundle']}: {data['arch']}, {machine}, CPU affinity {environment['cpu_affinity']}")
+    click.echo(f"policy {data['policy']}; policy network: {data['policy_network']}")
+    click.echo(f"input: {data['n_images']} images of {data['input_source']}; batch {data['batch']}")
+    click.echo(f"clock: {data['boundary']}")
+    print_strategies(data["strategies"])
+    if "path" in data["strategies"]:
+        _print_paths(data["strategies"]["path"])
+    if data["split"]["strategies"]:
+        _print_split(data["split"])
+    if data["latency_against_blocks"]:
+        _print_lines(data["latency_against_blocks"])
+    if data["sweep"]:
+        _print_sweep(data["sweep"])
+    if data["parts"]:
+        print_parts(data["parts"], batch=data["batch"])
+    if data["peak_memory_mib"] is not None:
+        click.echo(f"\npeak memory: {data['peak_memory_mib']:.0f} MiB, {data['peak_memory_boundary']}")
+    if data["recommendation"]:
+        _print_recommendation(data["recommendation"])
+
+
+def print_strategies(strategies: dict[str, Any]) -> None:
+    """Print the latency table of a profile's JSON."""
+    percentiles = [name for name in strategies["full"]["latency_ms"] if name not in ("mean", "median")]
+    columns = ["strategy", "median", "mean", *percentiles, "to full", "IQR", "FLOPs", "blocks", "images/s", "CoV"]
+    rows = []
+    for name, s in strategies.items():
+        latency = s["latency_ms"]
+        variation = s["coefficient_of_variation"]
+        rows.append(
+            [
+                name,
+                *(f"{latency[column]:.3f}" for column in ("median", "mean", *percentiles)),
+                f"{s['ratio_to_full']:.3f}",
+                _range(s["ratio_to_full_iqr"]),
+                f"{s['flops_ratio_to_full']:.3f}",
+                f"{s['blocks_mean']:.2f}",
+                f"{s['throughput_ips']:.1f}",
+                "-" if variation is None else percent(variation),
+            ]
+        )
+    title = "Latency of one request, milliseconds (IQR: quartiles of the ratio to full, over rounds)"
+    print_table(columns, rows, title=title)
+
+
+def print_parts(parts: list[dict[str, Any]], *, batch: int = 1) -> None:
+    """Print the per-part table of a profile's JSON."""
+    columns = ["part", "us a call", "us an image", "calls", "usage", "share", "FLOPs"]
+    rows = [
+        [
+            p["name"],
+            f"{1000 * p['mean_ms']:.1f}",
+            f"{1000 * p['ms_per_image']:.1f}",
+            f"{p['calls']:.2f}",
+            percent(p["usage"]),
+            percent(p["share"]),
+            mega(p["flops"]),
+        ]
+        for p in parts
+    ]
+    title = f"Engine calls of chain, batch {batch} (a pass of its own; calls of a request, usage by images)"
+    print_table(columns, rows, title=title)
+
+
+def _print_paths(path: dict[str, Any]) -> None:
+    click.echo(
+        f"path: {percent(path['hit_rate'])} of the images hit; {path['paths']} engines, "
+        f"{path['path_bytes'] / _MIB:.1f} of at most {path['path_bytes_bound'] / _MIB:.0f} MiB; "
+        f"masks {path['path_masks']}"
+    )
+
+
+def _print_split(split: dict[str, Any]) -> None:
+    strategies = split["strategies"]
+    columns = list(dict.fromkeys(name for row in strategies.values() for name in row["components"]))
+    columns.sort(key=lambda name: name == "dispatch")  # what is left comes last
+    rows = []
+    for name, row in strategies.items():
+        found = [row["components"].get(column) for column in columns]
+        cells = ["-" if c is None else f"{c['ms']:.3f} ({percent(c['share'], 0)})" for c in found]
+        rows.append([name, *cells, f"{row['total_ms']:.3f}", _range(row["total_ms_iqr"])])
+    print_table(["strategy", *columns, "total", "IQR"], rows, title="Where the time goes, milliseconds an image")
+    click.echo(split["pass"])
+
+
+def _print_lines(lines: dict[str, Any]) -> None:
+    rows = [
+        [
+            name,
+            f"{line['fixed_ms']:.3f}",
+            f"{line['per_block_ms']:.4f}",
+            "-" if line["break_even_blocks"] is None else f"{line['break_even_blocks']:.1f}",
+            "-" if line["r_squared"] is None else f"{line['r_squared']:.3f}",
+            str(line["n_requests"]),
+        ]
+        for name, line in lines.items()
+    ]
+    columns = ["strategy", "fixed ms", "ms a block", "break-even blocks", "R^2", "requests"]
+    print_table(columns, rows, title="Latency of a request against blocks run, against `full`")
+    for points in dict.fromkeys(line["points"] for line in lines.values()):
+        names = [name for name, line in lines.items() if line["points"] == points]
+        click.echo(f"{', '.join(names)}: {points}")
+
+
+def _print_sweep(sweep: dict[str, Any]) -> None:
+    rows = [
+        [
+            name,
+            batch,
+            f"{row['throughput_ips']:.1f}",
+            f"{row['latency_ms']['median'] / int(batch):.3f}",
+            f"{row['ratio_to_full']:.3f}",
+            _range(row["ratio_to_full_iqr"]),
+            f"{row['flops_ratio_to_full']:.3f}",
+            str(row["n_requests"]),
+        ]
+        for batch, strategies in sweep.items()
+        for name, row in strategies.items()
+    ]
+    columns = ["strategy", "batch", "images/s", "ms an image", "to full", "IQR", "FLOPs", "requests"]
+    print_table(columns, rows, title="Throughput by batch, each batch in alternating rounds of its own")
+
+
+def _print_recommendation(recommendation: dict[str, Any]) -> None:
+    medians = ", ".join(f"{name} {ms:.3f} ms" for name, ms in recommendation["medians_ms"].items())
+    click.echo(
+        f"\nrecommended: {recommendation['strategy']} (medians at batch {recommendation['batch']}, "
+        f"{recommendation['threads']} threads, policy {recommendation['policy']}: {medians}); "
+        "strategy 'auto' now takes it with as many threads"
+    )
+
+
+def _range(quartiles: list[float] | None) -> str:
+    return "-" if quartiles is None else f"{quartiles[0]:.3f}-{quartiles[1]:.3f}"

@@ -1,0 +1,112 @@
+"""The command that writes a report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from bdtool.cli.options import (
+    BUNDLE,
+    NEW_FILE,
+    FiniteRange,
+    data_option,
+    policy_option,
+    resize_option,
+    runtime_options,
+)
+from bdtool.cli.output import progress, warn
+
+if TYPE_CHECKING:
+    from bdtool.data.batches import ImageSource
+    from bdtool.profiling.profile import Profile
+    from bdtool.report.gather import ReportRequest
+    from export.bundle import Bundle
+
+
+@click.command("report")
+@click.argument("bundle", type=BUNDLE)
+@data_option(required=True)
+@click.option("-o", "--output", type=NEW_FILE, required=True, metavar="FILE.html", help="The page to write.")
+@policy_option
+@click.option("--limit", type=click.IntRange(min=1), default=2000, show_default=True, help="Only the first N images.")
+@click.option(
+    "--duration",
+    type=FiniteRange(min=0, min_open=True),
+    default=3,
+    show_default=True,
+    help="Seconds measured, at least, for each strategy.",
+)
+@resize_option
+@runtime_options
+def report_cmd(
+    bundle: Path,
+    data: str,
+    output: Path,
+    policy: str | None,
+    limit: int,
+    duration: float,
+    resize: bool,
+    backend: str,
+    device: str,
+    threads: int | None,
+    precision: str,
+) -> None:
+    """Measure a BUNDLE and write one self-contained page: latency, accuracy, and the policies with pictures.
+
+    The page loads nothing from the network. Without labels in the data the sections that need them are left out.
+
+    \b
+    Example:
+      bdtool report bundle --data cifar10:data -o report.html
+    """
+    from bdtool.data.sources import open_data
+    from bdtool.profiling.measure import Settings
+    from bdtool.profiling.profile import profile
+    from bdtool.report.gather import PERCENTILES, ReportRequest, first_images
+    from bdtool.report.page import require_extra
+    from export.bundle import Bundle
+
+    require_extra()
+    opened = Bundle.open(bundle)
+    source = first_images(open_data(data, network=opened.network, resize=resize), limit)
+    request = ReportRequest(
+        bundle=bundle,
+        data=data,
+        output=output,
+        policy=policy,
+        limit=limit,
+        duration_s=duration,
+        resize=resize,
+        backend=backend,
+        device=device,
+        threads=threads,
+        precision=precision,
+    )
+    profiled = profile(
+        opened,
+        source,
+        policy=policy,
+        strategies=["chain"],
+        settings=Settings(duration_s=duration, percentiles=PERCENTILES),
+        backend=backend,
+        device=device,
+        threads=threads,
+        precision=precision,
+    )
+    click.echo(write_page(profiled, opened, source, request))
+
+
+def write_page(profiled: Profile, bundle: Bundle, source: ImageSource, request: ReportRequest) -> str:
+    """Gather what the page shows beside a profile's figures and write it; return a line that says so."""
+    from bdtool.report.gather import gather_report, n_steps
+    from bdtool.report.page import write_report
+
+    with progress("walking", n_steps(source, request.limit)) as advance:
+        gathered = gather_report(profiled, bundle, source, request, on_images=advance)
+    for message in gathered.warnings:
+        warn(message)
+    write_report(request.output, gathered)
+    size = request.output.stat().st_size / 1e6
+    return f"{request.output}: {size:.1f} MB, {gathered.n_images} images, policy {gathered.policy}"

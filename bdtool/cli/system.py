@@ -1,0 +1,53 @@
+"""Commands about this installation: doctor and demo."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from bdtool.cli.options import NEW_DIRECTORY, json_option
+from bdtool.cli.output import emit
+
+
+@click.command("doctor")
+@json_option
+def doctor_cmd(json_file: str | None) -> None:
+    """Show versions, providers, driver and GPU: what works here, and the command that adds what does not.
+
+    \b
+    Example:
+      bdtool doctor
+    """
+    from bdtool.doctor import examine, render
+
+    findings = examine()
+    emit({"findings": [asdict(finding) for finding in findings]}, json_file, lambda: click.echo(render(findings)))
+    if any(finding.status == "problem" for finding in findings):
+        raise click.exceptions.Exit(1)
+
+
+@click.command("demo")
+@click.option(
+    "-o",
+    "--output",
+    type=NEW_DIRECTORY,
+    default=Path("demo-output"),
+    show_default=True,
+    help="Directory for the model, the bundle and the images; what an earlier demo left there is replaced.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the training.")
+def demo_cmd(output: Path, seed: int) -> None:
+    """Run the whole pipeline on what an installed package ships, ending with a comparison table and a report.
+
+    Trains a small ResNet on scikit-learn's handwritten digits (a minute or two), then exports, builds, verifies,
+    classifies, profiles and reports on it.
+
+    \b
+    Example:
+      bdtool demo
+    """
+    from bdtool.demo import run_demo
+
+    run_demo(output, seed=seed)

@@ -1,0 +1,398 @@
+"""Bad input on the command line: the exit status, what the message names, and that nothing is lost or half-written.
+
+Each form of damage has its own tests beside the code that finds it; here it goes through the commands.
+"""
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from export.files import sha256_of_file
+
+
+@pytest.fixture
+def digests():
+    """Return a function from a directory to the digest of every file in it, by relative path."""
+
+    def of(directory):
+        files = sorted(path for path in directory.rglob("*") if path.is_file())
+        return {str(path.relative_to(directory)): sha256_of_file(path) for path in files}
+
+    return of
+
+
+# checkpoints
+
+
+def _import(bdtool, checkpoint, target, *words, status=1, arch="resnet8"):
+    message = bdtool("import", checkpoint, "--arch", arch, *words, "-o", target, status=status).stderr
+    assert not target.exists()
+    return message
+
+
+def test_truncated_checkpoint(bdtool, blockdrop_checkpoint, tmp_path):
+    data = blockdrop_checkpoint.read_bytes()
+    (tmp_path / "half.t7").write_bytes(data[: len(data) // 2])
+    message = _import(bdtool, tmp_path / "half.t7", tmp_path / "m")
+    assert "half.t7 is truncated, or not a checkpoint by torch.save" in message
+    assert "download it again" in message
+
+
+def test_wrong_arch_names_the_right_one(bdtool, blockdrop_checkpoint, tmp_path):
+    message = _import(bdtool, blockdrop_checkpoint, tmp_path / "m", arch="resnet20")
+    assert "does not fit --arch resnet20" in message
+    assert "missing: resnet.blocks.0.1." in message
+    assert "it looks like --arch resnet8" in message
+
+
+def test_unknown_arch_lists_the_known(bdtool, blockdrop_checkpoint, tmp_path):
+    message = _import(bdtool, blockdrop_checkpoint, tmp_path / "m", arch="resnext50", status=2)
+    assert "unknown architecture 'resnext50'; known: resnet20, resnet32" in message
+
+
+def test_wrong_number_of_classes(bdtool, blockdrop_checkpoint, tmp_path):
+    message = _import(bdtool, blockdrop_checkpoint, tmp_path / "m", "--classes", 100)
+    assert "its head has 10 classes, not the 100 asked for by --classes" in message
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--mean", "0.5,0.5"), "got 2 numbers, expected 3"),
+        (("--mean", "a,b,c"), "expected numbers separated by commas"),
+        (("--std", "nan,1,1"), "expected finite numbers"),
+        (("--std", "0,1,1"), "std above 0"),
+        (("--mean", "1,1,inf"), "expected finite numbers"),
+        (("--labels", "absent.txt"), "absent.txt: cannot be read"),
+        (("--labels", "cifar10", "--format", "akamster"), "'akamster' is not one of"),
+    ],
+)
+def test_wrong_options_of_import(bdtool, blockdrop_checkpoint, tmp_path, words, message):
+    assert message in _import(bdtool, blockdrop_checkpoint, tmp_path / "m", *words, status=2)
+
+
+class _RunsAProgram:
+    def __reduce__(self):
+        return os.system, ("touch ran",)
+
+
+def test_malicious_pickle_does_not_run(bdtool, tmp_path, monkeypatch):
+    import torch
+
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": _RunsAProgram()}, "evil.th")
+    message = _import(bdtool, "evil.th", tmp_path / "m")
+    assert "evil.th needs more than weights (it asks for posix.system) and is not loaded" in message
+    assert not (tmp_path / "ran").exists()
+
+
+def test_nan_weights_are_named(bdtool, blockdrop_checkpoint, tmp_path):
+    import torch
+
+    content = torch.load(blockdrop_checkpoint, weights_only=True)
+    content["resnet"]["fc.bias"] = torch.full((10,), float("nan"))
+    torch.save(content, tmp_path / "nan.t7")
+    assert "NaN or infinite weights in resnet.fc.bias" in _import(bdtool, tmp_path / "nan.t7", tmp_path / "m")
+
+
+def test_absent_directory_for_the_model(bdtool, blockdrop_checkpoint, tmp_path):
+    message = _import(bdtool, blockdrop_checkpoint, tmp_path / "absent" / "m", status=2)
+    assert "absent does not exist. Make it, or choose another place" in message
+
+
+def test_checkpoint_is_not_overwritten_by_its_own_import(bdtool, blockdrop_checkpoint, tmp_path):
+    checkpoint = shutil.copy(blockdrop_checkpoint, tmp_path / "c.t7")
+    before = sha256_of_file(checkpoint)
+    message = bdtool("import", checkpoint, "--arch", "resnet8", "-o", checkpoint, status=2).stderr
+    assert "c.t7 is the checkpoint itself; choose another file" in message
+    assert sha256_of_file(checkpoint) == before
+
+
+def test_failed_import_leaves_the_earlier_model(bdtool, blockdrop_checkpoint, tiny, tmp_path):
+    model = shutil.copy(tiny.path, tmp_path / "m")
+    bdtool("import", blockdrop_checkpoint, "--arch", "resnet20", "-o", model, status=1)
+    assert sha256_of_file(model) == sha256_of_file(tiny.path)
+
+
+# MODEL files
+
+
+def test_tampered_model_is_refused_by_every_reader(bdtool, tiny, npz, tmp_path):
+    (tmp_path / "m.safetensors").write_bytes(tiny.path.read_bytes()[:-100])
+    for words in (("inspect",), ("export", "-o", tmp_path / "bundle"), ("evaluate", "--data", npz)):
+        message = bdtool(words[0], tmp_path / "m.safetensors", *words[1:], status=1).stderr
+        assert "m.safetensors is not a whole safetensors file" in message
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_checkpoint_instead_of_a_model_is_named(bdtool, blockdrop_checkpoint, tmp_path):
+    message = bdtool("export", blockdrop_checkpoint, "-o", tmp_path / "bundle", status=1).stderr
+    assert "ckpt_E_730.t7 is not a whole safetensors file" in message
+
+
+@pytest.mark.parametrize("words", [("--device", "cuda:0"), ("--precision", "int8"), ("--backend", "fake")])
+def test_model_runs_in_pytorch_on_the_cpu_only(bdtool, tiny, npz, words):
+    message = bdtool("evaluate", tiny.path, "--data", npz, *words, status=2).stderr
+    assert f"{words[0]} {words[1]} needs a BUNDLE. Make one: bdtool export" in message
+
+
+# export
+
+
+def test_existing_bundle_needs_force(bdtool, tiny, bundle_copy, digests):
+    before = digests(bundle_copy)
+    message = bdtool("export", tiny.path, "-o", bundle_copy, status=1).stderr
+    assert "already holds a bundle; pass --force to replace it" in message
+    assert digests(bundle_copy) == before
+
+
+def test_directory_that_is_no_bundle_is_left_alone(bdtool, tiny, tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.txt").write_text("precious")
+    message = bdtool("export", tiny.path, "-o", tmp_path / "photos", "--force", status=1).stderr
+    assert "exists and is not a bundle; it is left alone. Choose another -o BUNDLE" in message
+    assert (tmp_path / "photos" / "cat.txt").read_text() == "precious"
+
+
+def test_place_that_cannot_be_written(bdtool, tiny, tmp_path):
+    (tmp_path / "file").write_text("precious")
+    message = bdtool("export", tiny.path, "-o", tmp_path / "file" / "bundle", status=1).stderr
+    assert "file/bundle: writing stopped" in message
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+# images
+
+
+def _save(path, mode, size=(32, 32), colour=0):
+    Image.new(mode, size, colour).save(path)
+    return path
+
+
+@pytest.mark.parametrize(("mode", "colour"), [("RGBA", (10, 20, 30, 255)), ("L", 7), ("1", 1), ("P", 3)])
+def test_safe_modes_are_converted(bdtool_json, tiny, tmp_path, mode, colour):
+    assert len(bdtool_json("run", tiny.bundle, _save(tmp_path / "i.png", mode, colour=colour))["images"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "colour", "message"),
+    [
+        ("i.jpg", "CMYK", (1, 2, 3, 4), "got mode CMYK, which has no safe conversion"),
+        ("i.png", "RGBA", (1, 2, 3, 128), "transparent pixels (alpha down to 128)"),
+    ],
+)
+def test_other_modes_are_named(bdtool, tiny, tmp_path, picture, name, mode, colour, message):
+    file = _save(tmp_path / name, mode, colour=colour)
+    result = bdtool("run", tiny.bundle, picture, file, status=1)
+    assert f"{file}: got mode {mode}" in result.stderr
+    assert message in result.stderr
+    assert result.stdout == ""  # not half of the answers
+
+
+def test_unreadable_image_is_named(bdtool, tiny, tmp_path):
+    (tmp_path / "i.png").write_text("no picture")
+    assert "i.png: not a picture in a known format" in bdtool("run", tiny.bundle, tmp_path / "i.png", status=1).stderr
+
+
+def test_absent_image_is_wrong_usage(bdtool, tiny, tmp_path):
+    assert "does not exist" in bdtool("run", tiny.bundle, tmp_path / "absent.png", status=2).stderr
+
+
+def test_wrong_size_shows_the_option_that_helps(bdtool, bdtool_json, tiny, tmp_path):
+    file = _save(tmp_path / "i.png", "RGB", (40, 48))
+    message = bdtool("run", tiny.bundle, file, status=1).stderr
+    assert "got 40 x 48 pixels, the model takes 32 x 32. Pass --resize" in message
+    assert len(bdtool_json("run", tiny.bundle, file, "--resize")["images"]) == 1
+
+
+# policies
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        ("1010", "got 4 bits, the model has 3 blocks"),
+        ("first:4", "got K = 4, the model has 3 blocks"),
+        ("12x", "not a form of POLICY. POLICY is one of: learned, all, none"),
+        ("absent.npy", "no such file"),
+    ],
+)
+def test_policy_that_does_not_fit(bdtool, tiny, npz, picture, policy, message):
+    for words in (("run", tiny.bundle, picture), ("evaluate", tiny.path, "--data", npz), ("profile", tiny.bundle)):
+        assert message in bdtool(*words, "--policy", policy, status=2).stderr
+
+
+@pytest.mark.parametrize(
+    ("bits", "message"),
+    [
+        ([1, 0], "got shape [2], expected [3] or [N, 3]"),
+        ([1, 0, 2], "got the value 2, expected only 0 (drop) and 1 (keep)"),
+        ([[1, 0, 1]] * 5, "has 5 rows"),
+    ],
+)
+def test_policy_file_that_does_not_fit(bdtool, tiny, npz, tmp_path, bits, message):
+    np.save(tmp_path / "p.npy", bits)
+    words = ("evaluate", tiny.bundle, "--data", npz, "--policy", tmp_path / "p.npy")
+    assert message in bdtool(*words, status=2).stderr
+
+
+def test_learned_needs_a_policy_network(bdtool, export_random, picture):
+    plain = export_random("resnet8", shortcut="average-pool", has_policy=False)
+    message = bdtool("run", plain.bundle, picture, "--policy", "learned", status=2).stderr
+    assert "policy 'learned': the model has no policy network. Use another POLICY" in message
+
+
+# data sets
+
+
+def test_empty_data_sets(bdtool, tiny, tmp_path):
+    (tmp_path / "empty").mkdir()
+    message = bdtool("evaluate", tiny.bundle, "--data", tmp_path / "empty", status=1).stderr
+    assert "empty: no images in it, expected files named" in message
+    np.savez(tmp_path / "empty.npz", x=np.zeros((0, 32, 32, 3), np.uint8), y=np.zeros(0, int))
+    message = bdtool("evaluate", tiny.bundle, "--data", tmp_path / "empty.npz", status=1).stderr
+    assert "empty.npz: no images, expected at least one" in message
+
+
+def test_data_without_labels_cannot_be_evaluated(bdtool, tiny, tmp_path):
+    np.savez(tmp_path / "x.npz", x=np.zeros((2, 32, 32, 3), np.uint8))
+    message = bdtool("evaluate", tiny.bundle, "--data", tmp_path / "x.npz", status=1).stderr
+    assert "x.npz has no labels; evaluate needs them" in message
+
+
+def test_labels_outside_the_classes_are_named(bdtool, tiny, tmp_path):
+    np.savez(tmp_path / "y.npz", x=np.zeros((2, 32, 32, 3), np.uint8), y=np.array([3, 10]))
+    message = bdtool("evaluate", tiny.bundle, "--data", tmp_path / "y.npz", status=1).stderr
+    assert "label 10 of image 1 is not in 0 to 9" in message
+
+
+def test_unknown_data_lists_the_forms(bdtool, tiny):
+    message = bdtool("evaluate", tiny.bundle, "--data", "mnist:there", status=1).stderr
+    assert "DATA is one of: FILE.npz" in message
+
+
+# bundles
+
+
+def _edit(bundle, change):
+    data = json.loads((bundle / "manifest.json").read_text())
+    change(data)
+    (bundle / "manifest.json").write_text(json.dumps(data))
+
+
+def _cut_part(bundle):
+    data = (bundle / "onnx" / "block_01.onnx").read_bytes()
+    (bundle / "onnx" / "block_01.onnx").write_bytes(data[:-1])
+
+
+DAMAGE = {
+    "cut": (_cut_part, "part 'block_01', onnx/block_01.onnx, has SHA-256"),
+    "missing": (lambda b: (b / "onnx" / "head.onnx").unlink(), "part 'head' is missing: no file onnx/head.onnx"),
+    "newer": (lambda b: _edit(b, lambda d: d.update(format_version=9)), "format_version 9 is newer"),
+    "leaving": (
+        lambda b: _edit(b, lambda d: d["parts"][0].update(file="../secret.onnx")),
+        "the path '../secret.onnx' leaves the bundle",
+    ),
+    "no manifest": (lambda b: (b / "manifest.json").unlink(), "is not a bundle: it has no manifest.json"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_bundle_is_refused_by_every_command(bdtool, bundle_copy, npz, picture, digests, damage):
+    make, message = DAMAGE[damage]
+    make(bundle_copy)
+    before = digests(bundle_copy)
+    commands = [("build",), ("verify",), ("run", picture), ("evaluate", "--data", npz), ("profile",), ("inspect",)]
+    for command, *words in commands:
+        assert message in bdtool(command, bundle_copy, *words, status=1).stderr
+    assert digests(bundle_copy) == before
+
+
+def test_moved_bundle_works_without_a_new_build(bdtool, bdtool_json, bundle_copy, picture):
+    bdtool("build", bundle_copy)
+    here = bdtool_json("run", bundle_copy, picture)
+    moved = bundle_copy.rename(bundle_copy.with_name("moved"))
+    assert all(part["cached"] for part in bdtool_json("build", moved)["parts"].values())
+    assert bdtool_json("run", moved, picture) == here
+
+
+def test_damaged_engine_is_built_again(bdtool_json, bundle_copy, picture):
+    before = bdtool_json("run", bundle_copy, picture)
+    bdtool_json("build", bundle_copy)
+    engine = next((bundle_copy / "engines").rglob("block_01.onnx"))
+    engine.write_bytes(engine.read_bytes()[:-5])
+    assert bdtool_json("run", bundle_copy, picture) == before
+    statuses = {name: part["status"] for name, part in bdtool_json("build", bundle_copy)["parts"].items()}
+    assert set(statuses.values()) == {"cached"}
+
+
+def test_part_that_does_not_build_fails_the_command_but_not_the_others(bdtool, bundle_copy, monkeypatch):
+    from bdtool.errors import EngineError
+    from engines.fake import FakeBackend
+
+    build = FakeBackend.build
+
+    def refuse(self, part, model, *, layout):
+        if part.name == "block_01":
+            raise EngineError("part 'block_01': refused")
+        return build(self, part, model, layout=layout)
+
+    monkeypatch.setattr(FakeBackend, "build", refuse)
+    result = bdtool("build", bundle_copy, "--backend", "fake", "--json", "-", status=1)
+    statuses = {name: part["status"] for name, part in json.loads(result.stdout)["parts"].items()}
+    assert [name for name, status in statuses.items() if status == "failed"] == ["block_01"]
+    assert "Error: part 'block_01': refused" in result.stderr
+
+
+# backends, devices, precisions, strategies
+
+
+def test_unknown_backend_and_device_list_the_known(bdtool, tiny, picture):
+    for words in (("build", tiny.bundle), ("run", tiny.bundle, picture), ("profile", tiny.bundle)):
+        message = bdtool(*words, "--backend", "openvino", status=2).stderr
+        assert "unknown backend 'openvino'; this version has onnxruntime" in message
+        assert "unknown device 'gpu'; expected cpu or cuda:N" in bdtool(*words, "--device", "gpu", status=2).stderr
+
+
+def test_gpu_that_is_not_there_is_refused_never_replaced(bdtool, bundle_copy, picture, digests, monkeypatch):
+    import onnxruntime
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    before = digests(bundle_copy)
+    for words in (("build", bundle_copy), ("run", bundle_copy, picture), ("verify", bundle_copy)):
+        message = bdtool(*words, "--device", "cuda:0", status=1).stderr
+        assert "device 'cuda:0': this onnxruntime has no CUDA provider" in message
+    assert digests(bundle_copy) == before
+    assert not (bundle_copy / "engines").exists()
+
+
+def test_precision_that_the_bundle_lacks(bdtool, tiny, picture):
+    for words in (("build", tiny.bundle), ("run", tiny.bundle, picture), ("verify", tiny.bundle)):
+        message = bdtool(*words, "--precision", "int8", status=1).stderr
+        assert "has no int8 parts; it has fp32. Use --precision fp32" in message
+
+
+def test_unknown_strategy_lists_the_known_and_builds_nothing(bdtool, bundle_copy):
+    message = bdtool("profile", bundle_copy, "--strategy", "chain,magic", status=2).stderr
+    assert "'magic'" in message
+    assert "chain" in message
+    assert not (bundle_copy / "engines").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--duration", "nan"), "expected a finite number"),
+        (("--warmup", "inf"), "expected a finite number"),
+        (("--duration", "0"), "is not in the range"),
+        (("--percentile", "101"), "each number must lie between 0 and 100"),
+        (("--threads", "0"), "is not in the range"),
+        (("--batch", "0"), "is not in the range"),
+    ],
+)
+def test_wrong_numbers_for_profile(bdtool, tiny, words, message):
+    assert message in bdtool("profile", tiny.bundle, *words, status=2).stderr

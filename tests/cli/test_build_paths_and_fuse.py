@@ -1,0 +1,77 @@
+"""`build --paths` and `fuse`: what strategy `path` starts with, and a bundle as one file."""
+
+import json
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from bdtool import Orchestrator
+
+
+def _noted(bundle):
+    (file,) = bundle.glob("engines/*/paths.json")
+    return json.loads(file.read_text())
+
+
+def test_paths_notes_the_most_frequent_masks(bdtool_json, bundle_copy, npz):
+    result = bdtool_json("build", bundle_copy, "--paths", "2", "--data", npz)
+    noted = _noted(bundle_copy)
+    assert result["paths"]["noted"] == len(noted["masks"]) == 2
+    assert noted["policy"] == "learned"
+    assert noted["masks"][0]["share"] >= noted["masks"][1]["share"]
+
+
+def test_coverage_notes_enough_masks(bdtool_json, bundle_copy, npz):
+    result = bdtool_json("build", bundle_copy, "--coverage", "1", "--data", npz)
+    assert result["paths"]["noted"] == result["paths"]["unique"]
+    assert result["paths"]["coverage"] == pytest.approx(1)
+
+
+def test_noted_masks_hit_from_the_first_image(bdtool, bundle_copy, npz):
+    bdtool("build", bundle_copy, "--coverage", "1", "--data", npz)
+    images = np.load(npz)["x"]
+    with Orchestrator.open(bundle_copy, strategy="path") as runtime:
+        result = runtime.run(images)
+        assert result.hits.all()
+        assert runtime.path_stats.hit_rate == 1
+
+
+def test_paths_need_data(bdtool, bundle_copy):
+    assert "--data" in bdtool("build", bundle_copy, "--paths", "2", status=2).output
+
+
+def test_paths_and_coverage_exclude_each_other(bdtool, bundle_copy, npz):
+    bdtool("build", bundle_copy, "--paths", "2", "--coverage", "0.5", "--data", npz, status=2)
+
+
+def test_damaged_list_of_masks_is_refused_by_name(bdtool, bundle_copy, npz):
+    bdtool("build", bundle_copy, "--paths", "1", "--data", npz)
+    (file,) = bundle_copy.glob("engines/*/paths.json")
+    file.write_text(file.read_text()[:20])
+    output = bdtool("profile", bundle_copy, "--strategy", "path", "--duration", "0.1", status=1).output
+    assert "paths.json" in output
+    assert "build --paths" in output
+
+
+def test_fuse_writes_one_file_that_runs_alone(bdtool, bundle_copy, tmp_path):
+    file = tmp_path / "model.onnx"
+    assert "worst difference" in bdtool("fuse", bundle_copy, "-o", file).output
+    session = onnxruntime.InferenceSession(file.read_bytes(), _options(), providers=["CPUExecutionProvider"])
+    with Orchestrator.open(bundle_copy) as runtime:
+        pixels = np.zeros((1, 3, 32, 32), np.float32)
+        expected = runtime.run(pixels)
+    logits, keep = session.run(["logits", "keep"], {"image": pixels})
+    np.testing.assert_array_equal(keep, expected.policy[0])
+    np.testing.assert_allclose(logits, expected.logits, atol=1e-4)
+
+
+def test_fuse_into_a_missing_directory_says_so(bdtool, bundle_copy, tmp_path):
+    result = bdtool("fuse", bundle_copy, "-o", tmp_path / "no" / "model.onnx", status=2)
+    assert "no" in result.output
+
+
+def _options():
+    from export.ort_threads import any_threads_options
+
+    return any_threads_options()

@@ -1,0 +1,124 @@
+"""What all commands have in common: help, examples, exit statuses, and what goes to stdout and stderr."""
+
+import errno
+import json
+from pathlib import Path
+
+import click
+import pytest
+
+from bdtool.cli import main
+
+COMMANDS = sorted(main.commands)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_every_command_shows_help_with_an_example(bdtool, command, flag):
+    text = bdtool(command, flag).stdout
+    assert "Example:" in text
+    assert f"bdtool {command}" in text.split("Example:")[1]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_says_what_it_does(command):
+    options = [p for p in main.commands[command].params if isinstance(p, click.Option)]
+    assert [option.name for option in options if not option.help] == []
+
+
+def test_help_of_the_program_lists_every_command(bdtool):
+    text = bdtool("--help").stdout
+    assert all(f"  {command} " in text for command in COMMANDS)
+    assert "Example:" in text
+
+
+def test_commands_of_the_contract_exist():
+    assert {
+        "import",
+        "export",
+        "build",
+        "verify",
+        "evaluate",
+        "run",
+        "profile",
+        "inspect",
+        "models",
+        "doctor",
+        "demo",
+    } <= set(COMMANDS)
+
+
+def test_unknown_command_is_wrong_usage(bdtool):
+    assert "No such command 'deploy'" in bdtool("deploy", status=2).stderr
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_unknown_option_is_wrong_usage(bdtool, command):
+    assert "No such option '--no-such-option'" in bdtool(command, "--no-such-option", status=2).stderr
+
+
+def test_version_is_shown(bdtool):
+    from bdtool.version import version
+
+    assert version() in bdtool("--version").stdout
+
+
+def test_result_is_on_stdout_and_nothing_on_stderr(bdtool, tiny, npz):
+    result = bdtool("evaluate", tiny.bundle, "--data", npz)
+    assert "accuracy" in result.stdout
+    assert result.stderr == ""
+
+
+def test_warnings_go_to_stderr_and_json_alone_to_stdout(bdtool, tiny):
+    result = bdtool("verify", tiny.bundle, "--limit", 4, "--json", "-")
+    assert json.loads(result.stdout)["ok"] is True
+    assert result.stderr.startswith("warning: the images are 64 synthetic pictures")
+
+
+def test_json_file_is_written_beside_the_text(bdtool, tiny, npz, tmp_path):
+    result = bdtool("evaluate", tiny.bundle, "--data", npz, "--json", tmp_path / "result.json")
+    assert "accuracy" in result.stdout
+    assert json.loads((tmp_path / "result.json").read_text())["n_images"] == 20
+
+
+def test_full_disk_leaves_the_earlier_json_and_the_text(bdtool, tmp_path, monkeypatch):
+    (tmp_path / "result.json").write_text("earlier")
+
+    def full(self, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    result = bdtool("models", "--json", tmp_path / "result.json", status=1)
+    assert "Known architectures" in result.stdout
+    assert "result.json: cannot be written (No space left on device)" in result.stderr
+    assert (tmp_path / "result.json").read_text() == "earlier"
+    assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
+
+
+def test_place_for_json_is_checked_before_the_work(bdtool, tiny, tmp_path, npz):
+    words = ("evaluate", tiny.bundle, "--data", npz, "--json", tmp_path / "absent" / "result.json")
+    assert "absent does not exist. Make it, or choose another place" in bdtool(*words, status=2).stderr
+
+
+def test_error_of_the_system_is_one_line(bdtool, tiny, monkeypatch):
+    def denied(*args, **options):
+        raise PermissionError(errno.EACCES, "Permission denied", "some/file")
+
+    monkeypatch.setattr("export.bundle.read_manifest", denied)
+    assert bdtool("inspect", tiny.bundle, status=1).stderr == "Error: some/file: Permission denied\n"
+
+
+def test_terminal_gets_a_progress_bar_on_stderr(monkeypatch, capsys):
+    from bdtool.cli.output import progress
+
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    with progress("working", 2) as advance:
+        advance(1, "block_00")
+    captured = capsys.readouterr()
+    assert "working" in captured.err
+    assert captured.out == ""
+
+
+def test_doctor_and_models_give_json(bdtool_json):
+    assert {"resnet32", "resnet110", "resnet101"} <= {row["name"] for row in bdtool_json("models")["architectures"]}
+    assert {"name", "status", "remedy"} <= set(bdtool_json("doctor")["findings"][0])

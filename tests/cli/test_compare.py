@@ -1,0 +1,78 @@
+"""`bdtool compare` by its exit statuses: 0 no regression, 1 a regression, 2 not two profiles."""
+
+import json
+
+import pytest
+
+
+def _profile(median, *, threads=1):
+    def row(value, ratio):
+        return {
+            "latency_ms": {"median": value, "p99": 2 * value},
+            "median_ms_iqr": [0.99 * value, 1.01 * value],
+            "ratio_to_full": ratio,
+            "ratio_to_full_iqr": [0.99 * ratio, 1.01 * ratio],
+            "blocks_mean": 3.0,
+            "throughput_ips": 1000 / value,
+        }
+
+    strategies = {"full": row(10.0, 1.0), "chain": row(median, median / 10)}
+    return {"strategies": strategies, "environment": {"cpu": "one", "threads": threads}, "batch": 1}
+
+
+@pytest.fixture
+def write(tmp_path):
+    def written(name, data):
+        (tmp_path / name).write_text(data if isinstance(data, str) else json.dumps(data))
+        return tmp_path / name
+
+    return written
+
+
+def test_no_regression_is_status_0(bdtool, write):
+    result = bdtool("compare", write("a.json", _profile(4)), write("b.json", _profile(4.1)))
+    assert "no regression (more than 5.0 % slower and beyond the spread)" in result.stdout
+    assert "+2.5 %" in result.stdout
+    assert result.stderr == ""
+
+
+def test_regression_is_status_1_and_shown(bdtool, write):
+    words = ("compare", write("a.json", _profile(4)), write("b.json", _profile(5)))
+    result = bdtool(*words, status=1)
+    assert "2 regressions" in result.stdout
+    assert "REGRESSION" in result.stdout
+    bdtool(*words, "--max-slowdown", "0.3")
+
+
+def test_json_says_what_changed(bdtool_json, write):
+    words = ("compare", write("a.json", _profile(4)), write("b.json", _profile(5, threads=2)))
+    data = bdtool_json(*words, status=1)
+    assert (data["ok"], data["comparable"]) == (False, False)
+    assert data["strategies"]["chain"]["regressions"] == ["median_ms", "ratio_to_full"]
+    assert data["strategies"]["chain"]["median_ms"] == {"a": 4, "b": 5, "change": 0.25}
+    assert data["strategies"]["full"]["regressions"] == []
+    assert data["differences"]["threads"] == {"a": 1, "b": 2}
+    assert data["files"]["a"].endswith("a.json")
+
+
+def test_other_machine_is_a_loud_warning(bdtool, write):
+    result = bdtool("compare", write("a.json", _profile(4)), write("b.json", _profile(4, threads=2)))
+    assert "warning: NOT COMPARABLE" in result.stderr
+    assert "differ in threads" in result.stderr
+    assert "What else is different" in result.stdout
+
+
+def test_foreign_file_is_wrong_usage(bdtool, write, tmp_path):
+    good = write("a.json", _profile(4))
+    assert "not JSON" in bdtool("compare", good, write("b.json", "{"), status=2).stderr
+    assert "b.json: not a profile" in bdtool("compare", good, write("b.json", {"accuracy": 1}), status=2).stderr
+    bdtool("compare", good, tmp_path / "absent.json", status=2)
+    bdtool("compare", good, good, "--max-slowdown", "nan", status=2)
+
+
+def test_profiles_of_the_command_can_be_compared(bdtool, bdtool_json, tiny, npz, tmp_path):
+    words = ("profile", tiny.bundle, "--data", npz, "--duration", "0.02", "--warmup", "0")
+    bdtool(*words, "--json", tmp_path / "a.json")
+    data = bdtool_json("compare", tmp_path / "a.json", tmp_path / "a.json")
+    assert (data["ok"], data["comparable"], data["differences"]) == (True, True, {})
+    assert set(data["strategies"]) == {"full", "chain"}

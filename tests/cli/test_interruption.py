@@ -1,0 +1,75 @@
+"""Ctrl-C and kill, on real processes in the middle of their work."""
+
+import json
+import os
+import shutil
+import signal
+import time
+
+import pytest
+
+from export.bundle import Bundle
+from export.files import sha256_of_file
+
+
+@pytest.fixture(scope="module")
+def resnet32(export_random):
+    return export_random("resnet32", has_policy=False)
+
+
+def _digests(directory):
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    return {str(path.relative_to(directory)): sha256_of_file(path) for path in files}
+
+
+def _wait_for(path, process):
+    while not path.exists():
+        assert process.poll() is None, f"the command ended first: {process.communicate()}"
+        time.sleep(0.001)
+
+
+def _stop(process, how):
+    os.kill(process.pid, how)
+    stdout, stderr = process.communicate(timeout=60)
+    assert "Traceback" not in stderr
+    return stdout, stderr
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_export_leaves_the_bundle_and_the_rerun_goes_on(resnet32, bundle_copy, start_bdtool):
+    before = _digests(bundle_copy)
+    process = start_bdtool("export", resnet32.path, "-o", bundle_copy, "--force")
+    _wait_for(bundle_copy.with_name(".bundle.partial") / "records" / "block_00.json", process)
+    _, stderr = _stop(process, signal.SIGINT)
+    assert process.returncode == 1
+    assert stderr.strip() == "Aborted!"
+    assert _digests(bundle_copy) == before
+    Bundle.open(bundle_copy)
+
+    process = start_bdtool("export", resnet32.path, "-o", bundle_copy, "--force")
+    stdout, stderr = process.communicate(timeout=300)
+    assert (process.returncode, stderr) == (0, "")
+    assert "taken up from an interrupted run" in stdout
+    assert Bundle.open(bundle_copy).network.arch == "resnet32"
+    assert sorted(path.name for path in bundle_copy.parent.iterdir()) == ["bundle"]
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_stopped_build_keeps_what_is_finished(resnet32, tmp_path, start_bdtool, how):
+    bundle = shutil.copytree(resnet32.bundle, tmp_path / "b", ignore=shutil.ignore_patterns("engines"))
+    before = _digests(bundle)
+    process = start_bdtool("build", bundle)
+    while not list(bundle.glob("engines/*/block_00.engine.json")):
+        assert process.poll() is None
+        time.sleep(0.001)
+    _stop(process, how)
+    assert process.returncode == (1 if how == signal.SIGINT else -signal.SIGKILL)
+    finished = len(list(bundle.glob("engines/*/*.engine.json")))
+    assert 0 < finished < len(Bundle.open(bundle).network.parts)
+    assert {name: digest for name, digest in _digests(bundle).items() if not name.startswith("engines")} == before
+
+    stdout, stderr = start_bdtool("build", bundle, "--json", "-").communicate(timeout=300)
+    parts = json.loads(stdout)["parts"]
+    assert stderr == ""
+    assert sum(part["cached"] for part in parts.values()) == finished
+    assert {part["status"] for part in parts.values()} == {"built", "cached"}
