@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := bdtool export engines calibration tests
+SOURCES := bdtool export engines calibration tests benchmarks
 CREATED := $(VENV)/.stamp-created
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 FREEZE := $(VENV)-constraints
@@ -20,7 +20,7 @@ help:
 	@echo "make test         lint, types, spelling and tests"
 	@echo "make lint         ruff, mypy and codespell only"
 	@echo "make format       let ruff rewrite the code"
-	@echo "make bench        profile a bundle: make bench BUNDLE=directory; results in bench-output/"
+	@echo "make bench        the latency benchmark; its figures go to bench-output/"
 	@echo "make constraints  write constraints.txt anew from the newest versions allowed"
 	@echo "make clean        remove .venv, caches and build leftovers"
 	@echo "Another interpreter: make test PYTHON=python3.12"
@@ -41,9 +41,8 @@ format: $(VENV)/.stamp-dev
 	@$(BIN)/ruff format --quiet $(SOURCES)
 
 bench: $(VENV)/.stamp-demo
-	@test -n "$(BUNDLE)" || { echo "which bundle? make bench BUNDLE=directory (bdtool export and build make one)" >&2; exit 2; }
 	@mkdir -p bench-output
-	@$(BIN)/bdtool profile "$(BUNDLE)" --json bench-output/profile.json
+	@$(BIN)/python benchmarks/latency.py --out bench-output/latency.json
 
 # setuptools first, from the constraints, and no build isolation: an isolated build would fetch an untested version
 $(VENV)/.stamp-%: $(CREATED) pyproject.toml constraints.txt

@@ -1,0 +1,142 @@
+"""ResNet-110 by each strategy against the whole network as one engine, ONNX Runtime on the CPU.
+
+    python benchmarks/latency.py [--data DATA] [--threads 1,2] [--duration S] [--out FILE]
+
+Makes a ResNet-110 with a policy network and random weights (latency does not depend on their values), exports it, and
+runs `bdtool profile` on it for each number of threads in a process of its own, the policy network included:
+
+    distribute:17, batch 1   17 of 54 blocks kept (mean of the paper: 16.9; its Table 2: 0.452 of the full time)
+    all, batch 1             what chaining costs when nothing is dropped
+    random:17, batch 64      every image keeps other blocks
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bdtool.models.model import ModelSpec, build_model
+from bdtool.models.store import save_model
+from bdtool.specs import Preprocessing
+from engines.registry import identify_backend, open_backend
+from engines.store import EngineStore
+from export.bundle import Bundle
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """What is profiled, and the most that each strategy's ratio to full may be, for one and for two threads."""
+
+    policy: str
+    batch: int
+    aims: dict[str, tuple[float, float]]
+
+
+CASES = (
+    Case(policy="distribute:17", batch=1, aims={"chain": (0.40, 0.45), "path": (0.34, 0.36), "fused": (0.48, 0.48)}),
+    Case(policy="all", batch=1, aims={"chain": (1.25, 1.25)}),
+    Case(policy="random:17", batch=64, aims={"chain": (0.419, 0.419)}),  # 1.15 x the FLOPs share of 0.364
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", help="DATA as everywhere; default: synthetic pictures")
+    parser.add_argument("--threads", default="1,2", help="default: 1,2")
+    parser.add_argument("--duration", default="6", help="seconds measured for each strategy, default 6")
+    parser.add_argument("--out", type=Path, help="write the profiles as JSON")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="bdtool-benchmark-") as directory:
+        bundle = Path(directory) / "resnet110"
+        timings = make_bundle(bundle)
+        runs = [
+            (case, run_profile(bundle, case, int(threads), args.duration, args.data))
+            for threads in args.threads.split(",")
+            for case in CASES
+        ]
+    print_results(runs, timings)
+    if args.out is not None:
+        profiles = [profile for _, profile in runs]
+        args.out.write_text(json.dumps({"timings_s": timings, "profiles": profiles}, indent=2) + "\n")
+
+
+def make_bundle(bundle: Path) -> dict[str, float]:
+    """Make, export and build the network; return seconds: of commands with the start of Python, of builds without."""
+    model = bundle.with_suffix(".safetensors")
+    size = Preprocessing(height=32, width=32, mean=(0.49, 0.48, 0.45), std=(0.25, 0.24, 0.26))
+    spec = ModelSpec(
+        arch="resnet110",
+        n_classes=10,
+        labels=None,
+        preprocessing=size,
+        shortcut="average-pool",
+        has_policy=True,
+        provenance={"created_by": "benchmarks/latency.py", "weights": "random, seed 0"},
+    )
+    save_model(build_model(spec, seed=0), model)
+    return {
+        "bdtool export": run_command("export", str(model), "-o", str(bundle)),
+        "bdtool build": run_command("build", str(bundle)),
+        "bdtool build again": run_command("build", str(bundle)),
+        **time_builds(bundle),
+    }
+
+
+def run_command(*arguments: str) -> float:
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "bdtool", *arguments], check=True, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - start
+
+
+def time_builds(bundle: Path) -> dict[str, float]:
+    """Time opening the bundle and building it, first with nothing built and then again, in this process."""
+    shutil.rmtree(bundle / "engines")
+    identity = identify_backend("onnxruntime", "cpu")
+    library = open_backend("onnxruntime", "cpu", threads=1)
+    seconds = {}
+    for name in ("building alone", "building again alone"):
+        start = time.perf_counter()
+        EngineStore(Bundle.open(bundle), identity).build(lambda: library)
+        seconds[name] = time.perf_counter() - start
+    return seconds
+
+
+def run_profile(bundle: Path, case: Case, threads: int, duration: str, data: str | None) -> dict[str, Any]:
+    command = [sys.executable, "-m", "bdtool", "profile", str(bundle), "--policy", case.policy]
+    command += ["--strategy", ",".join(case.aims), "--batch", str(case.batch), "--threads", str(threads)]
+    command += ["--duration", duration, "--json", "-", *(["--data", data] if data else [])]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    profile: dict[str, Any] = json.loads(output)
+    return profile
+
+
+def print_results(runs: list[tuple[Case, dict[str, Any]]], timings: dict[str, float]) -> None:
+    first = runs[0][1]
+    environment = first["environment"]
+    print(f"{environment['cpu']} ({environment['instruction_set']}), {environment['backend']}")
+    print(f"{first['n_images']} images of {first['input_source']}; {first['boundary']}")
+    print("; ".join(f"{name} {seconds:.3f} s" for name, seconds in timings.items()))
+    print("\n| threads | batch | policy | strategy | full, ms | this, ms | ratio | FLOPs share | aim |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for case, profile in runs:
+        threads = profile["environment"]["threads"]
+        full = profile["strategies"]["full"]["latency_ms"]["median"] / case.batch
+        for name, aims in case.aims.items():
+            row = profile["strategies"][name]
+            print(
+                f"| {threads} | {case.batch} | {case.policy} | {name} | {full:.3f} "
+                f"| {row['latency_ms']['median'] / case.batch:.3f} | {row['ratio_to_full']:.3f} "
+                f"| {row['flops_ratio_to_full']:.3f} | {aims[min(threads, 2) - 1]} |"
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""Strategy `path` with many keep masks: memory of the path engines, the time to join them, and latency.
+
+    python benchmarks/paths.py BUNDLE [--paths N] [--policy POLICY] [--threads N] [--duration S]
+
+The first N images get a mask each (by default 17 random blocks), every mask an engine, so that every image hits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+from bdtool.data.synthetic import synthetic_images
+from bdtool.profiling.measure import Settings, Workload, measure
+from bdtool.runtime.orchestrator import Orchestrator
+from bdtool.runtime.paths import PathOptions
+from bdtool.runtime.policies import parse_policy
+from export.bundle import Bundle
+
+_PAGE = 4096
+_MIB = 2**20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--paths", type=int, default=300)
+    parser.add_argument("--policy", default="random:17")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--duration", type=float, default=4)
+    args = parser.parse_args()
+    bundle = Bundle.open(args.bundle)
+    size, n_blocks = bundle.network.preprocessing, bundle.network.n_blocks
+    images = synthetic_images(args.paths, height=size.height, width=size.width)
+    request = parse_policy(args.policy, n_blocks=n_blocks, has_policy_network=False)
+    keep = request.matrix(args.paths)
+    runtimes = {name: Orchestrator.open(bundle, strategy=name, threads=args.threads) for name in ("full", "chain")}
+    before, start = resident_bytes(), time.perf_counter()
+    options = PathOptions(ahead=list(keep), max_paths=args.paths, max_bytes=2**40, background=False)
+    runtimes["path"] = Orchestrator.open(bundle, strategy="path", threads=args.threads, paths=options)
+    seconds, grown = time.perf_counter() - start, resident_bytes() - before
+    samples = measure(runtimes, Workload(images=images, keep=keep), Settings(duration_s=args.duration))
+    stats = runtimes["path"].path_stats
+    assert stats is not None
+    print(f"{bundle.network.arch}, {request.name}, {args.threads} threads")
+    print(f"{stats.n_paths} paths, hits {stats.hit_rate:.1%}")
+    print(f"memory of the paths {grown / _MIB:.0f} MiB, of their files {stats.n_bytes / _MIB:.0f} MiB")
+    print(f"joined in {seconds / stats.n_paths * 1000:.1f} ms each")
+    full = samples["full"].median_ms
+    for name in ("chain", "path"):
+        print(f"{name}: {samples[name].median_ms:.3f} ms, {samples[name].median_ms / full:.3f} of full")
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * _PAGE
+
+
+if __name__ == "__main__":
+    main()
