@@ -134,6 +134,19 @@ class NetworkSpec:
         """Return the part that runs when block `k` is dropped, or None where dropping it changes nothing."""
         return self.find("shortcut", k)
 
+    def whole(self, name: str, *, flops: int) -> PartSpec:
+        """Return a part that does from images to logits what a series of this network's parts does."""
+        stem, head = self.require("stem"), self.require("head")
+        return PartSpec(
+            name=name,
+            kind="full",
+            reads=stem.reads,
+            writes=head.writes,
+            inputs=stem.inputs,
+            outputs=head.outputs,
+            flops=flops,
+        )
+
     def label(self, class_index: int) -> str:
         return self.labels[class_index] if self.labels is not None else str(class_index)
 

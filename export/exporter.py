@@ -119,7 +119,7 @@ def _write_parts(
     on_part: Callable[[ExportedPart], None],
 ) -> tuple[NetworkSpec, dict[str, PartFile]]:
     """Write every part and `full.onnx`; return the network with its full part, and the files by part name."""
-    network = replace(network, parts=(*network.parts, _full_spec(network)))
+    network = replace(network, parts=(*network.parts, network.whole("full", flops=network.full_flops)))
     writer = _PartWriter(partial)
     files: dict[str, PartFile] = {}
     for probe in walk(network, modules, images):
@@ -192,19 +192,6 @@ def _content_key(part: PartSpec, folded: torch.fx.GraphModule) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def _full_spec(network: NetworkSpec) -> PartSpec:
-    stem, head = network.require("stem"), network.require("head")
-    return PartSpec(
-        name="full",
-        kind="full",
-        reads=stem.reads,
-        writes=head.writes,
-        inputs=stem.inputs,
-        outputs=head.outputs,
-        flops=network.full_flops,
-    )
 
 
 def _copy_weights(weights_path: Path, partial: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
@@ -48,16 +49,18 @@ class MaskController:
         self._threshold = threshold
         self._run_policy = run_policy or given is None
         self._matrix = np.empty((0, 0), dtype=bool)
-        self._decisions: list[Decision] = []
+        self._decisions: list[Decision] | None = None
 
     def begin(self, n_images: int, probabilities: Callable[[], np.ndarray]) -> None:
         learned = self._learned(probabilities()) if self._run_policy else None
         keep = learned if self.given is None else self.given
         assert keep is not None
         self._matrix = keep
-        self._decisions = decisions_from_matrix(keep)
+        self._decisions = None
 
     def keep(self, k: int) -> Decision:
+        if self._decisions is None:  # not at once: strategies that take the whole mask never ask
+            self._decisions = decisions_from_matrix(self._matrix)
         return self._decisions[k]
 
     def observe(self, k: int, emitted: Mapping[str, np.ndarray]) -> None:
@@ -72,7 +75,7 @@ class MaskController:
         return self._matrix
 
     def _learned(self, probabilities: np.ndarray) -> np.ndarray:
-        if not np.isfinite(probabilities).all():
+        if not all_finite(probabilities):
             raise EngineError(
                 "the policy network's probabilities are not finite; run `bdtool verify` on the bundle, "
                 "and check the input"
@@ -91,3 +94,8 @@ def decisions_from_matrix(keep: np.ndarray) -> list[Decision]:
         True if everyone else (keep[:, k] if anyone else False)
         for k, (everyone, anyone) in enumerate(zip(everybody, somebody, strict=True))
     ]
+
+
+def all_finite(values: np.ndarray) -> bool:
+    """Return whether no value is NaN or infinite. A finite sum, the usual case, takes one pass to see."""
+    return math.isfinite(values.sum()) or bool(np.isfinite(values).all())

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bdtool.errors import EngineError, PolicyError
-from bdtool.runtime.controllers import Controller, MaskController
+from bdtool.runtime.controllers import Controller, MaskController, all_finite
 from bdtool.runtime.factory import DEFAULT_STRATEGY, make_strategy, parts_for
 from bdtool.runtime.masks import read_masks
 from bdtool.runtime.paths import PathOptions, PathStats, PathStrategy
@@ -162,7 +162,7 @@ class Orchestrator:
         """Run at most `max_batch` images, of which the first is number `first` of the caller's batch."""
         strategy = self._require_open()
         logits = strategy.run(self._preprocess(images), controller)
-        if not np.isfinite(logits).all():
+        if not all_finite(logits):
             bad = np.flatnonzero(~np.isfinite(logits).all(axis=1))
             raise EngineError(
                 f"the logits of image {first + bad[0]} are not finite ({len(bad)} of {len(logits)} images). "

@@ -205,7 +205,7 @@ class PathStrategy:
         self._engines = engines
         self._wrap = wrap
         self._chain = ChainStrategy(network, backend, engines, wrap=wrap)
-        self._part = path_spec(network)
+        self._part = network.whole("path", flops=0)  # its FLOPs depend on the mask
         self.cache = PathCache(self._join, options or PathOptions())
         self.hits: np.ndarray | None = None
 
@@ -278,17 +278,3 @@ def parts_of_path(network: NetworkSpec, mask: np.ndarray) -> list[PartSpec]:
         elif shortcut is not None:
             parts.append(shortcut)
     return [*parts, network.require("head")]
-
-
-def path_spec(network: NetworkSpec) -> PartSpec:
-    """Return the part that a joined path engine is: images in, logits out. Its FLOPs depend on the mask: 0 here."""
-    stem, head = network.require("stem"), network.require("head")
-    return PartSpec(
-        name="path",
-        kind="full",
-        reads=stem.reads,
-        writes=head.writes,
-        inputs=stem.inputs,
-        outputs=head.outputs,
-        flops=0,
-    )
