@@ -20,7 +20,6 @@ from bdtool.specs import NetworkSpec, PartSpec
 from engines.base import PLAIN_LAYOUT, Backend, BackendIdentity, BuiltEngine, Engine, LayoutError
 from export.bundle import Bundle
 from export.files import sha256_of_bytes, sha256_of_files, write_bytes, write_json
-from export.fused import fused_spec
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +82,8 @@ class EngineSet(Mapping[str, Engine]):
 
     def fuse(self, network: NetworkSpec) -> Engine:
         """Return one engine of the whole network, policy included, with an `If` for each block."""
+        from export.fused import fused_spec  # loads onnx, which a build with nothing to do can spare
+
         return self._backend.load(fused_spec(network), self._backend.fuse(network, self._files), layout=PLAIN_LAYOUT)
 
 
