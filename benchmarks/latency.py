@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -26,9 +25,6 @@ from typing import Any
 from bdtool.models.model import ModelSpec, build_model
 from bdtool.models.store import save_model
 from bdtool.specs import Preprocessing
-from engines.registry import identify_backend, open_backend
-from engines.store import EngineStore
-from export.bundle import Bundle
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +65,7 @@ def main() -> None:
 
 
 def make_bundle(bundle: Path) -> dict[str, float]:
-    """Make, export and build the network; return seconds: of commands with the start of Python, of builds without."""
+    """Make, export and build the network; return the seconds of the commands, the start of Python included."""
     model = bundle.with_suffix(".safetensors")
     size = Preprocessing(height=32, width=32, mean=(0.49, 0.48, 0.45), std=(0.25, 0.24, 0.26))
     spec = ModelSpec(
@@ -85,8 +81,6 @@ def make_bundle(bundle: Path) -> dict[str, float]:
     return {
         "bdtool export": run_command("export", str(model), "-o", str(bundle)),
         "bdtool build": run_command("build", str(bundle)),
-        "bdtool build again": run_command("build", str(bundle)),
-        **time_builds(bundle),
     }
 
 
@@ -94,19 +88,6 @@ def run_command(*arguments: str) -> float:
     start = time.perf_counter()
     subprocess.run([sys.executable, "-m", "bdtool", *arguments], check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - start
-
-
-def time_builds(bundle: Path) -> dict[str, float]:
-    """Time opening the bundle and building it, first with nothing built and then again, in this process."""
-    shutil.rmtree(bundle / "engines")
-    identity = identify_backend("onnxruntime", "cpu")
-    library = open_backend("onnxruntime", "cpu", threads=1)
-    seconds = {}
-    for name in ("building alone", "building again alone"):
-        start = time.perf_counter()
-        EngineStore(Bundle.open(bundle), identity).build(lambda: library)
-        seconds[name] = time.perf_counter() - start
-    return seconds
 
 
 def run_profile(bundle: Path, case: Case, threads: int, duration: str, data: str | None) -> dict[str, Any]:

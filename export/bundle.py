@@ -30,11 +30,10 @@ class Bundle:
         """
         path = Path(path)
         bundle = cls(path, read_manifest(path))
-        listed = bundle._listed_files()
-        for what, file, _ in listed:
+        for what, file, _ in bundle._listed_files():
             bundle._check_present(what, file)
         if check_digests:
-            bundle._check_digests(listed)
+            bundle.check_digests()
         return bundle
 
     @property
@@ -63,6 +62,21 @@ class Bundle:
                 f"{self.path} has no {precision} parts; it has {', '.join(held)}. Use --precision {held[0]}"
             )
 
+    def check_digests(self) -> None:
+        """Compare every file with its digest in the manifest.
+
+        Raises:
+            BundleError: a file differs.
+        """
+        listed = self._listed_files()
+        found = sha256_of_files([self.path / file for _, file, _ in listed])
+        for (what, file, digest), actual in zip(listed, found, strict=True):
+            if actual != digest:
+                raise BundleError(
+                    f"{self.path}: {what}, {file}, has SHA-256 {actual[:12]}..., the manifest says {digest[:12]}...: "
+                    "the file was changed or cut short. Copy the bundle again, or export the model again"
+                )
+
     def _listed_files(self) -> list[tuple[str, str, str]]:
         parts = [(f"part {name!r}", file.file, file.sha256) for name, file in self.manifest.files.items()]
         return [*parts, ("the weights", self.manifest.weights_file, self.manifest.weights_sha256)]
@@ -75,12 +89,3 @@ class Bundle:
             )
         if not path.is_file():
             raise BundleError(f"{self.path}: {what} is missing: no file {file}. Copy the whole bundle, or export again")
-
-    def _check_digests(self, listed: list[tuple[str, str, str]]) -> None:
-        found = sha256_of_files([self.path / file for _, file, _ in listed])
-        for (what, file, digest), actual in zip(listed, found, strict=True):
-            if actual != digest:
-                raise BundleError(
-                    f"{self.path}: {what}, {file}, has SHA-256 {actual[:12]}..., the manifest says {digest[:12]}...: "
-                    "the file was changed or cut short. Copy the bundle again, or export the model again"
-                )
