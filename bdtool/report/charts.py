@@ -63,8 +63,13 @@ def latency_against_blocks(data: ReportData) -> Chart:
     """Return the latency of requests against the blocks they ran, with the fitted line and the level of `full`."""
     title, dynamic, line = "Latency against blocks run", data.dynamic, data.line
     if line is None:
-        ran = words.blocks(dynamic.blocks_run[0])
-        text = f"Every timed image ran {ran}, so there is no line to fit. Try a policy that varies from image to image."
+        counts = sorted(set(dynamic.blocks_run))
+        if len(counts) == 1:
+            why = f"Every timed image ran {words.blocks(counts[0])}, so there is no line to fit."
+        else:
+            numbers = ", ".join(f"{count:g}" for count in counts)
+            why = f"The timed images ran {numbers} blocks: too few numbers, or images of each, for a line."
+        text = f"{why} Try a policy that varies from image to image."
         return Chart(name="latency-blocks", title=title, text=text)
     full_ms = data.full.summary_ms["median"]
     drawn = np.linspace(0, len(dynamic.latency_ms) - 1, min(_MAX_DOTS, len(dynamic.latency_ms))).astype(int)

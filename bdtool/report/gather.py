@@ -14,6 +14,7 @@ import numpy as np
 
 from bdtool.data.batches import ImageSource
 from bdtool.evaluation import evaluate, keep_for
+from bdtool.profiling.line import fit_line
 from bdtool.profiling.profile import Profile
 from bdtool.profiling.statistics import Samples
 from bdtool.report.data import (
@@ -251,7 +252,7 @@ def report_from(
         boundary=profile.to_json()["boundary"],
         n_timed_images=profile.n_images,
         strategies=strategies,
-        line=None if dynamic is None else fit_line(dynamic, profile.samples["full"].median_ms),
+        line=None if dynamic is None else latency_line(dynamic, profile.samples["full"].median_ms),
         points=points,
         paper_points=paper_points(network) if points else (),
         usage=tuple(walk.keep.mean(axis=0).tolist()),
@@ -274,23 +275,12 @@ def _strategy(name: str, samples: Samples, full: Samples) -> StrategyLatency:
     )
 
 
-def fit_line(samples: Samples, full_ms: float) -> LatencyLine | None:
-    """Fit latency against blocks run by least squares through the median of each number of blocks.
-
-    Medians, weighted by how many requests they stand for: single slow requests must not tilt the line. None where all
-    requests ran equally many blocks.
-    """
-    counts, inverse = np.unique(samples.blocks_run, return_inverse=True)
-    if len(counts) < 2:
+def latency_line(samples: Samples, full_ms: float) -> LatencyLine | None:
+    """Return the line that the profile draws through these requests, or None where it draws none."""
+    line = fit_line(samples, full_ms)
+    if line is None:
         return None
-    medians = [np.median(samples.latency_ms[inverse == i]) for i in range(len(counts))]
-    weights = np.sqrt(np.bincount(inverse))  # polyfit squares them
-    per_block_ms, fixed_ms = (float(value) for value in np.polyfit(counts, medians, 1, w=weights))
-    return LatencyLine(
-        fixed_ms=fixed_ms,
-        per_block_ms=per_block_ms,
-        break_even_blocks=(full_ms - fixed_ms) / per_block_ms if per_block_ms > 0 else None,
-    )
+    return LatencyLine(fixed_ms=line.fixed_ms, per_block_ms=line.per_block_ms, break_even_blocks=line.break_even_blocks)
 
 
 def _classes(network: NetworkSpec, source: ImageSource, walk: Walk) -> tuple[ClassFigures, ...]:

@@ -14,11 +14,12 @@ from bdtool.cli import main
 from bdtool.data.sources import open_data
 from bdtool.data.synthetic import synthetic_images
 from bdtool.evaluation import evaluate
+from bdtool.profiling.line import fit_line
 from bdtool.profiling.measure import Settings
 from bdtool.profiling.profile import Profile, profile
 from bdtool.profiling.statistics import Samples
 from bdtool.report.data import ReportData
-from bdtool.report.gather import ReportRequest, first_images, fit_line, gather_report
+from bdtool.report.gather import ReportRequest, first_images, gather_report
 from bdtool.report.paper import CIFAR10_POINTS, paper_points
 from bdtool.runtime.orchestrator import Orchestrator
 from export.bundle import Bundle

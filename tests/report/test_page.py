@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from bdtool.report.charts import latency_against_blocks
 from bdtool.report.data import ReportData
 from bdtool.report.page import render, write_report
 
@@ -157,3 +158,11 @@ def test_the_file_is_one_page_and_replaces_the_old_one(varied: ReportData, tmp_p
     assert path.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
     assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
     assert path.stat().st_size < 6e6  # plotly.js is 4.8 MB of it
+
+
+def test_too_few_numbers_of_blocks_are_named_instead_of_a_line(varied: ReportData) -> None:
+    blocks = tuple(4.0 if i % 2 else 7.0 for i in range(len(varied.dynamic.blocks_run)))
+    dynamic = dataclasses.replace(varied.dynamic, blocks_run=blocks)
+    strategies = tuple(dynamic if strategy is varied.dynamic else strategy for strategy in varied.strategies)
+    data = dataclasses.replace(varied, line=None, strategies=strategies)
+    assert "The timed images ran 4, 7 blocks: too few" in latency_against_blocks(data).text
