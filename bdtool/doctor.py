@@ -35,12 +35,12 @@ class Finding:
 
 # What a user wants to do, and the findings that must be ok for it.
 ABILITIES: dict[str, tuple[str, ...]] = {
-    "import and evaluate a MODEL": ("torch", "torchvision", "safetensors", "Pillow"),
+    "import, train and evaluate a MODEL": ("torch", "torchvision", "safetensors", "Pillow"),
     "export": ("torch", "onnx", "onnxscript", "onnxruntime"),
     "build and run on the CPU": ("onnxruntime", "numpy", "Pillow"),
     "build and run on the GPU (onnxruntime)": ("onnxruntime", "onnxruntime on CUDA"),
     "report": ("onnxruntime", "plotly"),
-    "demo": ("torch", "onnx", "onnxscript", "onnxruntime", "scikit-learn", "plotly"),
+    "demo": ("torch", "onnx", "onnxscript", "onnxruntime", "plotly"),
 }
 
 
@@ -208,12 +208,12 @@ _EXTRAS = {
         "the charts of `bdtool report`",
         "everything but the report works without it",
     ),
-    "scikit-learn": _Extra(
-        "sklearn",
-        ("scikit-learn",),
-        "demo",
-        "the labelled digits of `bdtool demo`",
-        "everything but the demo works without it",
+    "tensorboard": _Extra(
+        "tensorboard",
+        ("tensorboard",),
+        "train",
+        "event files of `bdtool train --tensorboard`",
+        "training works without it",
     ),
 }
 

@@ -10,6 +10,7 @@ and exits with the class's `exit_code`; wrong arguments to Python functions stay
     ├── BundleError         a bundle is missing, damaged, too new, or in use
     ├── ExportError         a part could not be exported, or its ONNX differs from PyTorch
     ├── DataError           images or labels cannot be used
+    ├── TrainingError       a training run diverged, or cannot be continued
     └── BackendError        an inference backend is not usable here
         └── EngineError     an engine failed to build or to run
 """
@@ -47,6 +48,10 @@ class ExportError(BdtoolError):
 
 class DataError(BdtoolError):
     """Images or labels are unreadable, empty, or of the wrong shape."""
+
+
+class TrainingError(BdtoolError):
+    """A training run diverged, or its checkpoint does not belong to what is asked."""
 
 
 class BackendError(BdtoolError):

@@ -83,9 +83,9 @@ def test_a_broken_package_is_a_problem_with_its_words(versions: dict[str, str], 
 
 
 def test_a_package_whose_own_dependency_is_missing_is_a_problem(versions: dict[str, str], importable: Any) -> None:
-    versions["scikit-learn"] = "1.9"
-    importable("sklearn", "import a_module_that_nobody_has")
-    finding = doctor._extra_package("scikit-learn", NO_DRIVER)
+    versions["tensorboard"] = "2.20"
+    importable("tensorboard", "import a_module_that_nobody_has")
+    finding = doctor._extra_package("tensorboard", NO_DRIVER)
     assert finding.status == "problem"
     assert "a_module_that_nobody_has" in finding.detail
 
@@ -212,7 +212,7 @@ def test_a_container_quota_limits_the_cores(tmp_path: Path) -> None:
 
 def test_render_puts_the_remedy_below_and_says_what_works() -> None:
     findings = [Finding("numpy", "ok", "2.4"), Finding("Pillow", "ok", "13"), Finding("onnxruntime", "ok", "1.31")]
-    text = render([*findings, Finding("scikit-learn", "missing", "not installed", 'pip install "bdtool[demo]"')])
-    assert '-> pip install "bdtool[demo]"' in text
+    text = render([*findings, Finding("plotly", "missing", "not installed", 'pip install "bdtool[report]"')])
+    assert '-> pip install "bdtool[report]"' in text
     assert "yes  build and run on the CPU" in text
-    assert "no   demo (needs torch, onnx, onnxscript, scikit-learn, plotly)" in text
+    assert "no   demo (needs torch, onnx, onnxscript, plotly)" in text

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from bdtool.cli import build, bundles, compare, inference, models, report, system
+from bdtool.cli import build, bundles, compare, inference, models, report, system, train
 from bdtool.errors import BdtoolError
 
 logger = logging.getLogger(__name__)
@@ -75,6 +75,7 @@ def main(verbose: bool) -> None:
 
 for command in (
     models.import_cmd,
+    train.train_cmd,
     bundles.export_cmd,
     build.build_cmd,
     bundles.verify_cmd,

@@ -9,7 +9,7 @@ import click
 
 from bdtool.cli.options import (
     BUNDLE,
-    EXISTING_FILE,
+    MODEL,
     NEW_DIRECTORY,
     data_option,
     json_option,
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @click.command("export")
-@click.argument("model", type=EXISTING_FILE)
+@click.argument("model", type=MODEL)
 @click.option(
     "-o", "--output", "bundle", type=NEW_DIRECTORY, required=True, metavar="BUNDLE", help="Directory to make."
 )

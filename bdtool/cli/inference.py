@@ -10,8 +10,8 @@ import click
 
 from bdtool.cli.options import (
     BUNDLE,
-    EXISTING,
     EXISTING_FILE,
+    MODEL_OR_BUNDLE,
     NEW_FILE,
     FiniteRange,
     NumberList,
@@ -75,7 +75,7 @@ def run_cmd(
 
 
 @click.command("evaluate")
-@click.argument("model_or_bundle", type=EXISTING)
+@click.argument("model_or_bundle", type=MODEL_OR_BUNDLE)
 @data_option(required=True)
 @policy_option
 @click.option("--limit", type=click.IntRange(min=1), help="Only the first N images.")

@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-from bdtool.cli.options import EXISTING, EXISTING_FILE, NEW_FILE, NumberList, json_option
-from bdtool.cli.output import emit, mega, print_table
+from bdtool.cli.options import EXISTING_FILE, MODEL_OR_BUNDLE, NEW_FILE, NumberList, json_option
+from bdtool.cli.output import emit, mega, percent, print_table
 
 _CIFAR10 = "cifar10"
 
@@ -80,7 +80,7 @@ def import_cmd(
 
 
 @click.command("inspect")
-@click.argument("model_or_bundle", type=EXISTING)
+@click.argument("model_or_bundle", type=MODEL_OR_BUNDLE)
 @json_option
 def inspect_cmd(model_or_bundle: Path, json_file: str | None) -> None:
     """Show what a MODEL or BUNDLE is, part by part.
@@ -113,7 +113,9 @@ def models_cmd(json_file: str | None) -> None:
       bdtool models
     """
     from bdtool.models.architectures import architecture, known_architectures
+    from bdtool.models.shipped import shipped_models
 
+    shipped = [_shipped_facts(name, path) for name, path in shipped_models().items()]
     rows: list[dict[str, Any]] = []
     for name in known_architectures():
         arch = architecture(name)
@@ -129,12 +131,33 @@ def models_cmd(json_file: str | None) -> None:
         )
 
     def text() -> None:
-        click.echo("Shipped models: none in this version; `bdtool import` takes public checkpoints.")
+        _print_shipped(shipped)
         columns = list(rows[0])
         print_table(columns, [[_cell(c, row[c]) for c in columns] for row in rows], title="Known architectures")
         click.echo("CIFAR ResNets of any depth 6n + 2 are known by the same rule.")
 
-    emit({"shipped": [], "architectures": rows}, json_file, text)
+    emit({"shipped": shipped, "architectures": rows}, json_file, text)
+
+
+def _shipped_facts(name: str, path: Path) -> dict[str, Any]:
+    """Return what the header of a shipped MODEL says: what it is, what it was trained on, and its measured figures."""
+    from bdtool.models.store import read_spec
+
+    spec = read_spec(path)
+    keep = {"created_by", "figures", "val"}
+    provenance = {key: value for key, value in spec.provenance.items() if key in keep}
+    return {"name": name, "arch": spec.arch, "classes": spec.n_classes, "policy": spec.has_policy, **provenance}
+
+
+def _print_shipped(shipped: list[dict[str, Any]]) -> None:
+    rows = []
+    for facts in shipped:
+        figures = facts["figures"]
+        blocks = f"{figures['blocks_mean']:.2f} ± {figures['blocks_std']:.2f}"
+        accuracy = percent(figures["accuracy"], 2)
+        rows.append([facts["name"], facts["arch"], accuracy, blocks, mega(figures["flops_mean"]), facts["val"]])
+    columns = ["name", "arch", "accuracy", "blocks", "FLOPs", "measured on"]
+    print_table(columns, rows, title="Shipped models: use the name wherever a command takes a MODEL")
 
 
 def _read_labels(labels: str | None) -> tuple[str, ...] | None:

@@ -14,7 +14,6 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 BUNDLE = click.Path(exists=True, file_okay=False, path_type=Path)
 EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
-EXISTING = click.Path(exists=True, path_type=Path)
 NEW_DIRECTORY = click.Path(file_okay=False, path_type=Path)
 PRECISION = click.Choice(["fp32", "fp16", "int8"])
 
@@ -31,6 +30,23 @@ class NewFile(click.Path):
         return path
 
 
+class ModelPath(click.Path):
+    """A MODEL file, or the name of one that ships with the package; a file of that name goes first."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        from bdtool.models.shipped import shipped_models
+
+        shipped = shipped_models()
+        if str(value) in shipped and not Path(value).exists():
+            value = shipped[str(value)]
+        elif not Path(value).exists():
+            names = f"; shipped models: {', '.join(shipped)}" if shipped else ""
+            self.fail(f"{str(value)!r}: no such file{names}", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+MODEL = ModelPath(exists=True, dir_okay=False, path_type=Path)
+MODEL_OR_BUNDLE = ModelPath(exists=True, path_type=Path)
 NEW_FILE = NewFile(dir_okay=False, path_type=Path)
 JSON_FILE = NewFile(dir_okay=False, allow_dash=True, path_type=str)
 

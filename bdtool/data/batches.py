@@ -29,6 +29,8 @@ class ImageSource:
         names: one name per image.
         labels: int64 [n_images], or None.
         image_at: returns image i as uint8 [height, width, 3] at the network's input size.
+        picture_at: returns image i as uint8 [H, W, 3] in its own size, for training to crop; None where only
+            `image_at` is known.
     """
 
     description: str
@@ -36,6 +38,7 @@ class ImageSource:
     names: Sequence[str]
     labels: np.ndarray | None
     image_at: Callable[[int], np.ndarray]
+    picture_at: Callable[[int], np.ndarray] | None = None
 
     def __post_init__(self) -> None:
         if not self.names:

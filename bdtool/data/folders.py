@@ -59,7 +59,12 @@ def file_source(
 
     names = tuple(path.relative_to(root).as_posix() for path in paths)
     return ImageSource(
-        description=description or str(root), is_real=True, names=names, labels=labels, image_at=image_at
+        description=description or str(root),
+        is_real=True,
+        names=names,
+        labels=labels,
+        image_at=image_at,
+        picture_at=lambda index: read_image(paths[index]),
     )
 
 

@@ -1,4 +1,4 @@
-"""`bdtool demo`: the whole pipeline on real labelled images that an installed package ships."""
+"""`bdtool demo`: the whole pipeline on the shipped model and on pictures that the project draws."""
 
 from bdtool.demo.tour import run_demo
 

@@ -12,39 +12,38 @@ import click
 import numpy as np
 from PIL import Image
 
-from bdtool.cli.output import percent, print_table, progress
-from bdtool.demo.digits import EPOCHS, Digits, load_digits, train_digits
+from bdtool.cli.output import percent, print_table
+from bdtool.demo.pictures import drawn_pictures
 from bdtool.errors import UsageError
-from bdtool.models.store import save_model
+from bdtool.models.checkpoint_formats import CIFAR10_LABELS
 from export.files import atomic_path
 
-POLICIES = ("all", "distribute:7", "distribute:5", "random:5", "first:5")
-PROFILED = "distribute:5"
+MODEL = "r32-cifar10"
+POLICIES = ("learned", "all")
 _MARK = ".bdtool-demo"
-_N_PICTURES = 5
+_N_DRAWN = 200
+_N_PICTURES = 4
 
 
-def run_demo(output: Path, *, seed: int) -> None:
-    """Train, export, build, verify, classify, evaluate and profile in directory `output`.
+def run_demo(output: Path) -> None:
+    """Export, build, verify, classify, evaluate, profile and report on the shipped model, in directory `output`.
 
     Raises:
         UsageError: `output` exists and was not made by the demo.
-        DataError: scikit-learn is not installed.
     """
     start = time.perf_counter()
-    digits = load_digits()
     _prepare(output)
-    model, bundle, test = output / "digits.safetensors", output / "bundle", output / "test.npz"
-    _train(digits, model, seed)
-    pictures = _write_images(digits, output, test)
-    _bdtool("export", model, "-o", bundle)
+    bundle, test = output / "bundle", output / "test.npz"
+    pictures = _draw_pictures(output, test)
+    _bdtool("models")
+    _bdtool("export", MODEL, "-o", bundle)
     _bdtool("build", bundle)
     _bdtool("verify", bundle, "--data", test)
-    _bdtool("run", bundle, *pictures, "--policy", PROFILED)
-    _bdtool("evaluate", bundle, "--data", test, "--policy", PROFILED)
-    _bdtool("profile", bundle, "--data", test, "--policy", PROFILED)
+    _bdtool("run", bundle, *pictures)
+    _bdtool("evaluate", bundle, "--data", test)
+    _bdtool("profile", bundle, "--data", test, "--strategy", "chain,path,fused")
     _compare(bundle, test)
-    _bdtool("report", bundle, "--data", test, "--policy", "random:5", "--duration", 1, "-o", output / "report.html")
+    _bdtool("report", bundle, "--data", test, "--duration", 1, "-o", output / "report.html")
     click.echo(
         f"\nDone in {time.perf_counter() - start:.0f} s. Everything is in {output}; run any command above again."
     )
@@ -62,25 +61,16 @@ def _prepare(output: Path) -> None:
             entry.unlink()
 
 
-def _train(digits: Digits, model: Path, seed: int) -> None:
-    click.echo(f"Training a ResNet-20 on {len(digits.train_labels)} handwritten digits, blocks dropped at random ...")
-    start = time.perf_counter()
-    with progress("training", EPOCHS) as advance:
-        trained = train_digits(
-            digits, seed=seed, epochs=EPOCHS, on_epoch=lambda epoch, loss: advance(1, f"loss {loss:.3f}")
-        )
-    save_model(trained, model)
-    click.echo(f"{model}: {EPOCHS} epochs in {time.perf_counter() - start:.0f} s")
-
-
-def _write_images(digits: Digits, output: Path, test: Path) -> list[Path]:
-    """Write the test images as .npz, and a few as pictures."""
+def _draw_pictures(output: Path, test: Path) -> list[Path]:
+    """Write drawn pictures as .npz, and the first of each class as a file of its own."""
+    images, labels = drawn_pictures(_N_DRAWN)
     with atomic_path(test) as temporary, temporary.open("wb") as file:
-        np.savez(file, x=digits.test_images, y=digits.test_labels)
+        np.savez(file, x=images, y=labels)
     pictures = []
-    for i in range(_N_PICTURES):
-        pictures.append(output / f"digit-{digits.test_labels[i]}-{i}.png")
-        Image.fromarray(digits.test_images[i]).save(pictures[-1])
+    for image, label in zip(images[:_N_PICTURES], labels, strict=False):
+        pictures.append(output / f"{CIFAR10_LABELS[label]}.png")
+        Image.fromarray(image).save(pictures[-1])
+    click.echo(f"{test}: {_N_DRAWN} pictures drawn for this demo (vehicles; no photographs)")
     return pictures
 
 

@@ -24,8 +24,8 @@ Colour = tuple[float, float, float]
 IMAGENET_MEAN: Colour = (0.485, 0.456, 0.406)
 IMAGENET_STD: Colour = (0.229, 0.224, 0.225)
 # BlockDrop's utils.py, get_transforms: "Only the R32 pretrained model subtracts the mean"
-_R32_CIFAR10_MEAN: Colour = (125.3 / 255, 123.0 / 255, 113.9 / 255)
-_R32_CIFAR10_STD: Colour = (63.0 / 255, 62.1 / 255, 66.7 / 255)
+CIFAR10_MEAN: Colour = (125.3 / 255, 123.0 / 255, 113.9 / 255)
+CIFAR10_STD: Colour = (63.0 / 255, 62.1 / 255, 66.7 / 255)
 
 CIFAR10_LABELS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
@@ -129,7 +129,7 @@ def default_preprocessing(
     if fmt is BLOCKDROP and arch.family == "cifar":
         usual_mean, usual_std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
         if arch.name == "resnet32" and n_classes == 10:
-            usual_mean, usual_std = _R32_CIFAR10_MEAN, _R32_CIFAR10_STD
+            usual_mean, usual_std = CIFAR10_MEAN, CIFAR10_STD
     return Preprocessing(
         height=arch.image_size,
         width=arch.image_size,

@@ -146,23 +146,45 @@ class ResNet(nn.Module):
         if keep.dtype != torch.bool or tuple(keep.shape) != expected:
             raise ValueError(f"keep must be bool {expected}, images by blocks; got {keep.dtype} {tuple(keep.shape)}")
         n_kept: list[int] = keep.sum(dim=0).tolist()  # one transfer from the device instead of one for each block
+        # column k begins with the images that keep block k, in their order: no transfer for each block's index either
+        order = keep.to(torch.uint8).argsort(dim=0, descending=True, stable=True)
         for k, block in enumerate(self.blocks):
             assert isinstance(block, ResidualBlock)
-            if n_kept[k] == 0:
-                x = block.shortcut(x)
-            elif n_kept[k] == len(x):
-                x = block(x)
-            else:
-                x = _run_kept_images(block, x, keep[:, k])
+            x = run_kept_images(block, x, order[: n_kept[k], k])
         return x
 
 
-def _run_kept_images(block: ResidualBlock, x: Tensor, kept: Tensor) -> Tensor:
-    """Run `block` on the images that `kept`, bool [N], marks and its shortcut on all; out of place, for autograd."""
-    index = kept.nonzero().squeeze(1)
+def run_kept_images(block: ResidualBlock, x: Tensor, index: Tensor) -> Tensor:
+    """Run `block` on some images of `x` [N, n_in, H, W] and its shortcut on the others; out of place, for autograd.
+
+    Args:
+        index: int64 [n_kept], ascending: the images that keep the block.
+    """
+    if len(index) == 0:
+        return block.shortcut(x)  # type: ignore[no-any-return]
+    if len(index) == len(x):
+        return block(x)  # type: ignore[no-any-return]
     passed: Tensor = block.shortcut(x)
-    computed = F.relu(passed[index] + block.residual(x[index]))
-    return passed.index_copy(0, index, computed)
+    chosen = take_images(x, index)
+    around = chosen if passed is x else take_images(passed, index)
+    return _put_images(passed, index, F.relu(around + block.residual(chosen)))
+
+
+def take_images(x: Tensor, index: Tensor) -> Tensor:
+    """Return the images `index`, int64 [n], of `x` [N, C, H, W], in the memory format of `x`."""
+    if _is_channels_last(x):  # torch's own gather would give them back in NCHW
+        return x.permute(0, 2, 3, 1).index_select(0, index).permute(0, 3, 1, 2)
+    return x.index_select(0, index)
+
+
+def _put_images(x: Tensor, index: Tensor, images: Tensor) -> Tensor:
+    if _is_channels_last(x):
+        return x.permute(0, 2, 3, 1).index_copy(0, index, images.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    return x.index_copy(0, index, images)
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 def _blocks(architecture: Architecture, shortcut: ShortcutKind) -> list[ResidualBlock]:

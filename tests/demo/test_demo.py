@@ -1,16 +1,21 @@
-"""The demo runs the real commands; here with one epoch, so nothing is said about its accuracy."""
+"""The demo runs the real commands on the shipped model."""
 
-import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 
 from bdtool.cli import main
 from bdtool.demo import tour
+from bdtool.demo.pictures import drawn_pictures
+from bdtool.models.shipped import shipped_models
+from bdtool.models.store import load_model
+from bdtool.torch_classifier import TorchClassifier
 
 
-def _demo(output, *, status=0):
+def _demo(output: Path, *, status: int = 0) -> Result:
     result = CliRunner().invoke(main, ["demo", "-o", str(output)])
     assert result.exit_code == status, f"{result.output}{result.exception!r}"
     assert isinstance(result.exception, SystemExit | None)
@@ -18,25 +23,20 @@ def _demo(output, *, status=0):
 
 
 @pytest.mark.slow
-def test_demo_ends_with_a_table_and_leaves_everything_behind(tmp_path, monkeypatch, shared_traces):
-    pytest.importorskip("sklearn", reason="scikit-learn, whose digits the demo trains on, is not installed")
-    monkeypatch.setattr(tour, "EPOCHS", 1)
-    monkeypatch.setattr(tour, "POLICIES", ("all", "distribute:5"))
+def test_demo_ends_with_a_table_and_leaves_everything_behind(tmp_path: Path, shared_traces: None) -> None:
     output = tmp_path / "out"
     text = _demo(output).stdout
-    for command in ("export", "build", "verify", "run", "evaluate", "profile", "report"):
-        assert f"$ bdtool {command} " in text
+    for command in ("models", "export", "build", "verify", "run", "evaluate", "profile", "report"):
+        assert f"$ bdtool {command}" in text
     table = text.split("Comparison on test.npz")[1].splitlines()
     assert table[1].split() == ["accuracy", "blocks", "FLOPs", "median", "ms", "time", "to", "full"]
-    assert [row.split("  ")[0] for row in table[2:5]] == ["full (one engine)", "chain, all", "chain, distribute:5"]
+    assert [row.split("  ")[0] for row in table[2:5]] == ["full (one engine)", "chain, all", "chain, learned"]
     assert table[2].split()[-1] == table[2].split()[-3] == "1.000"
-    assert {"bundle", "digits.safetensors", "test.npz", "report.html"} <= {path.name for path in output.iterdir()}
-    assert len(list(output.glob("digit-*.png"))) == 5
+    assert {"bundle", "airplane.png", "test.npz", "report.html"} <= {path.name for path in output.iterdir()}
     assert "Everything is in" in text
 
 
-def test_demo_leaves_other_directories_alone(tmp_path):
-    pytest.importorskip("sklearn", reason="scikit-learn, whose digits the demo trains on, is not installed")
+def test_demo_leaves_other_directories_alone(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.txt").write_text("precious")
     message = _demo(tmp_path / "photos", status=2).stderr
@@ -44,16 +44,7 @@ def test_demo_leaves_other_directories_alone(tmp_path):
     assert (tmp_path / "photos" / "cat.txt").read_text() == "precious"
 
 
-def test_demo_without_scikit_learn_shows_the_pip_line_and_deletes_nothing(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "sklearn", None)
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / ".bdtool-demo").touch()
-    (tmp_path / "out" / "earlier").touch()
-    assert "pip install 'bdtool[demo]'" in _demo(tmp_path / "out", status=1).stderr
-    assert (tmp_path / "out" / "earlier").exists()
-
-
-def test_earlier_demo_is_replaced_even_behind_a_link(tmp_path):
+def test_earlier_demo_is_replaced_even_behind_a_link(tmp_path: Path) -> None:
     (tmp_path / "out" / "bundle").mkdir(parents=True)
     (tmp_path / "out" / ".bdtool-demo").touch()
     (tmp_path / "link").symlink_to(tmp_path / "out", target_is_directory=True)
@@ -62,13 +53,35 @@ def test_earlier_demo_is_replaced_even_behind_a_link(tmp_path):
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".bdtool-demo"]
 
 
-def test_digits_are_real_images_of_ten_classes():
-    pytest.importorskip("sklearn", reason="scikit-learn, whose digits the demo trains on, is not installed")
-    from bdtool.demo.digits import load_digits
+def test_drawn_pictures_are_what_the_shipped_model_takes_them_for() -> None:
+    images, labels = drawn_pictures(40, seed=1)
+    model = load_model(shipped_models()["r32-cifar10"])
+    result = TorchClassifier(model).run(images)
+    assert np.mean(result.classes == labels) >= 0.9
+    assert np.all(result.blocks_run < model.n_blocks)
 
-    digits = load_digits()
-    assert digits.train_images.shape == (1437, 32, 32, 3)
-    assert digits.test_images.shape == (360, 32, 32, 3)
-    assert digits.test_images.dtype == np.uint8
-    assert digits.test_images.max() == 255
-    assert set(digits.test_labels) == set(range(10))
+
+def test_drawn_pictures_depend_on_seed_and_number_alone() -> None:
+    images, labels = drawn_pictures(8)
+    assert images.shape == (8, 32, 32, 3)
+    assert images.dtype == np.uint8
+    assert labels.tolist() == [0, 1, 8, 9] * 2
+    assert np.array_equal(drawn_pictures(4)[0], images[:4])
+    assert not np.array_equal(drawn_pictures(4, seed=1)[0], images[:4])
+
+
+def test_a_shipped_name_is_taken_wherever_a_model_is(tmp_path: Path, bdtool_words: Callable[..., Result]) -> None:
+    assert "r32-cifar10" in bdtool_words("models").stdout
+    assert "resnet32" in bdtool_words("inspect", "r32-cifar10").stdout
+    refused = bdtool_words("export", "r33-cifar10", "-o", tmp_path / "bundle", status=2).stderr
+    assert "no such file; shipped models: r32-cifar10" in refused
+
+
+@pytest.fixture
+def bdtool_words() -> Callable[..., Result]:
+    def run(*words: object, status: int = 0) -> Result:
+        result = CliRunner().invoke(main, [str(word) for word in words])
+        assert result.exit_code == status, result.output
+        return result
+
+    return run

@@ -1,0 +1,332 @@
+"""`bdtool train`: pretrain, curriculum, finetune."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from bdtool.cli.options import MODEL, NEW_FILE, FiniteRange, NumberList, json_option
+from bdtool.cli.output import emit, percent, progress
+from bdtool.training.options import CurriculumOptions, FinetuneOptions, PretrainOptions, TrainOptions
+
+if TYPE_CHECKING:
+    import torch
+
+    from bdtool.data.batches import ImageSource
+    from bdtool.models.model_spec import ModelSpec
+    from bdtool.specs import NetworkSpec
+    from bdtool.training.stages import Place, Trained
+    from bdtool.training.trainer import Epoch, Report
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+_CHOICES = {"schedule": ["constant", "one-cycle", "cosine", "step"], "amp": ["auto", "bf16", "off"]}
+
+
+@click.group("train")
+def train_cmd() -> None:
+    """Train a base network, a policy network for it, or both together (the paper's Algorithm 1).
+
+    \b
+    Example:
+      bdtool train pretrain --arch resnet32 --data cifar10:data -o base.safetensors
+      bdtool train curriculum base.safetensors --data cifar10:data -o policy.safetensors
+      bdtool train finetune policy.safetensors --data cifar10:data -o model.safetensors
+
+    On several GPUs: torchrun --nproc-per-node 4 -m bdtool train ... --device cuda
+    """
+
+
+def _run_options(command: _Command) -> _Command:
+    """What every stage takes: data, output, device and how to go on."""
+    options = [
+        click.option(
+            "--data",
+            metavar="DATA",
+            required=True,
+            help="Labelled training images: FILE.npz, a folder per class, cifar10:ROOT, cifar100:ROOT, imagenet:ROOT.",
+        ),
+        click.option("--val", metavar="DATA", help="Labelled images to measure on, after each epoch and at the end."),
+        click.option("-o", "--output", type=NEW_FILE, required=True, metavar="MODEL", help="The MODEL file to write."),
+        click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda", help="Where to train."),
+        click.option("--threads", type=click.IntRange(min=1), help="CPU threads. Default: torch's own choice."),
+        click.option("--resume", is_flag=True, help="Go on with the unfinished run of the same options, if any."),
+        click.option(
+            "--save-every",
+            type=FiniteRange(min=0),
+            default=120,
+            show_default=True,
+            metavar="S",
+            help="Seconds between checkpoints; one is written after each epoch, too.",
+        ),
+        click.option("--tensorboard", type=click.Path(file_okay=False, path_type=Path), help="Write event files here."),
+        json_option,
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _options_of(kind: type[TrainOptions], help_texts: dict[str, str]) -> Callable[[_Command], _Command]:
+    """Make one command-line option of each field of a dataclass, with its default and type."""
+
+    def decorate(command: _Command) -> _Command:
+        for field in reversed(dataclasses.fields(kind)):
+            command = _option_from_field(field, help_texts[field.name])(command)
+        return command
+
+    return decorate
+
+
+def _option_from_field(field: dataclasses.Field[Any], help_text: str) -> Callable[[_Command], _Command]:
+    name = "--" + field.name.replace("_", "-")
+    default = field.default
+    if field.name in _CHOICES:
+        return click.option(
+            name, type=click.Choice(_CHOICES[field.name]), default=default, show_default=True, help=help_text
+        )
+    if isinstance(default, bool):
+        return click.option(name, is_flag=True, default=default, help=help_text)
+    if default is None:
+        return click.option(name, type=click.IntRange(min=1), help=help_text)
+    number: Any = FiniteRange() if isinstance(default, float) or field.type == "float" else type(default)
+    return click.option(name, type=number, default=default, show_default=True, help=help_text)
+
+
+_SHARED_HELP = {
+    "epochs": "Passes over the data; may be a fraction.",
+    "batch": "Images a step, over all processes.",
+    "lr": "Highest learning rate.",
+    "schedule": "How the learning rate runs.",
+    "seed": "Of every random draw.",
+    "amp": "bfloat16 where the device computes in it.",
+    "limit": "Train on the first N images only.",
+}
+_SGD_HELP = {"momentum": "Of SGD, Nesterov's.", "weight_decay": "Of SGD."}
+_POLICY_HELP = {
+    "gamma": "Penalty of a wrong prediction (equation 3): higher keeps more blocks.",
+    "alpha": "Bound of the sampling probability.",
+    "entropy": "Weight of an entropy bonus.",
+}
+
+
+@train_cmd.command("pretrain")
+@click.option("--arch", required=True, metavar="NAME", help="Architecture, for instance resnet32; see `bdtool models`.")
+@click.option("--classes", type=click.IntRange(min=1), help="Number of classes. Default: as many as the data has.")
+@click.option("--mean", type=NumberList(3), metavar="R,G,B", help="Of the input, pixels being 0 to 1.")
+@click.option("--std", type=NumberList(3), metavar="R,G,B", help="Of the input, pixels being 0 to 1.")
+@_options_of(PretrainOptions, {**_SHARED_HELP, **_SGD_HELP, "compile": "Compile the network with torch.compile."})
+@_run_options
+def pretrain_cmd(arch: str, classes: int | None, mean: Any, std: Any, **given: Any) -> None:
+    """Train a base ResNet from random weights.
+
+    \b
+    Example:
+      bdtool train pretrain --arch resnet32 --data cifar10:data --val cifar10:data -o base.safetensors
+    """
+    from bdtool.training.stages import base_spec, pretrain
+
+    options = _options_from(PretrainOptions, given)
+    spec = base_spec(arch, data=given["data"], n_classes=classes, mean=mean, std=std)
+    _run(given, spec, "", lambda place: pretrain(spec, options, place))
+
+
+@train_cmd.command("curriculum")
+@click.argument("base", type=MODEL, metavar="MODEL")
+@_options_of(
+    CurriculumOptions,
+    {
+        **_SHARED_HELP,
+        **_POLICY_HELP,
+        "stage_epochs": "Epochs after which more blocks are learned.",
+        "stage_blocks": "How many more, from the last block to the first.",
+    },
+)
+@_run_options
+def curriculum_cmd(base: Path, **given: Any) -> None:
+    """Train a policy network for the base of MODEL, which stays as it is.
+
+    \b
+    Example:
+      bdtool train curriculum base.safetensors --data cifar10:data --val cifar10:data -o policy.safetensors
+    """
+    from bdtool.models.store import load_model
+    from bdtool.training.stages import curriculum
+    from export.files import sha256_of_file
+
+    options = _options_from(CurriculumOptions, given)
+    start = load_model(base)
+    _run(given, start.spec, sha256_of_file(base), lambda place: curriculum(start, options, place))
+
+
+@train_cmd.command("finetune")
+@click.argument("start", type=MODEL, metavar="MODEL")
+@_options_of(
+    FinetuneOptions,
+    {
+        **_SHARED_HELP,
+        **_SGD_HELP,
+        **_POLICY_HELP,
+        "lr": "Highest learning rate of the policy network, by Adam.",
+        "base_lr": "Highest learning rate of the base, by SGD.",
+        "policy": "learned, or a heuristic that the base is trained for: first:K, random:K, distribute:K, all.",
+    },
+)
+@_run_options
+def finetune_cmd(start: Path, **given: Any) -> None:
+    """Train base and policy network of MODEL together, or its base alone under a heuristic.
+
+    \b
+    Example:
+      bdtool train finetune policy.safetensors --data cifar10:data --val cifar10:data -o model.safetensors
+      bdtool train finetune base.safetensors --policy distribute:7 --data cifar10:data -o distribute7.safetensors
+    """
+    from bdtool.models.store import load_model
+    from bdtool.training.stages import finetune
+    from export.files import sha256_of_file
+
+    options = _options_from(FinetuneOptions, given)
+    model = load_model(start)
+    _run(given, model.spec, sha256_of_file(start), lambda place: finetune(model, options, place))
+
+
+_Options = TypeVar("_Options", bound=TrainOptions)
+
+
+def _options_from(kind: type[_Options], given: dict[str, Any]) -> _Options:
+    return kind(**{field.name: given[field.name] for field in dataclasses.fields(kind)})
+
+
+def _run(given: dict[str, Any], spec: ModelSpec, start: str, stage: Callable[[Place], Trained]) -> None:
+    """Open the data, train, and print what came out; under torchrun the first process alone speaks."""
+    from bdtool.training.distributed import open_group
+    from bdtool.training.stages import Place
+
+    network = _network(spec)
+    device = _device(given["device"])
+    if given["threads"]:
+        import torch
+
+        torch.set_num_threads(given["threads"])
+    with open_group(device) as group, _logs(given["tensorboard"] if group.is_first else None) as log:
+        train, val = _open(given, network)
+        with _show(enabled=group.is_first) as on_step:
+            trained = stage(
+                Place(
+                    train=train,
+                    val=val,
+                    output=given["output"],
+                    group=group,
+                    resume=given["resume"],
+                    start=start,
+                    save_every_s=given["save_every"],
+                    on_step=on_step,
+                    on_epoch=log,
+                )
+            )
+    if group.is_first:
+        epochs = [dataclasses.asdict(epoch) for epoch in trained.epochs]
+        result = {"model": str(given["output"]), "figures": dict(trained.figures), "epochs": epochs}
+        emit(result, given["json_file"], lambda: _print_figures(given["output"], trained))
+
+
+def _network(spec: ModelSpec) -> NetworkSpec:
+    from bdtool.models.parts import network_spec
+    from bdtool.models.state import meta_model
+
+    return network_spec(meta_model(spec))
+
+
+def _open(given: dict[str, Any], network: NetworkSpec) -> tuple[ImageSource, ImageSource | None]:
+    from bdtool.data.sources import open_data
+
+    resize = network.preprocessing.resize is not None
+    train = open_data(given["data"], network=network, split="train", resize=resize)
+    val = open_data(given["val"], network=network, resize=resize) if given["val"] else None
+    return train, val
+
+
+def _device(name: str) -> torch.device:
+    import torch
+
+    if name != "cpu" and not name.startswith("cuda"):
+        raise click.BadParameter(f"{name!r}: expected cpu, cuda or cuda:N", param_hint="'--device'")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise click.BadParameter(
+            f"{name}: torch sees no usable GPU here; `bdtool doctor` says why, --device cpu trains without one",
+            param_hint="'--device'",
+        )
+    return torch.device(name)
+
+
+@contextmanager
+def _show(*, enabled: bool) -> Iterator[Callable[[Report], None]]:
+    """A progress bar with accuracy, mean blocks, reward and the time left."""
+    if not enabled:
+        yield lambda report: None
+        return
+    with progress("training", 1) as advance:
+        shown = 0.0
+
+        def on_step(report: Report) -> None:
+            nonlocal shown
+            done = report.step / report.n_steps
+            figures = (
+                f"accuracy {percent(report.accuracy)}, blocks {report.blocks_mean:.2f}, reward {report.reward:.3f}"
+            )
+            advance(done - shown, ", ".join(filter(None, [figures, report.note])))
+            shown = done
+
+        yield on_step
+
+
+@contextmanager
+def _logs(directory: Path | None) -> Iterator[Callable[[Epoch], None]]:
+    """Print each epoch's figures, and write them as TensorBoard events where a directory is given."""
+    if directory is None:
+        yield _print_epoch
+        return
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as exc:
+        raise click.UsageError("--tensorboard needs the package tensorboard: pip install 'bdtool[train]'") from exc
+    with SummaryWriter(os.fspath(directory)) as writer:
+
+        def log(epoch: Epoch) -> None:
+            _print_epoch(epoch)
+            for name in ("loss", "accuracy", "blocks_mean", "reward", "seconds"):
+                writer.add_scalar(f"train/{name}", getattr(epoch, name), epoch.epoch)
+            for name, value in epoch.validation.items():
+                writer.add_scalar(f"val/{name}", value, epoch.epoch)
+            writer.flush()
+
+        yield log
+
+
+def _print_epoch(epoch: Epoch) -> None:
+    figures = [
+        f"loss {epoch.loss:.4f}",
+        f"accuracy {percent(epoch.accuracy, 2)}",
+        f"blocks {epoch.blocks_mean:.2f}",
+        f"reward {epoch.reward:.3f}",
+    ]
+    if epoch.validation:
+        figures.append(
+            f"val accuracy {percent(epoch.validation['accuracy'], 2)} with {epoch.validation['blocks_mean']:.2f} blocks"
+        )
+    text = ", ".join(filter(None, [*figures, epoch.note]))
+    click.echo(f"{time.strftime('%H:%M:%S')} epoch {epoch.epoch} ({epoch.seconds:.0f} s): {text}", err=True)
+
+
+def _print_figures(output: Path, trained: Trained) -> None:
+    click.echo(f"{output}: {trained.model.spec.arch}, {len(trained.epochs)} epochs")
+    if trained.figures:
+        figures = trained.figures
+        blocks = f"{figures['blocks_mean']:.2f} ± {figures['blocks_std']:.2f} blocks"
+        click.echo(f"accuracy {percent(figures['accuracy'], 2)} with {blocks} on {figures['n_images']} images")

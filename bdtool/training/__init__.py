@@ -1,0 +1,1 @@
+"""Training: base networks, the policy network (curriculum), and both together (fine-tuning)."""

@@ -1,0 +1,105 @@
+"""One process, or several by `torchrun`: who this process is, and what it shares with the others."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional as dist_functional
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """The processes that train together; each takes every `size`-th image of a batch, from `rank` on."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """Return the module to call: itself, or one that averages the gradients over all processes."""
+        if self.size == 1:
+            return module
+        # blocks that no image of a process keeps have no gradient there
+        return DistributedDataParallel(module, find_unused_parameters=True, broadcast_buffers=True)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Return the mean over all processes; every process has to call it."""
+        if self.size > 1:
+            values = values.to(self.device)
+            dist.all_reduce(values)
+            values = values / self.size
+        return values.cpu()
+
+
+@contextmanager
+def open_group(device: torch.device) -> Iterator[Group]:
+    """Join the processes that `torchrun` started, or give a group of one where it did not."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield Group(rank=0, size=1, device=device)
+        return
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield Group(rank=dist.get_rank(), size=size, device=device)
+    finally:
+        dist.destroy_process_group()
+
+
+def synchronize_batch_norms(module: nn.Module) -> None:
+    """Let every batch norm of `module`, in place, take its statistics over the batches of all processes.
+
+    So the gradient of a batch is the same on one process and on several. torch.nn.SyncBatchNorm is for GPUs only.
+    """
+    for name, child in list(module.named_children()):
+        if isinstance(child, nn.BatchNorm2d):
+            setattr(module, name, _SharedBatchNorm.around(child))
+        else:
+            synchronize_batch_norms(child)
+
+
+class _SharedBatchNorm(nn.BatchNorm2d):
+    """Batch normalisation over all processes, which hold equally many images."""
+
+    @classmethod
+    def around(cls, layer: nn.BatchNorm2d) -> _SharedBatchNorm:
+        shared = cls(layer.num_features, eps=layer.eps, momentum=layer.momentum)
+        shared.weight, shared.bias = layer.weight, layer.bias
+        shared.running_mean, shared.running_var = layer.running_mean, layer.running_var
+        shared.num_batches_tracked = layer.num_batches_tracked
+        return shared
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        # the statistics in float32, also under autocast
+        wide = x.float()
+        local = torch.stack([wide.mean(dim=(0, 2, 3)), (wide * wide).mean(dim=(0, 2, 3))])
+        mean, mean_square = dist_functional.all_reduce(local) / dist.get_world_size()  # type: ignore[no-untyped-call]
+        variance = (mean_square - mean * mean).clamp(min=0)
+        self._track(mean.detach(), variance.detach(), n_values=dist.get_world_size() * x.numel() // x.shape[1])
+        y = (wide - mean[:, None, None]) * torch.rsqrt(variance + self.eps)[:, None, None]
+        z: Tensor = (y * self.weight[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+        return z
+
+    def _track(self, mean: Tensor, variance: Tensor, *, n_values: int) -> None:
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        assert self.momentum is not None
+        self.num_batches_tracked.add_(1)
+        self.running_mean.lerp_(mean, self.momentum)
+        self.running_var.lerp_(variance * (n_values / (n_values - 1)), self.momentum)

@@ -1,0 +1,123 @@
+"""What a training run is asked to do, as plain data. Loads no torch.
+
+Where a default is not the paper's (Wu et al., CVPR 2018) or the authors' code's, the field says so.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from bdtool.errors import UsageError
+
+Schedule = Literal["constant", "one-cycle", "cosine", "step"]
+Amp = Literal["auto", "bf16", "off"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """What all three stages share.
+
+    Attributes:
+        epochs: passes over the data set; an image more or less than a whole number of batches is left out each epoch.
+        batch: images of a step, over all processes.
+        lr: the highest learning rate.
+        schedule: one-cycle warms up and falls to almost 0; cosine falls to 0; step divides by 10 at half and at three
+            quarters of the run.
+        seed: of every draw: shuffling, augmentation and keep bits.
+        amp: bfloat16 autocast; auto takes it where the device computes in it (CUDA, and CPUs with AVX-512 BF16 or AMX).
+        limit: train on the first images only.
+    """
+
+    epochs: float
+    batch: int = 256
+    lr: float
+    schedule: Schedule = "constant"
+    seed: int = 0
+    amp: Amp = "auto"
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.epochs <= 0 or self.batch < 2 or not 0 < self.lr < math.inf:
+            raise UsageError(
+                f"epochs {self.epochs}, batch {self.batch}, lr {self.lr}: expected more than 0 epochs, a batch of at "
+                "least 2 and a finite lr above 0"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainOptions(TrainOptions):
+    """A base network alone: SGD with Nesterov momentum (He et al., CVPR 2016, section 4.2: 0.1, 0.9, 1e-4)."""
+
+    epochs: float = 30
+    batch: int = 128
+    lr: float = 0.1
+    schedule: Schedule = "one-cycle"
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    compile: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurriculumOptions(TrainOptions):
+    """The policy network alone: section 3.3, Adam.
+
+    Attributes:
+        batch: the paper trains with 2048, the authors' code defaults to 256.
+        gamma: penalty of a wrong prediction; the paper chooses it for the wanted accuracy, the authors' default is 1.
+        alpha: bounds the sampling probability; the paper's 0.8.
+        entropy: weight of the entropy bonus; the authors' 0.1.
+        stage_epochs: epochs after which `stage_blocks` more blocks are learned; the paper learns one more each epoch.
+    """
+
+    epochs: float = 20
+    lr: float = 1e-3
+    gamma: float = 5.0
+    alpha: float = 0.8
+    entropy: float = 0.1
+    stage_epochs: float = 1.0
+    stage_blocks: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_policy_options(self.gamma, self.alpha)
+        if self.stage_epochs <= 0 or self.stage_blocks < 1:
+            raise UsageError(
+                f"stage_epochs {self.stage_epochs}, stage_blocks {self.stage_blocks}: expected more than 0 epochs, and "
+                "at least 1 block"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneOptions(TrainOptions):
+    """Base and policy network together: section 3.3, "joint finetuning".
+
+    Attributes:
+        lr: of the policy network, by Adam; the authors' 1e-4.
+        policy: learned, or a heuristic whose base alone is trained, by cross-entropy.
+        base_lr: of the base, by SGD with Nesterov momentum. The authors use Adam with `lr` for both, for 2,000 epochs.
+        gamma, alpha, entropy: as in the curriculum; the authors' 5, 0.8 and 0.
+    """
+
+    epochs: float = 20
+    lr: float = 1e-4
+    schedule: Schedule = "one-cycle"
+    policy: str = "learned"
+    base_lr: float = 0.02
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    gamma: float = 5.0
+    alpha: float = 0.8
+    entropy: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_policy_options(self.gamma, self.alpha)
+        if not 0 < self.base_lr < math.inf:
+            raise UsageError(f"base_lr {self.base_lr}: expected a finite number above 0")
+
+
+def check_policy_options(gamma: float, alpha: float) -> None:
+    if not 0 <= gamma < math.inf or not 0.5 < alpha < 1:
+        raise UsageError(f"gamma {gamma}, alpha {alpha}: expected gamma of at least 0 and alpha between 0.5 and 1")

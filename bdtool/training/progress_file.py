@@ -1,0 +1,48 @@
+"""The checkpoint of an unfinished run: written whole, read without running code, refused where it does not fit."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bdtool.errors import TrainingError
+from export.files import atomic_path
+
+FORMAT_VERSION = 1
+
+
+def write_progress(path: Path, state: Mapping[str, Any]) -> None:
+    """Write tensors, numbers and texts to `path`, atomically."""
+    with atomic_path(path) as temporary:
+        torch.save({"format_version": FORMAT_VERSION, **state}, temporary)
+
+
+def read_progress(path: Path, *, request: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the state of a run that was asked for as `request` says.
+
+    Raises:
+        TrainingError: the file is damaged or newer, or its run was asked for otherwise.
+    """
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        version, previous = state["format_version"], dict(state["request"])
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, TypeError, pickle.UnpicklingError) as exc:
+        raise TrainingError(f"{path}: not a whole checkpoint of a run ({exc}); remove it to start anew") from exc
+    if version > FORMAT_VERSION:
+        raise TrainingError(
+            f"{path} has format_version {version}, this bdtool reads up to {FORMAT_VERSION}; upgrade bdtool"
+        )
+    if differing := [
+        f"{name} was {previous.get(name)!r}, is {request.get(name)!r}"
+        for name in sorted({*previous, *request})
+        if previous.get(name) != request.get(name)
+    ]:
+        raise TrainingError(
+            f"{path} belongs to a run that was asked for otherwise ({'; '.join(differing)}); "
+            "use the same options, or remove it to start anew"
+        )
+    return state

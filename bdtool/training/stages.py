@@ -1,0 +1,262 @@
+"""`bdtool train`: a stage from MODEL files and data to a MODEL file."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from bdtool.data.batches import ImageSource
+from bdtool.errors import UsageError
+from bdtool.evaluation import evaluate
+from bdtool.models.architectures import architecture
+from bdtool.models.checkpoint_formats import (
+    BLOCKDROP,
+    CIFAR10_MEAN,
+    CIFAR10_STD,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Colour,
+    default_labels,
+    default_preprocessing,
+)
+from bdtool.models.model import BlockDropModel, build_model
+from bdtool.models.model_spec import ModelSpec
+from bdtool.models.store import save_model
+from bdtool.runtime.policies import parse_policy
+from bdtool.torch_classifier import TorchClassifier
+from bdtool.training.distributed import Group, synchronize_batch_norms
+from bdtool.training.images import training_images
+from bdtool.training.memory import keep_freed_memory
+from bdtool.training.options import Amp, CurriculumOptions, FinetuneOptions, PretrainOptions, TrainOptions
+from bdtool.training.tasks import CurriculumTask, FinetuneTask, PretrainTask, Task
+from bdtool.training.trainer import Epoch, Report, Trainer
+from bdtool.version import version
+
+_FIRST_LOGIT = 1.5  # of a new policy network: P(keep) = 0.82
+_CLASSES = {"cifar10": 10, "cifar100": 100, "imagenet": 1000}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a run reads, writes and computes.
+
+    Attributes:
+        output: the MODEL file to write; the checkpoint of the unfinished run lies beside it, with suffix .checkpoint.
+        val: labelled images for the final figures, and after each epoch where `val_each_epoch`; None measures nothing.
+        start: digest of the MODEL that the run starts from; a checkpoint of a run from another one is refused.
+    """
+
+    train: ImageSource
+    val: ImageSource | None
+    output: Path
+    group: Group
+    resume: bool = False
+    start: str = ""
+    val_each_epoch: bool = True
+    save_every_s: float = 120
+    on_step: Callable[[Report], None] = lambda report: None
+    on_epoch: Callable[[Epoch], None] = lambda epoch: None
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.output.with_suffix(".checkpoint")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """A finished run: its MODEL, what `val` gave, and its epochs."""
+
+    model: BlockDropModel
+    figures: Mapping[str, float]
+    epochs: list[Epoch]
+
+
+def base_spec(
+    arch: str,
+    *,
+    data: str,
+    n_classes: int | None = None,
+    mean: Colour | None = None,
+    std: Colour | None = None,
+) -> ModelSpec:
+    """Return what to pretrain: the architecture with its own shortcut, and the classes and colours of the data.
+
+    Args:
+        data: a DATA form; cifar10, cifar100 and imagenet say how many classes there are, other forms are CIFAR-10 or
+            ImageNet unless `n_classes` says otherwise.
+        mean, std: of pixels scaled to 0..1; None is CIFAR-10's or ImageNet's.
+    """
+    layout = architecture(arch)
+    classes = n_classes or _CLASSES.get(data.partition(":")[0]) or (10 if layout.family == "cifar" else 1000)
+    usual_mean, usual_std = (CIFAR10_MEAN, CIFAR10_STD) if layout.family == "cifar" else (IMAGENET_MEAN, IMAGENET_STD)
+    try:
+        preprocessing = default_preprocessing(
+            BLOCKDROP, layout, n_classes=classes, mean=mean or usual_mean, std=std or usual_std
+        )
+    except ValueError as exc:
+        raise UsageError(str(exc)) from exc
+    return ModelSpec(
+        arch=arch,
+        n_classes=classes,
+        labels=default_labels(layout, n_classes=classes),
+        preprocessing=preprocessing,
+        shortcut=layout.default_shortcut,
+        has_policy=False,
+        provenance={},
+    )
+
+
+def pretrain(spec: ModelSpec, options: PretrainOptions, place: Place) -> Trained:
+    """Train a base network from random weights; `spec` says which, without a policy network."""
+    model = build_model(dataclasses.replace(spec, has_policy=False), seed=options.seed)
+    return _train(model, "pretrain", options, place, lambda m, amp: PretrainTask(m, options, amp=amp))
+
+
+def curriculum(start: BlockDropModel, options: CurriculumOptions, place: Place) -> Trained:
+    """Train a policy network for the base of `start`, from random weights or from the one that `start` has."""
+    model = with_policy(start, seed=options.seed)
+    return _train(model, "curriculum", options, place, lambda m, amp: CurriculumTask(m, options, amp=amp))
+
+
+def finetune(start: BlockDropModel, options: FinetuneOptions, place: Place) -> Trained:
+    """Train base and policy network of `start` together, or its base alone under the heuristic `options.policy`.
+
+    Raises:
+        UsageError: the policy is learned, and `start` has no policy network.
+        PolicyError: the policy does not fit the model.
+    """
+    request = parse_policy(options.policy, n_blocks=start.n_blocks, has_policy_network=start.policy is not None)
+    model = start if request.is_learned else without_policy(start)
+    return _train(model, "finetune", options, place, lambda m, amp: FinetuneTask(m, options, request, amp=amp))
+
+
+def with_policy(model: BlockDropModel, *, seed: int) -> BlockDropModel:
+    """Return a model with the base of `model` and a policy network: its own, or a new one that keeps most blocks.
+
+    A new one starts at P(keep) of about 0.8, where the authors' starts at 0.5: a block that the curriculum reaches then
+    starts from what it did before, kept, instead of being dropped for half of the images.
+    """
+    if model.policy is not None:
+        return model
+    grown = build_model(dataclasses.replace(model.spec, has_policy=True), seed=seed)
+    grown.base.load_state_dict(model.base.state_dict())
+    assert grown.policy is not None
+    nn.init.constant_(grown.policy.logit.bias, _FIRST_LOGIT)
+    return grown
+
+
+def without_policy(model: BlockDropModel) -> BlockDropModel:
+    bare = build_model(dataclasses.replace(model.spec, has_policy=False))
+    bare.base.load_state_dict(model.base.state_dict())
+    return bare
+
+
+def computes_in_bfloat16(amp: Amp, device: torch.device) -> bool:
+    """Say whether to autocast: `auto` does where the device has instructions for bfloat16."""
+    if amp != "auto":
+        return amp == "bf16"
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def _train(
+    model: BlockDropModel,
+    stage: str,
+    options: TrainOptions,
+    place: Place,
+    make_task: Callable[[BlockDropModel, bool], Task],
+) -> Trained:
+    group = place.group
+    keep_freed_memory()
+    if place.checkpoint.exists() and not place.resume:
+        raise UsageError(
+            f"{place.checkpoint} holds an unfinished run: add --resume to go on with it, or remove it to start anew"
+        )
+    model.to(device=group.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if group.size > 1 and model.policy is not None:
+        synchronize_batch_norms(model.policy)
+    amp = computes_in_bfloat16(options.amp, group.device)
+    images = training_images(place.train, model.spec.preprocessing, device=group.device, limit=options.limit)
+    request: dict[str, Any] = {
+        "stage": stage,
+        "arch": model.spec.arch,
+        "data": images.facts,
+        "start": place.start,
+    }
+    request |= {"options": asdict(options), "amp": amp, "processes": group.size}
+    trainer = Trainer(
+        model,
+        make_task(model, amp),
+        images,
+        options,
+        group=group,
+        request=request,
+        checkpoint=place.checkpoint,
+        save_every_s=place.save_every_s,
+        on_step=place.on_step,
+        on_epoch=place.on_epoch,
+        validate=lambda: _measure(model, options, place.val) if place.val_each_epoch else {},
+    )
+    epochs = trainer.run()
+    model.eval()
+    figures = _measure(model, options, place.val)
+    finished = _finished(model, stage, options, images.facts, place.val, figures)
+    if group.is_first:
+        save_model(finished, place.output)
+        place.checkpoint.unlink(missing_ok=True)
+    return Trained(model=finished, figures=figures, epochs=epochs)
+
+
+def _measure(model: BlockDropModel, options: TrainOptions, val: ImageSource | None) -> dict[str, float]:
+    """Return accuracy and blocks on `val` in float32: of the greedy policy, or of the heuristic that is trained."""
+    if val is None:
+        return {}
+    was_training = {name: module.training for name, module in model.named_modules()}
+    policy = options.policy if isinstance(options, FinetuneOptions) else None
+    try:
+        result = evaluate(TorchClassifier(model), val, policy=policy, batch_size=500)
+    finally:
+        for name, module in model.named_modules():
+            module.training = was_training[name]
+    return {
+        "accuracy": result.accuracy,
+        "blocks_mean": result.blocks_mean,
+        "blocks_std": result.blocks_std,
+        "flops_mean": result.flops_mean,
+        "unique_policies": result.unique_policies,
+        "n_images": result.n_images,
+    }
+
+
+def _finished(
+    model: BlockDropModel,
+    stage: str,
+    options: TrainOptions,
+    data: Mapping[str, str | int],
+    val: ImageSource | None,
+    figures: Mapping[str, float],
+) -> BlockDropModel:
+    """Return the model on the CPU, in NCHW, with its provenance: how it was made, from what, and how good it is."""
+    provenance: dict[str, Any] = {
+        "created_by": f"bdtool train {stage}",
+        "data": dict(data),
+        "options": asdict(options),
+        "seed": options.seed,
+        "versions": {"bdtool": version(), "torch": torch.__version__, "python": platform.python_version()},
+    }
+    if val is not None:
+        provenance |= {"val": val.description.rpartition("/")[2], "figures": dict(figures)}
+    if model.spec.provenance:
+        provenance["start"] = dict(model.spec.provenance)
+    spec = dataclasses.replace(model.spec, provenance=provenance, has_policy=model.policy is not None)
+    finished = build_model(spec)
+    finished.load_state_dict({name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()})
+    return finished

@@ -1,0 +1,88 @@
+"""`bdtool train` from the command line: the three stages in a row, and what users get wrong."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import Result
+
+from bdtool.models.store import load_model, read_spec
+
+_QUICK = ("--epochs", 1, "--batch", 20, "--amp", "off")
+
+
+@pytest.fixture
+def base(bdtool: Callable[..., Result], npz: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "base.safetensors"
+    bdtool("train", "pretrain", "--arch", "resnet8", "--data", npz, *_QUICK, "-o", path)
+    return path
+
+
+def test_three_stages_make_a_model_that_exports(
+    bdtool: Callable[..., Result], bdtool_json: Callable[..., Any], base: Path, npz: Path, tmp_path: Path
+) -> None:
+    policy, model = tmp_path / "policy.safetensors", tmp_path / "model.safetensors"
+    bdtool("train", "curriculum", base, "--data", npz, *_QUICK, "-o", policy)
+    events = tmp_path / "events"
+    result = bdtool_json(
+        "train", "finetune", policy, "--data", npz, "--val", npz, *_QUICK, "-o", model, "--tensorboard", events
+    )
+    assert set(result["figures"]) >= {"accuracy", "blocks_mean", "blocks_std", "flops_mean"}
+    assert [epoch["epoch"] for epoch in result["epochs"]] == [1]
+    assert list(events.iterdir())
+    provenance = read_spec(model).provenance
+    assert provenance["created_by"] == "bdtool train finetune"
+    assert provenance["data"]["name"] == npz.name
+    assert provenance["options"]["gamma"] == 5.0
+    assert provenance["figures"] == result["figures"]
+    assert provenance["start"]["start"]["created_by"] == "bdtool train pretrain"
+    assert str(tmp_path) not in str(provenance), "no place of the machine it was made on"
+    evaluated = bdtool_json("evaluate", model, "--data", npz)
+    assert evaluated["accuracy"] == result["figures"]["accuracy"]
+    bdtool("export", model, "-o", tmp_path / "bundle")
+
+
+def test_curriculum_leaves_the_base_alone(bdtool: Callable[..., Result], base: Path, npz: Path, tmp_path: Path) -> None:
+    policy = tmp_path / "policy.safetensors"
+    bdtool("train", "curriculum", base, "--data", npz, *_QUICK, "-o", policy)
+    before, after = load_model(base).base.state_dict(), load_model(policy).base.state_dict()
+    assert all(np.array_equal(before[name].numpy(), after[name].numpy()) for name in before)
+
+
+@pytest.mark.parametrize("policy", ["first:2", "random:2", "distribute:2"])
+def test_a_heuristic_trains_the_base_alone(
+    policy: str, bdtool_json: Callable[..., Any], base: Path, npz: Path, tmp_path: Path
+) -> None:
+    model = tmp_path / "model.safetensors"
+    words = ["train", "finetune", base, "--policy", policy, "--data", npz, "--val", npz, *_QUICK, "-o", model]
+    result = bdtool_json(*words)
+    assert result["figures"]["blocks_mean"] == 2
+    assert not read_spec(model).has_policy
+
+
+def test_same_seed_gives_the_same_file(bdtool: Callable[..., Result], base: Path, npz: Path, tmp_path: Path) -> None:
+    files = [tmp_path / f"{name}.safetensors" for name in "ab"]
+    for path in files:
+        bdtool("train", "curriculum", base, "--data", npz, *_QUICK, "-o", path)
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_what_users_get_wrong_is_named(
+    bdtool: Callable[..., Result], base: Path, npz: Path, picture: Path, tmp_path: Path
+) -> None:
+    output = ("--data", npz, "-o", tmp_path / "x.safetensors")
+    assert "no policy network" in bdtool("train", "finetune", base, *output, status=2).stderr
+    assert (
+        "the model has 3 blocks" in bdtool("train", "finetune", base, "--policy", "first:4", *output, status=2).stderr
+    )
+    assert (
+        "torch sees no usable GPU" in bdtool("train", "curriculum", base, *output, "--device", "cuda", status=2).stderr
+    )
+    assert "expected cpu, cuda" in bdtool("train", "curriculum", base, *output, "--device", "tpu", status=2).stderr
+    assert "alpha 0.3: expected" in bdtool("train", "curriculum", base, *output, "--alpha", 0.3, status=2).stderr
+    assert "expected at most the 20 images" in bdtool("train", "curriculum", base, *output, status=1).stderr
+    unlabelled = ("--data", picture.parent, "-o", tmp_path / "x.safetensors")
+    assert "has no labels" in bdtool("train", "curriculum", base, *unlabelled, status=1).stderr
+    assert not (tmp_path / "x.safetensors").exists()

@@ -1,0 +1,86 @@
+"""Two processes, gloo on the CPU, started as users start them: by torchrun."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bdtool.models.store import load_model
+
+_GRADIENTS = '''
+"""Writes the gradient of one batch's policy loss; alone, or as one of several processes."""
+import sys
+from pathlib import Path
+
+import torch
+
+from bdtool.models.store import load_model
+from bdtool.training.distributed import open_group, synchronize_batch_norms
+from bdtool.training.options import CurriculumOptions
+from bdtool.training.policy_gradient import bound_probability
+from bdtool.training.tasks import CurriculumTask, Step
+
+model = load_model(Path(sys.argv[1]))
+inputs = torch.load(sys.argv[2])
+with open_group(torch.device("cpu")) as group:
+    if group.size > 1:
+        synchronize_batch_norms(model.policy)
+    task = CurriculumTask(model, CurriculumOptions(), amp=False)
+    module = group.wrap(task.module)
+    task.begin_step(Step(10**6, 1))
+    outcome = module(*(part[group.rank :: group.size] for part in inputs))
+    outcome.loss.backward()
+    if group.is_first:
+        found = {name: p.grad for name, p in model.policy.named_parameters()}
+        found |= {name: b for name, b in model.policy.named_buffers()}
+        torch.save(found, sys.argv[3])
+'''
+
+
+def run(*words: object, processes: int = 1) -> None:
+    launch = [sys.executable]
+    if processes > 1:
+        launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    subprocess.run([*launch, *map(str, words)], check=True, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.slow
+def test_gradient_of_two_processes_is_that_of_one(random_model: type, tmp_path: Path) -> None:
+    from bdtool.models.store import save_model
+
+    save_model(random_model("resnet8"), tmp_path / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(16) % 10
+    inputs = (torch.randn(16, 3, 32, 32, generator=generator), labels, torch.rand(16, 3, generator=generator))
+    torch.save(inputs, tmp_path / "inputs.pt")
+    (tmp_path / "gradients.py").write_text(_GRADIENTS)
+    for processes in (1, 2):
+        run(
+            tmp_path / "gradients.py",
+            tmp_path / "model.safetensors",
+            tmp_path / "inputs.pt",
+            tmp_path / f"{processes}.pt",
+            processes=processes,
+        )
+    one, two = (torch.load(tmp_path / f"{processes}.pt") for processes in (1, 2))
+    assert one.keys() == two.keys()
+    scale = max(float(tensor.abs().max()) for name, tensor in one.items() if "running" not in name)
+    assert scale > 0.01, "a gradient of nearly zero shows nothing"
+    for name, expected in one.items():
+        torch.testing.assert_close(two[name], expected, atol=1e-4 * scale, rtol=1e-4, msg=name)
+
+
+@pytest.mark.slow
+def test_torchrun_trains_every_stage(stripes: Path, tmp_path: Path) -> None:
+    common = ["--data", stripes, "--epochs", 1, "--batch", 32, "--threads", 1]
+    base, policy, model = (tmp_path / f"{name}.safetensors" for name in ("base", "policy", "model"))
+    bdtool = ["-m", "bdtool", "train"]
+    run(*bdtool, "pretrain", "--arch", "resnet8", *common, "-o", base, processes=2)
+    run(*bdtool, "curriculum", base, *common, "-o", policy, processes=2)
+    run(*bdtool, "finetune", policy, *common, "--val", stripes, "-o", model, processes=2)
+    trained = load_model(model)
+    assert trained.spec.provenance["created_by"] == "bdtool train finetune"
+    assert trained.spec.provenance["start"]["created_by"] == "bdtool train curriculum"
+    assert trained.spec.provenance["figures"]["n_images"] == 256

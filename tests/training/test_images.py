@@ -1,0 +1,71 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from bdtool.data.sources import open_data
+from bdtool.models.model import BlockDropModel
+from bdtool.models.parts import network_spec
+from bdtool.runtime.preprocess import preprocess
+from bdtool.training.images import MemoryImages, PictureFiles, read_all, training_images
+
+CPU = torch.device("cpu")
+
+
+def test_a_batch_without_shift_is_what_the_runtime_would_see(
+    stripes: Path, random_model: Callable[..., BlockDropModel]
+) -> None:
+    model = random_model("resnet8")
+    source = open_data(str(stripes), network=network_spec(model))
+    images = training_images(source, model.spec.preprocessing, device=CPU)
+    assert isinstance(images, MemoryImages)
+    index = torch.tensor([5, 3, 200])
+    batch, labels = images.batch(index, torch.tensor([[0.5, 0.5, 0.0]] * 3))
+    pixels, all_labels = read_all(source)
+    np.testing.assert_allclose(batch.numpy(), preprocess(pixels[index], model.spec.preprocessing), atol=1e-5)
+    assert labels.tolist() == all_labels[index].tolist()
+    assert batch.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_large_pictures_are_cropped_from_their_files(
+    tmp_path: Path, random_model: Callable[..., BlockDropModel]
+) -> None:
+    from bdtool.specs import Preprocessing
+
+    model = random_model("resnet18", size=64)
+    rng = np.random.default_rng(0)
+    for k in range(10):
+        (tmp_path / f"class_{k}").mkdir()
+        Image.fromarray(rng.integers(0, 256, (90, 120, 3), dtype=np.uint8)).save(tmp_path / f"class_{k}" / "a.png")
+    size = Preprocessing(height=64, width=64, mean=(0.5,) * 3, std=(0.25,) * 3, resize=72)
+    source = open_data(str(tmp_path), network=network_spec(model), resize=True)
+    images = training_images(source, size, device=CPU)
+    assert isinstance(images, PictureFiles)
+    uniforms = torch.rand(4, images.n_uniforms, generator=torch.Generator().manual_seed(0))
+    batch, labels = images.batch(torch.tensor([9, 0, 4, 4]), uniforms)
+    assert batch.shape == (4, 3, 64, 64)
+    assert labels.tolist() == [9, 0, 4, 4]
+    assert not torch.equal(batch[2], batch[3]), "the same picture, cropped by other numbers"
+
+
+def test_facts_name_the_data_without_its_place(stripes: Path, random_model: Callable[..., BlockDropModel]) -> None:
+    model = random_model("resnet8")
+    source = open_data(str(stripes), network=network_spec(model))
+    facts = training_images(source, model.spec.preprocessing, device=CPU, limit=100).facts
+    assert facts["name"] == "stripes.npz"
+    assert facts["n_images"] == 100
+    whole = training_images(source, model.spec.preprocessing, device=CPU).facts
+    assert whole["sha256"] != facts["sha256"]
+
+
+@pytest.mark.parametrize("limit", [None, 7])
+def test_read_all_keeps_the_order(
+    limit: int | None, stripes: Path, random_model: Callable[..., BlockDropModel]
+) -> None:
+    source = open_data(str(stripes), network=network_spec(random_model("resnet8")))
+    pixels, labels = read_all(source, limit=limit)
+    assert len(pixels) == len(labels) == (limit or 256)
+    assert np.array_equal(pixels[6], source.image_at(6))

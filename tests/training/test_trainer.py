@@ -1,0 +1,165 @@
+"""Long jobs: killed, interrupted, diverging, and gone on with."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from bdtool.errors import TrainingError, UsageError
+from bdtool.models.model import BlockDropModel
+from bdtool.models.store import load_model
+from bdtool.training.options import CurriculumOptions, FinetuneOptions, PretrainOptions, TrainOptions
+from bdtool.training.stages import Place, Trained, curriculum, finetune, pretrain
+from bdtool.training.trainer import Interrupted, Report, schedule_factor
+
+_FAST = {"epochs": 1.5, "batch": 32, "amp": "off"}  # 12 steps; the break comes in the middle of an epoch
+_BREAK_AT = 5
+Stage = Callable[[BlockDropModel, Place], Trained]
+
+STAGES: dict[str, Stage] = {
+    "pretrain": lambda start, place: pretrain(start.spec, PretrainOptions(**_FAST), place),
+    "curriculum": lambda start, place: curriculum(start, CurriculumOptions(**_FAST, stage_epochs=0.3), place),
+    "finetune": lambda start, place: finetune(start, FinetuneOptions(**_FAST), place),
+    "heuristic": lambda start, place: finetune(start, FinetuneOptions(**_FAST, policy="random:2"), place),
+}
+
+
+def stop_at(number: int, action: Callable[[], None]) -> Callable[[Report], None]:
+    return lambda report: action() if report.step == number else None
+
+
+def die() -> None:
+    raise RuntimeError("killed")
+
+
+def tensors(path: Path) -> dict[str, torch.Tensor]:
+    return load_model(path).state_dict()
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_run_after_a_kill_ends_like_an_unbroken_one(
+    name: str, place: Callable[..., Place], random_model: Callable[..., BlockDropModel]
+) -> None:
+    stage = STAGES[name]
+    unbroken = stage(random_model("resnet8"), place("unbroken"))
+    with pytest.raises(RuntimeError, match="killed"):
+        stage(random_model("resnet8"), place("broken", save_every_s=0, on_step=stop_at(_BREAK_AT, die)))
+    assert not place("broken").output.exists()
+    steps: list[int] = []
+    broken = stage(
+        random_model("resnet8"), place("broken", resume=True, on_step=lambda report: steps.append(report.step))
+    )
+    assert steps[0] == _BREAK_AT, "it went on from the last saved step, the one before the kill"
+    assert not place("broken").checkpoint.exists()
+    expected, got = tensors(place("unbroken").output), tensors(place("broken").output)
+    assert all(torch.equal(got[key], expected[key]) for key in expected)
+    assert [(e.loss, e.accuracy, e.blocks_mean, e.reward) for e in broken.epochs] == [
+        (e.loss, e.accuracy, e.blocks_mean, e.reward) for e in unbroken.epochs
+    ]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_first(number: signal.Signals, place: Callable[..., Place]) -> None:
+    options = PretrainOptions(**_FAST)
+    spec = _spec()
+    asked = place(on_step=stop_at(_BREAK_AT, lambda: os.kill(os.getpid(), number)))
+    with pytest.raises(Interrupted, match=f"after step {_BREAK_AT} of 12; the same command with --resume"):
+        pretrain(spec, options, asked)
+    steps: list[int] = []
+    pretrain(spec, options, place(resume=True, on_step=lambda report: steps.append(report.step)))
+    assert steps == list(range(_BREAK_AT + 1, 13))
+
+
+def test_a_killed_process_loses_at_most_what_it_did_since_the_last_save(stripes: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model.safetensors"
+    command = [sys.executable, "-m", "bdtool", "train", "pretrain", "--arch", "resnet8", "--data", str(stripes)]
+    command += ["-o", str(model), "--epochs", "500", "--batch", "32", "--save-every", "0", "--threads", "1"]
+    checkpoint = tmp_path / "model.checkpoint"
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 120
+        while not checkpoint.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.kill()
+    state = torch.load(checkpoint, weights_only=True)
+    assert state["step"] >= 1
+    refused = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert refused.returncode == 2
+    assert "holds an unfinished run: add --resume" in refused.stderr
+    assert not model.exists()
+
+
+def test_checkpoint_of_other_options_is_refused_by_name(place: Callable[..., Place]) -> None:
+    spec = _spec()
+    with pytest.raises(RuntimeError):
+        pretrain(spec, PretrainOptions(**_FAST), place(save_every_s=0, on_step=stop_at(_BREAK_AT, die)))
+    with pytest.raises(UsageError, match="add --resume"):
+        pretrain(spec, PretrainOptions(**_FAST), place())
+    with pytest.raises(TrainingError, match=r"asked for otherwise \(options was .*'lr': 0.1.* is .*'lr': 0.2"):
+        pretrain(spec, PretrainOptions(**_FAST, lr=0.2), place(resume=True))
+
+
+def test_damaged_checkpoint_is_refused(place: Callable[..., Place]) -> None:
+    place().checkpoint.write_bytes(b"PK\x03\x04 not a checkpoint")
+    with pytest.raises(TrainingError, match="not a whole checkpoint of a run"):
+        pretrain(_spec(), PretrainOptions(**_FAST), place(resume=True))
+
+
+def test_infinite_loss_stops_with_the_step_named(
+    place: Callable[..., Place], random_model: Callable[..., BlockDropModel]
+) -> None:
+    start = random_model("resnet8")
+    with pytest.raises(TrainingError, match=r"the loss is (nan|inf) at step \d+ of 12; try a lower learning rate"):
+        finetune(start, FinetuneOptions(**_FAST, base_lr=1e30, schedule="constant"), place())
+    assert not place().output.exists()
+
+
+def test_batch_larger_than_the_data_is_refused(place: Callable[..., Place]) -> None:
+    with pytest.raises(TrainingError, match="batch 512: expected at most the 256 images"):
+        pretrain(_spec(), PretrainOptions(epochs=1, batch=512), place())
+
+
+def test_images_without_labels_are_refused(place: Callable[..., Place], tmp_path: Path) -> None:
+    import numpy as np
+
+    from bdtool.data.sources import open_data
+    from bdtool.errors import DataError
+
+    np.savez(tmp_path / "x.npz", x=np.zeros((40, 32, 32, 3), dtype=np.uint8))
+    spec = _spec()
+    source = open_data(str(tmp_path / "x.npz"), network=_network(spec))
+    with pytest.raises(DataError, match="has no labels; training needs them"):
+        pretrain(spec, PretrainOptions(**_FAST), place(train=source))
+
+
+@pytest.mark.parametrize("schedule", ["constant", "one-cycle", "cosine", "step"])
+def test_schedules_peak_at_one_and_never_rise_again(schedule: str) -> None:
+    factors = [schedule_factor(schedule, 100)(step) for step in range(101)]
+    peak = factors.index(max(factors))
+    assert max(factors) == pytest.approx(1, abs=0.02)
+    assert all(later <= earlier for earlier, later in zip(factors[peak:], factors[peak + 1 :], strict=False))
+    assert (factors[-1] < 0.02) == (schedule != "constant")
+
+
+@pytest.mark.parametrize("wrong", [{"epochs": 0}, {"epochs": 1, "batch": 1}, {"epochs": 1, "lr": float("nan")}])
+def test_impossible_options_are_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(UsageError, match="expected more than 0 epochs"):
+        TrainOptions(**{"lr": 0.1, **wrong})
+
+
+def _spec():  # type: ignore[no-untyped-def]
+    from bdtool.training.stages import base_spec
+
+    return base_spec("resnet8", data="stripes.npz")
+
+
+def _network(spec):  # type: ignore[no-untyped-def]
+    from bdtool.models.parts import network_spec
+    from bdtool.models.state import meta_model
+
+    return network_spec(meta_model(spec))
