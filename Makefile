@@ -16,7 +16,7 @@ timed = @start=$$(date +%s); echo "$(1) ..."; $(2) && echo "$(1): done in $$(( $
 .PHONY: help demo test lint format bench constraints clean
 
 help:
-	@echo "make demo         the whole pipeline on a small network, ending with a latency table"
+	@echo "make demo         the whole pipeline on the shipped network, ending with a latency table"
 	@echo "make test         lint, types, spelling and tests"
 	@echo "make lint         ruff, mypy and codespell only"
 	@echo "make format       let ruff rewrite the code"

@@ -1,0 +1,131 @@
+"""The rows of the paper's Table 1, one command each: train what a row needs, then measure it through exported engines.
+
+    python benchmarks/table1.py resnet32 learned --data cifar10:ROOT --finetuned -o runs/resnet32-cifar10
+    python benchmarks/table1.py resnet32 distribute --data cifar10:ROOT -o runs/resnet32-cifar10
+    python benchmarks/table1.py resnet110 full --data cifar100:ROOT -o runs/resnet110-cifar100
+    python benchmarks/table1.py resnet101 learned --data imagenet:ROOT --finetuned --device cuda -o runs/resnet101
+
+Models in the directory `-o` are taken as they are, and an unfinished one is gone on with, so rows share their base, and
+a row can be broken off and repeated. Without a base there, one is trained (ImageNet: put a torchvision checkpoint there
+with `bdtool import`). Each row adds its figures to `table1.json` in that directory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from bdtool.models.architectures import architecture
+from export.files import write_json
+
+POLICIES = ("full", "first", "random", "distribute", "learned")
+# blocks kept by the heuristics: as many as the paper's learned policy keeps, rounded
+N_KEPT = {"resnet32": 7, "resnet110": 17, "resnet101": 25}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("arch", choices=N_KEPT)
+    parser.add_argument("policy", choices=POLICIES)
+    parser.add_argument("--finetuned", action="store_true", help="base and policy, or base and heuristic, fine-tuned")
+    parser.add_argument("--data", required=True, help="training images; a DATA of bdtool")
+    parser.add_argument("--val", help="test images; default: the same DATA, whose test split is then taken")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    args = parser.parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)
+    row = Row(args.arch, args.output, data=args.data, val=args.val or args.data, device=args.device)
+    figures = row.measure(args.policy, finetuned=args.finetuned)
+    name = f"{args.arch} {args.policy}{' finetuned' if args.finetuned else ''}"
+    path = args.output / "table1.json"
+    rows = json.loads(path.read_text()) if path.exists() else {}
+    write_json(path, {**rows, name: figures})
+    share = figures["flops_mean"] / figures["full_flops"]
+    print(f"{name}: {figures['accuracy']:.4f}, {figures['blocks_mean']:.2f} blocks, {share:.3f} of the FLOPs")
+
+
+class Row:
+    """The models of one architecture and data set, made as they are needed."""
+
+    def __init__(self, arch: str, directory: Path, *, data: str, val: str, device: str) -> None:
+        self._arch, self._directory, self._data, self._val, self._device = arch, directory, data, val, device
+        self._n_blocks = architecture(arch).n_blocks
+        self._is_large = architecture(arch).family == "imagenet"
+
+    def measure(self, policy: str, *, finetuned: bool) -> dict[str, Any]:
+        """Return what `bdtool evaluate` says of the row's bundle."""
+        kept = N_KEPT[self._arch]
+        forms = {"full": "all", "learned": "learned", "random": f"random:{kept}"}
+        form = forms.get(policy, f"{policy}:{kept}")
+        if policy == "full":
+            model = self.base()
+        elif policy == "learned":
+            model = self.learned() if finetuned else self.curriculum()
+        else:
+            model = self.heuristic(policy, form) if finetuned else self.base()
+        bundle = self._directory / f"{model.stem}-bundle"
+        bdtool("export", model, "-o", bundle)
+        bdtool("build", bundle)
+        result = subprocess.run(
+            _command("evaluate", bundle, "--data", self._val, "--policy", form, "--json", "-"),
+            check=True,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        return dict(json.loads(result.stdout))
+
+    def base(self) -> Path:
+        if self._is_large and not self._path("base").exists():
+            raise SystemExit(f"{self._path('base')}: none there; make it with bdtool import from torchvision's weights")
+        return self._train(
+            "base", "pretrain", "--arch", self._arch, "--epochs", 30 if self._arch == "resnet32" else 160
+        )
+
+    def tolerant(self) -> Path:
+        """The base after some epochs with blocks dropped at random, so that the policy network finds something to drop.
+
+        The paper goes without, and trains the policy network for 5,000 epochs instead.
+        """
+        policy = f"random:{round(0.6 * self._n_blocks)}"
+        return self._train("tolerant", "finetune", self.base(), "--policy", policy, "--epochs", 4, "--base-lr", 0.05)
+
+    def curriculum(self) -> Path:
+        options = ("--gamma", 2, "--epochs", 7 if self._n_blocks < 20 else 20)
+        options += ("--stage-epochs", 0.4 if self._n_blocks < 20 else 0.3)
+        return self._train("curriculum", "curriculum", self.tolerant(), *options)
+
+    def learned(self) -> Path:
+        options = ("--alpha", 0.9, "--gamma", 2, "--lr", 1e-3)
+        return self._train("learned", "finetune", self.curriculum(), *options, *self._finetuning())
+
+    def heuristic(self, name: str, form: str) -> Path:
+        return self._train(name, "finetune", self.tolerant(), "--policy", form, *self._finetuning())
+
+    def _finetuning(self) -> tuple[object, ...]:
+        return ("--epochs", 14, "--base-lr", 0.05)
+
+    def _path(self, name: str) -> Path:
+        return self._directory / f"{name}.safetensors"
+
+    def _train(self, name: str, stage: str, *words: object) -> Path:
+        path = self._path(name)
+        if not path.exists():
+            place = ("--data", self._data, "--val", self._val, "--device", self._device, "--resume")
+            bdtool("train", stage, *words, *place, "--json", path.with_suffix(".json"), "-o", path)
+        return path
+
+
+def bdtool(*words: object) -> None:
+    subprocess.run(_command(*words), check=True)
+
+
+def _command(*words: object) -> list[str]:
+    return [sys.executable, "-m", "bdtool", *map(str, words)]
+
+
+if __name__ == "__main__":
+    main()

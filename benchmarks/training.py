@@ -1,0 +1,188 @@
+"""What a training step costs against the plain formulation: every block computed for every image, then masked.
+
+    python benchmarks/training.py [--arch resnet32] [--kept 0.4] [--batch 256] [--rounds 9] [--threads 2]
+
+Both do the same arithmetic for the same keep bits, in alternating rounds of one process, with the same number format,
+memory layout and policy network; the plain one is the authors' formulation, which runs both passes whole. Before it is
+timed, the gradients of both are compared in float32 with fixed batch statistics (over a batch, statistics differ by
+design: the plain formulation takes them over all images, ours over the images that keep the block).
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bdtool.models.model import BlockDropModel, build_model
+from bdtool.models.resnet import ResNet
+from bdtool.runtime.policies import parse_policy
+from bdtool.training import tasks
+from bdtool.training.memory import keep_freed_memory
+from bdtool.training.options import CurriculumOptions, FinetuneOptions
+from bdtool.training.stages import base_spec, computes_in_bfloat16, with_policy
+
+_FLIPPED = 0.2  # share of the sampled bits that differ from the greedy ones: alpha = 0.8
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", default="resnet32")
+    parser.add_argument("--kept", type=float, default=0.4, help="share of blocks kept, over both passes")
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int)
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    amp = computes_in_bfloat16("auto", torch.device("cpu"))
+    images, labels, uniforms, keeps = _inputs(args.arch, args.batch, args.kept)
+    shares = ", ".join(f"{float(keep.float().mean()):.3f}" for keep in keeps)
+    print(f"{args.arch}, batch {args.batch}, kept (greedy, sampled) {shares}, {'bf16' if amp else 'fp32'}")
+    print(f"threads {torch.get_num_threads()}, torch {torch.__version__}, medians of {args.rounds} alternating rounds")
+    print("| stage | plain, images/s | bdtool, images/s | ratio | worst gradient difference |")
+    print("|---|---|---|---|---|")
+    for stage in ("curriculum", "finetune"):
+        difference = _gradient_difference(args.arch, stage, images[:32], labels[:32], uniforms[:32], keeps)
+        with _fixed_choice(keeps):
+            steps = [_step(args.arch, stage, images, labels, uniforms, amp=amp, plain=plain) for plain in (True, False)]
+            plain, ours = _alternate(steps, args.rounds)
+        rates = f"{args.batch / plain:.0f} | {args.batch / ours:.0f}"
+        print(f"| {stage} | {rates} | {plain / ours:.2f} | {difference:.1e} of the largest |")
+    if not args.threads or args.threads > 1:
+        _print_memory_effect(args.arch, images, labels, uniforms, keeps, amp=amp, rounds=args.rounds)
+
+
+def _inputs(arch: str, batch: int, kept: float) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
+    n_blocks = _model(arch).n_blocks
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(batch, 3, 32, 32, generator=generator).to(memory_format=torch.channels_last)
+    labels = torch.randint(0, 10, (batch,), generator=generator)
+    uniforms = torch.rand(batch, n_blocks, generator=generator)
+    share = (kept - _FLIPPED / 2) / (1 - _FLIPPED)  # so that the mean of both matrices is `kept`
+    greedy = torch.rand(batch, n_blocks, generator=generator) < share
+    sampled = greedy ^ (torch.rand(batch, n_blocks, generator=generator) < _FLIPPED)
+    return images, labels, uniforms, (greedy, sampled)
+
+
+def _model(arch: str) -> BlockDropModel:
+    base = build_model(base_spec(arch, data="cifar10:benchmark"), seed=0)
+    return with_policy(base, seed=0).to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+
+def _task(arch: str, stage: str, *, amp: bool, plain: bool) -> tuple[BlockDropModel, tasks.Task]:
+    model = _model(arch)
+    if plain:
+        model.base.forward = lambda images, keep=None: plain_forward(model.base, images, keep)  # type: ignore[method-assign]
+    if stage == "finetune":
+        request = parse_policy("learned", n_blocks=model.n_blocks, has_policy_network=True)
+        return model, tasks.FinetuneTask(model, FinetuneOptions(), request, amp=amp)
+    task = tasks.CurriculumTask(model, CurriculumOptions(), amp=amp)
+    if plain:
+        model.base.eval()
+
+        @torch.no_grad()
+        def both(images: Tensor, greedy: Tensor, sampled: Tensor) -> tuple[Tensor, Tensor]:
+            with tasks.autocast(images.device, enabled=amp):
+                return model.base(images, greedy).float(), model.base(images, sampled).float()
+
+        task._module._logits = both
+    return model, task
+
+
+def plain_forward(base: ResNet, images: Tensor, keep: Tensor | None) -> Tensor:
+    """Return the logits of the authors' formulation: each block computed for all images, then masked."""
+    x = base.stem(images)
+    assert keep is not None
+    for k, block in enumerate(base.blocks):
+        passed = block.shortcut(x)
+        mask = keep[:, k, None, None, None].to(x.dtype)
+        x = F.relu(passed + block.residual(x)) * mask + passed * (1 - mask)
+    logits: Tensor = base.head(x)
+    return logits
+
+
+@contextmanager
+def _fixed_choice(keeps: tuple[Tensor, Tensor]) -> Iterator[None]:
+    """Let the policy network compute its probabilities, but take these bits."""
+    choose = tasks._choose
+
+    def fixed(probability: Tensor, uniforms: Tensor, learned: Tensor, alpha: float) -> tasks._Choice:
+        bounded = choose(probability, uniforms, learned, alpha).bounded
+        greedy, sampled = (keep[: len(uniforms)] for keep in keeps)
+        return tasks._Choice(bounded=bounded, greedy=greedy, sampled=sampled)
+
+    with mock.patch.object(tasks, "_choose", fixed):
+        yield
+
+
+def _step(
+    arch: str, stage: str, images: Tensor, labels: Tensor, uniforms: Tensor, *, amp: bool, plain: bool
+) -> Callable[[], None]:
+    _, task = _task(arch, stage, amp=amp, plain=plain)
+    optimizers = task.optimizers()
+
+    def step() -> None:
+        task.begin_step(tasks.Step(10**6, 1))
+        loss = task.module(images, labels, uniforms).loss
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+
+    return step
+
+
+def _gradient_difference(
+    arch: str, stage: str, images: Tensor, labels: Tensor, uniforms: Tensor, keeps: tuple[Tensor, Tensor]
+) -> float:
+    """Return the largest difference of any gradient between both formulations, relative to the largest gradient."""
+    found = []
+    for plain in (True, False):
+        model, task = _task(arch, stage, amp=False, plain=plain)
+        task.begin_step(tasks.Step(10**6, 1))
+        for module in model.base.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+        with _fixed_choice(keeps), mock.patch.object(model.base, "train", return_value=model.base):
+            task.module(images, labels, uniforms).loss.backward()
+        found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    plain_gradients, ours = found
+    assert plain_gradients.keys() == ours.keys()
+    largest = max(float(g.abs().max()) for g in plain_gradients.values())
+    return max(float((plain_gradients[n] - ours[n]).abs().max()) for n in ours) / largest
+
+
+def _alternate(steps: list[Callable[[], None]], rounds: int) -> list[float]:
+    """Return the median seconds of each step, after one round that does not count."""
+    seconds: list[list[float]] = [[] for _ in steps]
+    for _ in range(rounds + 1):
+        for step, times in zip(steps, seconds, strict=True):
+            start = time.perf_counter()
+            step()
+            times.append(time.perf_counter() - start)
+    return [statistics.median(times[1:]) for times in seconds]
+
+
+def _print_memory_effect(
+    arch: str, images: Tensor, labels: Tensor, uniforms: Tensor, keeps: tuple[Tensor, Tensor], *, amp: bool, rounds: int
+) -> None:
+    """Time our fine-tuning step before and after glibc is told to keep freed memory; that cannot be undone."""
+    with _fixed_choice(keeps):
+        step = _step(arch, "finetune", images, labels, uniforms, amp=amp, plain=False)
+        [before] = _alternate([step], rounds)
+        keep_freed_memory()
+        [after] = _alternate([step], rounds)
+    print(f"fine-tuning with freed memory kept: {len(images) / after:.0f} images/s, {before / after:.2f} x as without")
+
+
+if __name__ == "__main__":
+    main()
