@@ -11,7 +11,6 @@ import numpy as np
 from bdtool.profiling.workload import Workload, runner
 from bdtool.runtime.orchestrator import Orchestrator
 from bdtool.runtime.paths import PathOptions
-from bdtool.runtime.preprocess import Preprocessor
 from bdtool.specs import PartSpec
 from engines.base import Call
 
@@ -110,7 +109,6 @@ def run_instrumented(
 
         return timed
 
-    preprocess = Preprocessor(runtime.network.preprocessing)
     with runtime.timed(wrap, paths=paths) as other:
         run = runner(name, other)
         n_requests = max(_MIN_REQUESTS, _REQUESTS // batch)
@@ -121,7 +119,7 @@ def run_instrumented(
         for i in range(n_requests):
             images, keep = workload.request(i, batch)
             start = time.perf_counter()
-            prepared = preprocess(images)  # here, so that it can be timed: preprocessed images pass through the runtime
+            prepared = other.prepare(images)  # here, so that it can be timed: `run` takes it as it is
             middle = time.perf_counter()
             result = run(prepared, keep)
             seen.total_ms.append((time.perf_counter() - start) * 1000)

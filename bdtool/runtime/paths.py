@@ -14,6 +14,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import lru_cache
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -220,7 +221,7 @@ class PathStrategy:
         if len(mask) > 1 and (mask != mask[0]).any():
             return self._run_groups(images, mask, controller)
         path = self.cache.get(mask[0], len(mask))
-        self.hits = np.full(len(mask), path is not None)
+        self.hits = _all_alike(len(mask), path is not None)
         if path is None:
             return lane.finish(controller)
         self._call(path, lane)()
@@ -262,6 +263,14 @@ class PathStrategy:
     def _join(self, mask: np.ndarray) -> tuple[Engine, int]:
         engine, file_bytes = self._engines.join(self._part, parts_of_path(self._network, mask))
         return engine, file_bytes * MEMORY_PER_FILE_BYTE
+
+
+@lru_cache(maxsize=64)
+def _all_alike(n_images: int, hit: bool) -> np.ndarray:
+    """Return bool [N], read-only and made once: for one image, making it would take as long as a small engine call."""
+    hits = np.full(n_images, hit)
+    hits.flags.writeable = False
+    return hits
 
 
 def parts_of_path(network: NetworkSpec, mask: np.ndarray) -> list[PartSpec]:
