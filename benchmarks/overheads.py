@@ -72,10 +72,10 @@ def open_way(way: str, bundle: Bundle, strategy: str, threads: int, directory: P
         library._options.intra_op_num_threads = threads
     if way == WAYS[1]:
         library.activation_layout = lambda network: PLAIN_LAYOUT  # type: ignore[method-assign]
+    store = EngineStore(bundle, identify_backend("onnxruntime", "cpu"), directory=directory)
+    store.build(lambda: library)  # compares each engine with its ONNX part on two images
     if way == WAYS[3]:
         library._options.add_free_dimension_override_by_name(BATCH_AXIS, 1)
-    store = EngineStore(bundle, identify_backend("onnxruntime", "cpu"), directory=directory)
-    store.build(lambda: library)
     engines = store.load(library, store.find())
     return Orchestrator(bundle.network, library, engines, strategy=strategy, max_batch=bundle.manifest.max_batch)
 
