@@ -29,8 +29,8 @@ from engines.store import EngineSet
 logger = logging.getLogger(__name__)
 
 BUILD_AFTER = 2  # times that a mask is seen before its engine is joined: a mask seen once may never come again
-# Memory that an engine takes at most, over the size of its file. Engines share their weights, so 300 paths of a
-# ResNet-110 took 0.7 MB each, a third of their files (`benchmarks/paths.py`).
+# Memory that an engine takes at most, over the size of its file. Engines share their weights, so 1000 paths of a
+# ResNet-110 took 0.5 MiB each, a quarter of their files (`benchmarks/paths.py`).
 MEMORY_PER_FILE_BYTE = 1
 _MAX_COUNTED = 4096  # masks whose sightings are counted
 _MAX_WAITING = 8  # engines that wait to be joined in the background
