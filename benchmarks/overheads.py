@@ -1,5 +1,7 @@
 """What the chain of engines would cost without its two measures against overhead: a shared thread pool, native layout.
 
+A fourth way gives ONNX Runtime a batch size of 1 instead of any, to see what engines of fixed sizes would save.
+
     python benchmarks/overheads.py BUNDLE [--threads N] [--policy POLICY] [--duration S]
 
 Each way runs in a process of its own (ONNX Runtime's pool belongs to the process) and is compared there with the same
@@ -20,13 +22,14 @@ from bdtool.evaluation import keep_for
 from bdtool.profiling.measure import Settings, Workload, measure
 from bdtool.runtime.orchestrator import Orchestrator
 from bdtool.runtime.policies import parse_policy
+from bdtool.specs import BATCH_AXIS
 from engines.base import PLAIN_LAYOUT
 from engines.onnxrt import OnnxRuntimeBackend
 from engines.registry import identify_backend
 from engines.store import EngineStore
 from export.bundle import Bundle
 
-WAYS = ("as shipped", "plain NCHW borders", "a pool for each session")
+WAYS = ("as shipped", "plain NCHW borders", "a pool for each session", "engines of one batch size")
 
 
 def main() -> None:
@@ -70,7 +73,9 @@ def open_way(way: str, bundle: Bundle, strategy: str, threads: int, directory: P
     if way == WAYS[1]:
         library.activation_layout = lambda network: PLAIN_LAYOUT  # type: ignore[method-assign]
     store = EngineStore(bundle, identify_backend("onnxruntime", "cpu"), directory=directory)
-    store.build(lambda: library)
+    store.build(lambda: library)  # compares each engine with its ONNX part on two images
+    if way == WAYS[3]:
+        library._options.add_free_dimension_override_by_name(BATCH_AXIS, 1)
     engines = store.load(library, store.find())
     return Orchestrator(bundle.network, library, engines, strategy=strategy, max_batch=bundle.manifest.max_batch)
 

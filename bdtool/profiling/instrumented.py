@@ -11,7 +11,6 @@ import numpy as np
 from bdtool.profiling.workload import Workload, runner
 from bdtool.runtime.orchestrator import Orchestrator
 from bdtool.runtime.paths import PathOptions
-from bdtool.runtime.preprocess import Preprocessor
 from bdtool.specs import PartSpec
 from engines.base import Call
 
@@ -31,8 +30,11 @@ class PartTime:
     """Engine calls of one part over the measured requests."""
 
     part: PartSpec
-    calls: int = 0
-    total_ms: float = 0.0
+    calls_ms: list[float] = field(default_factory=list)
+
+    @property
+    def total_ms(self) -> float:
+        return sum(self.calls_ms)
 
 
 @dataclass(kw_only=True)
@@ -53,7 +55,7 @@ class InstrumentedPass:
         """Return mean milliseconds an image and shares of the whole; they add up to `total_ms` and to 1."""
         spent = {"preprocess": self.preprocess_ms}
         for entry in self.times.values():
-            if entry.calls:
+            if entry.calls_ms:
                 component = _COMPONENTS.get(entry.part.kind, _ONE_ENGINE)
                 spent[component] = spent.get(component, 0.0) + entry.total_ms
         whole = sum(self.total_ms)
@@ -77,15 +79,16 @@ class InstrumentedPass:
             {
                 "name": entry.part.name,
                 "kind": entry.part.kind,
-                "mean_ms": entry.total_ms / entry.calls,
+                "mean_ms": entry.total_ms / len(entry.calls_ms),
+                "call_ms_iqr": [float(np.percentile(entry.calls_ms, p)) for p in (25, 75)],
                 "ms_per_image": entry.total_ms / self.n_images,
-                "calls": entry.calls / len(self.total_ms),
+                "calls": len(entry.calls_ms) / len(self.total_ms),
                 "usage": float(shares[entry.part.kind][entry.part.index or 0]) if entry.part.kind in shares else 1.0,
                 "share": entry.total_ms / whole,
                 "flops": entry.part.flops,
             }
             for entry in self.times.values()
-            if entry.calls
+            if entry.calls_ms
         ]
 
 
@@ -105,23 +108,21 @@ def run_instrumented(
         def timed() -> None:
             start = time.perf_counter()
             call()
-            entry.total_ms += (time.perf_counter() - start) * 1000
-            entry.calls += 1
+            entry.calls_ms.append((time.perf_counter() - start) * 1000)
 
         return timed
 
-    preprocess = Preprocessor(runtime.network.preprocessing)
     with runtime.timed(wrap, paths=paths) as other:
         run = runner(name, other)
         n_requests = max(_MIN_REQUESTS, _REQUESTS // batch)
         for i in range(n_requests):  # binds and warms what the counted requests need
             run(*workload.request(i, batch))
         for entry in seen.times.values():
-            entry.calls, entry.total_ms = 0, 0.0
+            entry.calls_ms.clear()
         for i in range(n_requests):
             images, keep = workload.request(i, batch)
             start = time.perf_counter()
-            prepared = preprocess(images)  # here, so that it can be timed: preprocessed images pass through the runtime
+            prepared = other.prepare(images)  # here, so that it can be timed: `run` takes it as it is
             middle = time.perf_counter()
             result = run(prepared, keep)
             seen.total_ms.append((time.perf_counter() - start) * 1000)
@@ -133,8 +134,9 @@ def run_instrumented(
 def measure_parts(runtime: Orchestrator, workload: Workload, *, batch: int = 1) -> list[dict[str, Any]]:
     """Time each engine call of a strategy, in a pass of its own: the clock reads would disturb the latency figures.
 
-    Returns one row for each part that ran: mean_ms of a call, ms_per_image over all images, calls of each request,
-    usage (share of images whose bits want it), share of all engine time, FLOPs of one image. In a batch of images with
-    different bits a call runs on those images that the strategy hands to it, so that mean_ms is not for one image.
+    Returns one row for each part that ran: mean_ms of a call, its quartiles call_ms_iqr, ms_per_image over all images,
+    calls of each request, usage (share of images whose bits want it), share of all engine time, FLOPs of one image. In
+    a batch of images with different bits a call runs on those images that the strategy hands to it, so that mean_ms is
+    not for one image.
     """
     return run_instrumented("", runtime, workload, batch=batch).parts()

@@ -14,6 +14,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import lru_cache
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -28,8 +29,8 @@ from engines.store import EngineSet
 logger = logging.getLogger(__name__)
 
 BUILD_AFTER = 2  # times that a mask is seen before its engine is joined: a mask seen once may never come again
-# Memory that an engine takes at most, over the size of its file. Engines share their weights, so 300 paths of a
-# ResNet-110 took 0.7 MB each, a third of their files (`benchmarks/paths.py`).
+# Memory that an engine takes at most, over the size of its file. Engines share their weights, so 1000 paths of a
+# ResNet-110 took 0.5 MiB each, a quarter of their files (`benchmarks/paths.py`).
 MEMORY_PER_FILE_BYTE = 1
 _MAX_COUNTED = 4096  # masks whose sightings are counted
 _MAX_WAITING = 8  # engines that wait to be joined in the background
@@ -220,7 +221,7 @@ class PathStrategy:
         if len(mask) > 1 and (mask != mask[0]).any():
             return self._run_groups(images, mask, controller)
         path = self.cache.get(mask[0], len(mask))
-        self.hits = np.full(len(mask), path is not None)
+        self.hits = _all_alike(len(mask), path is not None)
         if path is None:
             return lane.finish(controller)
         self._call(path, lane)()
@@ -262,6 +263,14 @@ class PathStrategy:
     def _join(self, mask: np.ndarray) -> tuple[Engine, int]:
         engine, file_bytes = self._engines.join(self._part, parts_of_path(self._network, mask))
         return engine, file_bytes * MEMORY_PER_FILE_BYTE
+
+
+@lru_cache(maxsize=64)
+def _all_alike(n_images: int, hit: bool) -> np.ndarray:
+    """Return bool [N], read-only and made once: for one image, making it would take as long as a small engine call."""
+    hits = np.full(n_images, hit)
+    hits.flags.writeable = False
+    return hits
 
 
 def parts_of_path(network: NetworkSpec, mask: np.ndarray) -> list[PartSpec]:

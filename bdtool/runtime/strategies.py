@@ -147,13 +147,12 @@ def _fastest(action: Callable[[], object], *, n_runs: int = 3) -> float:
     return min(times)
 
 
-def _plain_bool(keep: Decision) -> bool | np.ndarray:
-    """Return a decision in which all images agree as a bool of Python: no engine is called for an empty batch."""
+def _kept_rows(keep: Decision, n_images: int) -> bool | np.ndarray:
+    """Return the rows that keep a block; a bool where all images agree: no engine is called for an empty batch."""
     if isinstance(keep, bool):
         return keep
-    if np.all(keep):
-        return True
-    return np.asarray(keep) if np.any(keep) else False
+    rows = np.flatnonzero(np.broadcast_to(keep, n_images))
+    return len(rows) > 0 if len(rows) in (0, n_images) else rows
 
 
 class Lane:
@@ -192,48 +191,50 @@ class Lane:
         self._stem()
         side = 0  # which buffer holds the activation now
         for k, step in enumerate(self._steps):
-            keep = _plain_bool(controller.keep(k))
-            if keep is True:
+            kept = _kept_rows(controller.keep(k), self._n_images)
+            if kept is True:
                 step.block[side]()
                 side ^= 1
                 if step.emitted:
                     controller.observe(k, {name: buffer.read() for name, buffer in step.emitted.items()})
-            elif keep is False:
+            elif kept is False:
                 if step.shortcut is not None:
                     step.shortcut[side]()
                     side ^= 1
             else:
-                side = self._run_mixed(step, side, keep, controller)
+                side = self._run_mixed(step, side, kept, controller)
         self._head[side]()
         return self.logits.read().copy()
 
-    def _run_mixed(self, step: _Step, side: int, keep: np.ndarray, controller: Controller) -> int:
-        """Run a block on the images that keep it, its shortcut on the others; return where the activation is now.
+    def _run_mixed(self, step: _Step, side: int, kept: np.ndarray, controller: Controller) -> int:
+        """Run a block on the rows that keep it, its shortcut on the others; return where the activation is now.
 
         Only rows that change are moved: where the block has no shortcut part, the dropped images stay where they are.
         """
-        kept = np.flatnonzero(keep)
         # everyone cannot be cheaper for half of the images or fewer, however quick the block: nothing to measure then
         if 2 * len(kept) > self._n_images and len(kept) >= self._everyone_from(step, side):
-            return self._run_everyone(step, side, keep)
+            return self._run_everyone(step, side, kept)
         in_place = step.shortcut_part is None
         before, after = step.inputs[side], step.inputs[side] if in_place else step.outputs[side]
         results = self._run_rows(step.part, before, after, kept)
         if step.shortcut_part is not None:
-            self._run_rows(step.shortcut_part, before, after, np.flatnonzero(~keep))
+            self._run_rows(step.shortcut_part, before, after, self._others(kept))
         if results:
             emitted = {name: self._spread(buffer.read(), kept) for name, buffer in results.items()}
             controller.observe(step.part.index or 0, emitted)
         return side if in_place else side ^ 1
 
-    def _run_everyone(self, step: _Step, side: int, keep: np.ndarray) -> int:
+    def _run_everyone(self, step: _Step, side: int, kept: np.ndarray) -> int:
         """Run a block on all images and put back the few that drop it."""
         step.block[side]()
-        dropped = np.flatnonzero(~keep)
+        dropped = self._others(kept)
         moved = self._scratch(step.part.inputs[0], "in").first(len(dropped))
         moved.gather(step.inputs[side], dropped)
         step.outputs[side].scatter(moved, dropped)
         return side ^ 1
+
+    def _others(self, rows: np.ndarray) -> np.ndarray:
+        return np.delete(np.arange(self._n_images), rows)
 
     def _everyone_from(self, step: _Step, side: int) -> int:
         """Return how many images must keep a block for running everyone to be cheaper than gathering.

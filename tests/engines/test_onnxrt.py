@@ -99,6 +99,21 @@ def test_native_blocks_inside_a_stage_neither_reorder_nor_add(cpu, export_random
         assert _nodes(cpu, bundle, part, native) == ["Conv", "Conv"], part.name
 
 
+@pytest.mark.parametrize("shortcut", ["option-a", "average-pool"])
+def test_native_stage_changes_neither_reorder_nor_add(cpu, export_random, native, shortcut):
+    bundle = Bundle.open(export_random("resnet8", shortcut=shortcut).bundle)
+    pooling = ["AveragePool"] if shortcut == "average-pool" else []
+    for k in (1, 2):
+        block, passed = bundle.network.blocks[k], bundle.network.shortcut(k)
+        assert sorted(_nodes(cpu, bundle, block, native)) == sorted([*pooling, *["Conv"] * 3]), block.name
+        assert _nodes(cpu, bundle, passed, native) == [*pooling, "Conv"], passed.name
+
+
+def test_the_baseline_is_what_onnx_runtime_makes_of_the_exported_network(cpu, tiny_bundle, native):
+    nodes = _nodes(cpu, tiny_bundle, tiny_bundle.network.require("full"), native)
+    assert nodes == _nodes(cpu, tiny_bundle, tiny_bundle.network.require("full"), "NCHW")
+
+
 def test_plain_blocks_do_reorder(cpu, tiny_bundle, native):
     """What the native layout is for: should this fail, ONNX Runtime has learned to do without it."""
     assert {"ReorderInput", "ReorderOutput"} <= set(_nodes(cpu, tiny_bundle, tiny_bundle.network.blocks[0], "NCHW"))

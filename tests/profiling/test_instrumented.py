@@ -48,6 +48,12 @@ def _ms(split):
 
 
 @pytest.mark.usefixtures("ticking")
+def test_each_part_states_the_spread_of_its_calls(runtime):
+    rows = measure_parts(runtime("chain"), _workload(KEEP[:1]))
+    assert [row["call_ms_iqr"] for row in rows] == [pytest.approx([1, 1])] * len(rows)  # every call is one tick
+
+
+@pytest.mark.usefixtures("ticking")
 def test_split_of_the_chain_by_hand(runtime):
     split = run_instrumented("chain", runtime("chain"), _workload(KEEP[:1])).split()
     # six calls of a tick each, a tick to the next look before each and after the last

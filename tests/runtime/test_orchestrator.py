@@ -11,6 +11,7 @@ from hypothesis.extra import numpy as hnp
 
 from bdtool.errors import BundleError, DataError, EngineError, PolicyError, UsageError
 from bdtool.runtime.orchestrator import Orchestrator
+from bdtool.runtime.preprocess import preprocess
 from export.bundle import Bundle
 
 K = 6
@@ -281,6 +282,17 @@ def test_unknown_strategy_backend_and_device_are_wrong_usage(tiny):
         Orchestrator.open(tiny.bundle, backend="openvino")
     with pytest.raises(UsageError, match="unknown device 'gpu'"):
         Orchestrator.open(tiny.bundle, device="gpu")
+
+
+def test_prepared_images_equal_the_preprocessor_and_share_memory(fake):
+    runtime = fake(max_batch=4).runtime
+    height, width = runtime.network.preprocessing.height, runtime.network.preprocessing.width
+    images = np.random.default_rng(0).integers(0, 256, (4, height, width, 3), dtype=np.uint8)
+    for n_images in (1, 4, 2):
+        prepared = runtime.prepare(images[:n_images])
+        np.testing.assert_array_equal(prepared, preprocess(images[:n_images], runtime.network.preprocessing))
+    assert np.shares_memory(prepared, runtime.prepare(images[2:]))
+    assert runtime.prepare(prepared) is prepared
 
 
 def _pixels(n):
