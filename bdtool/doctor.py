@@ -18,7 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
-from bdtool.libcuda import Driver, driver_from_libcuda
+from engines.libcuda import Driver, driver_from_libcuda
 
 Status = Literal["ok", "missing", "problem"]
 

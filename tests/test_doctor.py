@@ -11,7 +11,7 @@ import pytest
 
 from bdtool import doctor
 from bdtool.doctor import Finding, examine, render
-from bdtool.libcuda import Driver, Gpu, driver_from_calls
+from engines.libcuda import Driver, Gpu, driver_from_calls
 
 NO_DRIVER = Driver(installed=False, error="no NVIDIA driver (libcuda not found)")
 ONE_GPU = Driver((13, 0), (Gpu("NVIDIA H200", (9, 0)),))
