@@ -66,7 +66,8 @@ def test_the_core_packages_are_ok_here() -> None:
 
 
 def test_a_missing_extra_shows_its_pip_line(versions: dict[str, str], importable: Any) -> None:
-    importable("tensorrt_rtx", "raise ModuleNotFoundError(\"No module named 'tensorrt_rtx'\", name='tensorrt_rtx')")
+    missing = "raise ModuleNotFoundError(\"No module named 'tensorrt_rtx_bindings'\", name='tensorrt_rtx_bindings')"
+    importable("tensorrt_rtx_bindings", missing)
     finding = doctor._extra_package("TensorRT-RTX", NO_DRIVER)
     assert finding.status == "missing"
     assert finding.remedy is not None
