@@ -11,7 +11,7 @@ from engines.libcuda import driver_from_libcuda
 from engines.trt_identity import tensorrt_identity
 from engines.trt_options import TENSORRT, TENSORRT_RTX, TensorRTOptions
 
-BACKENDS = ("onnxruntime", TENSORRT, TENSORRT_RTX, "fake")
+BACKENDS = ("onnxruntime", "torch", TENSORRT, TENSORRT_RTX, "fake")
 DEFAULT_BACKEND = "onnxruntime"
 DEFAULT_DEVICE = "cpu"
 
@@ -31,6 +31,10 @@ def identify_backend(name: str, device: str, *, tensorrt: TensorRTOptions | None
         return tensorrt_identity(name, device, tensorrt, driver_from_libcuda())[0]
     if name == "fake":
         return BackendIdentity(name=name, version="1", target=_file_name(device), suffix=".json")
+    if name == "torch":
+        version = metadata.version("torch").partition("+")[0]  # "+cu130" is no version of what it computes
+        target = _file_name(device)
+        return BackendIdentity(name=name, version=version, target=target, suffix=".onnx", converts_fp16=True)
     target = f"cpu-{instruction_set()}" if device == "cpu" else _file_name(device)
     return BackendIdentity(name=name, version=_onnxruntime_version(), target=target, suffix=".onnx")
 
@@ -58,6 +62,10 @@ def open_backend(
         from engines.fake import FakeBackend
 
         return FakeBackend()
+    if name == "torch":
+        from engines.torchrt import TorchBackend
+
+        return TorchBackend(device=device, threads=threads)
     from engines.onnxrt import OnnxRuntimeBackend
 
     return OnnxRuntimeBackend(device=device, threads=threads)

@@ -19,7 +19,13 @@ if TYPE_CHECKING:
 
 @click.command("build")
 @click.argument("bundle", type=BUNDLE)
-@click.option("--backend", default="onnxruntime", show_default=True, help="Inference library.")
+@click.option(
+    "--backend",
+    default="onnxruntime",
+    show_default=True,
+    metavar="NAME",
+    help="Inference library: onnxruntime, torch, tensorrt or tensorrt-rtx.",
+)
 @click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda:N", help="What the engines are for.")
 @click.option("--precision", type=PRECISION, default="fp32", show_default=True, help="Which parts to build.")
 @click.option("--resume/--no-resume", default=True, show_default=True, help="Keep engines whose content still fits.")
