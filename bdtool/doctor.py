@@ -18,7 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
-from bdtool.libcuda import Driver, driver_from_libcuda
+from engines.libcuda import Driver, driver_from_libcuda
 
 Status = Literal["ok", "missing", "problem"]
 
@@ -39,6 +39,8 @@ ABILITIES: dict[str, tuple[str, ...]] = {
     "export": ("torch", "onnx", "onnxscript", "onnxruntime"),
     "build and run on the CPU": ("onnxruntime", "numpy", "Pillow"),
     "build and run on the GPU (onnxruntime)": ("onnxruntime", "onnxruntime on CUDA"),
+    "build TensorRT-RTX engines (without a GPU)": ("onnx", "TensorRT-RTX"),
+    "build TensorRT engines": ("onnx", "TensorRT", "NVIDIA driver"),
     "report": ("onnxruntime", "plotly"),
     "demo": ("torch", "onnx", "onnxscript", "onnxruntime", "plotly"),
 }
@@ -178,7 +180,7 @@ _EXTRAS = {
         note="an NVIDIA GPU and its driver",
     ),
     "TensorRT-RTX": _Extra(
-        "tensorrt_rtx",
+        "tensorrt_rtx_bindings",  # `tensorrt_rtx`, where it is installed, is a name for this
         ("tensorrt-rtx-cu13-bindings", "tensorrt-rtx-cu12-bindings", "tensorrt-rtx"),
         "rtx",
         "the TensorRT-RTX library",

@@ -7,8 +7,8 @@ TensorRT's HWC8). Images, keep probabilities and logits are always plain arrays,
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
 
 from bdtool.errors import EngineError
 from bdtool.specs import NetworkSpec, PartSpec, TensorSpec
@@ -33,6 +33,8 @@ class BackendIdentity:
     version: str
     target: str  # device and instruction set or GPU, as a file name: "cpu-x86_64-avx512"
     suffix: str  # of engine files
+    settings: str | None = None  # of the build, as a text to compare; None: engines of any settings fit
+    converts_fp16: bool = False  # fp16 engines can be built from a bundle's fp32 parts
 
 
 class Buffer(Protocol):
@@ -87,7 +89,9 @@ class BuiltEngine:
 
     data: bytes
     layout: str
-    error: float  # worst difference from the ONNX part, over the output's range
+    error: float | None  # worst difference from the ONNX part, over the output's range; None where it cannot run here
+    details: Mapping[str, Any] = field(default_factory=dict)  # what was obtained, ready for JSON
+    layers: str | None = None  # the library's own account of the engine, JSON
 
 
 class Backend(Protocol):

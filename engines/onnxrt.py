@@ -21,7 +21,7 @@ from bdtool.errors import BackendError, EngineError
 from bdtool.specs import BATCH_AXIS, NetworkSpec, PartSpec, TensorSpec
 from engines.base import ENGINE_TOLERANCE, PLAIN_LAYOUT, Buffer, BuiltEngine, Call, Engine, LayoutError
 from engines.blocked_nodes import stay_blocked
-from engines.layouts import block_size, pack, run_plain, unpack
+from engines.layouts import block_size, feature_maps, pack, run_plain, unpack
 from engines.native_layout import add_guards, cut_guards
 from export.check import OnnxReference, compare, compare_outputs
 from export.compose import compose_parts
@@ -53,7 +53,7 @@ class OnnxRuntimeBackend:
 
     def activation_layout(self, network: NetworkSpec) -> str:
         layout = _native_layout() if self.device == "cpu" else PLAIN_LAYOUT
-        tensors = [t for part in network.parts for t in _feature_maps(part)]
+        tensors = [t for part in network.parts for t in feature_maps(part)]
         fits = all(isinstance(t.shape[1], int) and t.shape[1] % block_size(layout) == 0 for t in tensors)
         return layout if fits else PLAIN_LAYOUT
 
@@ -233,11 +233,6 @@ def _ort_value(buffer: Buffer) -> ort.OrtValue:
     if not isinstance(buffer, _HostBuffer | _DeviceBuffer):
         raise TypeError(f"expected a buffer of this backend, got {type(buffer).__name__}")
     return buffer.value
-
-
-def _feature_maps(part: PartSpec) -> list[TensorSpec]:
-    pairs = (*zip(part.reads, part.inputs, strict=True), *zip(part.writes, part.outputs, strict=True))
-    return [tensor for activation, tensor in pairs if activation == "x" and len(tensor.shape) == 4]
 
 
 def _optimise(part: PartSpec, model: bytes, layout: str) -> bytes:

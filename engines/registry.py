@@ -7,52 +7,78 @@ from importlib import metadata
 from bdtool.errors import BackendError, UsageError
 from engines.base import Backend, BackendIdentity
 from engines.cpu import instruction_set
+from engines.libcuda import driver_from_libcuda
+from engines.trt_identity import tensorrt_identity
+from engines.trt_options import TENSORRT, TENSORRT_RTX, TensorRTOptions
 
-BACKENDS = ("onnxruntime", "fake")
+BACKENDS = ("onnxruntime", "torch", TENSORRT, TENSORRT_RTX, "fake")
 DEFAULT_BACKEND = "onnxruntime"
 DEFAULT_DEVICE = "cpu"
 
 
-def identify_backend(name: str, device: str) -> BackendIdentity:
+def identify_backend(name: str, device: str, *, tensorrt: TensorRTOptions | None = None) -> BackendIdentity:
     """Return what engines of this backend on this device are made for, without importing its library.
 
+    Args:
+        tensorrt: what the two TensorRT backends are to build, and for which targets; None takes their defaults.
+
     Raises:
-        UsageError: no such backend, or a device that is neither "cpu" nor "cuda:N".
-        BackendError: its package is not installed.
+        UsageError: no such backend, a device that is neither "cpu" nor "cuda:N", or options that do not fit.
+        BackendError: its package is not installed, or it needs a GPU and there is none.
     """
-    _check(name, device)
+    _check(name, device, tensorrt)
+    if name in (TENSORRT, TENSORRT_RTX):
+        return tensorrt_identity(name, device, tensorrt, driver_from_libcuda())[0]
     if name == "fake":
         return BackendIdentity(name=name, version="1", target=_file_name(device), suffix=".json")
+    if name == "torch":
+        version = metadata.version("torch").partition("+")[0]  # "+cu130" is no version of what it computes
+        target = _file_name(device)
+        return BackendIdentity(name=name, version=version, target=target, suffix=".onnx", converts_fp16=True)
     target = f"cpu-{instruction_set()}" if device == "cpu" else _file_name(device)
     return BackendIdentity(name=name, version=_onnxruntime_version(), target=target, suffix=".onnx")
 
 
-def open_backend(name: str, device: str, *, threads: int | None = None) -> Backend:
+def open_backend(
+    name: str, device: str, *, threads: int | None = None, tensorrt: TensorRTOptions | None = None
+) -> Backend:
     """Return the backend `name` on `device` ("cpu" or "cuda:N").
 
     Args:
         threads: CPU threads for one engine call; None takes what `export.ort_threads.default_threads` says.
+        tensorrt: as for `identify_backend`.
 
     Raises:
         UsageError: no such backend, or a device that is neither "cpu" nor "cuda:N".
         BackendError: the library, the device or that number of threads is not to be had in this process.
     """
-    _check(name, device)
+    _check(name, device, tensorrt)
+    if name in (TENSORRT, TENSORRT_RTX):
+        from engines.trt import open_tensorrt
+
+        identity, options = tensorrt_identity(name, device, tensorrt, driver_from_libcuda())
+        return open_tensorrt(identity, device, options)
     if name == "fake":
         from engines.fake import FakeBackend
 
         return FakeBackend()
+    if name == "torch":
+        from engines.torchrt import TorchBackend
+
+        return TorchBackend(device=device, threads=threads)
     from engines.onnxrt import OnnxRuntimeBackend
 
     return OnnxRuntimeBackend(device=device, threads=threads)
 
 
-def _check(name: str, device: str) -> None:
+def _check(name: str, device: str, tensorrt: TensorRTOptions | None) -> None:
     if name not in BACKENDS:
         raise UsageError(f"unknown backend {name!r}; this version has {', '.join(BACKENDS)}")
     kind, _, index = device.partition(":")
     if device != "cpu" and not (kind == "cuda" and index.isdigit()):
         raise UsageError(f"unknown device {device!r}; expected cpu or cuda:N, for instance cuda:0")
+    if tensorrt is not None and name not in (TENSORRT, TENSORRT_RTX):
+        raise UsageError(f"backend {name!r} has no TensorRT options; give --backend {TENSORRT} or {TENSORRT_RTX}")
 
 
 def _file_name(device: str) -> str:

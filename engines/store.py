@@ -11,15 +11,17 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from bdtool.errors import BundleError, EngineError
+from bdtool.errors import BundleError, EngineError, ExportError
 from bdtool.specs import NetworkSpec, PartSpec
 from engines.base import PLAIN_LAYOUT, Backend, BackendIdentity, BuiltEngine, Engine, LayoutError
 from export.bundle import Bundle
 from export.files import sha256_of_bytes, sha256_of_files, write_bytes, write_json
+from export.half_spec import HALF_VERSION, half_network
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +39,9 @@ class EngineRecord:
     layout: str
     file: str
     sha256: str
-    error: float  # worst difference from the ONNX part, over the output's range
+    error: float | None  # worst difference from the ONNX part, over the output's range; None: could not run here
+    settings: str = ""
+    details: Mapping[str, Any] = field(default_factory=dict)  # what the backend says that it obtained
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,12 +97,21 @@ class EngineStore:
     def __init__(
         self, bundle: Bundle, identity: BackendIdentity, *, precision: str = "fp32", directory: Path | None = None
     ) -> None:
-        bundle.require_precision(precision)
+        self._converts = precision == "fp16" and identity.converts_fp16 and not bundle.has_precision(precision)
+        if not self._converts:
+            bundle.require_precision(precision)
         self._bundle = bundle
         self.identity = identity
         self.precision = precision
         name = f"{identity.name}-{identity.version}-{identity.target}-{precision}"
         self.directory = (directory or bundle.engines_path) / name
+
+    @cached_property
+    def network(self) -> NetworkSpec:
+        """The bundle's network, its activations in the type that these engines have."""
+        if not self._converts:
+            return self._bundle.network
+        return half_network(self._bundle.network)
 
     def build(
         self,
@@ -154,7 +167,7 @@ class EngineStore:
         files: dict[str, bytes] = {}
         for name, record in records.items():
             data = (self.directory / record.file).read_bytes()
-            engines[name] = backend.load(self._bundle.network.part(name), data, layout=record.layout)
+            engines[name] = backend.load(self.network.part(name), data, layout=record.layout)
             if joinable:
                 files[name] = data
         return EngineSet(engines, backend=backend, files=files)
@@ -162,7 +175,7 @@ class EngineStore:
     def _build_missing(
         self, backend: Backend, records: dict[str, EngineRecord], on_part: Callable[[PartStatus], None]
     ) -> list[PartStatus]:
-        layout = backend.activation_layout(self._bundle.network)
+        layout = backend.activation_layout(self.network)
         try:
             return self._build_all(backend, records, layout, on_part)
         except LayoutError as exc:
@@ -177,7 +190,7 @@ class EngineStore:
         on_part: Callable[[PartStatus], None],
     ) -> list[PartStatus]:
         statuses = []
-        for part in self._bundle.network.parts:
+        for part in self.network.parts:
             record = records.get(part.name)
             fits = record is not None and record.layout == layout
             statuses.append(_cached(record) if fits and record else self._build_part(backend, part, layout))
@@ -187,22 +200,36 @@ class EngineStore:
     def _build_part(self, backend: Backend, part: PartSpec, layout: str) -> PartStatus:
         start = time.perf_counter()
         try:
-            built = backend.build(part, self._bundle.part_path(part).read_bytes(), layout=layout)
+            built = backend.build(part, self._model(part), layout=layout)
         except LayoutError:
             raise
-        except EngineError as exc:
+        except (EngineError, ExportError) as exc:
             return PartStatus(name=part.name, status="failed", seconds=time.perf_counter() - start, message=str(exc))
         record = self._write(part, built)
         return PartStatus(name=part.name, status="built", seconds=time.perf_counter() - start, record=record)
 
+    def _model(self, part: PartSpec) -> bytes:
+        model = self._bundle.part_path(part).read_bytes()
+        if not self._converts:
+            return model
+        from export.half import fp16_from_fp32  # loads onnx, which a build with nothing to do can spare
+
+        return fp16_from_fp32(model, part)
+
     def _write(self, part: PartSpec, built: BuiltEngine) -> EngineRecord:
         record = EngineRecord(
-            **self._key(part),
+            **{"settings": self.identity.settings or "", **self._key(part)},
             layout=built.layout,
             file=self._engine_name(part),
             sha256=sha256_of_bytes(built.data),
             error=built.error,
+            details=built.details,
         )
+        layers = self.directory / f"{part.name}.layers.json"
+        if built.layers is None:
+            layers.unlink(missing_ok=True)  # of an earlier engine
+        else:
+            write_bytes(layers, built.layers.encode())
         write_bytes(self.directory / record.file, built.data)
         write_json(self._record_path(part), asdict(record))
         return record
@@ -221,9 +248,13 @@ class EngineStore:
         return f"{part.name}{self.identity.suffix}"
 
     def _key(self, part: PartSpec) -> dict[str, str]:
+        """Return what must be equal for an engine to fit."""
+        settings = {} if self.identity.settings is None else {"settings": self.identity.settings}
+        converter = f"+half{HALF_VERSION}" if self._converts else ""
         return {
+            **settings,
             "part": part.name,
-            "onnx_sha256": self._bundle.part_sha256(part),
+            "onnx_sha256": self._bundle.part_sha256(part) + converter,
             "backend": self.identity.name,
             "backend_version": self.identity.version,
             "target": self.identity.target,

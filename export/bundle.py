@@ -54,6 +54,9 @@ class Bundle:
     def part_sha256(self, part: PartSpec) -> str:
         return self.manifest.files[part.name].sha256
 
+    def has_precision(self, precision: str) -> bool:
+        return any(file.precision == precision for file in self.manifest.files.values())
+
     def require_precision(self, precision: str) -> None:
         """Raise BundleError unless the bundle holds parts of that precision."""
         held = sorted({file.precision for file in self.manifest.files.values()})

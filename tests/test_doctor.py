@@ -11,7 +11,7 @@ import pytest
 
 from bdtool import doctor
 from bdtool.doctor import Finding, examine, render
-from bdtool.libcuda import Driver, Gpu, driver_from_calls
+from engines.libcuda import Driver, Gpu, driver_from_calls
 
 NO_DRIVER = Driver(installed=False, error="no NVIDIA driver (libcuda not found)")
 ONE_GPU = Driver((13, 0), (Gpu("NVIDIA H200", (9, 0)),))
@@ -66,7 +66,8 @@ def test_the_core_packages_are_ok_here() -> None:
 
 
 def test_a_missing_extra_shows_its_pip_line(versions: dict[str, str], importable: Any) -> None:
-    importable("tensorrt_rtx", "raise ModuleNotFoundError(\"No module named 'tensorrt_rtx'\", name='tensorrt_rtx')")
+    missing = "raise ModuleNotFoundError(\"No module named 'tensorrt_rtx_bindings'\", name='tensorrt_rtx_bindings')"
+    importable("tensorrt_rtx_bindings", missing)
     finding = doctor._extra_package("TensorRT-RTX", NO_DRIVER)
     assert finding.status == "missing"
     assert finding.remedy is not None

@@ -10,15 +10,22 @@ import click
 
 from bdtool.cli.options import BUNDLE, NEW_FILE, PRECISION, data_option, json_option, policy_option, resize_option
 from bdtool.cli.output import emit, percent, progress
+from bdtool.cli.tensorrt import details_lines, tensorrt_options, tensorrt_options_from
 
 if TYPE_CHECKING:
-    from engines.store import EngineStore, PartStatus
+    from engines.store import EngineRecord, EngineStore, PartStatus
     from export.bundle import Bundle
 
 
 @click.command("build")
 @click.argument("bundle", type=BUNDLE)
-@click.option("--backend", default="onnxruntime", show_default=True, help="Inference library.")
+@click.option(
+    "--backend",
+    default="onnxruntime",
+    show_default=True,
+    metavar="NAME",
+    help="Inference library: onnxruntime, torch, tensorrt or tensorrt-rtx.",
+)
 @click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda:N", help="What the engines are for.")
 @click.option("--precision", type=PRECISION, default="fp32", show_default=True, help="Which parts to build.")
 @click.option("--resume/--no-resume", default=True, show_default=True, help="Keep engines whose content still fits.")
@@ -33,6 +40,7 @@ if TYPE_CHECKING:
 @policy_option
 @click.option("--limit", type=click.IntRange(min=1), help="With --paths or --coverage: only the first N images.")
 @resize_option
+@tensorrt_options
 @json_option
 def build_cmd(
     bundle: Path,
@@ -47,10 +55,15 @@ def build_cmd(
     limit: int | None,
     resize: bool,
     json_file: str | None,
+    **tensorrt: Any,
 ) -> None:
     """Build engines from a BUNDLE's parts; what was built from the same content is not built again.
 
-    Each engine is compared with its ONNX part. A part that fails does not stop the others; the exit status is then 1.
+    Each engine is compared with its ONNX part, where it can run here. A part that fails does not stop the others; the
+    exit status is then 1.
+
+    TensorRT-RTX builds without a GPU, for the architectures of --sm. TensorRT builds on the GPU of --device. FP16
+    engines of both come from the bundle's FP32 parts, the policy network and the logits staying FP32.
 
     With --paths or --coverage the keep masks that the policy chooses on the images of --data are counted, and the
     frequent ones noted beside the engines: strategy `path` then has an engine for each from the start.
@@ -59,18 +72,20 @@ def build_cmd(
     Example:
       bdtool build bundle
       bdtool build bundle --coverage 0.95 --data cifar10:data
+      bdtool build bundle --backend tensorrt-rtx --sm 86,89,120 --precision fp16
     """
     from engines.registry import identify_backend, open_backend
     from engines.store import EngineStore
     from export.bundle import Bundle
 
     options = _MaskOptions(paths=paths, coverage=coverage, data=data, policy=policy, limit=limit, resize=resize)
-    identity = identify_backend(backend, device)
     opened = Bundle.open(bundle, check_digests=False)  # `build` checks them if it has to read a part
+    trt = tensorrt_options_from(backend, tensorrt, default_max_batch=opened.manifest.max_batch)
+    identity = identify_backend(backend, device, tensorrt=trt)
     store = EngineStore(opened, identity, precision=precision)
     with progress("building", len(opened.network.parts)) as advance:
         statuses = store.build(
-            lambda: open_backend(backend, device),
+            lambda: open_backend(backend, device, tensorrt=trt),
             resume=resume,
             on_part=lambda status: advance(1, status.name),
         )
@@ -112,6 +127,7 @@ def _build_json(directory: str, statuses: list[PartStatus]) -> dict[str, Any]:
         entry: dict[str, Any] = {"status": status.status, "seconds": status.seconds, "cached": status.cached}
         if status.record is not None:
             entry |= {"layout": status.record.layout, "error": status.record.error, "sha256": status.record.sha256}
+            entry |= {"details": status.record.details} if status.record.details else {}
         if status.message:
             entry["message"] = status.message
         return entry
@@ -168,6 +184,14 @@ def _note_masks(bundle: Bundle, store: EngineStore, device: str, options: _MaskO
     }
 
 
+def _agreement(records: list[EngineRecord]) -> str:
+    errors = [(record.error, record.part) for record in records if record.error is not None]
+    if not errors:
+        return "not compared with ONNX: these engines cannot run here"
+    error, part = max(errors)
+    return f"worst difference from ONNX: {error:.1e} of the range in {part}"
+
+
 def _print_build(store: EngineStore, statuses: list[PartStatus], masks: dict[str, Any] | None) -> None:
     counts = {kind: sum(s.status == kind for s in statuses) for kind in ("built", "cached", "failed")}
     seconds = sum(status.seconds for status in statuses)
@@ -175,11 +199,9 @@ def _print_build(store: EngineStore, statuses: list[PartStatus], masks: dict[str
     click.echo(f"{counts['built']} built in {seconds:.1f} s, {counts['cached']} cached, {counts['failed']} failed")
     records = [status.record for status in statuses if status.record is not None]
     if records:
-        worst = max(records, key=lambda record: record.error)
-        click.echo(
-            f"precision {worst.precision}, activations {worst.layout}; worst difference from ONNX: "
-            f"{worst.error:.1e} of the range in {worst.part}"
-        )
+        click.echo(f"precision {records[0].precision}, activations {records[0].layout}; {_agreement(records)}")
+        for line in details_lines(records):
+            click.echo(line)
     if masks is not None:
         click.echo(
             f"{masks['noted']} of {masks['unique']} keep masks noted, policy {masks['policy']}: they cover "

@@ -116,7 +116,13 @@ def resize_option(command: _Command) -> _Command:
 def runtime_options(command: _Command) -> _Command:
     """--backend, --device, --threads and --precision."""
     options = [
-        click.option("--backend", default="onnxruntime", show_default=True, help="Inference library."),
+        click.option(
+            "--backend",
+            default="onnxruntime",
+            show_default=True,
+            metavar="NAME",
+            help="Inference library: onnxruntime or torch.",
+        ),
         click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda:N", help="Where engines run."),
         click.option(
             "--threads",

@@ -98,7 +98,7 @@ class Orchestrator:
 
         Args:
             bundle: the bundle's directory, or an opened `Bundle`.
-            backend: "onnxruntime" (or "fake", for tests).
+            backend: "onnxruntime" or "torch" (or "fake", for tests).
             device: "cpu", or "cuda:N" where the backend has it; never exchanged for another in silence.
             strategy: "chain" (one engine call for each kept block), "path" (one engine for each frequent keep mask,
                 the chain for the others), "fused" (the whole network as one engine with an `If` for each block),
@@ -132,7 +132,7 @@ class Orchestrator:
         if strategy == "path" and paths is None:
             paths = PathOptions(ahead=read_masks(store.directory, opened.network.n_blocks))
         max_batch = opened.manifest.max_batch
-        return cls(opened.network, library, engines, strategy=strategy, max_batch=max_batch, paths=paths)
+        return cls(store.network, library, engines, strategy=strategy, max_batch=max_batch, paths=paths)
 
     def run(self, images: np.ndarray, policy: PolicyLike = None) -> RunResult:
         """Classify a batch.

@@ -203,7 +203,9 @@ def test_unknown_device_is_wrong_usage(device):
 
 def test_unknown_backend_lists_the_known():
     for function in (open_backend, identify_backend):
-        with pytest.raises(UsageError, match="unknown backend 'openvino'; this version has onnxruntime, fake"):
+        with pytest.raises(
+            UsageError, match="unknown backend 'openvino'; this version has onnxruntime, torch, tensorrt"
+        ):
             function("openvino", "cpu")
 
 

@@ -1,0 +1,165 @@
+"""A CUDA graph that holds the decision: policy, one kernel that reads it, a SWITCH for each block, and the head.
+
+The graph is built node by node. Each engine's work is captured once for each direction into a graph of its own,
+checked, and put as a child graph into the bodies. One launch runs an image; nothing of the policy comes back to the
+host before the logits do. Source: CUDA programming guide, "Conditional Graph Nodes", which lists what a body may hold.
+
+Needs a driver of CUDA 12.8 or newer (SWITCH). Written against cuda-bindings 12.9 to 13.x and tested against a stand-in
+for the driver: not yet run on a GPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from bdtool.errors import EngineError
+from engines.dispatch import MAX_BLOCKS
+
+_ALLOWED_IN_BODY = ("KERNEL", "MEMCPY", "MEMSET", "EMPTY", "GRAPH", "CONDITIONAL")
+_PREFIX = "CU_GRAPH_NODE_TYPE_"
+_BODY_COUNTS = (3, 5)  # {skip, A to B, B to A}, and the shortcut's two directions
+
+
+class _Handles(ctypes.Structure):
+    """`struct Handles` of the kernel."""
+
+    _fields_ = [("h", ctypes.c_uint64 * MAX_BLOCKS)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CapturedNetwork:
+    """Captured graphs (CUgraph) of every part, the activation moving between buffers A and B.
+
+    `blocks` holds for each block the bodies of its SWITCH in the order of `engines.dispatch`: [None, A to B, B to A],
+    and where dropping it runs a shortcut part, that part's A to B and B to A.
+    """
+
+    policy: Any
+    stem: Any  # writes buffer A
+    blocks: Sequence[Sequence[Any | None]]
+    heads: tuple[Any, Any]  # reading A, and B
+
+
+@dataclass(frozen=True, kw_only=True)
+class DispatchMemory:
+    """Device addresses of what the kernel reads and writes; see `engines.dispatch_kernel`. `force` 0: no override."""
+
+    probability: int
+    has_shortcut: int
+    force: int
+    kept: int
+    head_side: int
+
+
+class GraphBuilder:
+    """Builds graphs through `driver`: the module `cuda.bindings.driver`, or a stand-in with its functions."""
+
+    def __init__(self, driver: Any, context: Any) -> None:
+        self._cu = driver
+        self._context = context
+
+    def dispatch_graph(
+        self, network: CapturedNetwork, kernel: Any, memory: DispatchMemory, *, threshold: float
+    ) -> tuple[Any, Any]:
+        """Return (CUgraph, CUgraphExec) of the whole network. Keep everything it was made of alive as long as it.
+
+        Raises:
+            EngineError: the driver refuses a step, or a captured graph holds what no body may hold.
+            ValueError: bodies that do not fit `engines.dispatch`, or too many blocks.
+        """
+        _check_bodies(network)
+        graph = self._call(self._cu.cuGraphCreate(0))
+        handles = [self._handle(graph) for _ in network.blocks]
+        head_handle = self._handle(graph)
+        arguments = _kernel_arguments(memory, handles, head_handle, threshold)
+        policy = self._child(graph, [], network.policy, "policy")
+        last = [self._kernel(graph, [policy], kernel, arguments), self._child(graph, [], network.stem, "stem")]
+        for k, (handle, bodies) in enumerate(zip(handles, network.blocks, strict=True)):
+            last = [self._switch(graph, last, handle, bodies, f"block {k}")]
+        self._switch(graph, last, head_handle, network.heads, "head")
+        return graph, self._instantiate(graph)
+
+    def _handle(self, graph: Any) -> Any:
+        """Make a conditional handle that every launch resets to 0: skip."""
+        flag = self._cu.CU_GRAPH_COND_ASSIGN_DEFAULT
+        return self._call(self._cu.cuGraphConditionalHandleCreate(graph, self._context, 0, flag))
+
+    def _child(self, graph: Any, after: list[Any], child: Any, what: str) -> Any:
+        self._check_content(child, what)
+        return self._call(self._cu.cuGraphAddChildGraphNode(graph, after or None, len(after), child))
+
+    def _kernel(self, graph: Any, after: list[Any], function: Any, arguments: Sequence[Any]) -> Any:
+        cu = self._cu
+        pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(argument) for argument in arguments))
+        params = cu.CUgraphNodeParams()
+        params.type = cu.CUgraphNodeType.CU_GRAPH_NODE_TYPE_KERNEL
+        kernel = params.kernel
+        kernel.func = function
+        kernel.gridDimX = kernel.gridDimY = kernel.gridDimZ = 1
+        kernel.blockDimX = kernel.blockDimY = kernel.blockDimZ = 1
+        kernel.sharedMemBytes = 0
+        kernel.kernelParams = ctypes.addressof(pointers)  # the driver copies the values when the node is added
+        return self._add(graph, after, params)
+
+    def _switch(self, graph: Any, after: list[Any], handle: Any, bodies: Sequence[Any | None], what: str) -> Any:
+        cu = self._cu
+        params = cu.CUgraphNodeParams()
+        params.type = cu.CUgraphNodeType.CU_GRAPH_NODE_TYPE_CONDITIONAL
+        conditional = params.conditional
+        conditional.handle = handle
+        conditional.ctx = self._context
+        conditional.size = len(bodies)
+        conditional.type = cu.CUgraphConditionalNodeType.CU_GRAPH_COND_TYPE_SWITCH
+        node = self._add(graph, after, params)
+        for index, body in enumerate(bodies):
+            if body is not None:
+                self._child(cu.CUgraph(int(params.conditional.phGraph_out[index])), [], body, what)
+        return node
+
+    def _add(self, graph: Any, after: list[Any], params: Any) -> Any:
+        cu, dependencies = self._cu, after or None
+        if hasattr(cu, "cuGraphAddNode_v2"):  # 12.x: the plain one takes no edge data; 13.x: it does
+            return self._call(cu.cuGraphAddNode(graph, dependencies, len(after), params))
+        return self._call(cu.cuGraphAddNode(graph, dependencies, None, len(after), params))
+
+    def _check_content(self, captured: Any, what: str) -> None:
+        """Refuse what no body may hold; the driver would only say "invalid argument", when all is put together."""
+        cu = self._cu
+        _, n_nodes = self._call(cu.cuGraphGetNodes(captured, 0))
+        nodes, _ = self._call(cu.cuGraphGetNodes(captured, n_nodes))
+        kinds = {self._call(cu.cuGraphNodeGetType(node)).name.removeprefix(_PREFIX) for node in nodes}
+        if bad := sorted(kinds - set(_ALLOWED_IN_BODY)):
+            raise EngineError(
+                f"{what}: its captured work holds {', '.join(bad)} nodes, which a conditional body may not hold. "
+                "Let the engine allocate nothing and record no events while it is captured"
+            )
+
+    def _instantiate(self, graph: Any) -> Any:
+        params = self._cu.CUDA_GRAPH_INSTANTIATE_PARAMS()
+        return self._call(self._cu.cuGraphInstantiateWithParams(graph, params))
+
+    def _call(self, result: tuple[Any, ...]) -> Any:
+        status, *values = result
+        if status != self._cu.CUresult.CUDA_SUCCESS:
+            raise EngineError(f"the CUDA driver refuses a step of the graph: {status.name}")
+        return values[0] if len(values) == 1 else tuple(values)
+
+
+def _kernel_arguments(memory: DispatchMemory, handles: Sequence[Any], head: Any, threshold: float) -> list[Any]:
+    blocks = _Handles()
+    blocks.h[: len(handles)] = [int(handle) for handle in handles]
+    pointers = [ctypes.c_void_p(address) for address in (memory.probability, memory.has_shortcut, memory.force)]
+    results = [ctypes.c_void_p(memory.kept), ctypes.c_void_p(memory.head_side)]
+    sizes = [ctypes.c_int(len(handles)), ctypes.c_float(threshold)]
+    return [*pointers, *sizes, *results, ctypes.c_uint64(int(head)), blocks]
+
+
+def _check_bodies(network: CapturedNetwork) -> None:
+    if len(network.blocks) > MAX_BLOCKS:
+        raise ValueError(f"{len(network.blocks)} blocks; the dispatch kernel takes at most {MAX_BLOCKS}")
+    for k, bodies in enumerate(network.blocks):
+        if len(bodies) not in _BODY_COUNTS or bodies[0] is not None or None in bodies[1:]:
+            raise ValueError(f"block {k}: expected bodies [None, A to B, B to A] and, with a shortcut, its two more")

@@ -1,0 +1,91 @@
+"""The kernel that turns policy outputs into SWITCH values on the device, compiled by NVRTC to machine code.
+
+Machine code (CUBIN) for the exact architecture, never PTX: a driver refuses PTX of a newer CUDA minor version, while
+CUBIN loads across the minor versions of one major. Compiling needs no driver; `cudaGraphSetConditional` stays
+unresolved in the CUBIN and is bound by the driver when it loads the module.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bdtool.errors import BackendError
+from engines.dispatch import MAX_BLOCKS
+
+KERNEL_NAME = "bd_dispatch"
+_INSTALL = 'pip install "bdtool[cuda]"'
+
+# Declared by hand: including cuda_device_runtime_api.h would need the toolkit's headers and relocatable device code.
+# One thread: setting conditionals from several at once is undefined.
+SOURCE = """
+typedef unsigned long long u64;
+extern "C" __device__ void cudaGraphSetConditional(u64 handle, unsigned int value);
+struct Handles { u64 h[MAX_BLOCKS]; };
+
+extern "C" __global__ void bd_dispatch(
+    const float* __restrict__ probability,           // [n_blocks], of one image
+    const unsigned char* __restrict__ has_shortcut,  // [n_blocks]
+    const unsigned char* __restrict__ force,         // [n_blocks], 0 policy, 1 keep, 2 drop; may be null
+    int n_blocks, float threshold,
+    unsigned char* __restrict__ kept,                // [n_blocks], out: 0, 1, or 2 where the probability is NaN
+    int* __restrict__ head_side,                     // out: 0 the activation ends in buffer A, 1 in B
+    u64 head, const Handles blocks)
+{
+    if (blockIdx.x | threadIdx.x) return;
+    unsigned int side = 0;
+    for (int k = 0; k < n_blocks; ++k) {
+        const float p = probability[k];
+        const unsigned int forced = force ? force[k] : 0u;
+        const bool keep = forced ? forced == 1u : p >= threshold;
+        const unsigned int value = keep ? 1u + side : (has_shortcut[k] ? 3u + side : 0u);
+        if (value) side ^= 1u;
+        kept[k] = !forced && p != p ? 2 : keep;
+        cudaGraphSetConditional(blocks.h[k], value);
+    }
+    *head_side = (int)side;
+    cudaGraphSetConditional(head, side);
+}
+""".replace("MAX_BLOCKS", str(MAX_BLOCKS))
+
+
+def cubin_from_source(source: str, sm: int) -> bytes:
+    """Compile CUDA C++ to machine code for compute capability `sm` (89 is 8.9); no driver is needed.
+
+    Raises:
+        BackendError: NVRTC is not installed, does not know the architecture, or refuses the source (quoted).
+    """
+    try:
+        from cuda.bindings import nvrtc
+    except ImportError as exc:
+        raise BackendError(f"compiling GPU kernels needs cuda-bindings and NVRTC ({exc}): {_INSTALL}") from exc
+    try:
+        return _compile(nvrtc, source, sm)
+    except RuntimeError as exc:  # the bindings look for the library at the first call
+        raise BackendError(f"NVRTC's library cannot be loaded ({exc}): {_INSTALL}") from exc
+
+
+def _compile(nvrtc: Any, source: str, sm: int) -> bytes:
+    known = _checked(nvrtc, nvrtc.nvrtcGetSupportedArchs())
+    if sm not in known:
+        raise BackendError(f"NVRTC compiles for the compute capabilities {', '.join(map(str, known))}, not for {sm}")
+    program = _checked(nvrtc, nvrtc.nvrtcCreateProgram(source.encode(), b"bdtool.cu", 0, [], []))
+    try:
+        options = [f"--gpu-architecture=sm_{sm}".encode(), b"--std=c++17"]
+        [status] = nvrtc.nvrtcCompileProgram(program, len(options), options)
+        if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+            log = b" " * _checked(nvrtc, nvrtc.nvrtcGetProgramLogSize(program))
+            _checked(nvrtc, nvrtc.nvrtcGetProgramLog(program, log))
+            words = " ".join(log.decode(errors="replace").rstrip("\0").split())
+            raise BackendError(f"NVRTC refuses a kernel for compute capability {sm}: {words}")
+        cubin: bytes = b" " * _checked(nvrtc, nvrtc.nvrtcGetCUBINSize(program))
+        _checked(nvrtc, nvrtc.nvrtcGetCUBIN(program, cubin))  # writes into the bytes, as its documentation says
+        return cubin
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
+
+
+def _checked(nvrtc: Any, result: tuple[Any, ...]) -> Any:
+    status, *values = result
+    if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+        raise BackendError(f"NVRTC fails: {nvrtc.nvrtcGetErrorString(status)[1].decode()}")
+    return values[0] if values else None

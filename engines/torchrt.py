@@ -1,0 +1,188 @@
+"""PyTorch as a backend: nothing else to install, cuDNN on a GPU, and every GPU that PyTorch knows.
+
+An engine file is the ONNX part itself. Activations lie channels-last in memory; from outside they are plain arrays.
+On CUDA this has not been run yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from weakref import WeakValueDictionary
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bdtool.errors import BackendError, EngineError, UsageError
+from bdtool.specs import NetworkSpec, PartSpec, TensorSpec
+from engines.base import ENGINE_TOLERANCE, PLAIN_LAYOUT, Buffer, BuiltEngine, Call, Engine
+from engines.torch_onnx import Function, OnnxFunction
+from export.check import OnnxReference, compare_outputs
+from export.files import sha256_of_bytes
+from export.ort_threads import default_threads
+
+# fp16 keeps 11 bits, and the reference sums its products in another order and precision
+_HALF_TOLERANCE = 5e-3
+
+
+class TorchBackend:
+    """PyTorch on "cpu" or "cuda:N".
+
+    Its CPU threads belong to the process, as ONNX Runtime's do: the last backend that is opened sets their number.
+    """
+
+    def __init__(self, *, device: str = "cpu", threads: int | None = None) -> None:
+        if threads is not None and threads < 1:
+            raise ValueError(f"threads must be at least 1, got {threads}")
+        self.device = _usable_device(device)
+        self.threads = default_threads() if threads is None else threads
+        self._functions: WeakValueDictionary[tuple[str, str], OnnxFunction] = WeakValueDictionary()
+        if self.device.type == "cpu":
+            torch.set_num_threads(self.threads)
+
+    def activation_layout(self, network: NetworkSpec) -> str:
+        return PLAIN_LAYOUT  # channels-last is how tensors lie in memory; their values are in NCHW order
+
+    def build(self, part: PartSpec, model: bytes, *, layout: str) -> BuiltEngine:
+        engine = self._open(part, model)
+        rng = np.random.default_rng(0)
+        feeds = {t.name: rng.normal(size=t.shape_for(2)).astype(t.dtype) for t in part.inputs}
+        expected = OnnxReference(model).run(feeds)
+        tolerance = _HALF_TOLERANCE if engine.computes_in_half else ENGINE_TOLERANCE
+        worst = compare_outputs(expected, engine.run(feeds), tolerance=tolerance)
+        if not worst.ok:
+            raise EngineError(
+                f"part {part.name!r}: its engine differs from its ONNX by {worst.error:.2g} of the output's range, "
+                f"allowed is {tolerance}"
+            )
+        return BuiltEngine(data=model, layout=layout, error=worst.error)
+
+    def load(self, part: PartSpec, data: bytes, *, layout: str) -> Engine:
+        if layout != PLAIN_LAYOUT:
+            raise EngineError(f"part {part.name!r}: its engine has layout {layout!r}, torch's have {PLAIN_LAYOUT!r}")
+        return self._open(part, data)
+
+    def join(self, joined: PartSpec, pieces: Sequence[tuple[PartSpec, bytes]]) -> tuple[Engine, int]:
+        functions = [self._function(part, data) for part, data in pieces]
+
+        def run(x: Tensor) -> Tensor:
+            for function in functions:
+                x = function(x)
+            return x
+
+        return TorchEngine(joined, run, self.device), sum(len(data) for _, data in pieces)
+
+    def fuse(self, network: NetworkSpec, pieces: Mapping[str, bytes]) -> bytes:
+        raise UsageError("the torch backend has no conditionals; use --backend onnxruntime for strategy 'fused'")
+
+    def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
+        order = torch.channels_last if len(shape) == 4 else torch.contiguous_format
+        tensor = torch.zeros(shape, dtype=getattr(torch, dtype), device=self.device)
+        return _TorchBuffer(tensor.contiguous(memory_format=order))
+
+    def _open(self, part: PartSpec, data: bytes) -> TorchEngine:
+        function = self._function(part, data)
+        return TorchEngine(part, function, self.device, computes_in_half=function.computes_in_half)
+
+    def _function(self, part: PartSpec, data: bytes) -> OnnxFunction:
+        """Return the part's function; equal parts, loaded or joined, share one and so the memory of its weights."""
+        key = (part.name, sha256_of_bytes(data))
+        function = self._functions.get(key)
+        if function is None:
+            function = self._functions[key] = OnnxFunction(part, data, self.device)
+        return function
+
+
+class TorchEngine:
+    """One part as torch calls."""
+
+    layout = PLAIN_LAYOUT
+
+    def __init__(
+        self, part: PartSpec, function: Function, device: torch.device, *, computes_in_half: bool = False
+    ) -> None:
+        self.computes_in_half = computes_in_half
+        self._part = part
+        self._function = function
+        self._device = device
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        return self._part.inputs
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        return self._part.outputs
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        [source], [result] = self._part.inputs, self._part.outputs
+        order = torch.channels_last if len(source.shape) == 4 else torch.contiguous_format
+        x = _host_tensor(feeds[source.name]).to(self._device, memory_format=order)
+        return {result.name: np.ascontiguousarray(self._call(x).cpu().numpy())}
+
+    def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Call:
+        [source], [result] = self._part.inputs, self._part.outputs
+        x, y = _tensor(inputs[source.name]), _tensor(outputs[result.name])
+
+        def call() -> None:
+            y.copy_(self._call(x))
+
+        return call
+
+    def _call(self, x: Tensor) -> Tensor:
+        try:
+            with torch.inference_mode():
+                return self._function(x)
+        except RuntimeError as exc:
+            raise EngineError(f"part {self._part.name!r}: PyTorch failed to run it: {exc}") from exc
+
+
+class _TorchBuffer:
+    """A tensor; `first` shares its memory."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def write(self, values: np.ndarray) -> None:
+        self.tensor.copy_(_host_tensor(values))
+
+    def read(self) -> np.ndarray:
+        array: np.ndarray = self.tensor.cpu().numpy()
+        return array
+
+    def first(self, n_rows: int) -> Buffer:
+        return _TorchBuffer(self.tensor[:n_rows])
+
+    def gather(self, source: Buffer, rows: np.ndarray) -> None:
+        self.tensor.copy_(_tensor(source)[_host_tensor(rows).to(self.tensor.device)])
+
+    def scatter(self, source: Buffer, rows: np.ndarray) -> None:
+        self.tensor[_host_tensor(rows).to(self.tensor.device)] = _tensor(source)
+
+
+def _usable_device(device: str) -> torch.device:
+    """Return the device; raise BackendError unless PyTorch can use it."""
+    kind, _, index = device.partition(":")
+    if kind == "cuda":
+        if not torch.cuda.is_available():
+            built_for = f"is built for CUDA {torch.version.cuda}" if torch.version.cuda else "is built for the CPU only"
+            raise BackendError(
+                f"device {device!r}: PyTorch {torch.__version__} {built_for} and finds no usable GPU; "
+                "see `bdtool doctor`, or use --device cpu"
+            )
+        if int(index) >= torch.cuda.device_count():
+            raise BackendError(
+                f"device {device!r}: PyTorch sees {torch.cuda.device_count()} GPU(s), cuda:0 is the first"
+            )
+    return torch.device(device)
+
+
+def _host_tensor(values: np.ndarray) -> Tensor:
+    """Return a tensor of these values; torch would warn of sharing memory that is read-only."""
+    return torch.from_numpy(values if values.flags.writeable else values.copy())
+
+
+def _tensor(buffer: Buffer) -> Tensor:
+    if not isinstance(buffer, _TorchBuffer):
+        raise TypeError(f"expected a buffer of this backend, got {type(buffer).__name__}")
+    return buffer.tensor

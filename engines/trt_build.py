@@ -1,0 +1,181 @@
+"""ONNX part -> TensorRT engine, the same way for TensorRT 10, TensorRT 11 and TensorRT-RTX.
+
+Activations between engines are channels-last: TensorRT's convolutions want them so, and with NCHW at its borders each
+CIFAR block takes four kernels, two of which only move data, instead of two.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import onnx
+from onnx import TensorProto
+
+from bdtool.errors import EngineError
+from bdtool.specs import PartSpec, TensorSpec
+from engines.layouts import CHANNELS_LAST
+from engines.timing_cache import TimingCache
+from engines.trt_library import TensorRTLibrary
+from engines.trt_options import TensorRTOptions
+
+_HARDWARE_COMPATIBILITY = {"ampere-plus": "AMPERE_PLUS", "same-compute-capability": "SAME_COMPUTE_CAPABILITY"}
+_ONNX_NAMES = {TensorProto.FLOAT: "float", TensorProto.FLOAT16: "half", TensorProto.BFLOAT16: "bf16"}
+# Formats of a rank-4 tensor that lies channels-last, by type. HWC is bound to float32, HWC8 to half.
+_CHANNELS_LAST_FORMATS = {"float32": "HWC", "float16": "HWC8"}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A serialized engine, and in which types its convolutions run: {"half": 2}."""
+
+    data: bytes
+    convolutions: dict[str, int]
+
+
+def compile_part(
+    library: TensorRTLibrary,
+    part: PartSpec,
+    model: bytes,
+    *,
+    layout: str,
+    options: TensorRTOptions,
+    timing_cache: TimingCache | None = None,
+) -> Compiled:
+    """Compile one part.
+
+    Args:
+        layout: of the activations; `CHANNELS_LAST` or plain.
+        timing_cache: what earlier parts learned, for libraries that time kernels; this part's is added.
+
+    Raises:
+        EngineError: the library does not start or refuses the part (quoting it), or did not take the ONNX's types.
+    """
+    trt = library.module
+    with library.quoting(f"part {part.name!r}: {library.name} {trt.__version__} does not build it", EngineError):
+        builder = trt.Builder(library.log)
+        network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+        _parse(library, network, part, model)
+        convolutions = _obtained_precision(trt, network, part, model)
+        _set_formats(trt, network, part, layout)
+        config = _config(library, builder, part, options)
+        if timing_cache is not None and library.has_timing_cache:
+            with timing_cache.applied(config):
+                data = builder.build_serialized_network(network, config)
+        else:
+            data = builder.build_serialized_network(network, config)
+        if data is None:
+            raise EngineError(f"part {part.name!r}: {library.name} builds no engine of it: {library.quoted()}")
+        return Compiled(bytes(data), convolutions)
+
+
+def _parse(library: TensorRTLibrary, network: Any, part: PartSpec, model: bytes) -> None:
+    parser = library.module.OnnxParser(network, library.log)
+    if parser.parse(model):
+        return
+    reasons = [_reason(parser.get_error(i)) for i in range(parser.num_errors)]
+    raise EngineError(
+        f"part {part.name!r}: {library.name}'s ONNX parser refuses it: {'; '.join(reasons) or library.quoted()}"
+    )
+
+
+def _reason(error: Any) -> str:
+    """Return the parser's words, with the node they are about where it names one."""
+    if error.node_name() or error.node_operator():
+        return f"node {error.node_name()!r} ({error.node_operator()}): {error.desc()}"
+    return str(error.desc())
+
+
+def _obtained_precision(trt: Any, network: Any, part: PartSpec, model: bytes) -> dict[str, int]:
+    """Return the types of the network's convolutions, which in a strongly typed network are the types they run in.
+
+    Raises:
+        EngineError: they are not those that the ONNX model states.
+    """
+    layers = [network.get_layer(i) for i in range(network.num_layers)]
+    convolutions = [layer for layer in layers if layer.type == trt.LayerType.CONVOLUTION]
+    obtained = Counter(layer.get_output(0).dtype.name.lower() for layer in convolutions)
+    stated = Counter(_stated_types(model))
+    if obtained != stated:
+        raise EngineError(
+            f"part {part.name!r}: its ONNX states {dict(stated)} convolutions, the parsed network has "
+            f"{dict(obtained)}; report this with the version of the library"
+        )
+    return dict(obtained)
+
+
+def _stated_types(model: bytes) -> Iterator[str]:
+    """Yield for each Conv the type its result has: that of its weight, or of the scale that dequantises it."""
+    graph = onnx.ModelProto.FromString(model).graph
+    types = {weight.name: weight.data_type for weight in graph.initializer}
+    scales = {node.output[0]: node.input[1] for node in graph.node if node.op_type == "DequantizeLinear"}
+    for node in graph.node:
+        if node.op_type == "Conv":
+            weight = node.input[1]
+            dtype = types.get(scales.get(weight, weight), TensorProto.UNDEFINED)
+            yield _ONNX_NAMES.get(dtype, TensorProto.DataType.Name(dtype).lower())
+
+
+def _set_formats(trt: Any, network: Any, part: PartSpec, layout: str) -> None:
+    """Fix the memory format of every input and output; those of the part's spec must be there by name."""
+    inputs = {network.get_input(i).name: network.get_input(i) for i in range(network.num_inputs)}
+    outputs = {network.get_output(i).name: network.get_output(i) for i in range(network.num_outputs)}
+    for found, activations, tensors in ((inputs, part.reads, part.inputs), (outputs, part.writes, part.outputs)):
+        if set(found) != {tensor.name for tensor in tensors}:
+            raise EngineError(
+                f"part {part.name!r}: its ONNX has tensors {', '.join(found)}, the bundle says "
+                f"{', '.join(tensor.name for tensor in tensors)}; export the model again"
+            )
+        for activation, tensor in zip(activations, tensors, strict=True):
+            format_name = _format(activation, tensor, layout)
+            found[tensor.name].allowed_formats = 1 << int(getattr(trt.TensorFormat, format_name))
+
+
+def _format(activation: str, tensor: TensorSpec, layout: str) -> str:
+    if activation != "x" or len(tensor.shape) != 4 or layout != CHANNELS_LAST:
+        return "LINEAR"
+    return _CHANNELS_LAST_FORMATS[tensor.dtype]
+
+
+def _config(library: TensorRTLibrary, builder: Any, part: PartSpec, options: TensorRTOptions) -> Any:
+    trt, config = library.module, builder.create_builder_config()
+    _set_flag(trt, config, "TF32", options.tf32)  # on by default
+    _set_flag(trt, config, "VERSION_COMPATIBLE", options.version_compatible)
+    _set_flag(trt, config, "STRIP_PLAN", options.strip_weights)
+    _set_flag(trt, config, "REFIT", options.refit)
+    if library.is_rtx:
+        # without it the runtime may allocate in an enqueue, which a CUDA graph would hold as allocation nodes
+        _set_flag(trt, config, "REQUIRE_USER_ALLOCATION", True)
+        _set_targets(library, config, options.sms)
+    elif options.hardware_compatibility != "none":
+        level = _HARDWARE_COMPATIBILITY[options.hardware_compatibility]
+        config.hardware_compatibility_level = getattr(trt.HardwareCompatibilityLevel, level)
+    if options.optimization_level is not None:
+        config.builder_optimization_level = options.optimization_level
+    config.max_aux_streams = options.max_aux_streams
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # only makes the inspector's answer complete
+    _add_profile(builder, config, part, options)
+    return config
+
+
+def _set_flag(trt: Any, config: Any, name: str, wanted: bool) -> None:
+    flag = getattr(trt.BuilderFlag, name)
+    config.set_flag(flag) if wanted else config.clear_flag(flag)
+
+
+def _set_targets(library: TensorRTLibrary, config: Any, sms: tuple[int, ...]) -> None:
+    targets = sorted(set(sms))
+    config.num_compute_capabilities = len(targets)
+    for index, sm in enumerate(targets):
+        config.set_compute_capability(getattr(library.module.ComputeCapability, f"SM{sm}"), index)
+
+
+def _add_profile(builder: Any, config: Any, part: PartSpec, options: TensorRTOptions) -> None:
+    profile = builder.create_optimization_profile()
+    batches = (options.min_batch, options.opt_batch, options.max_batch)
+    for tensor in part.inputs:
+        profile.set_shape(tensor.name, *(tensor.shape_for(n) for n in batches))
+    if config.add_optimization_profile(profile) < 0:
+        raise EngineError(f"part {part.name!r}: the optimization profile for batch {batches} was refused")

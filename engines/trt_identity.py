@@ -1,0 +1,64 @@
+"""What TensorRT engines are made for: the GPU that builds them, or for TensorRT-RTX the architectures asked for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from bdtool.errors import BackendError, UsageError
+from engines.base import BackendIdentity
+from engines.libcuda import Driver, Gpu
+from engines.trt_library import installed_version
+from engines.trt_options import TENSORRT_RTX, TensorRTOptions, target_name
+
+
+def tensorrt_identity(
+    backend: str, device: str, options: TensorRTOptions | None, driver: Driver
+) -> tuple[BackendIdentity, TensorRTOptions]:
+    """Return what engines are made for, and the options with the targets filled in.
+
+    Args:
+        options: None takes the defaults, and engines of any settings count as fitting.
+
+    Raises:
+        UsageError: TensorRT-RTX without a target, or an option that the library does not have.
+        BackendError: not installed, or no GPU where one is needed.
+    """
+    version = installed_version(backend)
+    chosen = options or TensorRTOptions()
+    chosen.check_for(backend)
+    if backend == TENSORRT_RTX:
+        if not chosen.sms:
+            chosen = replace(chosen, sms=(_sm(_target_gpu(backend, device, driver)),))
+        target = target_name(chosen.sms)
+    else:
+        gpu = _target_gpu(backend, device, driver)
+        target = f"{target_name((_sm(gpu),))}-cuda{'.'.join(map(str, driver.cuda_version))}"
+    settings = None if options is None else chosen.settings
+    identity = BackendIdentity(
+        name=backend, version=version, target=target, suffix=".plan", settings=settings, converts_fp16=True
+    )
+    return identity, chosen
+
+
+def _target_gpu(backend: str, device: str, driver: Driver) -> Gpu:
+    if backend == TENSORRT_RTX and device == "cpu":
+        raise UsageError(
+            "backend 'tensorrt-rtx': say which GPUs the engines are for, for instance --sm 86,89,120 (no GPU is needed "
+            "to build), or --device cuda:0 for the one that is here"
+        )
+    if device == "cpu":
+        raise UsageError(f"backend {backend!r} builds on the GPU that will run its engines: give --device cuda:0")
+    index = int(device.partition(":")[2])
+    if not driver.usable:
+        raise BackendError(
+            f"backend {backend!r}, device {device!r}: {driver.error or 'no GPU'}. See `bdtool doctor`"
+            + ("; --sm 89 builds without a GPU" if backend == TENSORRT_RTX else "")
+        )
+    if index >= len(driver.gpus):
+        raise UsageError(f"device {device!r}: the driver lists {len(driver.gpus)} GPU(s), cuda:0 is the first")
+    return driver.gpus[index]
+
+
+def _sm(gpu: Gpu) -> int:
+    major, minor = gpu.compute_capability
+    return 10 * major + minor

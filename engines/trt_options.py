@@ -1,0 +1,76 @@
+"""What a TensorRT build is asked for, and what its engines are for; known without loading TensorRT."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from bdtool.errors import UsageError
+
+HardwareCompatibility = Literal["none", "ampere-plus", "same-compute-capability"]
+_RECIPE = 1  # of `engines.trt_build`: raise it when the same options come to build another engine
+TENSORRT, TENSORRT_RTX = "tensorrt", "tensorrt-rtx"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorRTOptions:
+    """Options of one build; every field but `max_aux_streams` is named as trtexec names it.
+
+    Args:
+        min_batch, opt_batch, max_batch: the optimization profile. The batch is the only dynamic axis of a part, so one
+            number says what trtexec's `--minShapes`, `--optShapes` and `--maxShapes` say. Equal ones build static.
+        sms: compute capabilities that a TensorRT-RTX engine is for: 89 is 8.9.
+        optimization_level: 0 to 5; None takes the library's own, 3.
+        hardware_compatibility: lets a TensorRT engine run on other GPUs than the one it was built on, more slowly.
+        tf32: let float32 convolutions round their operands to 10 bits of mantissa on tensor cores. TensorRT does so
+            unless told otherwise; here fp32 means fp32.
+        max_aux_streams: 0 keeps an engine on one stream, as capturing it in a CUDA graph wants it.
+    """
+
+    min_batch: int = 1
+    opt_batch: int = 1
+    max_batch: int = 64
+    sms: tuple[int, ...] = ()
+    optimization_level: int | None = None
+    version_compatible: bool = False
+    hardware_compatibility: HardwareCompatibility = "none"
+    strip_weights: bool = False
+    refit: bool = False
+    tf32: bool = False
+    max_aux_streams: int = 0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min_batch <= self.opt_batch <= self.max_batch:
+            raise UsageError(
+                f"the optimization profile has batch {self.min_batch} (min), {self.opt_batch} (opt), {self.max_batch} "
+                "(max); expected 1 <= min <= opt <= max"
+            )
+        if self.optimization_level is not None and not 0 <= self.optimization_level <= 5:
+            raise UsageError(f"the builder optimization level is {self.optimization_level}; expected 0 to 5")
+
+    def check_for(self, backend: str) -> None:
+        """Raise UsageError where the library `backend` has no such option."""
+        if backend == TENSORRT and self.sms:
+            raise UsageError("--sm is for --backend tensorrt-rtx; TensorRT builds for the GPU it runs on (--device)")
+        if backend == TENSORRT_RTX and self.hardware_compatibility != "none":
+            raise UsageError(
+                "TensorRT-RTX has no hardware compatibility levels: its engines run on every architecture of --sm"
+            )
+        if backend == TENSORRT_RTX and self.version_compatible:
+            raise UsageError(
+                "TensorRT-RTX has no version-compatible engines (they would need TensorRT's lean runtime); build them "
+                "again with the version that runs them"
+            )
+
+    @property
+    def settings(self) -> str:
+        """Everything that changes an engine, as a text to compare; its targets are in the engine's target already."""
+        fields = asdict(self)
+        del fields["sms"]
+        return json.dumps({"recipe": _RECIPE, **fields}, sort_keys=True)
+
+
+def target_name(sms: tuple[int, ...]) -> str:
+    """Return for instance "sm86-sm89"; the order in which they were given does not matter."""
+    return "-".join(f"sm{sm}" for sm in sorted(set(sms)))

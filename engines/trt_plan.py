@@ -1,0 +1,81 @@
+"""What a TensorRT-RTX plan holds, read from the program text inside it; no GPU is needed.
+
+TensorRT's own answer, the engine inspector, needs a deserialised engine and so a GPU. A plan holds its program
+as text: a header, tensor descriptors, and one line for each kernel. The format is not documented: where nothing of it
+is found, as in another version or another library, there is simply no answer.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+_PROGRAM = re.compile(
+    rb"header \{\n(?P<header>.*?)\n\}.*?\ndescriptors \{\n(?P<tensors>.*?)\n\}\n+main \{\n(?P<main>.*?)\n\}\n", re.S
+)
+_TENSOR = re.compile(rb'^ *(?:sub_)?tensor=\{.*? name="(?P<name>[^"]+)".* type=(?P<type>\w+)', re.M)
+# host steps of a dynamic batch are no kernels; every other step of `main` is one launch
+_STEP = re.compile(rb'^ +(?P<operation>\w+)=\{ name="?(?P<name>[^" ]+)(?P<rest>.*)$', re.M)
+_HOST_STEPS = frozenset((b"shape_call",))
+_OUTPUT = re.compile(rb'\b(?:output|output_args)=\{ ?"(?P<name>[^"]+)"')
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One launch: its name and the type of its first output ("float", "half", "int8")."""
+
+    name: str
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A plan's program: its kernels in order, and what its header says."""
+
+    kernels: tuple[Kernel, ...]
+    architectures: tuple[str, ...]  # "sm86"
+    tf32: bool
+    capturable: bool  # all of it can become part of a CUDA graph
+
+    @property
+    def dtypes(self) -> dict[str, int]:
+        """How many kernels write each type."""
+        names = [kernel.dtype for kernel in self.kernels]
+        return {name: names.count(name) for name in dict.fromkeys(names)}
+
+
+def plan_from_bytes(data: bytes) -> Plan | None:
+    """Return what a plan holds, or None where its text is not found."""
+    # a kernel that is fused at run time carries a small program of its own, as a fallback: those say nothing of capture
+    programs = [match for match in _PROGRAM.finditer(data) if b"stream_capturable=" in match["header"]]
+    if not programs:
+        return None
+    headers = [match["header"] for match in programs]
+    return Plan(
+        kernels=tuple(kernel for match in programs for kernel in _kernels(match["main"], match["tensors"])),
+        architectures=tuple(_architectures(headers[0])),
+        tf32=any(_flag(header, b"tf32") for header in headers),
+        capturable=all(_flag(header, b"stream_capturable") for header in headers),
+    )
+
+
+def _kernels(main: bytes, tensors: bytes) -> list[Kernel]:
+    types = {match["name"]: match["type"].decode() for match in _TENSOR.finditer(tensors)}
+    kernels = []
+    for step in _STEP.finditer(main):
+        if step["operation"] in _HOST_STEPS:
+            continue
+        output = _OUTPUT.search(step["rest"])
+        dtype = types.get(output["name"], "unknown") if output else "unknown"
+        kernels.append(Kernel(step["name"].decode(), dtype))
+    return kernels
+
+
+def _architectures(header: bytes) -> list[str]:
+    match = re.search(rb"accelerators=\{(?P<names>[^}]*)\}", header)
+    return match["names"].decode().split() if match else []
+
+
+def _flag(header: bytes, name: bytes) -> bool:
+    match = re.search(rb"^ *" + name + rb"=(\d+)$", header, re.M)
+    return match is not None and int(match[1]) != 0

@@ -1,0 +1,219 @@
+"""PyTorch as a backend computes what the ONNX parts say, bound or not, for every kind of part that is exported."""
+
+import numpy as np
+import pytest
+import torch
+from onnx import TensorProto, helper
+
+from bdtool import Orchestrator
+from bdtool.errors import BackendError, BundleError, EngineError, UsageError
+from bdtool.specs import PartSpec, TensorSpec
+from engines.registry import identify_backend, open_backend
+from engines.store import EngineStore
+from engines.torchrt import TorchBackend
+from export.bundle import Bundle
+from export.check import OnnxReference
+from export.half import fp16_from_fp32
+from export.half_spec import half_part
+
+
+@pytest.fixture(scope="module")
+def backend():
+    return TorchBackend()
+
+
+def _feeds(part, n_images, seed=0):
+    rng = np.random.default_rng(seed)
+    return {t.name: rng.normal(size=t.shape_for(n_images)).astype(t.dtype) for t in part.inputs}
+
+
+NETWORKS = {
+    "cifar, average-pool": ("resnet8", {"shortcut": "average-pool"}),
+    "cifar, option-a": ("resnet8", {"shortcut": "option-a"}),
+    "imagenet, basic": ("resnet18", {"size": 64}),
+}
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_engines_equal_their_onnx_parts(backend, export_random, network):
+    arch, options = NETWORKS[network]
+    bundle = Bundle.open(export_random(arch, **options).bundle)
+    for part in bundle.network.parts:
+        model, feeds = bundle.part_path(part).read_bytes(), _feeds(part, 3)
+        built = backend.build(part, model, layout="NCHW")
+        assert 0 <= built.error <= 1e-4
+        [actual] = backend.load(part, built.data, layout="NCHW").run(feeds).values()
+        [expected] = OnnxReference(model).run(feeds).values()
+        np.testing.assert_allclose(actual, expected, atol=1e-4, rtol=1e-4, err_msg=part.name)
+
+
+@pytest.mark.parametrize("name", ["stem", "block_01", "shortcut_01", "head", "full"])
+def test_half_engines_equal_their_half_parts(backend, tiny_bundle, name):
+    part = tiny_bundle.network.part(name)
+    model, half = fp16_from_fp32(tiny_bundle.part_path(part).read_bytes(), part), half_part(part)
+    assert backend.build(half, model, layout="NCHW").error <= 5e-3
+    [y] = backend.load(half, model, layout="NCHW").run(_feeds(half, 1)).values()
+    assert y.dtype == half.outputs[0].dtype
+
+
+def test_activations_lie_channels_last_and_look_plain(backend, tiny_bundle):
+    part = tiny_bundle.network.part("block_00")
+    x, y = (backend.allocate(t.shape_for(2), t.dtype) for t in (part.inputs[0], part.outputs[0]))
+    engine = backend.load(part, tiny_bundle.part_path(part).read_bytes(), layout="NCHW")
+    call = engine.bind({"x": x}, {"y": y})
+    reference = OnnxReference(tiny_bundle.part_path(part).read_bytes())
+    for seed in (1, 2):  # the same buffers again: nothing of the first call may stay
+        feeds = _feeds(part, 2, seed)
+        x.write(feeds["x"])
+        call()
+        np.testing.assert_allclose(y.read(), reference.run(feeds)["y"], atol=1e-4, rtol=1e-4)
+        np.testing.assert_array_equal(x.read(), feeds["x"])
+    assert x.tensor.is_contiguous(memory_format=torch.channels_last)
+    assert engine._function(x.tensor).is_contiguous(memory_format=torch.channels_last)  # and so does what it makes
+
+
+def test_rows_move_between_buffers(backend):
+    values = np.arange(4 * 2 * 3 * 3, dtype=np.float32).reshape(4, 2, 3, 3)
+    whole, some = backend.allocate(values.shape, "float32"), backend.allocate(values.shape, "float32").first(2)
+    whole.write(values)
+    some.gather(whole, np.array([3, 1]))
+    np.testing.assert_array_equal(some.read(), values[[3, 1]])
+    whole.scatter(some, np.array([0, 2]))
+    np.testing.assert_array_equal(whole.read(), values[[3, 1, 1, 3]])
+
+
+def test_joined_engines_share_their_weights(tiny_bundle):
+    backend = TorchBackend()
+    parts = [tiny_bundle.network.part(name) for name in ("stem", "head")]
+    files = [(part, tiny_bundle.part_path(part).read_bytes()) for part in parts]
+    joined = [backend.join(tiny_bundle.network.whole("path", flops=0), files) for _ in range(3)]
+    assert len(backend._functions) == len(parts)
+    del joined
+    assert len(backend._functions) == 0  # and nothing outlives the engines
+
+
+def test_first_rows_share_the_buffers_memory(backend):
+    whole = backend.allocate((3, 8, 2, 2), "float32")
+    whole.first(2).write(np.ones((2, 8, 2, 2), np.float32))
+    assert whole.read().sum() == 64
+
+
+@pytest.mark.parametrize("strategy", ["chain", "path", "full"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_whole_bundle_equals_the_masked_forward(bundle_copy, tiny, preprocessed, torch_logits, strategy, precision):
+    images = preprocessed(tiny.model, 6)
+    policy = "all" if strategy == "full" else np.random.default_rng(0).integers(0, 2, (6, 3)).astype(bool)
+    options = {"backend": "torch", "strategy": strategy, "precision": precision}
+    with Orchestrator.open(bundle_copy, **options) as runtime:
+        result = runtime.run(images, policy=policy)
+    expected = torch_logits(tiny.model, images, None if strategy == "full" else policy)
+    tolerance = 1e-4 if precision == "fp32" else 3e-2  # fp16: nine convolutions, each rounded to 11 bits
+    np.testing.assert_allclose(result.logits, expected, atol=tolerance, rtol=tolerance)
+    assert result.logits.dtype == np.float32
+
+
+def test_learned_policy_is_that_of_fp32_in_half_precision_too(bundle_copy, tiny, preprocessed):
+    images = preprocessed(tiny.model, 12)
+    kept = []
+    for backend, precision in (("onnxruntime", "fp32"), ("torch", "fp16")):
+        with Orchestrator.open(bundle_copy, backend=backend, precision=precision) as runtime:
+            kept.append(runtime.run(images).policy)
+    np.testing.assert_array_equal(*kept)
+    assert 0 < kept[0].mean() < 1
+
+
+def test_fused_names_the_backend_that_has_it(bundle_copy):
+    with pytest.raises(UsageError, match="use --backend onnxruntime for strategy 'fused'"):
+        Orchestrator.open(bundle_copy, backend="torch", strategy="fused")
+
+
+def test_engines_are_found_again_and_int8_is_refused(bundle_copy):
+    identity = identify_backend("torch", "cpu")
+    store = EngineStore(Bundle.open(bundle_copy), identity)
+    store.build(lambda: open_backend("torch", "cpu"))
+    assert all(status.cached for status in store.build(lambda: pytest.fail("nothing is left to build")))
+    with pytest.raises(BundleError, match="has no int8 parts"):
+        EngineStore(Bundle.open(bundle_copy), identity, precision="int8")
+
+
+def test_cuda_without_a_gpu_says_what_to_do(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(BackendError, match=r"finds no usable GPU; see `bdtool doctor`"):
+        open_backend("torch", "cuda:0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(BackendError, match=r"sees 1 GPU\(s\)"):
+        open_backend("torch", "cuda:1")
+
+
+def test_threads_are_set_and_checked():
+    before = torch.get_num_threads()
+    try:
+        assert TorchBackend(threads=1).threads == torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+    with pytest.raises(ValueError, match="at least 1"):
+        TorchBackend(threads=0)
+
+
+# --- what it refuses --------------------------------------------------------------------------------------------------
+
+
+def _part(n_inputs=1):
+    tensors = tuple(TensorSpec(name=f"x{i}", shape=("N", 2, 4, 4)) for i in range(n_inputs))
+    y = TensorSpec(name="y", shape=("N", 2, 4, 4))
+    reads = ("x",) * n_inputs
+    return PartSpec(name="p", kind="block", index=0, reads=reads, writes=("x",), inputs=tensors, outputs=(y,), flops=0)
+
+
+def _model(*nodes, n_inputs=1, weights=()):
+    inputs = [helper.make_tensor_value_info(f"x{i}", TensorProto.FLOAT, ["N", 2, 4, 4]) for i in range(n_inputs)]
+    outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 2, 4, 4])]
+    graph = helper.make_graph(list(nodes), "p", inputs, outputs, list(weights))
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10).SerializeToString()
+
+
+POOL = {"kernel_shape": [2, 2], "strides": [2, 2]}
+
+
+@pytest.mark.parametrize(
+    ("node", "message"),
+    [
+        (helper.make_node("Selu", ["x0"], ["y"], name="n"), r"node 'n' \(Selu\); it knows Conv, Relu"),
+        (helper.make_node("MaxPool", ["x0"], ["y"], ceil_mode=1, **POOL), "attribute ceil_mode is 1"),
+        (helper.make_node("MaxPool", ["x0"], ["y"], pads=[0, 0, 1, 1], **POOL), "not equal on both sides"),
+        (helper.make_node("AveragePool", ["x0"], ["y"], auto_pad="SAME_UPPER", **POOL), "attribute auto_pad"),
+        (helper.make_node("Cast", ["x0"], ["y"], to=TensorProto.INT8), "Cast"),
+        (helper.make_node("Conv", ["x0", "x0"], ["y"]), "weights are not constants"),
+    ],
+)
+def test_what_it_cannot_run_is_refused_with_the_node(backend, node, message):
+    with pytest.raises(EngineError, match=message):
+        backend.load(_part(), _model(node), layout="NCHW")
+
+
+def test_part_with_two_inputs_is_refused(backend):
+    model = _model(helper.make_node("Add", ["x0", "x1"], ["y"]), n_inputs=2)
+    with pytest.raises(EngineError, match="one input and one output"):
+        backend.load(_part(2), model, layout="NCHW")
+
+
+def test_damaged_engine_names_its_part(backend):
+    with pytest.raises(EngineError, match="part 'p': its engine is no ONNX model"):
+        backend.load(_part(), b"\xff\xff garbage", layout="NCHW")
+
+
+def test_engine_that_differs_from_its_onnx_is_not_taken(backend, tiny_bundle, monkeypatch):
+    from engines import torch_onnx
+
+    monkeypatch.setitem(torch_onnx._OPERATORS, "Relu", lambda *arguments: lambda x: x)
+    part = tiny_bundle.network.part("block_00")
+    with pytest.raises(EngineError, match=r"part 'block_00': its engine differs from its ONNX by"):
+        backend.build(part, tiny_bundle.part_path(part).read_bytes(), layout="NCHW")
+
+
+def test_wrong_shape_is_an_engine_error(backend, tiny_bundle):
+    part = tiny_bundle.network.part("block_00")
+    engine = backend.load(part, tiny_bundle.part_path(part).read_bytes(), layout="NCHW")
+    with pytest.raises(EngineError, match="part 'block_00': PyTorch failed to run it"):
+        engine.run({"x": np.zeros((1, 3, 32, 32), np.float32)})

@@ -1,0 +1,376 @@
+"""The path for TensorRT itself, which needs a GPU to build: driven against a stand-in that notes what it is told.
+
+The stand-in has only names that the real classes have: TensorRT-RTX, which is installed, shares them.
+"""
+
+import enum
+import threading
+from types import SimpleNamespace
+
+import pytest
+
+from bdtool.errors import BackendError, EngineError, UsageError
+from engines.layouts import CHANNELS_LAST
+from engines.libcuda import Driver, Gpu
+from engines.registry import identify_backend
+from engines.timing_cache import TimingCache, timing_cache_path
+from engines.trt import TensorRTBackend
+from engines.trt_identity import tensorrt_identity
+from engines.trt_library import library_from_module
+from engines.trt_options import TensorRTOptions
+from export.half import fp16_from_fp32
+from export.half_spec import half_part
+
+H200 = Driver((13, 0), (Gpu("NVIDIA H200", (9, 0)),))
+DType = enum.Enum("DataType", ["FLOAT", "HALF"])
+LayerType = enum.Enum("LayerType", ["CONVOLUTION", "ACTIVATION"])
+
+
+class ILogger:
+    INTERNAL_ERROR, ERROR, WARNING, INFO = range(4)
+
+    def __init__(self):
+        pass
+
+
+class ITimingCache:
+    def __init__(self, entries):
+        self.entries = set(entries)
+
+    def combine(self, other, ignore_mismatch):
+        assert not ignore_mismatch
+        self.entries |= other.entries
+        return True
+
+    def serialize(self):
+        return ",".join(sorted(self.entries)).encode()
+
+
+class IBuilderConfig:
+    """Notes flags and attributes; a build adds the part's kernel to its timing cache."""
+
+    def __init__(self):
+        self.flags_set, self.shapes, self.cache = {"TF32"}, {}, None
+
+    def set_flag(self, flag):
+        self.flags_set.add(flag)
+
+    def clear_flag(self, flag):
+        self.flags_set.discard(flag)
+
+    def add_optimization_profile(self, profile):
+        self.shapes = profile.shapes
+        return 0
+
+    def create_timing_cache(self, blob):
+        return ITimingCache(name for name in blob.decode().split(",") if name)
+
+    def set_timing_cache(self, cache, ignore_mismatch):
+        self.cache = cache
+        return True
+
+    def get_timing_cache(self):
+        return self.cache
+
+
+class IOptimizationProfile:
+    def __init__(self):
+        self.shapes = {}
+
+    def set_shape(self, name, least, best, most):
+        self.shapes[name] = (least, best, most)
+
+
+class OnnxParser:
+    """Reads the real ONNX model, so that the network is the part's."""
+
+    def __init__(self, network, log):
+        self.network, self.num_errors = network, 0
+
+    def parse(self, model):
+        import onnx
+
+        graph = onnx.ModelProto.FromString(model).graph
+        weights = {
+            w.name: DType.HALF if w.data_type == onnx.TensorProto.FLOAT16 else DType.FLOAT for w in graph.initializer
+        }
+        self.network.inputs = [SimpleNamespace(name=info.name) for info in graph.input]
+        self.network.outputs = [SimpleNamespace(name=info.name) for info in graph.output]
+        convolutions = [weights[node.input[1]] for node in graph.node if node.op_type == "Conv"]
+        self.network.layers = [_layer(self.network.forced_type or dtype) for dtype in convolutions]
+        return True
+
+
+def _layer(dtype):
+    return SimpleNamespace(type=LayerType.CONVOLUTION, get_output=lambda i: SimpleNamespace(dtype=dtype))
+
+
+class INetworkDefinition:
+    forced_type = None
+
+    num_inputs = property(lambda self: len(self.inputs))
+    num_outputs = property(lambda self: len(self.outputs))
+    num_layers = property(lambda self: len(self.layers))
+
+    def get_input(self, i):
+        return self.inputs[i]
+
+    def get_output(self, i):
+        return self.outputs[i]
+
+    def get_layer(self, i):
+        return self.layers[i]
+
+
+class Builder:
+    def __init__(self, log):
+        self.log = log
+        self.notes = FakeTensorRT.notes
+
+    def create_network(self, flags):
+        self.notes["network_flags"] = flags
+        return INetworkDefinition()
+
+    def create_builder_config(self):
+        self.notes["config"] = IBuilderConfig()
+        return self.notes["config"]
+
+    def create_optimization_profile(self):
+        return IOptimizationProfile()
+
+    def build_serialized_network(self, network, config):
+        self.notes["formats"] = [t.allowed_formats for t in (*network.inputs, *network.outputs)]
+        if config.cache is not None:
+            config.cache.entries.add(self.notes["part"])
+        return self.notes.get("data", b"engine")
+
+
+class Runtime:
+    def __init__(self, log):
+        self.log = log
+
+    def deserialize_cuda_engine(self, data):
+        inspector = SimpleNamespace(get_engine_information=lambda form: '{"Layers": []}')
+        return SimpleNamespace(create_engine_inspector=lambda: inspector)
+
+
+class FakeTensorRT:
+    """What `import tensorrt` gives, as far as the builder uses it."""
+
+    notes = {}
+    __version__ = "10.14.1"
+    ILogger, Builder, OnnxParser, Runtime = ILogger, Builder, OnnxParser, Runtime
+    LayerType, DataType = LayerType, DType
+    NetworkDefinitionCreationFlag = enum.IntEnum("N", {"EXPLICIT_BATCH": 0, "STRONGLY_TYPED": 1})
+    TensorFormat = enum.IntEnum("F", {"LINEAR": 0, "HWC8": 2, "HWC": 8})
+    BuilderFlag = SimpleNamespace(**{n: n for n in ("TF32", "VERSION_COMPATIBLE", "STRIP_PLAN", "REFIT")})
+    HardwareCompatibilityLevel = SimpleNamespace(AMPERE_PLUS="AMPERE_PLUS", SAME_COMPUTE_CAPABILITY="SAME")
+    ProfilingVerbosity = SimpleNamespace(DETAILED="DETAILED")
+    LayerInformationFormat = SimpleNamespace(JSON="JSON")
+
+
+@pytest.fixture
+def notes(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(FakeTensorRT, "notes", {})
+    return FakeTensorRT.notes
+
+
+@pytest.fixture
+def build(notes, tiny_bundle):
+    """Return a function that builds one part of the tiny bundle on the stand-in."""
+
+    def run(name="block_00", options=None, half=False, driver=H200):
+        part = tiny_bundle.network.part(name)
+        model = tiny_bundle.part_path(part).read_bytes()
+        notes["part"] = name
+        library = library_from_module("tensorrt", FakeTensorRT)
+        backend = TensorRTBackend(library, options or TensorRTOptions(), driver=driver, gpu=driver.gpus[0])
+        return backend.build(
+            half_part(part) if half else part, fp16_from_fp32(model, part) if half else model, layout=CHANNELS_LAST
+        )
+
+    return run
+
+
+def test_stand_in_has_no_name_that_the_real_classes_lack():
+    real = pytest.importorskip("tensorrt_rtx_bindings", reason="needs the extra 'rtx'")
+    own = {"notes", "flags_set", "shapes", "cache", "entries", "forced_type"}
+    for fake in (ITimingCache, IBuilderConfig, IOptimizationProfile, OnnxParser, INetworkDefinition, Builder, Runtime):
+        names = {name for name in vars(fake) if not name.startswith("_")} - own
+        assert names <= set(dir(getattr(real, fake.__name__))), fake.__name__
+    for name in ("TF32", "VERSION_COMPATIBLE", "STRIP_PLAN", "REFIT"):
+        assert hasattr(real.BuilderFlag, name)
+    for name, value in FakeTensorRT.TensorFormat.__members__.items():
+        assert int(getattr(real.TensorFormat, name)) >= 0, value
+    assert hasattr(real.LayerInformationFormat, "JSON")
+
+
+def test_network_is_strongly_typed_and_fp32_means_fp32(build, notes):
+    built = build()
+    assert notes["network_flags"] == 1 << FakeTensorRT.NetworkDefinitionCreationFlag.STRONGLY_TYPED
+    assert notes["config"].flags_set == set()
+    assert notes["config"].max_aux_streams == 0
+    assert built.details == {"convolutions": {"float": 2}}
+    assert built.error is None
+
+
+@pytest.mark.parametrize(
+    ("options", "flags"),
+    [
+        (TensorRTOptions(tf32=True), {"TF32"}),
+        (TensorRTOptions(version_compatible=True), {"VERSION_COMPATIBLE"}),
+        (TensorRTOptions(strip_weights=True, refit=True), {"STRIP_PLAN", "REFIT"}),
+    ],
+)
+def test_options_become_builder_flags(build, notes, options, flags):
+    build(options=options)
+    assert notes["config"].flags_set == flags
+
+
+def test_level_and_hardware_compatibility_reach_the_config(build, notes):
+    build(options=TensorRTOptions(optimization_level=5, hardware_compatibility="ampere-plus"))
+    assert notes["config"].builder_optimization_level == 5
+    assert notes["config"].hardware_compatibility_level == "AMPERE_PLUS"
+
+
+def test_profile_has_three_batches(build, notes):
+    build(options=TensorRTOptions(min_batch=2, opt_batch=8, max_batch=32))
+    assert notes["config"].shapes == {"x": ((2, 16, 32, 32), (8, 16, 32, 32), (32, 16, 32, 32))}
+
+
+@pytest.mark.parametrize(
+    ("name", "half", "formats"),
+    [
+        ("block_00", False, ["HWC", "HWC"]),
+        ("block_00", True, ["HWC8", "HWC8"]),
+        ("stem", True, ["LINEAR", "HWC8"]),
+        ("head", True, ["HWC8", "LINEAR"]),
+        ("policy", False, ["LINEAR", "LINEAR"]),
+    ],
+)
+def test_only_activations_are_channels_last(build, notes, name, half, formats):
+    build(name, half=half)
+    assert notes["formats"] == [1 << FakeTensorRT.TensorFormat[name] for name in formats]
+
+
+def test_half_precision_that_was_not_obtained_is_an_error(build, monkeypatch):
+    monkeypatch.setattr(INetworkDefinition, "forced_type", DType.FLOAT)
+    with pytest.raises(EngineError, match=r"its ONNX states \{'half': 2\} convolutions, .* has \{'float': 2\}"):
+        build(half=True)
+
+
+def test_inspectors_answer_comes_with_the_engine(build):
+    assert build().layers == '{"Layers": []}'
+    assert build(options=TensorRTOptions(strip_weights=True)).layers is None  # it cannot be loaded before a refit
+    assert build(driver=Driver(error="no GPU", gpus=H200.gpus)).layers is None
+
+
+def test_library_that_gives_nothing_is_quoted(build, notes, monkeypatch):
+    def fail(self, network, config):
+        self.log.log(ILogger.ERROR, "Error Code 2: out of memory\n  in x.cpp")
+
+    monkeypatch.setattr(Builder, "build_serialized_network", fail)
+    with pytest.raises(EngineError, match="part 'block_00': tensorrt builds no engine of it: Error Code 2: out of mem"):
+        build()
+
+
+def test_builder_that_does_not_start_is_an_engine_error(build, monkeypatch):
+    """TensorRT without a driver: pybind11 has only "factory function returned nullptr" to say, the log says why."""
+
+    def refuse(self, log):
+        log.log(ILogger.ERROR, "CUDA initialization failure with error: 35")
+        raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    monkeypatch.setattr(Builder, "__init__", refuse)
+    with pytest.raises(
+        EngineError, match=r"tensorrt 10\.14\.1 does not build it: CUDA initialization failure with error"
+    ):
+        build()
+
+
+def test_parts_share_one_timing_cache(build, notes):
+    for name in ("stem", "block_00", "block_01"):
+        build(name)
+    path = timing_cache_path(gpu="NVIDIA H200", cuda_version="13.0", library_version="10.14.1")
+    assert path.name == "NVIDIA-H200-cuda13.0-tensorrt10.14.1.cache"
+    assert path.read_bytes() == b"block_00,block_01,stem"
+
+
+def test_build_that_runs_beside_another_keeps_what_both_learned(tmp_path):
+    """Each of many threads starts from an old cache and adds one entry; none may be lost."""
+    cache = TimingCache(tmp_path / "a.cache")
+    started = threading.Barrier(8)
+
+    def learn(i):
+        config = IBuilderConfig()
+        with cache.applied(config):
+            started.wait()
+            config.cache.entries.add(f"kernel{i}")
+
+    threads = [threading.Thread(target=learn, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert cache.path.read_bytes().decode().split(",") == [f"kernel{i}" for i in range(8)]
+
+
+def test_timing_cache_that_cannot_be_written_costs_only_time(tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    config = IBuilderConfig()
+    with TimingCache(tmp_path / "file" / "a.cache").applied(config):
+        config.cache.entries.add("kernel")
+    assert "cannot be written" in caplog.text
+
+
+# --- what engines are made for ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    monkeypatch.setattr("engines.trt_identity.installed_version", lambda backend: "10.14.1")
+
+
+def test_tensorrt_engines_are_named_after_gpu_and_cuda(installed):
+    identity, _ = tensorrt_identity("tensorrt", "cuda:0", None, H200)
+    assert (identity.version, identity.target, identity.suffix) == ("10.14.1", "sm90-cuda13.0", ".plan")
+
+
+def test_rtx_engines_default_to_the_gpu_that_is_here(installed):
+    _, options = tensorrt_identity("tensorrt-rtx", "cuda:0", None, H200)
+    assert options.sms == (90,)
+
+
+@pytest.mark.parametrize(
+    ("backend", "options", "message"),
+    [
+        ("tensorrt", TensorRTOptions(sms=(89,)), "--sm is for --backend tensorrt-rtx"),
+        ("tensorrt-rtx", TensorRTOptions(sms=(89,), hardware_compatibility="ampere-plus"), "hardware compatibility"),
+        ("tensorrt-rtx", TensorRTOptions(sms=(89,), version_compatible=True), "no version-compatible engines"),
+    ],
+)
+def test_options_that_a_library_lacks_are_refused(installed, backend, options, message):
+    with pytest.raises(UsageError, match=message):
+        tensorrt_identity(backend, "cuda:0", options, H200)
+
+
+def test_device_that_is_not_there_is_refused(installed):
+    with pytest.raises(UsageError, match=r"lists 1 GPU\(s\)"):
+        tensorrt_identity("tensorrt", "cuda:1", None, H200)
+    with pytest.raises(UsageError, match="--device cuda:0"):
+        tensorrt_identity("tensorrt", "cpu", None, H200)
+    with pytest.raises(BackendError, match=r"no GPU.*bdtool doctor"):
+        tensorrt_identity("tensorrt", "cuda:0", None, Driver(error="no GPU"))
+
+
+@pytest.mark.parametrize(("least", "best", "most"), [(0, 1, 1), (2, 1, 4), (1, 5, 4)])
+def test_impossible_profile_is_refused(least, best, most):
+    with pytest.raises(UsageError, match="1 <= min <= opt <= max"):
+        TensorRTOptions(min_batch=least, opt_batch=best, max_batch=most)
+
+
+def test_absent_library_shows_its_install_line(monkeypatch):
+    monkeypatch.setattr("engines.trt_library._DISTRIBUTIONS", {"tensorrt": ("no-such-distribution",)})
+    with pytest.raises(BackendError, match=r'pip install "bdtool\[tensorrt\]" \(it needs an NVIDIA GPU'):
+        identify_backend("tensorrt", "cuda:0")

@@ -1,0 +1,190 @@
+"""TensorRT-RTX engines, really built: every part, FP32 and FP16, channels-last, on a machine without a GPU."""
+
+import json
+from dataclasses import replace
+
+import onnx
+import pytest
+
+from bdtool.errors import BackendError, BundleError, EngineError, UsageError
+from bdtool.models.parts import network_spec, part_modules
+from engines.layouts import CHANNELS_LAST
+from engines.libcuda import Driver
+from engines.registry import identify_backend, open_backend
+from engines.store import EngineStore
+from engines.trt_options import TensorRTOptions
+from engines.trt_plan import plan_from_bytes
+from export.bundle import Bundle
+from export.compose import compose_parts
+from export.half import fp16_from_fp32
+from export.half_spec import half_part
+from export.onnx_model import OnnxExporter, fold_batch_norm
+
+pytest.importorskip("tensorrt_rtx_bindings", reason="needs the extra 'rtx'")
+RTX = "tensorrt-rtx"
+OPTIONS = TensorRTOptions(sms=(86, 89, 120))
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory):
+    """Return a function that builds every engine of a bundle with TensorRT-RTX: (store, records by part)."""
+
+    def run(bundle, precision, options=OPTIONS):
+        identity = identify_backend(RTX, "cpu", tensorrt=options)
+        store = EngineStore(bundle, identity, precision=precision, directory=tmp_path_factory.mktemp("engines"))
+        statuses = store.build(lambda: open_backend(RTX, "cpu", tensorrt=options))
+        assert [status.message for status in statuses if status.status == "failed"] == []
+        return store, {status.name: status.record for status in statuses}
+
+    return run
+
+
+@pytest.fixture(scope="module", params=["resnet32", "resnet101"])
+def parts(request, random_model, shared_traces):
+    """Every part of a network that the paper deploys, as (spec, ONNX model), at its real image size."""
+    model = random_model(request.param)
+    network, modules, exporter = network_spec(model), part_modules(model), OnnxExporter()
+    found = [(p, exporter.onnx_from_module(fold_batch_norm(modules[p.name]), p)) for p in network.parts]
+    chain = [(part, data) for part, data in found if part.kind in ("stem", "block", "head")]
+    return [*found, (network.whole("full", flops=0), compose_parts("full", chain, check=False))]
+
+
+KERNEL_TYPE = {"fp32": "float", "fp16": "half"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_every_part_builds_in_its_precision_with_channels_last_activations(parts, precision):
+    backend = open_backend(RTX, "cpu", tensorrt=TensorRTOptions(sms=(86, 89, 120), max_batch=1))
+    for part, model in parts:
+        if precision == "fp16":
+            part, model = half_part(part), fp16_from_fp32(model, part)
+        details = backend.build(part, model, layout=CHANNELS_LAST).details
+        assert details["architectures"] == ["sm86", "sm89", "sm120"]
+        assert (details["tf32"], details["capturable"]) == (False, True), part.name
+        wanted = "float" if part.kind == "policy" else KERNEL_TYPE[precision]
+        assert set(details["convolutions"]) <= {wanted}, part.name
+        if part.kind == "block":
+            n_convolutions = sum(details["convolutions"].values())
+            assert n_convolutions >= 2
+            assert set(details["kernel_types"]) == {wanted}
+            if part.inputs[0].shape == part.outputs[0].shape:  # one kernel each: the add and the ReLUs are fused in
+                assert len(details["kernels"]) == n_convolutions, part.name
+
+
+def test_plain_activations_cost_two_more_kernels(tiny_bundle):
+    """What channels-last is for; should this fail, TensorRT-RTX has learned to do without it."""
+    part = tiny_bundle.network.part("block_00")
+    backend = open_backend(RTX, "cpu", tensorrt=OPTIONS)
+    model = tiny_bundle.part_path(part).read_bytes()
+    n_kernels = {
+        layout: len(backend.build(part, model, layout=layout).details["kernels"]) for layout in ("NCHW", CHANNELS_LAST)
+    }
+    assert n_kernels == {"NCHW": 4, CHANNELS_LAST: 2}
+
+
+def test_tiny_network_prefers_channels_last(tiny_bundle):
+    assert open_backend(RTX, "cpu", tensorrt=OPTIONS).activation_layout(tiny_bundle.network) == CHANNELS_LAST
+
+
+@pytest.mark.parametrize("max_batch", [1, 64])
+def test_every_part_of_a_tiny_network_can_be_captured(tiny_bundle, build, max_batch):
+    _, records = build(tiny_bundle, "fp16", TensorRTOptions(sms=(89,), max_batch=max_batch))
+    assert {record.details["capturable"] for record in records.values()} == {True}
+
+
+def test_tf32_is_used_only_when_asked_for(tiny_bundle, build):
+    _, records = build(tiny_bundle, "fp32", TensorRTOptions(sms=(89,), tf32=True))
+    assert records["block_00"].details["tf32"] is True
+
+
+def test_other_settings_are_built_again_and_the_same_are_found(tiny_bundle, tmp_path):
+    def names_built(options):
+        store = EngineStore(tiny_bundle, identify_backend(RTX, "cpu", tensorrt=options), directory=tmp_path)
+        statuses = store.build(lambda: open_backend(RTX, "cpu", tensorrt=options))
+        return {status.name for status in statuses if status.status == "built"}
+
+    everything = {part.name for part in tiny_bundle.network.parts}
+    assert names_built(TensorRTOptions(sms=(89,))) == everything
+    assert names_built(TensorRTOptions(sms=(89,))) == set()
+    assert names_built(TensorRTOptions(sms=(89,), optimization_level=0)) == everything
+    assert names_built(TensorRTOptions(sms=(89, 120))) == everything  # in a directory of its own
+
+
+def test_engines_of_any_settings_fit_whoever_names_none(tiny_bundle, build):
+    store, _ = build(tiny_bundle, "fp32", TensorRTOptions(sms=(89,), optimization_level=1))
+    anyone = EngineStore(tiny_bundle, replace(store.identity, settings=None), directory=store.directory.parent)
+    assert set(anyone.find()) == {part.name for part in tiny_bundle.network.parts}
+
+
+def test_failed_part_is_quoted_with_its_node_and_loses_no_other(bundle_copy):
+    _rename_operator(bundle_copy, "block_01", "Frobnicate")
+    bundle = Bundle.open(bundle_copy)
+    store = EngineStore(bundle, identify_backend(RTX, "cpu", tensorrt=OPTIONS))
+    statuses = store.build(lambda: open_backend(RTX, "cpu", tensorrt=OPTIONS))
+    [failed] = [status for status in statuses if status.status == "failed"]
+    assert failed.name == "block_01"
+    assert "part 'block_01': tensorrt-rtx's ONNX parser refuses it: node 'node_" in failed.message
+    assert "(Frobnicate)" in failed.message
+    assert sum(status.status == "built" for status in statuses) == len(bundle.network.parts) - 1
+
+
+def _rename_operator(path, name, operator):
+    """Damage one part, and the manifest so that its digest fits: a model that a newer exporter might write."""
+    from export.files import sha256_of_file
+
+    file = path / "onnx" / f"{name}.onnx"
+    model = onnx.load(file)
+    next(node for node in model.graph.node if node.op_type == "Relu").op_type = operator
+    onnx.save(model, file)
+    manifest = json.loads((path / "manifest.json").read_text())
+    next(part for part in manifest["parts"] if part["name"] == name)["sha256"] = sha256_of_file(file)
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_garbage_is_refused_in_the_parsers_words(tiny_bundle):
+    backend = open_backend(RTX, "cpu", tensorrt=OPTIONS)
+    with pytest.raises(EngineError, match=r"part 'head': .*Failed to parse the ONNX model"):
+        backend.build(tiny_bundle.network.part("head"), b"garbage", layout=CHANNELS_LAST)
+
+
+def test_stripped_weights_need_a_gpu_and_the_library_says_so(tiny_bundle):
+    """TensorRT-RTX 1.7 compiles refittable engines with the driver; without one the build fails, it must not crash."""
+    backend = open_backend(RTX, "cpu", tensorrt=TensorRTOptions(sms=(89,), strip_weights=True))
+    part = tiny_bundle.network.part("block_00")
+    with pytest.raises(EngineError, match=r"part 'block_00': tensorrt-rtx builds no engine of it: .*CUDA"):
+        backend.build(part, tiny_bundle.part_path(part).read_bytes(), layout=CHANNELS_LAST)
+
+
+def test_unknown_architecture_lists_the_known_ones():
+    with pytest.raises(UsageError, match=r"builds for the compute capabilities 75, .*120.*, not for 90"):
+        open_backend(RTX, "cpu", tensorrt=TensorRTOptions(sms=(89, 90)))
+
+
+def test_target_must_be_said_where_there_is_no_gpu(monkeypatch):
+    monkeypatch.setattr("engines.registry.driver_from_libcuda", lambda: Driver(installed=False, error="no driver"))
+    with pytest.raises(UsageError, match="--sm 86,89,120"):
+        identify_backend(RTX, "cpu")
+    with pytest.raises(BackendError, match=r"no driver.*--sm 89 builds without a GPU"):
+        identify_backend(RTX, "cuda:0")
+
+
+def test_order_of_targets_does_not_matter():
+    names = {identify_backend(RTX, "cpu", tensorrt=TensorRTOptions(sms=sms)).target for sms in [(89, 86), (86, 89, 86)]}
+    assert names == {"sm86-sm89"}
+
+
+def test_int8_is_not_made_from_fp32(tiny_bundle):
+    with pytest.raises(BundleError, match="has no int8 parts"):
+        EngineStore(tiny_bundle, identify_backend(RTX, "cpu", tensorrt=OPTIONS), precision="int8")
+
+
+def test_running_says_what_to_use_instead(tiny_bundle, build):
+    store, records = build(tiny_bundle, "fp32")
+    with pytest.raises(BackendError, match="cannot run them"):
+        store.load(open_backend(RTX, "cpu", tensorrt=OPTIONS), records)
+
+
+def test_bytes_that_are_no_plan_give_no_answer():
+    assert plan_from_bytes(b"") is None
+    assert plan_from_bytes(b"header {\n  version = 5\n}\n") is None
