@@ -11,12 +11,10 @@ from engines.base import PLAIN_LAYOUT, BackendIdentity, Buffer, BuiltEngine, Eng
 from engines.layouts import CHANNELS_LAST, feature_maps
 from engines.libcuda import Driver, Gpu, driver_from_libcuda
 from engines.timing_cache import TimingCache, timing_cache_path
-from engines.trt_build import compile_part
+from engines.trt_build import CHANNEL_BLOCK, compile_part
 from engines.trt_library import TensorRTLibrary, load_library
 from engines.trt_options import TensorRTOptions
 from engines.trt_plan import plan_from_bytes
-
-_CHANNEL_BLOCK = 8  # of HWC8: with other numbers of channels the buffers would need padding
 
 
 class TensorRTBackend:
@@ -38,7 +36,8 @@ class TensorRTBackend:
 
     def activation_layout(self, network: NetworkSpec) -> str:
         channels = [tensor.shape[1] for part in network.parts for tensor in feature_maps(part)]
-        fits = all(isinstance(c, int) and c % _CHANNEL_BLOCK == 0 for c in channels)
+        # with other numbers of channels the buffers would need padding
+        fits = all(isinstance(c, int) and c % CHANNEL_BLOCK == 0 for c in channels)
         return CHANNELS_LAST if fits else PLAIN_LAYOUT
 
     def build(self, part: PartSpec, model: bytes, *, layout: str) -> BuiltEngine:

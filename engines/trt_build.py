@@ -23,8 +23,10 @@ from engines.trt_options import TensorRTOptions
 
 _HARDWARE_COMPATIBILITY = {"ampere-plus": "AMPERE_PLUS", "same-compute-capability": "SAME_COMPUTE_CAPABILITY"}
 _ONNX_NAMES = {TensorProto.FLOAT: "float", TensorProto.FLOAT16: "half", TensorProto.BFLOAT16: "bf16"}
-# Formats of a rank-4 tensor that lies channels-last, by type. HWC is bound to float32, HWC8 to half.
-_CHANNELS_LAST_FORMATS = {"float32": "HWC", "float16": "HWC8"}
+# Formats of a rank-4 tensor that lies channels-last, by type: HWC is bound to float32, the others to narrower types
+# and pad the channels to the number in their name.
+_CHANNELS_LAST_FORMATS = {"float32": "HWC", "float16": "HWC8", "bfloat16": "HWC8", "int8": "HWC16"}
+CHANNEL_BLOCK = 16
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,10 @@ def _set_formats(trt: Any, network: Any, part: PartSpec, layout: str) -> None:
 def _format(activation: str, tensor: TensorSpec, layout: str) -> str:
     if activation != "x" or len(tensor.shape) != 4 or layout != CHANNELS_LAST:
         return "LINEAR"
+    if tensor.dtype not in _CHANNELS_LAST_FORMATS:
+        raise EngineError(
+            f"tensor {tensor.name!r} is {tensor.dtype}; TensorRT engines pass on {', '.join(_CHANNELS_LAST_FORMATS)}"
+        )
     return _CHANNELS_LAST_FORMATS[tensor.dtype]
 
 

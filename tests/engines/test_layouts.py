@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engines.layouts import block_size, pack, unpack
+from engines.layouts import CHANNELS_LAST, block_size, pack, unpack
 
 LAYOUTS = st.sampled_from(["NCHW", "NCHW4c", "NCHW8c", "NCHW16c"])
 
@@ -25,6 +25,14 @@ def test_packed_channels_lie_side_by_side():
     packed = pack(values, "NCHW8c").reshape(2, 2, 3, 5, 8)
     for n, c, y, x in [(0, 0, 0, 0), (1, 9, 2, 4), (0, 7, 1, 3), (1, 15, 0, 2)]:
         assert packed[n, c // 8, y, x, c % 8] == values[n, c, y, x]
+
+
+def test_channels_last_puts_all_channels_of_a_pixel_side_by_side():
+    values = np.random.default_rng(0).normal(size=(2, 6, 3, 5)).astype(np.float32)
+    packed = pack(values, CHANNELS_LAST)
+    assert packed.shape == values.shape
+    np.testing.assert_array_equal(packed.reshape(2, 3, 5, 6), values.transpose(0, 2, 3, 1))
+    np.testing.assert_array_equal(unpack(packed, CHANNELS_LAST), values)
 
 
 def test_images_of_a_batch_stay_apart_when_packed():

@@ -5,6 +5,7 @@ The stand-in has only names that the real classes have: TensorRT-RTX, which is i
 
 import enum
 import threading
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -105,6 +106,10 @@ def _layer(dtype):
     return SimpleNamespace(type=LayerType.CONVOLUTION, get_output=lambda i: SimpleNamespace(dtype=dtype))
 
 
+def _typed(tensors, dtype):
+    return tuple(replace(tensor, dtype=dtype) for tensor in tensors)
+
+
 class INetworkDefinition:
     forced_type = None
 
@@ -162,7 +167,7 @@ class FakeTensorRT:
     ILogger, Builder, OnnxParser, Runtime = ILogger, Builder, OnnxParser, Runtime
     LayerType, DataType = LayerType, DType
     NetworkDefinitionCreationFlag = enum.IntEnum("N", {"EXPLICIT_BATCH": 0, "STRONGLY_TYPED": 1})
-    TensorFormat = enum.IntEnum("F", {"LINEAR": 0, "HWC8": 2, "HWC": 8})
+    TensorFormat = enum.IntEnum("F", {"LINEAR": 0, "HWC8": 2, "HWC": 8, "HWC16": 11})
     BuilderFlag = SimpleNamespace(**{n: n for n in ("TF32", "VERSION_COMPATIBLE", "STRIP_PLAN", "REFIT")})
     HardwareCompatibilityLevel = SimpleNamespace(AMPERE_PLUS="AMPERE_PLUS", SAME_COMPUTE_CAPABILITY="SAME")
     ProfilingVerbosity = SimpleNamespace(DETAILED="DETAILED")
@@ -180,8 +185,10 @@ def notes(monkeypatch, tmp_path):
 def build(notes, tiny_bundle):
     """Return a function that builds one part of the tiny bundle on the stand-in."""
 
-    def run(name="block_00", options=None, half=False, driver=H200):
+    def run(name="block_00", options=None, half=False, driver=H200, dtype=None):
         part = tiny_bundle.network.part(name)
+        if dtype is not None:
+            part = replace(part, inputs=_typed(part.inputs, dtype), outputs=_typed(part.outputs, dtype))
         model = tiny_bundle.part_path(part).read_bytes()
         notes["part"] = name
         library = library_from_module("tensorrt", FakeTensorRT)
@@ -252,6 +259,17 @@ def test_profile_has_three_batches(build, notes):
 def test_only_activations_are_channels_last(build, notes, name, half, formats):
     build(name, half=half)
     assert notes["formats"] == [1 << FakeTensorRT.TensorFormat[name] for name in formats]
+
+
+@pytest.mark.parametrize(("dtype", "format_name"), [("bfloat16", "HWC8"), ("int8", "HWC16")])
+def test_narrow_activations_have_a_channels_last_format(build, notes, dtype, format_name):
+    build(dtype=dtype)
+    assert notes["formats"] == [1 << FakeTensorRT.TensorFormat[format_name]] * 2
+
+
+def test_activation_type_without_a_format_is_refused(build):
+    with pytest.raises(EngineError, match=r"tensor 'x' is float64; TensorRT engines pass on float32, .*int8"):
+        build(dtype="float64")
 
 
 def test_half_precision_that_was_not_obtained_is_an_error(build, monkeypatch):
