@@ -97,6 +97,7 @@ class EngineStore:
         self._bundle = bundle
         self.identity = identity
         self.precision = precision
+        self._network = bundle.network_at(precision)
         name = f"{identity.name}-{identity.version}-{identity.target}-{precision}"
         self.directory = (directory or bundle.engines_path) / name
 
@@ -117,8 +118,8 @@ class EngineStore:
             BundleError: the engines cannot be written.
         """
         records = self.find() if resume else {}
-        if len(records) == len(self._bundle.network.parts):
-            statuses = [_cached(records[part.name]) for part in self._bundle.network.parts]
+        if len(records) == len(self._network.parts):
+            statuses = [_cached(records[part.name]) for part in self._network.parts]
             for status in statuses:
                 on_part(status)
             return statuses
@@ -135,7 +136,7 @@ class EngineStore:
 
     def find(self, parts: Sequence[PartSpec] | None = None) -> dict[str, EngineRecord]:
         """Return the records of `parts` (None: all) that fit the bundle; their engines are whole and of one layout."""
-        fitting = [record for part in parts or self._bundle.network.parts if (record := self._fitting_record(part))]
+        fitting = [record for part in parts or self._network.parts if (record := self._fitting_record(part))]
         digests = sha256_of_files([self.directory / record.file for record in fitting])
         records = {r.part: r for r, digest in zip(fitting, digests, strict=True) if digest == r.sha256}
         layouts = {record.layout for record in records.values()}
@@ -154,7 +155,7 @@ class EngineStore:
         files: dict[str, bytes] = {}
         for name, record in records.items():
             data = (self.directory / record.file).read_bytes()
-            engines[name] = backend.load(self._bundle.network.part(name), data, layout=record.layout)
+            engines[name] = backend.load(self._network.part(name), data, layout=record.layout)
             if joinable:
                 files[name] = data
         return EngineSet(engines, backend=backend, files=files)
@@ -162,7 +163,7 @@ class EngineStore:
     def _build_missing(
         self, backend: Backend, records: dict[str, EngineRecord], on_part: Callable[[PartStatus], None]
     ) -> list[PartStatus]:
-        layout = backend.activation_layout(self._bundle.network)
+        layout = backend.activation_layout(self._network)
         try:
             return self._build_all(backend, records, layout, on_part)
         except LayoutError as exc:
@@ -177,7 +178,7 @@ class EngineStore:
         on_part: Callable[[PartStatus], None],
     ) -> list[PartStatus]:
         statuses = []
-        for part in self._bundle.network.parts:
+        for part in self._network.parts:
             record = records.get(part.name)
             fits = record is not None and record.layout == layout
             statuses.append(_cached(record) if fits and record else self._build_part(backend, part, layout))
@@ -187,7 +188,7 @@ class EngineStore:
     def _build_part(self, backend: Backend, part: PartSpec, layout: str) -> PartStatus:
         start = time.perf_counter()
         try:
-            built = backend.build(part, self._bundle.part_path(part).read_bytes(), layout=layout)
+            built = backend.build(part, self._bundle.part_path(part, self.precision).read_bytes(), layout=layout)
         except LayoutError:
             raise
         except EngineError as exc:
@@ -223,7 +224,7 @@ class EngineStore:
     def _key(self, part: PartSpec) -> dict[str, str]:
         return {
             "part": part.name,
-            "onnx_sha256": self._bundle.part_sha256(part),
+            "onnx_sha256": self._bundle.part_sha256(part, self.precision),
             "backend": self.identity.name,
             "backend_version": self.identity.version,
             "target": self.identity.target,
