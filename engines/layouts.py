@@ -1,4 +1,4 @@
-"""Activation layouts: plain NCHW, and NCHW with the channels in blocks of b innermost ("NCHW16c")."""
+"""Activation layouts: plain NCHW, NCHW with the channels in blocks of b innermost ("NCHW16c"), and integers NHWC."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ import numpy as np
 from bdtool.specs import PartSpec
 from engines.base import PLAIN_LAYOUT, Engine
 
+INTEGER_LAYOUT = "NHWC-uint8"  # int8 activations, channels last, with 128 added; see engines.integer_cpu
+_OFFSET = 128
+
 
 def block_size(layout: str) -> int:
     """Return b of "NCHW<b>c", or 1 for plain NCHW."""
@@ -17,12 +20,14 @@ def block_size(layout: str) -> int:
         return 1
     match = re.fullmatch(r"NCHW(\d+)c", layout)
     if match is None:
-        raise ValueError(f"unknown layout {layout!r}; known: NCHW, NCHW<b>c")
+        raise ValueError(f"unknown layout {layout!r}; known: NCHW, NCHW<b>c, {INTEGER_LAYOUT}")
     return int(match[1])
 
 
 def pack(values: np.ndarray, layout: str) -> np.ndarray:
     """Return plain [N, C, H, W] values in `layout`, in an array of the same shape (the bytes are rearranged)."""
+    if layout == INTEGER_LAYOUT:
+        return _shift(values.transpose(0, 2, 3, 1)).reshape(values.shape)
     b = block_size(layout)
     if b == 1 or values.ndim != 4:
         return values
@@ -32,11 +37,19 @@ def pack(values: np.ndarray, layout: str) -> np.ndarray:
 
 def unpack(values: np.ndarray, layout: str) -> np.ndarray:
     """Undo `pack`."""
+    if layout == INTEGER_LAYOUT:
+        n, c, h, w = values.shape
+        return _shift(values.reshape(n, h, w, c).transpose(0, 3, 1, 2))
     b = block_size(layout)
     if b == 1 or values.ndim != 4:
         return values
     n, c, h, w = values.shape
     return np.ascontiguousarray(values.reshape(n, c // b, h, w, b).transpose(0, 1, 4, 2, 3)).reshape(n, c, h, w)
+
+
+def _shift(values: np.ndarray) -> np.ndarray:
+    """Return int8 values with 128 added, modulo 256: zero point 0 becomes 128, and back."""
+    return (np.ascontiguousarray(values).view(np.uint8) ^ _OFFSET).view(np.int8)
 
 
 def run_plain(engine: Engine, part: PartSpec, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
