@@ -9,6 +9,7 @@ and exits with the class's `exit_code`; wrong arguments to Python functions stay
     ├── CheckpointError     a checkpoint or MODEL file is damaged, or does not match its architecture
     ├── BundleError         a bundle is missing, damaged, too new, or in use
     ├── ExportError         a part could not be exported, or its ONNX differs from PyTorch
+    ├── CalibrationError    a precision could not be made, or costs more accuracy than allowed
     ├── DataError           images or labels cannot be used
     ├── TrainingError       a training run diverged, or cannot be continued
     └── BackendError        an inference backend is not usable here
@@ -44,6 +45,10 @@ class BundleError(BdtoolError):
 
 class ExportError(BdtoolError):
     """A part could not be exported, or its ONNX does not compute what PyTorch computes."""
+
+
+class CalibrationError(BdtoolError):
+    """Parts of another precision could not be made from these images, or missed a gate."""
 
 
 class DataError(BdtoolError):

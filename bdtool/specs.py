@@ -7,7 +7,7 @@ for each of its parts (`bdtool.models.parts` does it for ResNets), nothing more.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 if TYPE_CHECKING:  # numpy only types the signatures: `bdtool --help` and a cached build need not load it
@@ -146,6 +146,19 @@ class NetworkSpec:
             outputs=head.outputs,
             flops=flops,
         )
+
+    def with_activation(self, dtype: str) -> NetworkSpec:
+        """Return the same network with `x`, the activation between its parts, in another dtype."""
+
+        def typed(activations: tuple[str, ...], tensors: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
+            pairs = zip(activations, tensors, strict=True)
+            return tuple(replace(tensor, dtype=dtype) if name == "x" else tensor for name, tensor in pairs)
+
+        parts = tuple(
+            replace(part, inputs=typed(part.reads, part.inputs), outputs=typed(part.writes, part.outputs))
+            for part in self.parts
+        )
+        return replace(self, parts=parts)
 
     def label(self, class_index: int) -> str:
         return self.labels[class_index] if self.labels is not None else str(class_index)

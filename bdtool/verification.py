@@ -7,7 +7,9 @@
     logits    the chain of engines against PyTorch's masked forward, on equal keep bits
     top1      the class of each image, chain against PyTorch
 
-Policy flips and logits are separate rungs because one flipped bit makes any comparison of logits meaningless.
+Policy flips and logits are separate rungs because one flipped bit makes any comparison of logits meaningless. For a
+precision that `bdtool calibrate` made, the bounds are wider, the keep bits are those of its policy, and a rung
+`accuracy` on labelled images comes last.
 """
 
 from __future__ import annotations
@@ -20,8 +22,9 @@ from typing import Any
 
 import numpy as np
 
-from bdtool.data.batches import ImageSource
+from bdtool.data.batches import ImageBatch, ImageSource
 from bdtool.errors import BundleError, EngineError
+from bdtool.lower_precision import compare_lower_part, lower_outputs
 from bdtool.models.model import BlockDropModel
 from bdtool.models.parts import network_spec, part_modules
 from bdtool.models.store import load_model
@@ -33,6 +36,7 @@ from engines.base import ENGINE_TOLERANCE, Engine
 from engines.layouts import run_plain
 from export.bundle import Bundle
 from export.check import TOLERANCES, Comparison, OnnxReference, compare_outputs
+from export.manifest import EXPORTED
 from export.walk import Probe, walk
 
 LOGITS_TOLERANCE = 1e-4  # largest |difference| between the chain's logits and PyTorch's
@@ -87,6 +91,7 @@ def verify(
     device: str,
     threads: int | None = None,
     limit: int = 256,
+    precision: str = EXPORTED,
     on_rung: Callable[[Rung], None] = lambda rung: None,
 ) -> Verification:
     """Climb the ladder with an opened bundle, whose digests were checked when it was opened.
@@ -100,16 +105,20 @@ def verify(
         BackendError: the engines cannot be built or run.
     """
     model = _load_weights(bundle)
-    images = data.take(limit).images
+    batch = data.take(limit)
+    images = batch.images
     rungs = []
+    bundle.require_precision(precision)
     with ExitStack() as stack:
-        engines = [
+        chain, full = [
             stack.enter_context(
-                Orchestrator.open(bundle, backend=backend, device=device, threads=threads, strategy=strategy)
+                Orchestrator.open(
+                    bundle, backend=backend, device=device, threads=threads, strategy=strategy, precision=precision
+                )
             )
             for strategy in ("chain", "full")
         ]
-        for rung in _climb(bundle, model, images, *engines):
+        for rung in _climb(bundle, model, batch, chain, full, precision):
             rungs.append(rung)
             on_rung(rung)
     return Verification(rungs=tuple(rungs), n_images=len(images), input_source=data.description)
@@ -131,9 +140,14 @@ def _load_weights(bundle: Bundle) -> BlockDropModel:
 
 
 def _climb(
-    bundle: Bundle, model: BlockDropModel, images: np.ndarray, chain: Orchestrator, full: Orchestrator
+    bundle: Bundle, model: BlockDropModel, batch: ImageBatch, chain: Orchestrator, full: Orchestrator, precision: str
 ) -> Iterator[Rung]:
-    yield Rung(name="digests", worst=0, bound=0, detail=f"{len(bundle.manifest.files) + 1} files as in the manifest")
+    images = batch.images
+    n_files = len(bundle.manifest.files) + 1
+    yield Rung(name="digests", worst=0, bound=0, detail=f"{n_files} files as in the manifest")
+    if precision != EXPORTED:
+        yield from _climb_lower(bundle, model, batch, chain, full, precision)
+        return
     pixels = preprocess(images[:_N_PROBES], bundle.network.preprocessing)
     comparisons = [
         _compare_part(bundle, probe, chain, full) for probe in walk(bundle.network, part_modules(model), pixels)
@@ -147,6 +161,35 @@ def _climb(
             yield from compared(chain, oracle, images)
         except EngineError as exc:  # a failed rung, not the end of the ladder
             yield from (Rung(name=name, worst=math.inf, bound=0.0, detail=str(exc)) for name in names)
+
+
+def _climb_lower(
+    bundle: Bundle, model: BlockDropModel, batch: ImageBatch, chain: Orchestrator, full: Orchestrator, precision: str
+) -> Iterator[Rung]:
+    """Compare parts of another precision, whose errors are of another size, and whose last word is the accuracy."""
+    variant = bundle.manifest.variants[precision]
+    pixels = preprocess(batch.images[:_N_PROBES], bundle.network.preprocessing)
+    comparisons = [
+        (probe.part.name, *compare_lower_part(bundle, probe, precision, full if probe.part.kind == "full" else chain))
+        for probe in walk(bundle.network, part_modules(model), pixels)
+    ]
+    yield _worst("onnx", [(onnx, name) for name, onnx, _ in comparisons])
+    yield _worst("engines", [(engine, name) for name, _, engine in comparisons])
+    oracle = TorchClassifier(model)
+    yield from _policy_rungs(chain, oracle, batch.images)
+    policy = variant.calibration["policy"]  # its ranges hold for the paths of this one
+    request = parse_policy(policy, n_blocks=bundle.network.n_blocks, has_policy_network=bundle.network.has_policy)
+    keep = _run_oracle(oracle, batch.images).policy if request.is_learned else request.matrix(len(batch.images))
+    expected = _run_oracle(oracle, batch.images, keep)
+    try:
+        actual = chain.run(batch.images, policy=keep)
+    except EngineError as exc:
+        yield from (Rung(name=name, worst=math.inf, bound=0.0, detail=str(exc)) for name in ("logits", "top1"))
+        return
+    bound = float(variant.calibration["gates"]["max_accuracy_drop"])
+    rows = lower_outputs(expected.logits, actual.logits, batch.labels, precision=precision, max_accuracy_drop=bound)
+    for name, worst, allowed, detail in rows:
+        yield Rung(name=name, worst=worst, bound=allowed, detail=f"policy {request.name}; {detail}")
 
 
 def _compare_part(

@@ -1,1 +1,1 @@
-"""Room for INT8 and FP16 calibration along policy-sampled paths; it holds no code yet."""
+"""INT8 and FP16 parts along policy-sampled paths: ranges, Q/DQ, typed parts, and the choice of mixed precision."""

@@ -21,6 +21,25 @@ PLAIN_LAYOUT = "NCHW"
 ENGINE_TOLERANCE = 1e-4  # engine against ONNX part, over the output's range: other kernels, another summing order
 
 
+@dataclass(frozen=True, kw_only=True)
+class EngineBound:
+    """How close an engine must come to its ONNX part: this share of the values within `tolerance` of the range."""
+
+    tolerance: float
+    share: float = 1.0
+
+
+# An integer engine also quantizes the direct operand of the addition, where a value that no calibration image reached
+# saturates, and rounds ties otherwise. A half-precision engine may keep more digits inside than its part says.
+ENGINE_BOUNDS = {
+    "fp32": EngineBound(tolerance=ENGINE_TOLERANCE),
+    "fp16": EngineBound(tolerance=0.01),
+    "bf16": EngineBound(tolerance=0.05),
+    "int8": EngineBound(tolerance=0.05, share=0.99),
+    "int8 network": EngineBound(tolerance=0.25, share=0.99),  # the errors of all parts, on pictures of noise
+}
+
+
 class LayoutError(EngineError):
     """A part cannot be built with the activation layout asked for."""
 

@@ -1,4 +1,4 @@
-"""Activation layouts: plain NCHW, NCHW with the channels in blocks of b innermost ("NCHW16c"), and channels-last."""
+"""Activation layouts: plain NCHW, channels in blocks of b innermost ("NCHW16c"), channels-last, and integers NHWC."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from bdtool.specs import PartSpec, TensorSpec
 from engines.base import PLAIN_LAYOUT, Engine
 
 CHANNELS_LAST = "NHWC"
+INTEGER_LAYOUT = "NHWC-uint8"  # int8 activations, channels last, with 128 added; see engines.integer_cpu
+_OFFSET = 128
 
 
 def feature_maps(part: PartSpec) -> list[TensorSpec]:
@@ -25,12 +27,14 @@ def block_size(layout: str) -> int:
         return 1
     match = re.fullmatch(r"NCHW(\d+)c", layout)
     if match is None:
-        raise ValueError(f"unknown layout {layout!r}; known: NCHW, NCHW<b>c")
+        raise ValueError(f"unknown layout {layout!r}; known: NCHW, NCHW<b>c, {INTEGER_LAYOUT}")
     return int(match[1])
 
 
 def pack(values: np.ndarray, layout: str) -> np.ndarray:
     """Return plain [N, C, H, W] values in `layout`, in an array of the same shape (the bytes are rearranged)."""
+    if layout == INTEGER_LAYOUT:
+        return _shift(values.transpose(0, 2, 3, 1)).reshape(values.shape)
     b = _block_of(values, layout)
     if b == 1:
         return values
@@ -40,6 +44,9 @@ def pack(values: np.ndarray, layout: str) -> np.ndarray:
 
 def unpack(values: np.ndarray, layout: str) -> np.ndarray:
     """Undo `pack`."""
+    if layout == INTEGER_LAYOUT:
+        n, c, h, w = values.shape
+        return _shift(values.reshape(n, h, w, c).transpose(0, 3, 1, 2))
     b = _block_of(values, layout)
     if b == 1:
         return values
@@ -52,6 +59,11 @@ def _block_of(values: np.ndarray, layout: str) -> int:
     if values.ndim != 4:
         return 1
     return int(values.shape[1]) if layout == CHANNELS_LAST else block_size(layout)
+
+
+def _shift(values: np.ndarray) -> np.ndarray:
+    """Return int8 values with 128 added, modulo 256: zero point 0 becomes 128, and back."""
+    return (np.ascontiguousarray(values).view(np.uint8) ^ _OFFSET).view(np.int8)
 
 
 def run_plain(engine: Engine, part: PartSpec, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

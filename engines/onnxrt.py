@@ -19,13 +19,24 @@ from onnx import TensorProto, helper, numpy_helper
 
 from bdtool.errors import BackendError, EngineError
 from bdtool.specs import BATCH_AXIS, NetworkSpec, PartSpec, TensorSpec
-from engines.base import ENGINE_TOLERANCE, PLAIN_LAYOUT, Buffer, BuiltEngine, Call, Engine, LayoutError
+from engines.base import (
+    ENGINE_BOUNDS,
+    ENGINE_TOLERANCE,
+    PLAIN_LAYOUT,
+    Buffer,
+    BuiltEngine,
+    Call,
+    Engine,
+    LayoutError,
+)
 from engines.blocked_nodes import stay_blocked
-from engines.layouts import block_size, feature_maps, pack, run_plain, unpack
+from engines.integer_cpu import is_quantized, lower_quantized
+from engines.layouts import INTEGER_LAYOUT, block_size, feature_maps, pack, run_plain, unpack
 from engines.native_layout import add_guards, cut_guards
 from export.check import OnnxReference, compare, compare_outputs
 from export.compose import compose_parts
 from export.fused import fuse_parts
+from export.onnx_precision import precision_of, quantizing_scale
 from export.ort_threads import any_threads_options, default_threads, shared_threads_options
 
 _CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
@@ -52,12 +63,20 @@ class OnnxRuntimeBackend:
             _require_cuda(device, self._providers)
 
     def activation_layout(self, network: NetworkSpec) -> str:
-        layout = _native_layout() if self.device == "cpu" else PLAIN_LAYOUT
         tensors = [t for part in network.parts for t in feature_maps(part)]
+        dtypes = {tensor.dtype for tensor in tensors}
+        if self.device == "cpu" and dtypes == {"int8"}:
+            return INTEGER_LAYOUT
+        layout = _native_layout() if self.device == "cpu" and dtypes == {"float32"} else PLAIN_LAYOUT
         fits = all(isinstance(t.shape[1], int) and t.shape[1] % block_size(layout) == 0 for t in tensors)
         return layout if fits else PLAIN_LAYOUT
 
     def build(self, part: PartSpec, model: bytes, *, layout: str) -> BuiltEngine:
+        if self.device == "cpu" and "bfloat16" in {tensor.dtype for tensor in (*part.inputs, *part.outputs)}:
+            raise EngineError(
+                f"part {part.name!r}: ONNX Runtime's CPU provider has no bfloat16 kernels; "
+                "build bf16 for a GPU (--backend tensorrt), or use --precision fp16 here"
+            )
         data = model if self.device != "cpu" else _optimise(part, model, layout)
         error = self._check(part, model, data, layout)
         return BuiltEngine(data=data, layout=layout, error=error)
@@ -109,17 +128,19 @@ class OnnxRuntimeBackend:
     def _check(self, part: PartSpec, model: bytes, data: bytes, layout: str) -> float:
         """Compare the engine with its ONNX part; return the worst error."""
         rng = np.random.default_rng(0)
-        # Negative values too, though most activations follow a ReLU: they show a ReLU that was cut off with a guard.
-        feeds = {t.name: rng.normal(size=t.shape_for(2)).astype(np.float32) for t in part.inputs}
+        proto = onnx.ModelProto.FromString(model)
+        feeds = {t.name: _probe_values(t, rng, quantizing_scale(proto, t.name)) for t in part.inputs}
         expected = OnnxReference(model).run(feeds)
         engine = self.load(part, data, layout=layout)
         actual = run_plain(engine, part, feeds)
-        worst = compare_outputs(expected, actual, tolerance=ENGINE_TOLERANCE)
+        precision = precision_of(proto)
+        bound = ENGINE_BOUNDS["int8 network" if precision == "int8" and part.kind == "full" else precision]
+        worst = compare_outputs(expected, actual, tolerance=bound.tolerance, share=bound.share)
         if not worst.ok:
-            kind = EngineError if layout == PLAIN_LAYOUT else LayoutError
+            kind = EngineError if layout in (PLAIN_LAYOUT, INTEGER_LAYOUT) else LayoutError
             raise kind(
                 f"part {part.name!r}: its engine differs from its ONNX by {worst.error:.2g} of the output's range, "
-                f"allowed is {ENGINE_TOLERANCE}"
+                f"allowed is {bound.tolerance}"
             )
         return worst.error
 
@@ -132,6 +153,7 @@ class OnnxRuntimeEngine:
         self._options = options  # hold the shared weights, which ONNX Runtime does not own
         self._session = session
         self._names = [tensor.name for tensor in part.outputs]
+        self._integer = {t.name for t in feature_maps(part)} if layout == INTEGER_LAYOUT else set()
         self.layout = layout
 
     @property
@@ -143,17 +165,19 @@ class OnnxRuntimeEngine:
         return self._part.outputs
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        given = {name: _channels_last(values) if name in self._integer else values for name, values in feeds.items()}
         try:
-            return dict(zip(self._names, self._session.run(self._names, dict(feeds)), strict=True))
+            results = dict(zip(self._names, self._session.run(self._names, given), strict=True))
         except Exception as exc:
             raise self._error(exc) from exc
+        return {name: _as_declared(values) if name in self._integer else values for name, values in results.items()}
 
     def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Call:
         binding = self._session.io_binding()
         for name, buffer in inputs.items():
-            binding.bind_ortvalue_input(name, _ort_value(buffer))
+            binding.bind_ortvalue_input(name, self._value(name, buffer))
         for name, buffer in outputs.items():
-            binding.bind_ortvalue_output(name, _ort_value(buffer))
+            binding.bind_ortvalue_output(name, self._value(name, buffer))
         # The C++ method itself: the Python wrapper costs microseconds a call, and a RunOptions object even more.
         run, raw = self._session._sess.run_with_iobinding, binding._iobinding
 
@@ -165,6 +189,12 @@ class OnnxRuntimeEngine:
 
         call.keep_alive = (binding, inputs, outputs)  # type: ignore[attr-defined]  # `raw` does not own them
         return call
+
+    def _value(self, name: str, buffer: Buffer) -> ort.OrtValue:
+        """Return the buffer's memory as ONNX Runtime is to see it; it belongs to the buffer."""
+        if name not in self._integer:
+            return _ort_value(buffer)
+        return ort.OrtValue.ortvalue_from_numpy(_channels_last(buffer.read()))
 
     def _error(self, exc: Exception) -> EngineError:
         return EngineError(f"part {self._part.name!r}: ONNX Runtime failed to run it: {exc}")
@@ -235,15 +265,43 @@ def _ort_value(buffer: Buffer) -> ort.OrtValue:
     return buffer.value
 
 
+def _channels_last(values: np.ndarray) -> np.ndarray:
+    """Return the memory of int8 [N, C, H, W], which holds uint8 channels last, under that shape and dtype."""
+    n, c, h, w = values.shape
+    return values.view(np.uint8).reshape(n, h, w, c)
+
+
+def _as_declared(values: np.ndarray) -> np.ndarray:
+    """Undo `_channels_last`."""
+    n, h, w, c = values.shape
+    return values.view(np.int8).reshape(n, c, h, w)
+
+
+def _probe_values(tensor: TensorSpec, rng: np.random.Generator, scale: float | None) -> np.ndarray:
+    """Return values to compare an engine with its part on; `scale` is that on which the part quantizes them, if any.
+
+    Negative ones too, though most activations follow a ReLU: they show a ReLU that was cut off with a guard. Integers
+    are as after a ReLU, few of them large: others would run out of the ranges inside.
+    """
+    values = rng.normal(size=tensor.shape_for(2))
+    integers = np.clip(np.abs(8 * values).round(), 0, 127)
+    if tensor.dtype == "int8":
+        return integers.astype(np.int8)
+    return (values if scale is None else integers * scale).astype(tensor.dtype)
+
+
 def _optimise(part: PartSpec, model: bytes, layout: str) -> bytes:
     """Return the model as ONNX Runtime's optimiser leaves it, its activations in `layout`."""
-    if layout == PLAIN_LAYOUT:
+    prepared = onnx.ModelProto.FromString(model)
+    if is_quantized(prepared):
+        lower_quantized(prepared)
+        model = prepared.SerializeToString()
+    if layout in (PLAIN_LAYOUT, INTEGER_LAYOUT):
         return _optimised_file(part, model)
-    guarded = onnx.ModelProto.FromString(model)
     if part.kind != "full":  # the baseline stays what ONNX Runtime makes of the exported network
-        stay_blocked(guarded)
-    add_guards(guarded, part)
-    optimised = onnx.ModelProto.FromString(_optimised_file(part, guarded.SerializeToString()))
+        stay_blocked(prepared)
+    add_guards(prepared, part)
+    optimised = onnx.ModelProto.FromString(_optimised_file(part, prepared.SerializeToString()))
     cut_guards(optimised, part)
     data: bytes = optimised.SerializeToString(deterministic=True)
     return data

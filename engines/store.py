@@ -22,6 +22,7 @@ from engines.base import PLAIN_LAYOUT, Backend, BackendIdentity, BuiltEngine, En
 from export.bundle import Bundle
 from export.files import sha256_of_bytes, sha256_of_files, write_bytes, write_json
 from export.half_spec import HALF_VERSION, half_network
+from export.manifest import EXPORTED
 
 logger = logging.getLogger(__name__)
 
@@ -103,15 +104,16 @@ class EngineStore:
         self._bundle = bundle
         self.identity = identity
         self.precision = precision
+        self._source = EXPORTED if self._converts else precision  # of the ONNX parts that engines are built from
         name = f"{identity.name}-{identity.version}-{identity.target}-{precision}"
         self.directory = (directory or bundle.engines_path) / name
 
     @cached_property
     def network(self) -> NetworkSpec:
         """The bundle's network, its activations in the type that these engines have."""
-        if not self._converts:
-            return self._bundle.network
-        return half_network(self._bundle.network)
+        if self._converts:
+            return half_network(self._bundle.network)
+        return self._bundle.network_at(self.precision)
 
     def build(
         self,
@@ -130,8 +132,8 @@ class EngineStore:
             BundleError: the engines cannot be written.
         """
         records = self.find() if resume else {}
-        if len(records) == len(self._bundle.network.parts):
-            statuses = [_cached(records[part.name]) for part in self._bundle.network.parts]
+        if len(records) == len(self.network.parts):
+            statuses = [_cached(records[part.name]) for part in self.network.parts]
             for status in statuses:
                 on_part(status)
             return statuses
@@ -148,7 +150,7 @@ class EngineStore:
 
     def find(self, parts: Sequence[PartSpec] | None = None) -> dict[str, EngineRecord]:
         """Return the records of `parts` (None: all) that fit the bundle; their engines are whole and of one layout."""
-        fitting = [record for part in parts or self._bundle.network.parts if (record := self._fitting_record(part))]
+        fitting = [record for part in parts or self.network.parts if (record := self._fitting_record(part))]
         digests = sha256_of_files([self.directory / record.file for record in fitting])
         records = {r.part: r for r, digest in zip(fitting, digests, strict=True) if digest == r.sha256}
         layouts = {record.layout for record in records.values()}
@@ -209,7 +211,7 @@ class EngineStore:
         return PartStatus(name=part.name, status="built", seconds=time.perf_counter() - start, record=record)
 
     def _model(self, part: PartSpec) -> bytes:
-        model = self._bundle.part_path(part).read_bytes()
+        model = self._bundle.part_path(part, self._source).read_bytes()
         if not self._converts:
             return model
         from export.half import fp16_from_fp32  # loads onnx, which a build with nothing to do can spare
@@ -254,7 +256,7 @@ class EngineStore:
         return {
             **settings,
             "part": part.name,
-            "onnx_sha256": self._bundle.part_sha256(part) + converter,
+            "onnx_sha256": self._bundle.part_sha256(part, self._source) + converter,
             "backend": self.identity.name,
             "backend_version": self.identity.version,
             "target": self.identity.target,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from bdtool.errors import BundleError
 from bdtool.specs import NetworkSpec, PartSpec
 from export.files import sha256_of_files
-from export.manifest import Manifest, read_manifest
+from export.manifest import EXPORTED, Manifest, PartFile, read_manifest
 
 
 class Bundle:
@@ -16,9 +17,11 @@ class Bundle:
     A bundle can be moved or copied as a whole: every path in it is relative to its directory.
     """
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
+    def __init__(self, path: Path, manifest: Manifest, *, staging: Path | None = None) -> None:
+        """Hold a manifest and where its files lie; `staging` is searched first, for parts that are not in yet."""
         self.path = path
         self.manifest = manifest
+        self._staging = staging
 
     @classmethod
     def open(cls, path: Path | str, *, check_digests: bool = True) -> Bundle:
@@ -48,21 +51,40 @@ class Bundle:
     def engines_path(self) -> Path:
         return self.path / "engines"
 
-    def part_path(self, part: PartSpec) -> Path:
-        return self.path / self.manifest.files[part.name].file
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        """The precisions that can be asked for, the exported one first."""
+        return (EXPORTED, *sorted(self.manifest.variants))
 
-    def part_sha256(self, part: PartSpec) -> str:
-        return self.manifest.files[part.name].sha256
+    def network_at(self, precision: str) -> NetworkSpec:
+        """Return the network with the dtypes that its activations have in that precision."""
+        self.require_precision(precision)
+        if precision == EXPORTED:
+            return self.network
+        return self.network.with_activation(self.manifest.variants[precision].activation)
+
+    def files_at(self, precision: str) -> Mapping[str, PartFile]:
+        """Return the files of that precision by part name."""
+        self.require_precision(precision)
+        return self.manifest.files if precision == EXPORTED else self.manifest.variants[precision].files
+
+    def part_path(self, part: PartSpec, precision: str = EXPORTED) -> Path:
+        file = self.files_at(precision)[part.name].file
+        staged = None if self._staging is None else self._staging / file
+        return staged if staged is not None and staged.is_file() else self.path / file
+
+    def part_sha256(self, part: PartSpec, precision: str = EXPORTED) -> str:
+        return self.files_at(precision)[part.name].sha256
 
     def has_precision(self, precision: str) -> bool:
-        return any(file.precision == precision for file in self.manifest.files.values())
+        return precision in self.precisions
 
     def require_precision(self, precision: str) -> None:
         """Raise BundleError unless the bundle holds parts of that precision."""
-        held = sorted({file.precision for file in self.manifest.files.values()})
-        if precision not in held:
+        if not self.has_precision(precision):
             raise BundleError(
-                f"{self.path} has no {precision} parts; it has {', '.join(held)}. Use --precision {held[0]}"
+                f"{self.path} has no {precision} parts; it has {', '.join(self.precisions)}. "
+                f"Use --precision {EXPORTED}, or make them: bdtool calibrate --precision {precision}"
             )
 
     def check_digests(self) -> None:
@@ -71,7 +93,7 @@ class Bundle:
         Raises:
             BundleError: a file differs.
         """
-        listed = self._listed_files()
+        listed = [row for row in self._listed_files() if self._staging is None or (self.path / row[1]).is_file()]
         found = sha256_of_files([self.path / file for _, file, _ in listed])
         for (what, file, digest), actual in zip(listed, found, strict=True):
             if actual != digest:
@@ -82,6 +104,13 @@ class Bundle:
 
     def _listed_files(self) -> list[tuple[str, str, str]]:
         parts = [(f"part {name!r}", file.file, file.sha256) for name, file in self.manifest.files.items()]
+        exported = {file.file for file in self.manifest.files.values()}
+        for precision, variant in self.manifest.variants.items():
+            parts += [
+                (f"{precision} part {name!r}", file.file, file.sha256)
+                for name, file in variant.files.items()
+                if file.file not in exported
+            ]
         return [*parts, ("the weights", self.manifest.weights_file, self.manifest.weights_sha256)]
 
     def _check_present(self, what: str, file: str) -> None:

@@ -102,7 +102,7 @@ class _Builder:
         """Add an `If` that runs the block, or else its shortcut, or else passes `x` on; return the output's name."""
         result = f"{block.name}/chosen"
         kept = self._branch(block, x)
-        dropped = self._branch(shortcut, x) if shortcut is not None else _identity_branch(block, x)
+        dropped = self._branch(shortcut, x) if shortcut is not None else self._identity_branch(block, x)
         self._node("If", [condition], [result], then_branch=kept, else_branch=dropped)
         return result
 
@@ -119,7 +119,20 @@ class _Builder:
 
     def _branch(self, part: PartSpec, x: str) -> onnx.GraphProto:
         nodes, weights, result = _renamed(part, self._pieces[part.name], x, None)
-        return helper.make_graph(nodes, part.name, [], [_info(part.outputs[0], name=result)], weights)
+        return helper.make_graph(nodes, part.name, [], [self._result_info(part, result)], weights)
+
+    def _result_info(self, part: PartSpec, name: str) -> onnx.ValueInfoProto:
+        """Return the type that a part's file really gives: an engine may keep activations in a layout of its own."""
+        info = onnx.ValueInfoProto()
+        info.CopyFrom(onnx.ModelProto.FromString(self._pieces[part.name]).graph.output[0])
+        info.name = name
+        info.type.tensor_type.shape.dim[0].dim_value = 1
+        return info
+
+    def _identity_branch(self, block: PartSpec, x: str) -> onnx.GraphProto:
+        result = f"{block.name}/passed"
+        node = helper.make_node("Identity", [x], [result], name=result)
+        return helper.make_graph([node], f"{block.name}_dropped", [], [self._result_info(block, result)])
 
     def _node(self, op: str, inputs: Sequence[str], outputs: Sequence[str], **attributes: Any) -> None:
         self._nodes.append(helper.make_node(op, inputs, outputs, name=f"{op}_{outputs[0]}", **attributes))
@@ -142,15 +155,9 @@ def _renamed(
     return list(piece.node), list(piece.initializer), result
 
 
-def _identity_branch(block: PartSpec, x: str) -> onnx.GraphProto:
-    result = f"{block.name}/passed"
-    node = helper.make_node("Identity", [x], [result], name=result)
-    return helper.make_graph([node], f"{block.name}_dropped", [], [_info(block.outputs[0], name=result)])
-
-
-def _info(tensor: TensorSpec, *, name: str | None = None) -> onnx.ValueInfoProto:
+def _info(tensor: TensorSpec) -> onnx.ValueInfoProto:
     kind = helper.np_dtype_to_tensor_dtype(np.dtype(tensor.dtype))
-    return helper.make_tensor_value_info(name or tensor.name, kind, tensor.shape_for(1))
+    return helper.make_tensor_value_info(tensor.name, kind, tensor.shape_for(1))
 
 
 def _for_one(tensor: TensorSpec) -> TensorSpec:

@@ -3,6 +3,10 @@
 Top-level keys: format_version, arch, n_classes, labels, K, stages, threshold, max_batch, policy, preprocessing, parts,
 weights, provenance, environment. Each part: name, kind, index, file, sha256, reads, writes, inputs, outputs, shapes,
 dtypes, flops, precision, error (worst difference from PyTorch at export) and tolerance.
+
+A calibrated bundle also has `precisions`: by the precision asked for ("int8"), the `activation` dtype that passes
+between its parts, a file with its precision, digest, error and tolerance for each part, and `calibration`: how it was
+made and what its gates measured. `parts` above always describes fp32.
 """
 
 from __future__ import annotations
@@ -10,7 +14,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -19,6 +23,7 @@ from bdtool.specs import NetworkSpec, PartSpec, TensorSpec, dict_from_spec, prep
 from export.files import write_json
 
 FORMAT_VERSION = 1
+EXPORTED = "fp32"  # the precision of the parts that `bdtool export` writes
 MANIFEST_NAME = "manifest.json"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -35,6 +40,19 @@ class PartFile:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Variant:
+    """The same network in another precision, side by side with the exported one.
+
+    `files` holds every part; its `precision` is the one obtained, which may differ from the one asked for: a policy
+    network stays fp32 in an int8 variant, and points to the exported file.
+    """
+
+    activation: str  # dtype of the activation `x` between parts: "int8", "float16", "float32" ...
+    files: Mapping[str, PartFile]  # by part name
+    calibration: Mapping[str, Any]  # images, policy, method, gates
+
+
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """Everything `manifest.json` holds."""
 
@@ -45,6 +63,7 @@ class Manifest:
     max_batch: int
     provenance: Mapping[str, Any]
     environment: Mapping[str, str]
+    variants: Mapping[str, Variant] = field(default_factory=dict)  # by the precision asked for, without fp32
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
@@ -67,6 +86,7 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
             "weights": {"file": manifest.weights_file, "sha256": manifest.weights_sha256},
             "provenance": dict(manifest.provenance),
             "environment": dict(manifest.environment),
+            **_dict_from_variants(manifest.variants),
         },
     )
 
@@ -127,7 +147,33 @@ def _manifest_from_dict(data: Mapping[str, Any]) -> Manifest:
         max_batch=int(data["max_batch"]),
         provenance=data["provenance"],
         environment=data["environment"],
+        variants={
+            str(name): _variant_from_dict(name, one, network) for name, one in data.get("precisions", {}).items()
+        },
     )
+
+
+def _dict_from_variants(variants: Mapping[str, Variant]) -> dict[str, Any]:
+    """Return the key `precisions`, or nothing for a bundle that was only exported: its manifest stays as it was."""
+    if not variants:
+        return {}
+    rows = {
+        name: {
+            "activation": variant.activation,
+            "parts": {part: asdict(file) for part, file in variant.files.items()},
+            "calibration": dict(variant.calibration),
+        }
+        for name, variant in variants.items()
+    }
+    return {"precisions": rows}
+
+
+def _variant_from_dict(name: str, data: Mapping[str, Any], network: NetworkSpec) -> Variant:
+    files = {part: _file_from_dict(file) for part, file in data["parts"].items()}
+    missing = [part.name for part in network.parts if part.name not in files]
+    if missing:
+        raise BundleError(f"precision {name!r} lists no {', '.join(missing)}; run `bdtool calibrate` again")
+    return Variant(activation=str(data["activation"]), files=files, calibration=dict(data["calibration"]))
 
 
 def _check_parts(network: NetworkSpec, data: Mapping[str, Any]) -> None:

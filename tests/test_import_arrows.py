@@ -29,7 +29,7 @@ MUST_NOT_IMPORT = {
 }
 # A backend is imported only in its room; bdtool.doctor looks packages up by name, without an import of its own.
 BACKENDS = {
-    "onnxruntime": ("engines", "export.check", "export.ort_threads", "bdtool.doctor"),
+    "onnxruntime": ("engines", "export.check", "export.ort_threads", "calibration", "bdtool.doctor"),
     "tensorrt": ("engines.trt_library",),
     "tensorrt_rtx": ("engines.trt_library",),
     "tensorrt_rtx_bindings": ("engines.trt_library",),

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from bdtool.cli import build, bundles, compare, inference, models, report, system, train
+from bdtool.cli import build, bundles, calibrate, compare, inference, models, report, system, train
 from bdtool.errors import BdtoolError
 
 logger = logging.getLogger(__name__)
@@ -79,6 +79,7 @@ for command in (
     bundles.export_cmd,
     build.build_cmd,
     bundles.verify_cmd,
+    calibrate.calibrate_cmd,
     build.fuse_cmd,
     inference.run_cmd,
     inference.evaluate_cmd,

@@ -91,6 +91,7 @@ def verify_cmd(
     \b
     Example:
       bdtool verify bundle --data cifar10:data
+      bdtool verify bundle --data cifar10:data --precision int8
     """
     from bdtool.data.sources import open_data
     from bdtool.verification import verify
@@ -109,6 +110,7 @@ def verify_cmd(
             device=device,
             threads=threads,
             limit=limit,
+            precision=precision,
             on_rung=lambda rung: advance(1, rung.name),
         )
     emit(result.to_json(), json_file, lambda: _print_ladder(result.rungs))

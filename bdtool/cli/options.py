@@ -15,7 +15,7 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 BUNDLE = click.Path(exists=True, file_okay=False, path_type=Path)
 EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 NEW_DIRECTORY = click.Path(file_okay=False, path_type=Path)
-PRECISION = click.Choice(["fp32", "fp16", "int8"])
+PRECISION = click.Choice(["fp32", "fp16", "bf16", "int8", "mixed"])
 
 
 class NewFile(click.Path):

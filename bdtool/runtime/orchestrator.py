@@ -106,6 +106,7 @@ class Orchestrator:
                 for this target and number of threads).
             threads: CPU threads of one engine call; None takes the processors that are there, at most 4. More than
                 one come from a pool that ONNX Runtime makes once in a process.
+            precision: which parts to run: "fp32", or one that `bdtool calibrate` has added to the bundle.
             paths: bounds of the path cache; None takes the defaults, with the masks that `bdtool build --paths` found.
 
         Raises:
@@ -120,19 +121,20 @@ class Orchestrator:
         library = open_backend(backend, device, threads=threads)
         with ExitStack() as stack:
             store = EngineStore(opened, identity, precision=precision)
+            network = store.network
             if strategy == AUTO:
                 recorded = read_recommendation(store.directory, threads=library.threads, bundle=opened.path)
                 strategy = recorded.strategy
-            parts = parts_for(strategy, opened.network)
+            parts = parts_for(strategy, network)
             records = store.find(parts)
             if len(records) < len(parts):
                 store = _build_missing(opened, store, library, precision, stack)
                 records = store.find(parts)
             engines = store.load(library, records, joinable=strategy in ("path", "fused"))
         if strategy == "path" and paths is None:
-            paths = PathOptions(ahead=read_masks(store.directory, opened.network.n_blocks))
+            paths = PathOptions(ahead=read_masks(store.directory, network.n_blocks))
         max_batch = opened.manifest.max_batch
-        return cls(store.network, library, engines, strategy=strategy, max_batch=max_batch, paths=paths)
+        return cls(network, library, engines, strategy=strategy, max_batch=max_batch, paths=paths)
 
     def run(self, images: np.ndarray, policy: PolicyLike = None) -> RunResult:
         """Classify a batch.

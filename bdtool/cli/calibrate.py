@@ -1,0 +1,173 @@
+"""The command that adds other precisions to a bundle: calibrate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from bdtool.cli.options import BUNDLE, FiniteRange, data_option, json_option, policy_option, resize_option
+from bdtool.cli.output import emit, percent, print_table, progress, warn
+
+if TYPE_CHECKING:
+    from bdtool.calibrating import Calibrated
+
+
+@click.command("calibrate")
+@click.argument("bundle", type=BUNDLE)
+@data_option(required=True)
+@click.option(
+    "--precision",
+    type=click.Choice(["int8", "fp16", "bf16", "mixed"]),
+    default="int8",
+    show_default=True,
+    help="Precision of the parts to make; mixed chooses int8 or fp32 for each block.",
+)
+@policy_option
+@click.option("--limit", type=click.IntRange(min=1), default=512, show_default=True, help="Calibration images to draw.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Draws them.")
+@click.option(
+    "--split",
+    type=click.Choice(["train", "test"]),
+    default="train",
+    show_default=True,
+    help="Part of a cifar10:, cifar100: or imagenet: data set to calibrate on; gates take the test part.",
+)
+@click.option(
+    "--method",
+    type=click.Choice(["min-max", "percentile", "entropy"]),
+    default="min-max",
+    show_default=True,
+    help="How a range follows from the activations.",
+)
+@click.option(
+    "--percentile",
+    type=FiniteRange(50, 100, min_open=True),
+    default=99.99,
+    show_default=True,
+    help="With --method percentile: share of the absolute values that does not saturate.",
+)
+@click.option(
+    "--at-least",
+    type=click.IntRange(min=1),
+    default=64,
+    show_default=True,
+    help="Images that each part must see; one that fewer keep is topped up with images that drop it.",
+)
+@click.option(
+    "--include", type=click.Choice(["policy", "head"]), multiple=True, help="Quantize this part, too; may be repeated."
+)
+@click.option("--eval", "evaluation", metavar="DATA", help="Labelled images for the gates. Default: those of --data.")
+@click.option("--eval-limit", type=click.IntRange(min=1), help="Only the first N images for the gates.")
+@click.option(
+    "--max-accuracy-drop",
+    type=FiniteRange(min=0, max=100),
+    default=0.5,
+    show_default=True,
+    help="Percentage points of top-1 accuracy that may be lost; with more the bundle stays as it was.",
+)
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads of one engine call.")
+@resize_option
+@json_option
+def calibrate_cmd(
+    bundle: Path,
+    data: str,
+    precision: str,
+    policy: str | None,
+    limit: int,
+    seed: int,
+    split: str,
+    method: str,
+    percentile: float,
+    at_least: int,
+    include: tuple[str, ...],
+    evaluation: str | None,
+    eval_limit: int | None,
+    max_accuracy_drop: float,
+    threads: int | None,
+    resize: bool,
+    json_file: str | None,
+) -> None:
+    """Add INT8, FP16, BF16 or mixed parts to a BUNDLE, from real images along the paths that the policy takes.
+
+    Each block's ranges come from the images that reach and keep it under --policy. The new parts are compared with
+    the fp32 ones, and the network with them on the images of --eval; the bundle changes only if the gates are passed.
+    An interrupted calibration is taken up by the same command.
+
+    \b
+    Example:
+      bdtool calibrate bundle --data cifar10:data --policy distribute:12
+      bdtool calibrate bundle --data train.npz --eval test.npz --precision mixed --max-accuracy-drop 0.2
+    """
+    from bdtool.calibrating import CalibrationRequest, calibrate
+    from bdtool.data.sources import open_data
+    from export.bundle import Bundle
+
+    opened = Bundle.open(bundle)
+    images = open_data(data, network=opened.network, resize=resize, split="train" if split == "train" else "test")
+    judged = open_data(evaluation or data, network=opened.network, resize=resize)
+    request = CalibrationRequest(
+        precision=precision,
+        policy=policy,
+        limit=limit,
+        seed=seed,
+        method=method,
+        percentile=percentile,
+        at_least=at_least,
+        include=frozenset(include),
+        max_accuracy_drop=max_accuracy_drop,
+        eval_limit=eval_limit,
+        threads=threads,
+    )
+    with progress("calibrating", None) as advance:
+        result = calibrate(opened, images, judged, request, on_progress=lambda step, share: advance(0, step))
+    if not judged.has_labels:
+        warn(f"{judged.description} has no labels: the accuracy was not measured; give labelled images with --eval")
+    emit(result.to_json(), json_file, lambda: _print(result))
+    if not result.ok:
+        click.echo(f"Error: {_failure(result)}; {bundle} is as it was", err=True)
+        raise click.exceptions.Exit(1)
+
+
+def _failure(result: Calibrated) -> str:
+    bad = {name: one for name, one in result.part_errors.items() if not one.ok}
+    if bad:
+        name = max(bad, key=lambda part: bad[part].error)
+        return (
+            f"part {name!r} in {result.precision} is {bad[name].error:.2g} of its range away from fp32, "
+            f"allowed is {bad[name].tolerance:g}. Try more images, or --method percentile"
+        )
+    return (
+        f"{result.precision} loses {result.gates.accuracy_drop:.2f} percentage points of accuracy, allowed is "
+        f"{result.gates.max_accuracy_drop:g}. Try --precision mixed, another --method, or more images (--limit)"
+    )
+
+
+def _print(result: Calibrated) -> None:
+    gates = result.gates
+    click.echo(f"{result.precision} from {result.n_images} images of {result.input_source}, policy {gates.policy}")
+    for name, n_images in result.topped_up.items():
+        click.echo(f"  {name}: too few images run it; {n_images} that do not were added for its ranges")
+    worst = max(result.part_errors, key=lambda name: result.part_errors[name].error, default=None)
+    rows = []
+    if worst is not None:
+        one = result.part_errors[worst]
+        rows.append(["parts", _state(one.ok), f"{one.error:.2g} of the range in {worst}", f"{one.tolerance:g}"])
+    if gates.policy_flips is not None:
+        rows.append(["policy bits", "", f"{percent(gates.policy_flips, 2)} flipped", "-"])
+    if gates.logits_error is not None:
+        rows.append(["logits", "", f"{percent(gates.logits_error, 2)} error, worst {gates.logits_worst:.2g}", "-"])
+        rows.append(["classes", "", f"{percent(gates.changed_classes or 0, 2)} changed", "-"])
+    if gates.accuracy is not None and gates.accuracy_fp32 is not None:
+        figures = f"{percent(gates.accuracy, 2)}, fp32 {percent(gates.accuracy_fp32, 2)}"
+        rows.append(["accuracy", _state(gates.ok), figures, f"-{gates.max_accuracy_drop:g} points"])
+    print_table(["gate", "", "measured", "allowed"], rows, title=f"{gates.n_images} images of {gates.input_source}")
+    chosen = result.extra.get("chosen")
+    if chosen is not None:
+        blocks = [name for name in result.obtained if name.startswith("block")]
+        click.echo(f"\nint8 for {len(chosen)} of {len(blocks)} blocks; see {result.extra['table']} and its plot")
+
+
+def _state(ok: bool) -> str:
+    return "ok" if ok else "FAILED"

@@ -1,0 +1,74 @@
+"""Comparing parts and answers of a lower precision with PyTorch's: what is far, and what is no more than expected."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from bdtool.errors import EngineError
+from bdtool.runtime.orchestrator import Orchestrator
+from calibration.part_errors import CandidatePart
+from engines.base import ENGINE_BOUNDS
+from engines.layouts import run_plain
+from export.bundle import Bundle
+from export.check import Comparison, compare, compare_outputs
+from export.walk import Probe
+
+# Root mean square of the logits' difference over that of the logits. Bounds against gross mistakes, as those of parts:
+# the accuracy is what counts. int8 measured 5 to 8 % on a ResNet-32, fp16 0.1 %.
+LOGITS_BOUNDS = {"int8": 0.25, "mixed": 0.25, "fp16": 0.02, "bf16": 0.1}
+CHANGED_BOUNDS = {"int8": 0.15, "mixed": 0.15, "fp16": 0.03, "bf16": 0.05}  # share of images whose class changes
+_POINTS = 100
+
+
+def compare_lower_part(
+    bundle: Bundle, probe: Probe, precision: str, runtime: Orchestrator
+) -> tuple[Comparison, Comparison]:
+    """Compare a part's ONNX with PyTorch, on PyTorch's own activations, and its engine with its ONNX."""
+    part = bundle.network_at(precision).part(probe.part.name)
+    candidate = CandidatePart(part, bundle.part_path(part, precision).read_bytes())
+    is_int8_network = part.kind == "full" and candidate.precision == "int8"
+    feeds = candidate.feeds(probe.feeds[part.inputs[0].name])
+    onnx = candidate.outputs(feeds)
+    against_torch = compare(
+        probe.expected[part.outputs[0].name],
+        candidate.floats(onnx),
+        tolerance=candidate.tolerance * (1 + is_int8_network),
+    )
+    bound = ENGINE_BOUNDS["int8 network" if is_int8_network else candidate.precision]
+    try:
+        engine = run_plain(runtime.engine(part), part, feeds)
+    except EngineError:  # the engine of another part, for instance, refuses the shapes
+        return against_torch, Comparison(error=math.inf, tolerance=bound.tolerance)
+    return against_torch, compare_outputs(onnx, engine, tolerance=bound.tolerance, share=bound.share)
+
+
+def lower_outputs(
+    expected: np.ndarray, actual: np.ndarray, labels: np.ndarray | None, *, precision: str, max_accuracy_drop: float
+) -> list[tuple[str, float | None, float, str]]:
+    """Return name, figure, bound and detail of the rungs logits, top1 and accuracy.
+
+    A few hundred images say little about an accuracy: its bound is the calibration's, in percentage points, and two
+    standard errors of the difference, which the images whose class changes make up.
+
+    Args:
+        expected, actual: logits float32 [N, classes] of PyTorch and of the engines, on equal keep bits.
+        labels: int64 [N], or None.
+    """
+    error = math.sqrt(float(((actual - expected) ** 2).mean()) / max(float((expected**2).mean()), 1e-30))
+    changed = float((actual.argmax(axis=1) != expected.argmax(axis=1)).mean())
+    rows: list[tuple[str, float | None, float, str]] = [
+        ("logits", error, LOGITS_BOUNDS[precision], f"largest difference {np.abs(actual - expected).max():.2g}"),
+        ("top1", changed, CHANGED_BOUNDS[precision], f"{percent(changed)} of the classes change"),
+    ]
+    if labels is None:
+        return [*rows, ("accuracy", None, max_accuracy_drop, "the images have no labels")]
+    before, after = float((expected.argmax(axis=1) == labels).mean()), float((actual.argmax(axis=1) == labels).mean())
+    noise = 2 * math.sqrt(changed / len(labels)) * _POINTS
+    detail = f"{percent(after)}, PyTorch {percent(before)}; bound {max_accuracy_drop:g} points and noise"
+    return [*rows, ("accuracy", max(0.0, _POINTS * (before - after)), max_accuracy_drop + noise, detail)]
+
+
+def percent(share: float) -> str:
+    return f"{_POINTS * share:.2f} %"

@@ -1,0 +1,151 @@
+"""Mixed precision: what each block costs in int8, alone, and the greedy choice; the table goes into the bundle."""
+
+from __future__ import annotations
+
+import html
+import json
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from bdtool.gates import Gates
+from bdtool.runtime.orchestrator import Orchestrator
+from bdtool.specs import PartSpec
+from calibration.cache import ResultCache, content_key
+from calibration.mixed import BlockSensitivity, Choice, choose_precisions
+from engines.base import Engine
+from engines.registry import open_backend
+
+if TYPE_CHECKING:
+    from bdtool.calibrating import PathStatistics, _Calibration
+
+_LOWER = "int8"
+_N_CALLS, _N_WARMUP = 30, 3
+TABLE, PLOT = "calibration/mixed.json", "calibration/mixed.svg"
+
+
+def mixed_models(
+    run: _Calibration, fp32: Orchestrator, statistics: PathStatistics
+) -> tuple[dict[str, bytes], dict[str, Any], dict[str, bytes]]:
+    """Return the int8 models of the blocks chosen, figures for the manifest, and the table and plot for the bundle.
+
+    The activation between parts stays float32, so that each block can be exchanged alone.
+    """
+    blocks = {part.name for part in run.bundle.network.blocks}
+    models = run.quantized_models(statistics, integer_activations=False)
+    models = {name: model for name, model in models.items() if name in blocks}
+    bench = _Bench(run, fp32, models)
+    file = run.work / f"sensitivity-{bench.key(statistics)}.json"
+    cache = ResultCache(file)
+    rows = []
+    for i, name in enumerate(sorted(models)):
+        rows.append(BlockSensitivity(**cache.get(name, lambda name=name: bench.sensitivity(name))))  # type: ignore[misc]
+        run.on_progress(f"sensitivity of {name}", (i + 1) / len(models))
+    choice = choose_precisions(rows, bench.drop, max_accuracy_drop=run.request.max_accuracy_drop)
+    table = _table(rows, choice, run)
+    sidecars = {TABLE: (json.dumps(table, indent=2) + "\n").encode(), PLOT: sensitivity_plot(rows, choice).encode()}
+    extra = {"table": TABLE, "plot": PLOT, "chosen": dict(choice.precisions)}
+    return {name: models[name] for name in choice.precisions}, extra, sidecars
+
+
+class _Bench:
+    """Runs the fp32 chain with some of its blocks exchanged."""
+
+    def __init__(self, run: _Calibration, fp32: Orchestrator, models: Mapping[str, bytes]) -> None:
+        self._run, self._fp32, self._models = run, fp32, models
+        self._backend = open_backend("onnxruntime", "cpu", threads=run.request.threads)
+        self._engines: dict[str, Engine] = {}
+
+    def key(self, statistics: PathStatistics) -> str:
+        request = self._run.request
+        return content_key(
+            data=statistics.digest,
+            models={name: hash_of(model) for name, model in self._models.items()},
+            evaluation=self._run.evaluation.description,
+            eval_limit=request.eval_limit,
+            threads=self._backend.threads,
+        )
+
+    def sensitivity(self, name: str) -> dict[str, Any]:
+        """Measure one block alone in int8."""
+        part = self._run.bundle.network.part(name)
+        gates = self._measure({name: _LOWER})
+        return {
+            "block": name,
+            "precision": _LOWER,
+            "accuracy_drop": gates.accuracy_drop or 0.0,
+            "changed_classes": gates.changed_classes,
+            "logits_error": gates.logits_error,
+            "fp32_ms": self._median_ms(part, self._fp32.engine(part)),
+            "ms": self._median_ms(part, self._engine(name)),
+        }
+
+    def drop(self, chosen: Mapping[str, str]) -> float:
+        return self._measure(chosen).accuracy_drop or 0.0
+
+    def _measure(self, chosen: Mapping[str, str]) -> Gates:
+        network = self._run.bundle.network
+        parts = [part for part in network.parts if part.kind != "full"]
+        engines = {p.name: self._engine(p.name) if p.name in chosen else self._fp32.engine(p) for p in parts}
+        max_batch = self._run.bundle.manifest.max_batch
+        with Orchestrator(network, self._backend, engines, strategy="chain", max_batch=max_batch) as other:
+            return self._run.measure(self._fp32, other)
+
+    def _engine(self, name: str) -> Engine:
+        if name not in self._engines:
+            part = self._run.bundle.network.part(name)
+            layout = self._fp32.engine(part).layout  # they exchange activations with the fp32 ones
+            built = self._backend.build(part, self._models[name], layout=layout)
+            self._engines[name] = self._backend.load(part, built.data, layout=built.layout)
+        return self._engines[name]
+
+    def _median_ms(self, part: PartSpec, engine: Engine) -> float:
+        inputs = {t.name: self._backend.allocate(t.shape_for(1), t.dtype) for t in part.inputs}
+        outputs = {t.name: self._backend.allocate(t.shape_for(1), t.dtype) for t in part.outputs}
+        call = engine.bind(inputs, outputs)
+        times = []
+        for _ in range(_N_WARMUP + _N_CALLS):
+            start = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - start)
+        return float(np.median(times[_N_WARMUP:])) * 1e3
+
+
+def hash_of(model: bytes) -> str:
+    from export.files import sha256_of_bytes
+
+    return sha256_of_bytes(model)
+
+
+def _table(rows: Sequence[BlockSensitivity], choice: Choice, run: _Calibration) -> dict[str, Any]:
+    return {
+        "input_source": run.evaluation.description,
+        "max_accuracy_drop": run.request.max_accuracy_drop,
+        "accuracy_drop": choice.accuracy_drop,
+        "blocks": [{**row.to_json(), "chosen": choice.precisions.get(row.block, "fp32")} for row in rows],
+        "steps": [dict(step) for step in choice.steps],
+    }
+
+
+def sensitivity_plot(rows: Sequence[BlockSensitivity], choice: Choice) -> str:
+    """Return an SVG: a bar for each block's logits error in int8, filled where int8 was chosen; saved ms beside it."""
+    height, bar, left, width = 20, 14, 110, 420
+    largest = max((row.logits_error for row in rows), default=0.0) or 1.0
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + width + 190}" height="{height * len(rows) + 50}" '
+        'font-family="sans-serif" font-size="12">',
+        '<text x="10" y="18">Error of the logits with one block in int8 (filled: chosen), and time saved</text>',
+    ]
+    for i, row in enumerate(rows):
+        y = 34 + i * height
+        length = width * row.logits_error / largest
+        fill = "#4269d0" if row.block in choice.precisions else "none"
+        label = f"{100 * row.logits_error:.2f} %, {1e3 * row.saved_ms:+.0f} us"
+        lines += [
+            f'<text x="10" y="{y + 11}">{html.escape(row.block)}</text>',
+            f'<rect x="{left}" y="{y}" width="{length:.1f}" height="{bar}" fill="{fill}" stroke="#4269d0"/>',
+            f'<text x="{left + length + 6:.1f}" y="{y + 11}">{label}</text>',
+        ]
+    return "\n".join([*lines, "</svg>"]) + "\n"

@@ -1,0 +1,68 @@
+"""Which precision for which block: the cheapest choice that keeps the accuracy, found greedily."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockSensitivity:
+    """What one block alone in a lower precision does to the network, and what it saves."""
+
+    block: str
+    precision: str
+    accuracy_drop: float  # percentage points, against fp32 on the same keep bits; negative where it gains
+    changed_classes: float  # share of images, 0 to 1
+    logits_error: float  # root mean square of the difference over that of the fp32 logits
+    fp32_ms: float  # median of one engine call at batch 1
+    ms: float
+
+    @property
+    def saved_ms(self) -> float:
+        return self.fp32_ms - self.ms
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "saved_ms": self.saved_ms}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """The precisions chosen, and each step that led there."""
+
+    precisions: Mapping[str, str]  # by block; what is not listed stays fp32
+    accuracy_drop: float  # percentage points, measured with all of them together
+    steps: tuple[Mapping[str, Any], ...]
+
+
+def choose_precisions(
+    rows: Sequence[BlockSensitivity], drop_of: Callable[[Mapping[str, str]], float], *, max_accuracy_drop: float
+) -> Choice:
+    """Start with the fastest precision of each block; give back fp32 where it costs most until the bound is kept.
+
+    A block that is not faster in any lower precision stays fp32 from the start. The block to give back next is the one
+    with the largest logits error for each millisecond that it saves: errors of single blocks add up in the logits,
+    while the accuracy moves in steps of one image. Each step is measured with all chosen precisions together.
+
+    Args:
+        rows: one for each block and lower precision.
+        drop_of: measures the accuracy drop in percentage points for precisions by block.
+        max_accuracy_drop: the bound, in percentage points.
+    """
+    fastest: dict[str, BlockSensitivity] = {}
+    for row in rows:
+        best = fastest.get(row.block)
+        if row.saved_ms > 0 and (best is None or row.saved_ms > best.saved_ms):
+            fastest[row.block] = row
+    give_back = sorted(fastest.values(), key=lambda row: (row.logits_error / row.saved_ms, row.block))
+    chosen = {row.block: row.precision for row in fastest.values()}
+    steps: list[dict[str, Any]] = []
+    while True:
+        drop = drop_of(chosen) if chosen else 0.0
+        steps.append({"n_lower": len(chosen), "accuracy_drop": drop})
+        if drop <= max_accuracy_drop or not chosen:
+            return Choice(precisions=dict(chosen), accuracy_drop=drop, steps=tuple(steps))
+        row = give_back.pop()
+        del chosen[row.block]
+        steps[-1]["given_back"] = row.block

@@ -1,0 +1,44 @@
+"""The greedy choice gives back what hurts most for the least time, and stops as soon as the bound is kept."""
+
+from calibration.mixed import BlockSensitivity, choose_precisions
+
+
+def _row(block, error, ms, fp32_ms=1.0):
+    return BlockSensitivity(
+        block=block,
+        precision="int8",
+        accuracy_drop=0.0,
+        changed_classes=0.0,
+        logits_error=error,
+        fp32_ms=fp32_ms,
+        ms=ms,
+    )
+
+
+ROWS = [_row("a", 0.1, 0.5), _row("b", 0.4, 0.5), _row("c", 0.1, 0.9), _row("slow", 0.0, 1.5)]
+DROPS = {"a": 0.1, "b": 0.3, "c": 0.4}
+
+
+def _drop(chosen):
+    return sum(DROPS[block] for block in chosen)
+
+
+def test_everything_is_taken_where_the_bound_allows_it():
+    choice = choose_precisions(ROWS, _drop, max_accuracy_drop=1.0)
+    assert set(choice.precisions) == {"a", "b", "c"}  # not the one that is slower in int8
+    assert len(choice.steps) == 1
+
+
+def test_the_worst_error_for_each_millisecond_goes_first():
+    choice = choose_precisions(ROWS, _drop, max_accuracy_drop=0.4)
+    assert set(choice.precisions) == {"a", "b"}
+    assert choice.steps[0]["given_back"] == "c"
+    choice = choose_precisions(ROWS, _drop, max_accuracy_drop=0.2)
+    assert set(choice.precisions) == {"a"}
+    assert choice.accuracy_drop == 0.1
+
+
+def test_nothing_is_left_where_nothing_is_allowed():
+    choice = choose_precisions(ROWS, lambda chosen: 1.0 if chosen else 0.0, max_accuracy_drop=0.0)
+    assert choice.precisions == {}
+    assert choice.accuracy_drop == 0.0

@@ -1,0 +1,89 @@
+"""INT8 parts: what their ONNX says, and how close it is to fp32."""
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from calibration.part_errors import CandidatePart, part_errors
+from calibration.paths import PathBatch, part_ranges
+from calibration.quantize import quantize_part
+from export.check import OnnxReference
+from export.onnx_model import OUTPUT_RANGE
+from export.onnx_precision import input_scale, output_scale
+
+ALL = np.ones((16, 3), dtype=bool)
+
+
+@pytest.fixture(scope="session")
+def quantized(bundle, watched, collect):
+    """INT8 models of all parts but the policy network, with integer activations."""
+    collector = collect(ALL, at_least=4)
+    models = {}
+    for name, part in watched.items():
+        if name != "policy":
+            ranges = part_ranges(bundle.network, part, collector, method="min-max", percentile=99.99)
+            data = bundle.part_path(part.part).read_bytes()
+            models[name] = quantize_part(data, part.part, ranges, integer_activations=True, weights=name != "head")
+    return models
+
+
+def _nodes(data):
+    return onnx.ModelProto.FromString(data).graph.node
+
+
+def test_every_zero_point_is_zero_and_weights_have_a_scale_for_each_channel(quantized):
+    model = onnx.ModelProto.FromString(quantized["block_00"])
+    initializers = {one.name: numpy_helper.to_array(one) for one in model.graph.initializer}
+    zero_points = [initializers[n.input[2]] for n in model.graph.node if n.op_type.endswith("uantizeLinear")]
+    assert zero_points
+    assert all(zero.dtype == np.int8 and not zero.any() for zero in zero_points)
+    weights = [one for one in initializers.values() if one.dtype == np.int8 and one.ndim == 4]
+    scales = [one for name, one in initializers.items() if name.endswith("weight_scale")]
+    assert [len(weight) for weight in weights] == [len(scale) for scale in scales] == [16, 16]
+
+
+def test_the_addition_reads_the_quantized_input_and_the_second_convolution_directly(quantized):
+    nodes = {output: node for node in _nodes(quantized["block_00"]) for output in node.output}
+    [addition] = [node for node in nodes.values() if node.op_type == "Add"]
+    producers = [nodes[tensor] for tensor in addition.input]
+    assert [node.op_type for node in producers] == ["DequantizeLinear", "Conv"]
+    assert producers[0].input[0] == "x"
+    assert [entry.key for entry in producers[1].metadata_props] == [OUTPUT_RANGE]
+
+
+def test_blocks_of_a_stage_share_one_scale(quantized):
+    models = {name: onnx.ModelProto.FromString(data) for name, data in quantized.items()}
+    assert output_scale(models["stem"], "y") == input_scale(models["block_00"], "x")
+    assert output_scale(models["block_00"], "y") == input_scale(models["block_01"], "x")
+    assert output_scale(models["block_01"], "y") == output_scale(models["shortcut_01"], "y")
+    assert output_scale(models["block_02"], "y") == input_scale(models["head"], "x")
+
+
+def test_parts_stay_close_to_fp32(bundle, quantized, pixels):
+    batch = PathBatch(first=0, images=pixels, keep=ALL)
+    network = bundle.network.with_activation("int8")
+    errors = part_errors(network, lambda part: bundle.part_path(part).read_bytes(), quantized, batch)
+    assert set(errors) == set(quantized)
+    assert all(0 < one.error < 0.05 for one in errors.values())  # of the range; one integer step is 0.008
+
+
+def test_a_float_block_gives_float_and_the_head_keeps_its_weights(bundle, watched, collect, quantized, pixels):
+    part = watched["block_00"]
+    ranges = part_ranges(bundle.network, part, collect(ALL, at_least=4), method="min-max", percentile=99.99)
+    data = quantize_part(bundle.part_path(part.part).read_bytes(), part.part, ranges, integer_activations=False)
+    stem = bundle.network.part("stem")
+    x = OnnxReference(bundle.part_path(stem).read_bytes()).run({"image": pixels[:2]})["y"]
+    expected = OnnxReference(bundle.part_path(part.part).read_bytes()).run({"x": x})["y"]
+    found = CandidatePart(part.part, data).run(x)
+    assert found.dtype == np.float32
+    assert np.abs(found - expected).max() < 0.05 * np.abs(expected).max()
+    head = onnx.ModelProto.FromString(quantized["head"])
+    assert not any(one.data_type == onnx.TensorProto.INT8 and len(one.dims) for one in head.graph.initializer)
+
+
+def test_quantizing_twice_gives_the_same_bytes(bundle, watched, collect, quantized):
+    part = watched["block_01"]
+    ranges = part_ranges(bundle.network, part, collect(ALL, at_least=4), method="min-max", percentile=99.99)
+    again = quantize_part(bundle.part_path(part.part).read_bytes(), part.part, ranges, integer_activations=True)
+    assert again == quantized["block_01"]

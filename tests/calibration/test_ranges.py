@@ -1,0 +1,59 @@
+"""Ranges from streamed values: what is kept does not grow with the images, and each method says what it should."""
+
+import numpy as np
+import pytest
+
+from bdtool.errors import CalibrationError
+from calibration.ranges import N_BINS, RangeCollector
+
+
+def _collected(*batches):
+    collector = RangeCollector()
+    for batch in batches:
+        collector.add("x", np.asarray(batch, dtype=np.float32))
+    return collector
+
+
+def test_min_max_is_the_largest_of_all_batches():
+    collector = _collected([[1.0, -2.0]], [[0.5, 7.0]], [[-3.0, 0.0]])
+    assert collector.range_of("x", method="min-max") == 7.0
+    assert collector.n_images("x") == 3
+
+
+def test_percentile_leaves_rare_values_out():
+    values = np.abs(np.random.default_rng(0).normal(size=(100, 1000)))
+    values[0, 0] = 50
+    found = _collected(values).range_of("x", method="percentile", percentile=99.9)
+    assert found == pytest.approx(np.quantile(values, 0.999), abs=50 / (N_BINS / 2))
+
+
+def test_entropy_cuts_a_long_tail():
+    values = np.random.default_rng(0).normal(size=(100, 1000))
+    values[0, 0] = 30
+    found = _collected(values).range_of("x", method="entropy")
+    assert 2 < found < 15
+
+
+def test_batches_in_any_split_give_nearly_the_same_histogram():
+    values = np.random.default_rng(0).normal(size=(64, 500))
+    whole, split = _collected(values), _collected(*np.split(values, 8))
+    assert len(split.histogram("x").counts) == N_BINS
+    assert split.histogram("x").counts.sum() == values.size
+    for method in ("min-max", "percentile"):
+        assert split.range_of("x", method=method) == pytest.approx(whole.range_of("x", method=method), rel=0.02)
+
+
+def test_a_collector_survives_a_file():
+    before = _collected([[1.0, -2.0]], [[4.0, 0.0]])
+    after = RangeCollector.from_arrays(before.arrays())
+    after.add("x", np.array([[5.0]], dtype=np.float32))
+    before.add("x", np.array([[5.0]], dtype=np.float32))
+    assert np.array_equal(after.histogram("x").counts, before.histogram("x").counts)
+    assert after.n_images("x") == 3
+
+
+def test_nothing_seen_and_nan_are_refused():
+    with pytest.raises(CalibrationError, match="no value of 'y' was seen"):
+        _collected([[1.0]]).range_of("y", method="min-max")
+    with pytest.raises(CalibrationError, match="'x' is not finite"):
+        _collected([[float("nan")]])

@@ -1,0 +1,148 @@
+"""`bdtool calibrate`: parts of other precisions beside the fp32 ones, or the bundle as it was."""
+
+import json
+
+import numpy as np
+import pytest
+
+from bdtool import Orchestrator
+from bdtool.data.synthetic import synthetic_images
+from export.bundle import Bundle
+from export.files import sha256_of_file
+
+
+@pytest.fixture(scope="module")
+def labelled(tiny, tmp_path_factory):
+    """Forty pictures, labelled with the class that the tiny network itself sees: its fp32 accuracy is 100 %."""
+    images = synthetic_images(40, height=32, width=32)
+    with Orchestrator.open(tiny.bundle, threads=1) as runtime:
+        labels = runtime.run(images).classes
+    path = tmp_path_factory.mktemp("labelled") / "data.npz"
+    np.savez(path, x=images, y=labels)
+    return path
+
+
+@pytest.fixture
+def calibrate(bdtool_json, bundle_copy, labelled):
+    """Return a function that calibrates the copied bundle with some more options."""
+
+    def run(*words, status=0):
+        options = ("--data", labelled, "--threads", 1, "--max-accuracy-drop", 20, "--at-least", 8)
+        return bdtool_json("calibrate", bundle_copy, *options, *words, status=status)
+
+    return run
+
+
+def _digests(directory):
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    return {str(path.relative_to(directory)): sha256_of_file(path) for path in files}
+
+
+def test_int8_runs_through_every_command(calibrate, bdtool, bdtool_json, bundle_copy, labelled, picture):
+    found = calibrate()
+    assert found["ok"] is True
+    assert found["obtained"]["block_00"] == "int8"
+    assert found["obtained"]["policy"] == found["obtained"]["head"] == "fp32"
+    assert found["gates"]["policy_flips"] == 0  # the policy network is the same
+    assert 0 < found["gates"]["logits_error"] < 0.2
+    common = ("--precision", "int8", "--threads", 1)
+    evaluated = bdtool_json("evaluate", bundle_copy, "--data", labelled, *common)
+    assert evaluated["accuracy"] == found["gates"]["accuracy"]
+    verified = bdtool_json("verify", bundle_copy, "--data", labelled, *common)
+    assert verified["ok"] is True
+    assert 0 < verified["rungs"]["logits"]["worst"] <= verified["rungs"]["logits"]["bound"]
+    assert len(bdtool_json("run", bundle_copy, picture, *common)["images"]) == 1
+    bdtool("profile", bundle_copy, *common, "--duration", 0.01, "--strategy", "chain,path,fused")
+
+
+def test_strategies_agree_in_int8(calibrate, bundle_copy):
+    calibrate()
+    images = synthetic_images(6, height=32, width=32)
+    logits = {}
+    for strategy in ("chain", "path", "fused"):
+        with Orchestrator.open(bundle_copy, strategy=strategy, threads=1, precision="int8") as runtime:
+            logits[strategy] = runtime.run(images).logits
+    assert np.array_equal(logits["chain"], logits["path"])
+    assert np.array_equal(logits["chain"], logits["fused"])
+
+
+def test_a_drop_beyond_the_bound_leaves_the_bundle_as_it_was(bdtool, bundle_copy, tmp_path):
+    images = synthetic_images(40, height=32, width=32)
+    with Orchestrator.open(bundle_copy, threads=1) as runtime:
+        labels = runtime.run(images).classes
+    np.savez(tmp_path / "data.npz", x=images, y=labels)
+    before = _digests(bundle_copy)
+    words = ("--data", tmp_path / "data.npz", "--threads", 1, "--method", "percentile", "--percentile", 60)
+    result = bdtool("calibrate", bundle_copy, *words, "--max-accuracy-drop", 0, status=1)
+    assert "allowed is" in result.stderr
+    assert f"{bundle_copy} is as it was" in result.stderr
+    assert _digests(bundle_copy) == before
+
+
+def test_precisions_live_side_by_side(calibrate, bundle_copy):
+    for precision in ("int8", "fp16", "bf16"):
+        assert calibrate("--precision", precision)["ok"] is True
+    bundle = Bundle.open(bundle_copy)
+    assert bundle.precisions == ("fp32", "bf16", "fp16", "int8")
+    assert bundle.network_at("fp16").part("block_00").inputs[0].dtype == "float16"
+    assert bundle.network_at("bf16").part("head").outputs[0].dtype == "float32"
+    assert bundle.files_at("int8")["policy"] == bundle.manifest.files["policy"]
+    images = synthetic_images(4, height=32, width=32)
+    logits = {}
+    for precision in ("fp32", "fp16"):
+        with Orchestrator.open(bundle_copy, threads=1, precision=precision) as runtime:
+            logits[precision] = runtime.run(images, policy="all").logits
+    assert 0 < np.abs(logits["fp32"] - logits["fp16"]).max() < 0.02 * np.abs(logits["fp32"]).max()
+
+
+def test_bfloat16_on_the_cpu_says_what_to_do(calibrate, bdtool, bundle_copy, labelled):
+    calibrate("--precision", "bf16")
+    words = ("evaluate", bundle_copy, "--data", labelled, "--threads", 1, "--precision", "bf16")
+    assert "has no bfloat16 kernels" in bdtool(*words, status=1).stderr
+
+
+def test_mixed_precision_writes_its_table(calibrate, bundle_copy, bdtool_json, labelled):
+    found = calibrate("--precision", "mixed", "--eval-limit", 10)
+    assert found["ok"] is True
+    table = json.loads((bundle_copy / "calibration" / "mixed.json").read_bytes())
+    assert [row["block"] for row in table["blocks"]] == ["block_00", "block_01", "block_02"]
+    assert all(row["logits_error"] > 0 and row["fp32_ms"] > 0 and row["ms"] > 0 for row in table["blocks"])
+    chosen = {row["block"]: row["chosen"] for row in table["blocks"]}
+    assert {name: found["obtained"][name] for name in chosen} == chosen
+    assert (bundle_copy / "calibration" / "mixed.svg").read_text().startswith("<svg")
+    words = ("--data", labelled, "--threads", 1, "--precision", "mixed", "--limit", 10)
+    assert bdtool_json("evaluate", bundle_copy, *words)["accuracy"] == found["gates"]["accuracy"]
+
+
+def test_rare_blocks_are_named(calibrate):
+    found = calibrate("--policy", "first:1")
+    assert found["topped_up"]["block_02"] == 8
+    assert "block_00" not in found["topped_up"]
+
+
+def test_the_same_seed_gives_the_same_parts_and_uses_the_cache(calibrate, bundle_copy):
+    calibrate("--limit", 30, "--seed", 3)
+    first = {name: file.sha256 for name, file in Bundle.open(bundle_copy).files_at("int8").items()}
+    [cached] = bundle_copy.with_name(".bundle.calibration").glob("ranges-*.npz")
+    written = cached.stat().st_mtime_ns
+    calibrate("--limit", 30, "--seed", 3)
+    assert {name: file.sha256 for name, file in Bundle.open(bundle_copy).files_at("int8").items()} == first
+    assert cached.stat().st_mtime_ns == written
+    calibrate("--limit", 30, "--seed", 4)
+    assert {name: file.sha256 for name, file in Bundle.open(bundle_copy).files_at("int8").items()} != first
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "message"),
+    [
+        ((), 2, "Missing option '--data'"),
+        (("--data", "synthetic:8"), 1, "calibration needs real images: 8 synthetic pictures"),
+    ],
+)
+def test_calibrating_without_data_is_refused(bdtool, bundle_copy, words, status, message):
+    assert message in bdtool("calibrate", bundle_copy, *words, status=status).stderr
+
+
+def test_a_precision_that_was_not_made_is_named(bdtool, bundle_copy, labelled):
+    result = bdtool("evaluate", bundle_copy, "--data", labelled, "--precision", "int8", status=1)
+    assert "has no int8 parts; it has fp32. Use --precision fp32, or make them: bdtool calibrate" in result.stderr

@@ -1,0 +1,100 @@
+"""Integer engines compute what their Q/DQ parts say, in integers all the way, with or without VNNI."""
+
+import numpy as np
+import onnx
+import pytest
+
+from bdtool.data.synthetic import synthetic_images
+from bdtool.runtime.preprocess import preprocess
+from calibration.paths import PathBatch, PathWalker, TopUp, WatchedPart, part_ranges
+from calibration.quantize import quantize_part
+from calibration.ranges import RangeCollector
+from engines import integer_cpu
+from engines.layouts import INTEGER_LAYOUT, pack, run_plain, unpack
+from engines.onnxrt import OnnxRuntimeBackend
+from export.bundle import Bundle
+from export.check import OnnxReference
+
+INTEGER_STEP = 1
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(("resnet8", {"shortcut": "option-a"}), id="resnet8"),
+        pytest.param(("resnet50", {"size": 96}), id="resnet50", marks=pytest.mark.slow),
+    ],
+)
+def parts(request, export_random):
+    """The INT8 parts of a network of basic blocks and of one of bottlenecks, with their specs."""
+    arch, options = request.param
+    bundle = Bundle.open(export_random(arch, **options).bundle)
+    network = bundle.network
+    chosen = [part for part in network.parts if part.kind != "full"]
+    watched = {part.name: WatchedPart(bundle.part_path(part).read_bytes(), part) for part in chosen}
+    size = network.preprocessing
+    images = preprocess(synthetic_images(4, height=size.height, width=size.width), size)
+    keep = np.ones((4, network.n_blocks), dtype=bool)
+    collector = RangeCollector()
+    walker = PathWalker(network, watched, TopUp.plan(network, keep, at_least=4))
+    walker.add(PathBatch(first=0, images=images, keep=keep), collector)
+    typed = network.with_activation("int8")
+    result = {}
+    for part in [part for part in chosen if part.kind != "policy"][:6]:
+        ranges = part_ranges(network, watched[part.name], collector, method="min-max", percentile=99.99)
+        model = quantize_part(bundle.part_path(part).read_bytes(), part, ranges, integer_activations=True)
+        result[part.name] = (typed.part(part.name), model)
+    return result
+
+
+def _feeds(part):
+    values = np.random.default_rng(1).normal(size=part.inputs[0].shape_for(3))
+    if part.inputs[0].dtype == "int8":
+        return {"x": np.clip(np.abs(8 * values).round(), 0, 127).astype(np.int8)}
+    return {part.inputs[0].name: values.astype(np.float32)}
+
+
+def test_layout_packs_and_unpacks():
+    values = np.arange(-60, 60, dtype=np.int8).reshape(1, 5, 4, 6)
+    packed = pack(values, INTEGER_LAYOUT)
+    assert packed.shape == values.shape
+    assert packed.view(np.uint8).reshape(1, 4, 6, 5)[0, 0, 1, 0] == int(values[0, 0, 0, 1]) + 128
+    assert np.array_equal(unpack(packed, INTEGER_LAYOUT), values)
+
+
+@pytest.mark.parametrize("vnni", [True, False])
+def test_engines_agree_with_their_parts(parts, monkeypatch, vnni):
+    monkeypatch.setattr(integer_cpu, "has_vnni", lambda: vnni)
+    backend = OnnxRuntimeBackend(threads=1)
+    for part, model in parts.values():
+        built = backend.build(part, model, layout=INTEGER_LAYOUT)
+        engine = backend.load(part, built.data, layout=built.layout)
+        feeds = _feeds(part)
+        expected, actual = OnnxReference(model).run(feeds)["y"], run_plain(engine, part, feeds)["y"]
+        differences = np.abs(actual.astype(int) - expected.astype(int))
+        assert actual.dtype == np.int8
+        assert np.quantile(differences, 0.99) <= 3 * INTEGER_STEP
+        assert differences.mean() < 0.5 * INTEGER_STEP
+
+
+def test_a_block_holds_no_float_kernel_and_no_transposition(parts):
+    backend = OnnxRuntimeBackend(threads=1)
+    rows = [
+        row for row in parts.values() if row[0].kind == "block" and row[0].inputs[0].shape == row[0].outputs[0].shape
+    ]
+    part, model = rows[0]
+    built = backend.build(part, model, layout=INTEGER_LAYOUT)
+    ops = {node.op_type for node in onnx.ModelProto.FromString(built.data).graph.node}
+    assert ops == {"QLinearConv", "QLinearAdd", "Clip"}
+
+
+def test_bound_buffers_give_what_run_gives(parts):
+    backend = OnnxRuntimeBackend(threads=1)
+    part, model = parts["block_00"]
+    built = backend.build(part, model, layout=INTEGER_LAYOUT)
+    engine = backend.load(part, built.data, layout=built.layout)
+    x = pack(_feeds(part)["x"], INTEGER_LAYOUT)
+    source, result = (backend.allocate(t.shape_for(3), t.dtype) for t in (part.inputs[0], part.outputs[0]))
+    source.write(x)
+    engine.bind({"x": source}, {"y": result})()
+    assert np.array_equal(result.read(), engine.run({"x": x})["y"])
