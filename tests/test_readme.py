@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +35,24 @@ def _commands(text: str, program: str) -> list[list[str]]:
 
 def _parse(words: list[str]) -> None:
     """Let click read a command as the program would, without running it; files need not exist."""
-    command = main.commands[words[0]]
+    command: click.Command = main
+    while isinstance(command, click.Group):
+        name, *words = words
+        command = command.commands[name]
     for parameter in command.params:
         if isinstance(parameter.type, click.Path):
             parameter.type.exists = False
-    command.make_context(words[0], list(words[1:]), resilient_parsing=False)
+    command.make_context(command.name, list(words), resilient_parsing=False)
+
+
+def _every_command(group: click.Group) -> Iterator[click.Command]:
+    for command in group.commands.values():
+        yield from _every_command(command) if isinstance(command, click.Group) else [command]
 
 
 @pytest.fixture
 def paths_need_not_exist() -> Any:
-    types = {id(p.type): p.type for c in main.commands.values() for p in c.params if isinstance(p.type, click.Path)}
+    types = {id(p.type): p.type for c in _every_command(main) for p in c.params if isinstance(p.type, click.Path)}
     before = {key: path.exists for key, path in types.items()}
     yield
     for key, path in types.items():

@@ -39,7 +39,7 @@ class ModelPath(click.Path):
         shipped = shipped_models()
         if str(value) in shipped and not Path(value).exists():
             value = shipped[str(value)]
-        elif not Path(value).exists():
+        elif self.exists and not Path(value).exists():
             names = f"; shipped models: {', '.join(shipped)}" if shipped else ""
             self.fail(f"{str(value)!r}: no such file{names}", param, ctx)
         return super().convert(value, param, ctx)
