@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,7 @@ def _load(file: Path) -> tuple[RangeCollector, int]:
         with np.load(file, allow_pickle=False) as arrays:
             rows = {name: arrays[name] for name in arrays.files}
         return RangeCollector.from_arrays(rows), int(rows.pop("n_images"))
-    except (OSError, ValueError, KeyError, EOFError):
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return RangeCollector(), 0
 
 

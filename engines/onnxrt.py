@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime as ort
+from google.protobuf.message import DecodeError
 from onnx import TensorProto, helper, numpy_helper
 
 from bdtool.errors import BackendError, EngineError
@@ -292,7 +293,7 @@ def _probe_values(tensor: TensorSpec, rng: np.random.Generator, scale: float | N
 
 def _optimise(part: PartSpec, model: bytes, layout: str) -> bytes:
     """Return the model as ONNX Runtime's optimiser leaves it, its activations in `layout`."""
-    prepared = onnx.ModelProto.FromString(model)
+    prepared = _parsed(part, model)
     if is_quantized(prepared):
         lower_quantized(prepared)
         model = prepared.SerializeToString()
@@ -305,6 +306,14 @@ def _optimise(part: PartSpec, model: bytes, layout: str) -> bytes:
     cut_guards(optimised, part)
     data: bytes = optimised.SerializeToString(deterministic=True)
     return data
+
+
+def _parsed(part: PartSpec, model: bytes) -> onnx.ModelProto:
+    try:
+        parsed: onnx.ModelProto = onnx.ModelProto.FromString(model)
+    except DecodeError as exc:
+        raise EngineError(f"part {part.name!r}: ONNX Runtime refuses its model: it is no ONNX file ({exc})") from exc
+    return parsed
 
 
 def _optimised_file(part: PartSpec, model: bytes) -> bytes:

@@ -15,7 +15,7 @@ from export.files import sha256_of_file
 def labelled(tiny, tmp_path_factory):
     """Forty pictures, labelled with the class that the tiny network itself sees: its fp32 accuracy is 100 %."""
     images = synthetic_images(40, height=32, width=32)
-    with Orchestrator.open(tiny.bundle, threads=1) as runtime:
+    with Orchestrator.open(tiny.bundle) as runtime:
         labels = runtime.run(images).classes
     path = tmp_path_factory.mktemp("labelled") / "data.npz"
     np.savez(path, x=images, y=labels)
@@ -27,7 +27,7 @@ def calibrate(bdtool_json, bundle_copy, labelled):
     """Return a function that calibrates the copied bundle with some more options."""
 
     def run(*words, status=0):
-        options = ("--data", labelled, "--threads", 1, "--max-accuracy-drop", 20, "--at-least", 8)
+        options = ("--data", labelled, "--max-accuracy-drop", 20, "--at-least", 8)
         return bdtool_json("calibrate", bundle_copy, *options, *words, status=status)
 
     return run
@@ -45,7 +45,7 @@ def test_int8_runs_through_every_command(calibrate, bdtool, bdtool_json, bundle_
     assert found["obtained"]["policy"] == found["obtained"]["head"] == "fp32"
     assert found["gates"]["policy_flips"] == 0  # the policy network is the same
     assert 0 < found["gates"]["logits_error"] < 0.2
-    common = ("--precision", "int8", "--threads", 1)
+    common = ("--precision", "int8")
     evaluated = bdtool_json("evaluate", bundle_copy, "--data", labelled, *common)
     assert evaluated["accuracy"] == found["gates"]["accuracy"]
     verified = bdtool_json("verify", bundle_copy, "--data", labelled, *common)
@@ -60,7 +60,7 @@ def test_strategies_agree_in_int8(calibrate, bundle_copy):
     images = synthetic_images(6, height=32, width=32)
     logits = {}
     for strategy in ("chain", "path", "fused"):
-        with Orchestrator.open(bundle_copy, strategy=strategy, threads=1, precision="int8") as runtime:
+        with Orchestrator.open(bundle_copy, strategy=strategy, precision="int8") as runtime:
             logits[strategy] = runtime.run(images).logits
     assert np.array_equal(logits["chain"], logits["path"])
     assert np.array_equal(logits["chain"], logits["fused"])
@@ -68,11 +68,11 @@ def test_strategies_agree_in_int8(calibrate, bundle_copy):
 
 def test_a_drop_beyond_the_bound_leaves_the_bundle_as_it_was(bdtool, bundle_copy, tmp_path):
     images = synthetic_images(40, height=32, width=32)
-    with Orchestrator.open(bundle_copy, threads=1) as runtime:
+    with Orchestrator.open(bundle_copy) as runtime:
         labels = runtime.run(images).classes
     np.savez(tmp_path / "data.npz", x=images, y=labels)
     before = _digests(bundle_copy)
-    words = ("--data", tmp_path / "data.npz", "--threads", 1, "--method", "percentile", "--percentile", 60)
+    words = ("--data", tmp_path / "data.npz", "--method", "percentile", "--percentile", 60)
     result = bdtool("calibrate", bundle_copy, *words, "--max-accuracy-drop", 0, status=1)
     assert "allowed is" in result.stderr
     assert f"{bundle_copy} is as it was" in result.stderr
@@ -90,14 +90,14 @@ def test_precisions_live_side_by_side(calibrate, bundle_copy):
     images = synthetic_images(4, height=32, width=32)
     logits = {}
     for precision in ("fp32", "fp16"):
-        with Orchestrator.open(bundle_copy, threads=1, precision=precision) as runtime:
+        with Orchestrator.open(bundle_copy, precision=precision) as runtime:
             logits[precision] = runtime.run(images, policy="all").logits
     assert 0 < np.abs(logits["fp32"] - logits["fp16"]).max() < 0.02 * np.abs(logits["fp32"]).max()
 
 
 def test_bfloat16_on_the_cpu_says_what_to_do(calibrate, bdtool, bundle_copy, labelled):
     calibrate("--precision", "bf16")
-    words = ("evaluate", bundle_copy, "--data", labelled, "--threads", 1, "--precision", "bf16")
+    words = ("evaluate", bundle_copy, "--data", labelled, "--precision", "bf16")
     assert "has no bfloat16 kernels" in bdtool(*words, status=1).stderr
 
 
@@ -110,7 +110,7 @@ def test_mixed_precision_writes_its_table(calibrate, bundle_copy, bdtool_json, l
     chosen = {row["block"]: row["chosen"] for row in table["blocks"]}
     assert {name: found["obtained"][name] for name in chosen} == chosen
     assert (bundle_copy / "calibration" / "mixed.svg").read_text().startswith("<svg")
-    words = ("--data", labelled, "--threads", 1, "--precision", "mixed", "--limit", 10)
+    words = ("--data", labelled, "--precision", "mixed", "--limit", 10)
     assert bdtool_json("evaluate", bundle_copy, *words)["accuracy"] == found["gates"]["accuracy"]
 
 

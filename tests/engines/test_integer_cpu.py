@@ -65,7 +65,7 @@ def test_layout_packs_and_unpacks():
 @pytest.mark.parametrize("vnni", [True, False])
 def test_engines_agree_with_their_parts(parts, monkeypatch, vnni):
     monkeypatch.setattr(integer_cpu, "has_vnni", lambda: vnni)
-    backend = OnnxRuntimeBackend(threads=1)
+    backend = OnnxRuntimeBackend()
     for part, model in parts.values():
         built = backend.build(part, model, layout=INTEGER_LAYOUT)
         engine = backend.load(part, built.data, layout=built.layout)
@@ -78,7 +78,7 @@ def test_engines_agree_with_their_parts(parts, monkeypatch, vnni):
 
 
 def test_a_block_holds_no_float_kernel_and_no_transposition(parts):
-    backend = OnnxRuntimeBackend(threads=1)
+    backend = OnnxRuntimeBackend()
     rows = [
         row for row in parts.values() if row[0].kind == "block" and row[0].inputs[0].shape == row[0].outputs[0].shape
     ]
@@ -89,7 +89,7 @@ def test_a_block_holds_no_float_kernel_and_no_transposition(parts):
 
 
 def test_bound_buffers_give_what_run_gives(parts):
-    backend = OnnxRuntimeBackend(threads=1)
+    backend = OnnxRuntimeBackend()
     part, model = parts["block_00"]
     built = backend.build(part, model, layout=INTEGER_LAYOUT)
     engine = backend.load(part, built.data, layout=built.layout)

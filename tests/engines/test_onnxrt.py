@@ -252,7 +252,7 @@ def test_threads_must_be_at_least_one():
 def test_identity_names_version_and_instruction_set():
     identity = identify_backend("onnxruntime", "cpu")
     assert identity.version == ort.__version__
-    assert re.fullmatch(r"cpu-\w+(-avx(512|2)?)?", identity.target)
+    assert re.fullmatch(r"cpu-\w+(-avx(512|2)?)?(-vnni)?", identity.target)
     assert identify_backend("onnxruntime", "cuda:1").target == "cuda1"
 
 

@@ -1,0 +1,83 @@
+"""An interrupted collection goes on where it stopped, and its ranges are those of one that was not."""
+
+import numpy as np
+import pytest
+
+from calibration.cache import SAVE_EVERY, ResultCache, collect_ranges, content_key
+from calibration.paths import PathBatch, PathWalker, TopUp
+
+KEEP = np.random.default_rng(0).random((16, 3)) < 0.6
+
+
+@pytest.fixture
+def walker(bundle, watched):
+    """A walker that notes which images it was given, in `walker.seen`."""
+
+    class Noting(PathWalker):
+        seen: list[int] = []
+
+        def add(self, batch, collector):
+            self.seen.append(batch.first)
+            super().add(batch, collector)
+
+    noting = Noting(bundle.network, watched, TopUp.plan(bundle.network, KEEP, at_least=4))
+    noting.seen = []
+    return noting
+
+
+@pytest.fixture
+def batches(pixels):
+    return [PathBatch(first=i, images=pixels[i : i + 2], keep=KEEP[i : i + 2]) for i in range(0, 16, 2)]
+
+
+def _broken(batches, n_good):
+    yield from batches[:n_good]
+    raise KeyboardInterrupt
+
+
+def test_an_interrupted_collection_is_taken_up(walker, batches, tmp_path):
+    whole = collect_ranges(walker, batches, tmp_path / "whole.npz")
+    walker.seen.clear()
+    with pytest.raises(KeyboardInterrupt):
+        collect_ranges(walker, _broken(batches, SAVE_EVERY + 1), tmp_path / "r.npz")
+    walker.seen.clear()
+    resumed = collect_ranges(walker, batches, tmp_path / "r.npz")
+    assert walker.seen == [batch.first for batch in batches[SAVE_EVERY:]]
+    ours, theirs = resumed.arrays(), whole.arrays()
+    assert set(ours) == set(theirs)
+    assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_finished_collection_runs_nothing(walker, batches, tmp_path):
+    collect_ranges(walker, batches, tmp_path / "r.npz")
+    walker.seen.clear()
+    collect_ranges(walker, batches, tmp_path / "r.npz")
+    assert walker.seen == []
+
+
+@pytest.mark.parametrize("damage", [b"", b"not a zip", None])
+def test_a_damaged_cache_is_made_anew(walker, batches, tmp_path, damage):
+    file = tmp_path / "r.npz"
+    collect_ranges(walker, batches, file)
+    file.write_bytes(file.read_bytes()[:500] if damage is None else damage)
+    walker.seen.clear()
+    collect_ranges(walker, batches, file)
+    assert len(walker.seen) == len(batches)
+
+
+def test_the_key_follows_every_part():
+    first = content_key(data="a", policy="b")
+    assert first == content_key(policy="b", data="a")
+    assert first != content_key(data="a", policy="c")
+
+
+def test_results_are_computed_once(tmp_path):
+    calls = []
+
+    def compute():
+        calls.append(1)
+        return {"ms": 1.5}
+
+    assert ResultCache(tmp_path / "r.json").get("block_00", compute) == {"ms": 1.5}
+    assert ResultCache(tmp_path / "r.json").get("block_00", compute) == {"ms": 1.5}
+    assert len(calls) == 1
