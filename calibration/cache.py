@@ -75,7 +75,7 @@ class ResultCache:
 
 def _load(file: Path) -> tuple[RangeCollector, int]:
     try:
-        with np.load(file, allow_pickle=False) as arrays:
+        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
             rows = {name: arrays[name] for name in arrays.files}
         return RangeCollector.from_arrays(rows), int(rows.pop("n_images"))
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
