@@ -8,6 +8,7 @@ import pytest
 
 from bdtool.errors import BackendError, BundleError, EngineError, UsageError
 from bdtool.models.parts import network_spec, part_modules
+from calibration.quantize import quantize_part, watched_tensors
 from engines.layouts import CHANNELS_LAST
 from engines.libcuda import Driver
 from engines.registry import identify_backend, open_backend
@@ -70,6 +71,29 @@ def test_every_part_builds_in_its_precision_with_channels_last_activations(parts
             assert set(details["kernel_types"]) == {wanted}
             if part.inputs[0].shape == part.outputs[0].shape:  # one kernel each: the add and the ReLUs are fused in
                 assert len(details["kernels"]) == n_convolutions, part.name
+
+
+def _integer(part):
+    """Return the spec of a part whose activation `x` is int8."""
+
+    def typed(activations, tensors):
+        pairs = zip(activations, tensors, strict=True)
+        return tuple(replace(tensor, dtype="int8") if name == "x" else tensor for name, tensor in pairs)
+
+    return replace(part, inputs=typed(part.reads, part.inputs), outputs=typed(part.writes, part.outputs))
+
+
+@pytest.mark.slow
+def test_every_int8_part_builds_with_integer_activations(parts):
+    backend = open_backend(RTX, "cpu", tensorrt=TensorRTOptions(sms=(86, 89, 120), max_batch=1))
+    for part, model in parts:
+        if part.kind in ("policy", "full"):
+            continue  # fp32, and built of the other parts
+        ranges = dict.fromkeys((*watched_tensors(onnx.ModelProto.FromString(model)), part.inputs[0].name), 4.0)
+        quantized = quantize_part(model, part, ranges, integer_activations=True, weights=part.kind != "head")
+        details = backend.build(_integer(part), quantized, layout=CHANNELS_LAST).details
+        assert details["architectures"] == ["sm86", "sm89", "sm120"]
+        assert "int8" in details["kernel_types"] or part.kind in ("head", "shortcut"), part.name
 
 
 def test_plain_activations_cost_two_more_kernels(tiny_bundle):
