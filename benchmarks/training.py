@@ -25,7 +25,6 @@ from bdtool.models.model import BlockDropModel, build_model
 from bdtool.models.resnet import ResNet
 from bdtool.runtime.policies import parse_policy
 from bdtool.training import tasks
-from bdtool.training.memory import keep_freed_memory
 from bdtool.training.options import CurriculumOptions, FinetuneOptions
 from bdtool.training.stages import base_spec, computes_in_bfloat16, with_policy
 
@@ -56,8 +55,6 @@ def main() -> None:
             plain, ours = _alternate(steps, args.rounds)
         rates = f"{args.batch / plain:.0f} | {args.batch / ours:.0f}"
         print(f"| {stage} | {rates} | {plain / ours:.2f} | {difference:.1e} of the largest |")
-    if not args.threads or args.threads > 1:
-        _print_memory_effect(args.arch, images, labels, uniforms, keeps, amp=amp, rounds=args.rounds)
 
 
 def _inputs(arch: str, batch: int, kept: float) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
@@ -170,18 +167,6 @@ def _alternate(steps: list[Callable[[], None]], rounds: int) -> list[float]:
             step()
             times.append(time.perf_counter() - start)
     return [statistics.median(times[1:]) for times in seconds]
-
-
-def _print_memory_effect(
-    arch: str, images: Tensor, labels: Tensor, uniforms: Tensor, keeps: tuple[Tensor, Tensor], *, amp: bool, rounds: int
-) -> None:
-    """Time our fine-tuning step before and after glibc is told to keep freed memory; that cannot be undone."""
-    with _fixed_choice(keeps):
-        step = _step(arch, "finetune", images, labels, uniforms, amp=amp, plain=False)
-        [before] = _alternate([step], rounds)
-        keep_freed_memory()
-        [after] = _alternate([step], rounds)
-    print(f"fine-tuning with freed memory kept: {len(images) / after:.0f} images/s, {before / after:.2f} x as without")
 
 
 if __name__ == "__main__":

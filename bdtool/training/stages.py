@@ -33,7 +33,6 @@ from bdtool.runtime.policies import parse_policy
 from bdtool.torch_classifier import TorchClassifier
 from bdtool.training.distributed import Group, synchronize_batch_norms
 from bdtool.training.images import training_images
-from bdtool.training.memory import keep_freed_memory
 from bdtool.training.options import Amp, CurriculumOptions, FinetuneOptions, PretrainOptions, TrainOptions
 from bdtool.training.tasks import CurriculumTask, FinetuneTask, PretrainTask, Task
 from bdtool.training.trainer import Epoch, Report, Trainer
@@ -175,7 +174,6 @@ def _train(
     make_task: Callable[[BlockDropModel, bool], Task],
 ) -> Trained:
     group = place.group
-    keep_freed_memory()
     if place.checkpoint.exists() and not place.resume:
         raise UsageError(
             f"{place.checkpoint} holds an unfinished run: add --resume to go on with it, or remove it to start anew"
