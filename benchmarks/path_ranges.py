@@ -1,6 +1,6 @@
 """INT8 under a policy: calibrated along the policy's own paths, and along paths with every block kept.
 
-    python benchmarks/calibration.py BUNDLE --data TRAIN --eval TEST --policies random:12,distribute:12 [--eval-limit N]
+    python benchmarks/path_ranges.py BUNDLE --data TRAIN --eval TEST --policies random:12,distribute:12 [--eval-limit N]
 
 Each row compares INT8 with fp32 on equal keep bits. The bundle is copied; it stays as it is.
 """
