@@ -12,7 +12,7 @@ from bdtool.runtime.preprocess import Preprocessor
 
 
 class TorchClassifier:
-    """The masked forward pass of a model on the CPU, behind the same `run` as an `Orchestrator`."""
+    """The masked forward pass of a model, on the model's device, behind the same `run` as an `Orchestrator`."""
 
     def __init__(self, model: BlockDropModel) -> None:
         self.network = network_spec(model)
@@ -21,19 +21,23 @@ class TorchClassifier:
 
     def run(self, images: np.ndarray, policy: np.ndarray | None = None) -> RunResult:
         """Classify images (as `Orchestrator.run` takes them) with keep bits [N, K]; None asks the policy network."""
-        inputs = torch.from_numpy(self._preprocess(images))
+        inputs = self._inputs(images)
         with torch.inference_mode():
             if policy is None and self._model.policy is None:
-                keep = torch.ones(len(images), self.network.n_blocks, dtype=torch.bool)
+                keep = torch.ones(len(images), self.network.n_blocks, dtype=torch.bool, device=inputs.device)
             elif policy is None:
                 keep = self._model.keep_probability(inputs) >= self.network.threshold
             else:
-                keep = torch.from_numpy(policy)
+                keep = torch.from_numpy(policy).to(inputs.device)
             logits = self._model(inputs, keep)
-        return RunResult(logits=logits.numpy(), policy=keep.numpy())
+        return RunResult(logits=logits.cpu().numpy(), policy=keep.cpu().numpy())
 
     def keep_probability(self, images: np.ndarray) -> np.ndarray:
         """Return P(keep), float32 [N, K]."""
         with torch.inference_mode():
-            probability = self._model.keep_probability(torch.from_numpy(self._preprocess(images)))
-        return probability.numpy()
+            probability = self._model.keep_probability(self._inputs(images))
+        return probability.cpu().numpy()
+
+    def _inputs(self, images: np.ndarray) -> torch.Tensor:
+        device = next(self._model.parameters()).device
+        return torch.from_numpy(self._preprocess(images)).to(device)

@@ -68,7 +68,8 @@ class Row:
         else:
             model = self.heuristic(policy, form) if finetuned else self.base()
         bundle = self._directory / f"{model.stem}-bundle"
-        bdtool("export", model, "-o", bundle)
+        if not bundle.exists():  # an earlier row's, written whole
+            bdtool("export", model, "-o", bundle)
         bdtool("build", bundle)
         result = subprocess.run(
             _command("evaluate", bundle, "--data", self._val, "--policy", form, "--json", "-"),

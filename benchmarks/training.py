@@ -2,6 +2,8 @@
 
     python benchmarks/training.py [--arch resnet32] [--kept 0.4] [--batch 256] [--rounds 9] [--threads 2]
 
+Then what bfloat16 and torch.compile bring to pretraining.
+
 Both do the same arithmetic for the same keep bits, in alternating rounds of one process, with the same number format,
 memory layout and policy network; the plain one is the authors' formulation, which runs both passes whole. Before it is
 timed, the gradients of both are compared in float32 with fixed batch statistics (over a batch, statistics differ by
@@ -25,7 +27,7 @@ from bdtool.models.model import BlockDropModel, build_model
 from bdtool.models.resnet import ResNet
 from bdtool.runtime.policies import parse_policy
 from bdtool.training import tasks
-from bdtool.training.options import CurriculumOptions, FinetuneOptions
+from bdtool.training.options import CurriculumOptions, FinetuneOptions, PretrainOptions
 from bdtool.training.stages import base_spec, computes_in_bfloat16, with_policy
 
 _FLIPPED = 0.2  # share of the sampled bits that differ from the greedy ones: alpha = 0.8
@@ -55,6 +57,7 @@ def main() -> None:
             plain, ours = _alternate(steps, args.rounds)
         rates = f"{args.batch / plain:.0f} | {args.batch / ours:.0f}"
         print(f"| {stage} | {rates} | {plain / ours:.2f} | {difference:.1e} of the largest |")
+    _print_pretraining(args.arch, images, labels, rounds=args.rounds)
 
 
 def _inputs(arch: str, batch: int, kept: float) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
@@ -124,6 +127,11 @@ def _step(
     arch: str, stage: str, images: Tensor, labels: Tensor, uniforms: Tensor, *, amp: bool, plain: bool
 ) -> Callable[[], None]:
     _, task = _task(arch, stage, amp=amp, plain=plain)
+    return _repeat(task, images, labels, uniforms)
+
+
+def _repeat(task: tasks.Task, images: Tensor, labels: Tensor, uniforms: Tensor) -> Callable[[], None]:
+    """Return a function that does one training step of `task` on these images."""
     optimizers = task.optimizers()
 
     def step() -> None:
@@ -167,6 +175,23 @@ def _alternate(steps: list[Callable[[], None]], rounds: int) -> list[float]:
             step()
             times.append(time.perf_counter() - start)
     return [statistics.median(times[1:]) for times in seconds]
+
+
+def _print_pretraining(arch: str, images: Tensor, labels: Tensor, *, rounds: int) -> None:
+    """Print what bfloat16 and torch.compile bring to pretraining, and how long the first compiled step takes."""
+    steps = []
+    for amp, compiled in ((False, False), (True, False), (True, True)):
+        model = _model(arch)
+        task = tasks.PretrainTask(model, PretrainOptions(compile=compiled), amp=amp)
+        steps.append(_repeat(task, images, labels, images.new_empty(len(images), 0)))
+    start = time.perf_counter()
+    steps[-1]()
+    first = time.perf_counter() - start
+    rates = [len(images) / seconds for seconds in _alternate(steps, rounds)]
+    named = ", ".join(
+        f"{name} {rate:.0f}" for name, rate in zip(("fp32", "bf16", "bf16 --compile"), rates, strict=True)
+    )
+    print(f"pretraining, images/s: {named}; first compiled step {first:.0f} s")
 
 
 if __name__ == "__main__":

@@ -95,7 +95,9 @@ def _option_from_field(field: dataclasses.Field[Any], help_text: str) -> Callabl
         return click.option(name, is_flag=True, default=default, help=help_text)
     if default is None:
         return click.option(name, type=click.IntRange(min=1), help=help_text)
-    number: Any = FiniteRange() if isinstance(default, float) or field.type == "float" else type(default)
+    # a floor of 0 for all; what must lie above it, or below something, the dataclass refuses by name
+    is_float = isinstance(default, float) or field.type == "float"
+    number: Any = FiniteRange(min=0) if is_float else click.IntRange(min=0) if isinstance(default, int) else str
     return click.option(name, type=number, default=default, show_default=True, help=help_text)
 
 
@@ -118,7 +120,11 @@ _POLICY_HELP = {
 
 @train_cmd.command("pretrain")
 @click.option("--arch", required=True, metavar="NAME", help="Architecture, for instance resnet32; see `bdtool models`.")
-@click.option("--classes", type=click.IntRange(min=1), help="Number of classes. Default: as many as the data has.")
+@click.option(
+    "--classes",
+    type=click.IntRange(min=1),
+    help="Number of classes. Default: the named data set's; of a file or folder 10 (CIFAR) or 1000.",
+)
 @click.option("--mean", type=NumberList(3), metavar="R,G,B", help="Of the input, pixels being 0 to 1.")
 @click.option("--std", type=NumberList(3), metavar="R,G,B", help="Of the input, pixels being 0 to 1.")
 @_options_of(PretrainOptions, {**_SHARED_HELP, **_SGD_HELP, "compile": "Compile the network with torch.compile."})

@@ -15,7 +15,7 @@ from bdtool.errors import DataError
 from bdtool.specs import NetworkSpec
 
 Split = Literal["train", "test"]
-_N_CLASSES = {"cifar10": 10, "cifar100": 100, "imagenet": 1000}
+N_CLASSES = {"cifar10": 10, "cifar100": 100, "imagenet": 1000}
 _CIFAR_FOLDERS = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
 
 
@@ -25,9 +25,9 @@ def torchvision_source(name: str, root: Path, *, network: NetworkSpec, resize: b
     Raises:
         DataError: files are missing or damaged, or the model has another number of classes.
     """
-    if network.n_classes != _N_CLASSES[name]:
+    if network.n_classes != N_CLASSES[name]:
         raise DataError(
-            f"{name}: has {_N_CLASSES[name]} classes, the model has {network.n_classes}. "
+            f"{name}: has {N_CLASSES[name]} classes, the model has {network.n_classes}. "
             "Choose the data set that the model was trained on"
         )
     open_set = _imagenet_source if name == "imagenet" else _cifar_source
@@ -68,7 +68,7 @@ def _imagenet_source(name: str, root: Path, *, network: NetworkSpec, resize: boo
         dataset = datasets.ImageNet(root, split=folder)
     except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, KeyError, ValueError) as exc:
         raise DataError(_imagenet_help(root, folder, problem=str(exc))) from exc
-    if len(dataset.wnids) != _N_CLASSES[name]:
+    if len(dataset.wnids) != N_CLASSES[name]:
         raise DataError(_imagenet_help(root, folder, problem=f"got {len(dataset.wnids)} class folders"))
     return file_source(
         [Path(path) for path, _ in dataset.samples],

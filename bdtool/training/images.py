@@ -149,4 +149,10 @@ def data_facts(source: ImageSource, n_images: int, *content: Buffer) -> dict[str
     digest = hashlib.sha256()
     for part in content:
         digest.update(part)
-    return {"name": source.description.rpartition("/")[2], "n_images": n_images, "sha256": digest.hexdigest()}
+    return {"name": data_name(source), "n_images": n_images, "sha256": digest.hexdigest()}
+
+
+def data_name(source: ImageSource) -> str:
+    """Return what a data set is called, without the directories of the machine: "train.npz", "cifar10-train"."""
+    set_name, bracket, _ = source.names[0].rpartition("[")  # images in memory are called NAME[0], NAME[1] ...
+    return set_name if bracket else source.description.rstrip("/").rpartition("/")[2]

@@ -35,8 +35,7 @@ def paired_logits(base: ResNet, images: Tensor, first: Tensor, second: Tensor) -
         first: bool [N, K], True = kept.
         second: as `first`.
     """
-    parts = [*base.parameters()]
-    x: Tensor = base.stem(images.to(parts[0].dtype))
+    x: Tensor = base.stem(images.to(next(base.parameters()).dtype))
     fork_at = _first_difference(first, second)
     forks: list[list[int]] = [[] for _ in base.blocks]  # which images part ways at block k
     for image, k in enumerate(fork_at.tolist()):
@@ -44,16 +43,13 @@ def paired_logits(base: ResNet, images: Tensor, first: Tensor, second: Tensor) -
             forks[k].append(image)
     source = torch.tensor([image for group in forks for image in group], dtype=torch.int64, device=x.device)
     keep = torch.cat([first, second[source]])  # rows N and up: the second matrix, in the order of forking
-    order = keep.to(torch.uint8).argsort(dim=0, descending=True, stable=True)
     n_rows = len(x)
     for k, block in enumerate(base.blocks):
         assert isinstance(block, ResidualBlock)
         if forks[k]:
             n_old, n_rows = n_rows, n_rows + len(forks[k])
             x = torch.cat([x, take_images(x, source[n_old - len(images) : n_rows - len(images)])])
-        column = order[:, k]
-        kept = keep[:n_rows, k].nonzero().squeeze(1) if n_rows < len(keep) else column[: int(keep[:, k].sum())]
-        x = run_kept_images(block, x, kept)
+        x = run_kept_images(block, x, keep[:n_rows, k].nonzero().squeeze(1))
     logits = base.head(x).float()
     second_logits = logits[: len(images)].clone()
     second_logits[source] = logits[len(images) :]

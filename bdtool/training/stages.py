@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from bdtool.data.batches import ImageSource
+from bdtool.data.torchvision_sets import N_CLASSES
 from bdtool.errors import UsageError
 from bdtool.evaluation import evaluate
 from bdtool.models.architectures import architecture
@@ -32,14 +33,13 @@ from bdtool.models.store import save_model
 from bdtool.runtime.policies import parse_policy
 from bdtool.torch_classifier import TorchClassifier
 from bdtool.training.distributed import Group, synchronize_batch_norms
-from bdtool.training.images import training_images
+from bdtool.training.images import data_name, training_images
 from bdtool.training.options import Amp, CurriculumOptions, FinetuneOptions, PretrainOptions, TrainOptions
 from bdtool.training.tasks import CurriculumTask, FinetuneTask, PretrainTask, Task
 from bdtool.training.trainer import Epoch, Report, Trainer
 from bdtool.version import version
 
 _FIRST_LOGIT = 1.5  # of a new policy network: P(keep) = 0.82
-_CLASSES = {"cifar10": 10, "cifar100": 100, "imagenet": 1000}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class Place:
 
     Attributes:
         output: the MODEL file to write; the checkpoint of the unfinished run lies beside it, with suffix .checkpoint.
-        val: labelled images for the final figures, and after each epoch where `val_each_epoch`; None measures nothing.
+        val: labelled images to measure on after each epoch and at the end; None measures nothing.
         start: digest of the MODEL that the run starts from; a checkpoint of a run from another one is refused.
     """
 
@@ -58,7 +58,6 @@ class Place:
     group: Group
     resume: bool = False
     start: str = ""
-    val_each_epoch: bool = True
     save_every_s: float = 120
     on_step: Callable[[Report], None] = lambda report: None
     on_epoch: Callable[[Epoch], None] = lambda epoch: None
@@ -93,7 +92,7 @@ def base_spec(
         mean, std: of pixels scaled to 0..1; None is CIFAR-10's or ImageNet's.
     """
     layout = architecture(arch)
-    classes = n_classes or _CLASSES.get(data.partition(":")[0]) or (10 if layout.family == "cifar" else 1000)
+    classes = n_classes or N_CLASSES.get(data.partition(":")[0]) or (10 if layout.family == "cifar" else 1000)
     usual_mean, usual_std = (CIFAR10_MEAN, CIFAR10_STD) if layout.family == "cifar" else (IMAGENET_MEAN, IMAGENET_STD)
     try:
         preprocessing = default_preprocessing(
@@ -128,8 +127,7 @@ def finetune(start: BlockDropModel, options: FinetuneOptions, place: Place) -> T
     """Train base and policy network of `start` together, or its base alone under the heuristic `options.policy`.
 
     Raises:
-        UsageError: the policy is learned, and `start` has no policy network.
-        PolicyError: the policy does not fit the model.
+        PolicyError: the policy does not fit the model, or is learned and `start` has no policy network.
     """
     request = parse_policy(options.policy, n_blocks=start.n_blocks, has_policy_network=start.policy is not None)
     model = start if request.is_learned else without_policy(start)
@@ -183,13 +181,15 @@ def _train(
         synchronize_batch_norms(model.policy)
     amp = computes_in_bfloat16(options.amp, group.device)
     images = training_images(place.train, model.spec.preprocessing, device=group.device, limit=options.limit)
-    request: dict[str, Any] = {
+    request = {
         "stage": stage,
         "arch": model.spec.arch,
         "data": images.facts,
         "start": place.start,
+        "options": asdict(options),
+        "amp": amp,
+        "processes": group.size,
     }
-    request |= {"options": asdict(options), "amp": amp, "processes": group.size}
     trainer = Trainer(
         model,
         make_task(model, amp),
@@ -201,7 +201,7 @@ def _train(
         save_every_s=place.save_every_s,
         on_step=place.on_step,
         on_epoch=place.on_epoch,
-        validate=lambda: _measure(model, options, place.val) if place.val_each_epoch else {},
+        validate=lambda: _measure(model, options, place.val),
     )
     epochs = trainer.run()
     model.eval()
@@ -251,7 +251,7 @@ def _finished(
         "versions": {"bdtool": version(), "torch": torch.__version__, "python": platform.python_version()},
     }
     if val is not None:
-        provenance |= {"val": val.description.rpartition("/")[2], "figures": dict(figures)}
+        provenance |= {"val": data_name(val), "figures": dict(figures)}
     if model.spec.provenance:
         provenance["start"] = dict(model.spec.provenance)
     spec = dataclasses.replace(model.spec, provenance=provenance, has_policy=model.policy is not None)

@@ -74,7 +74,7 @@ class PretrainTask:
             self.module.compile()
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
-        return [sgd(self._model.base, self._options.lr, self._options.momentum, self._options.weight_decay)]
+        return [_sgd(self._model.base, self._options.lr, self._options.momentum, self._options.weight_decay)]
 
     def begin_step(self, step: Step) -> str:
         self._model.base.train()
@@ -116,7 +116,7 @@ class FinetuneTask:
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
         options = self._options
-        base = sgd(self._model.base, options.base_lr, options.momentum, options.weight_decay)
+        base = _sgd(self._model.base, options.base_lr, options.momentum, options.weight_decay)
         if self._model.policy is None:
             return [base]
         return [base, torch.optim.Adam(self._model.policy.parameters(), lr=options.lr)]
@@ -127,7 +127,7 @@ class FinetuneTask:
         return ""
 
 
-def sgd(base: nn.Module, lr: float, momentum: float, weight_decay: float) -> torch.optim.SGD:
+def _sgd(base: nn.Module, lr: float, momentum: float, weight_decay: float) -> torch.optim.SGD:
     return torch.optim.SGD(
         base.parameters(), lr=lr, momentum=momentum, nesterov=momentum > 0, weight_decay=weight_decay
     )

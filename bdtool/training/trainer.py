@@ -35,7 +35,7 @@ _WARM_UP = 0.15  # share of a one-cycle run in which the learning rate rises
 
 @dataclass(frozen=True, kw_only=True)
 class Epoch:
-    """Means over the images of an epoch, as sampled while learning; `validation` is what `on_epoch` measured."""
+    """Means over the images of an epoch, as sampled while learning; `validation` is what `validate` gave."""
 
     epoch: int
     loss: float

@@ -82,6 +82,10 @@ def test_what_users_get_wrong_is_named(
     )
     assert "expected cpu, cuda" in bdtool("train", "curriculum", base, *output, "--device", "tpu", status=2).stderr
     assert "alpha 0.3: expected" in bdtool("train", "curriculum", base, *output, "--alpha", 0.3, status=2).stderr
+    assert (
+        "'--seed': -1 is not in the range"
+        in bdtool("train", "curriculum", base, *output, "--seed", -1, status=2).stderr
+    )
     assert "expected at most the 20 images" in bdtool("train", "curriculum", base, *output, status=1).stderr
     unlabelled = ("--data", picture.parent, "-o", tmp_path / "x.safetensors")
     assert "has no labels" in bdtool("train", "curriculum", base, *unlabelled, status=1).stderr

@@ -279,7 +279,7 @@ def imagenet(root: Path) -> str:
 
 
 def test_imagenet_reads_the_validation_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(torchvision_sets._N_CLASSES, "imagenet", 3)
+    monkeypatch.setitem(torchvision_sets.N_CLASSES, "imagenet", 3)
     batch = open_data(imagenet(tmp_path), network=UNNAMED).take(3)
     np.testing.assert_array_equal(batch.labels, [0, 1, 2])
     np.testing.assert_array_equal(batch.images, X[:3])

@@ -2,7 +2,9 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -47,7 +49,7 @@ def run(*words: object, processes: int = 1) -> None:
 
 
 @pytest.mark.slow
-def test_gradient_of_two_processes_is_that_of_one(random_model: type, tmp_path: Path) -> None:
+def test_gradient_of_two_processes_is_that_of_one(random_model: Callable[..., Any], tmp_path: Path) -> None:
     from bdtool.models.store import save_model
 
     save_model(random_model("resnet8"), tmp_path / "model.safetensors")

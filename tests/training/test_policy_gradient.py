@@ -1,5 +1,6 @@
 import itertools
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -51,7 +52,9 @@ def test_mean_gradient_over_all_policies_is_that_of_the_expected_reward(seed: in
     assert torch.all(total[0, ~learned] == 0)
 
 
-def test_mean_gradient_of_a_policy_network_is_that_of_the_expected_reward(random_model: type) -> None:
+def test_mean_gradient_of_a_policy_network_is_that_of_the_expected_reward(
+    random_model: Callable[..., BlockDropModel],
+) -> None:
     """The same through a real policy network and base: the reward of each of the 8 policies of a ResNet-8."""
     model: BlockDropModel = random_model("resnet8")
     images = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(1))

@@ -1,6 +1,7 @@
 """Long jobs: killed, interrupted, diverging, and gone on with."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,14 +9,18 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from bdtool.errors import TrainingError, UsageError
-from bdtool.models.model import BlockDropModel
+from bdtool.data.sources import open_data
+from bdtool.errors import DataError, TrainingError, UsageError
+from bdtool.models.model import BlockDropModel, ModelSpec
+from bdtool.models.parts import network_spec
+from bdtool.models.state import meta_model
 from bdtool.models.store import load_model
 from bdtool.training.options import CurriculumOptions, FinetuneOptions, PretrainOptions, TrainOptions
-from bdtool.training.stages import Place, Trained, curriculum, finetune, pretrain
+from bdtool.training.stages import Place, Trained, base_spec, curriculum, finetune, pretrain
 from bdtool.training.trainer import Interrupted, Report, schedule_factor
 
 _FAST = {"epochs": 1.5, "batch": 32, "amp": "off"}  # 12 steps; the break comes in the middle of an epoch
@@ -119,20 +124,23 @@ def test_infinite_loss_stops_with_the_step_named(
     assert not place().output.exists()
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
+def test_compiled_pretraining_learns_the_same_names(place: Callable[..., Place]) -> None:
+    trained = pretrain(_spec(), PretrainOptions(**{**_FAST, "epochs": 3}, compile=True), place())
+    assert trained.epochs[-1].loss < trained.epochs[0].loss
+    assert load_model(place().output).state_dict().keys() == trained.model.state_dict().keys()
+
+
 def test_batch_larger_than_the_data_is_refused(place: Callable[..., Place]) -> None:
     with pytest.raises(TrainingError, match="batch 512: expected at most the 256 images"):
         pretrain(_spec(), PretrainOptions(epochs=1, batch=512), place())
 
 
 def test_images_without_labels_are_refused(place: Callable[..., Place], tmp_path: Path) -> None:
-    import numpy as np
-
-    from bdtool.data.sources import open_data
-    from bdtool.errors import DataError
-
     np.savez(tmp_path / "x.npz", x=np.zeros((40, 32, 32, 3), dtype=np.uint8))
     spec = _spec()
-    source = open_data(str(tmp_path / "x.npz"), network=_network(spec))
+    source = open_data(str(tmp_path / "x.npz"), network=network_spec(meta_model(spec)))
     with pytest.raises(DataError, match="has no labels; training needs them"):
         pretrain(spec, PretrainOptions(**_FAST), place(train=source))
 
@@ -152,14 +160,5 @@ def test_impossible_options_are_refused(wrong: dict[str, float]) -> None:
         TrainOptions(**{"lr": 0.1, **wrong})
 
 
-def _spec():  # type: ignore[no-untyped-def]
-    from bdtool.training.stages import base_spec
-
+def _spec() -> ModelSpec:
     return base_spec("resnet8", data="stripes.npz")
-
-
-def _network(spec):  # type: ignore[no-untyped-def]
-    from bdtool.models.parts import network_spec
-    from bdtool.models.state import meta_model
-
-    return network_spec(meta_model(spec))
