@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 if TYPE_CHECKING:  # tests that need no torch start without it
     import onnx
@@ -19,6 +20,9 @@ if TYPE_CHECKING:  # tests that need no torch start without it
     from bdtool.specs import PartSpec
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+settings.register_profile("bdtool", deadline=None)  # how long an example takes depends on what else the machine does
+settings.load_profile("bdtool")
 
 
 class LabelledImages(NamedTuple):

@@ -79,7 +79,7 @@ def test_truncated_file_is_refused(tmp_path: Path, suffix: str) -> None:
         read_image(path)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(position=st.integers(0, 10_000), value=st.integers(0, 255))
 def test_damaged_file_gives_pixels_or_data_error(
     tmp_path_factory: pytest.TempPathFactory, position: int, value: int
@@ -112,7 +112,7 @@ def test_decompression_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
         read_image(path)
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(
     size=st.tuples(st.integers(1, 70), st.integers(1, 70)),
     crop=st.tuples(st.integers(1, 48), st.integers(1, 48)),

@@ -52,7 +52,7 @@ def models(make_model):
     return {kind: make_model("resnet14", shortcut=kind) for kind in ("option-a", "average-pool", "projection")}
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     kind=st.sampled_from(["option-a", "average-pool", "projection"]),
     bits=st.lists(st.lists(st.booleans(), min_size=N_BLOCKS, max_size=N_BLOCKS), min_size=N_IMAGES, max_size=N_IMAGES),

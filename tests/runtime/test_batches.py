@@ -38,7 +38,7 @@ def _expected_calls(keep, cheaper):
     return [*calls, ("head", n_images)]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(keep=hnp.arrays(bool, st.tuples(st.integers(1, 8), st.just(K))))
 def test_each_part_runs_once_on_the_images_that_need_it(fake, images_of, cheaper, keep):
     opened = fake(max_batch=8)
@@ -52,7 +52,7 @@ def wide(fake, cheaper):
     return fake(max_batch=64).runtime
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(data=st.data(), n=st.sampled_from([*range(1, 9), 64]))
 def test_mixed_batches_equal_the_oracle(wide, images_of, fake_oracle, data, n):
     keep = data.draw(hnp.arrays(bool, (n, K)))

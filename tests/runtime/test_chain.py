@@ -37,7 +37,7 @@ def _check(model, runtime, torch_logits, images, keep):
     np.testing.assert_array_equal(result.policy, keep)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(bits=hnp.arrays(bool, (1, 6)), seed=st.integers(0, 9))
 def test_one_image_with_any_bits_equals_pytorch(opened, torch_logits, bits, seed):
     model, runtime = opened
@@ -45,7 +45,7 @@ def test_one_image_with_any_bits_equals_pytorch(opened, torch_logits, bits, seed
     _check(model, runtime, torch_logits, images, bits)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(bits=hnp.arrays(bool, (64, 6)))
 def test_64_images_each_with_its_own_bits_equal_pytorch(opened, torch_logits, preprocessed, bits):
     model, runtime = opened
@@ -118,7 +118,7 @@ def resnet32(checkpoints_dir, shared_traces, tmp_path_factory):
         yield model, runtime
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(bits=hnp.arrays(bool, (16, 15)))
 def test_trained_resnet32_with_any_bits_equals_pytorch(resnet32, torch_logits, preprocessed, bits):
     model, runtime = resnet32

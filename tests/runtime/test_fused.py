@@ -17,7 +17,7 @@ def both(tiny):
 
 
 @given(keep=st.lists(st.lists(st.booleans(), min_size=3, max_size=3), min_size=1, max_size=5))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_fused_equals_chain_for_any_keep_matrix(both, keep):
     chain, fused = both
     images = synthetic_images(len(keep), height=32, width=32)

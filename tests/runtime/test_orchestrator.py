@@ -55,7 +55,7 @@ def test_only_the_images_that_keep_a_block_go_through_it(fake, images_of):
     ]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data(), n=st.integers(1, 9))
 def test_chain_equals_the_oracle_for_any_keep_matrix(data, n, shared_fake, fake_oracle, images_of):
     """One runtime for all examples: buffers of earlier batches, also of other sizes, must leave no trace."""
@@ -206,7 +206,7 @@ def _halting_rows(values, limit):
     return np.stack(rows, axis=1), seen, v
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(values=st.lists(st.integers(0, 96), min_size=1, max_size=4), limit=st.integers(0, 97))
 def test_controller_that_learns_as_it_goes_hears_what_blocks_emit(values, limit, shared_halting, images_of):
     controller = StopsWhenTold(limit)

@@ -76,7 +76,7 @@ def _see(cache, mask, times=BUILD_AFTER):
 # --- the same logits as the chain ---
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data(), n=st.integers(1, 8))
 def test_path_is_bit_equal_to_the_chain_on_the_fake_backend(shared_path, fake_oracle, images_of, data, n):
     values = data.draw(st.lists(st.integers(0, 96), min_size=n, max_size=n))
@@ -117,7 +117,7 @@ def _check(both, images, keep):
     np.testing.assert_array_equal(actual.hits, ~actual.policy[:, -1])
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(keep=hnp.arrays(bool, st.tuples(st.sampled_from([1, 1, 2, 5, 16]), st.just(K))))
 def test_path_equals_the_chain_on_real_engines(both, preprocessed, keep):
     _check(both, preprocessed(both[0], len(keep)), keep)

@@ -21,7 +21,7 @@ def oracle(images: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
     return np.stack([transform(image).numpy() for image in images])
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(mean=st.tuples(*[st.floats(0, 1)] * 3), std=st.tuples(*[st.floats(0.19, 1)] * 3), seed=st.integers(0, 1000))
 def test_equals_torchvision(mean: tuple[float, float, float], std: tuple[float, float, float], seed: int) -> None:
     preprocessing = Preprocessing(height=16, width=16, mean=mean, std=std)

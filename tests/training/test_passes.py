@@ -20,7 +20,7 @@ def model(request: pytest.FixtureRequest, random_model: Callable[..., BlockDropM
     return random_model("resnet14", shortcut=request.param)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 2**16), first=st.floats(0, 1), second=st.floats(0, 1), n_forced=st.integers(0, 6))
 def test_paired_pass_equals_two_passes(
     model: BlockDropModel, seed: int, first: float, second: float, n_forced: int

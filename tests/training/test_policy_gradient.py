@@ -26,7 +26,7 @@ def test_reward_is_that_of_equation_3() -> None:
     torch.testing.assert_close(reward(keep, correct, gamma=5.0), torch.tensor([1 - 1 / 16, 0.0, -5.0]))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 2**16), n_learned=st.integers(1, 4))
 def test_mean_gradient_over_all_policies_is_that_of_the_expected_reward(seed: int, n_learned: int) -> None:
     """The sum over all 2^K policies of P(u) times the gradient for u is the gradient of sum P(u) R(u)."""
