@@ -154,13 +154,20 @@ def pretrain_cmd(arch: str, classes: int | None, mean: Any, std: Any, **given: A
         "stage_blocks": "How many more, from the last block to the first.",
     },
 )
+@click.option(
+    "--trunk",
+    type=MODEL,
+    metavar="MODEL",
+    help="A trained classifier for the policy network to start from: a resnet8 of pretrain (ImageNet: resnet10).",
+)
 @_run_options
-def curriculum_cmd(base: Path, **given: Any) -> None:
+def curriculum_cmd(base: Path, trunk: Path | None, **given: Any) -> None:
     """Train a policy network for the base of MODEL, which stays as it is.
 
     \b
     Example:
       bdtool train curriculum base.safetensors --data cifar10:data --val cifar10:data -o policy.safetensors
+      bdtool train curriculum base.safetensors --trunk resnet8.safetensors --data cifar10:data -o policy.safetensors
     """
     from bdtool.models.store import load_model
     from bdtool.training.stages import curriculum
@@ -168,7 +175,9 @@ def curriculum_cmd(base: Path, **given: Any) -> None:
 
     options = _options_from(CurriculumOptions, given)
     start = load_model(base)
-    _run(given, start.spec, sha256_of_file(base), lambda place: curriculum(start, options, place))
+    first_trunk = load_model(trunk) if trunk else None
+    digests = " ".join(sha256_of_file(file) for file in (base, trunk) if file)
+    _run(given, start.spec, digests, lambda place: curriculum(start, options, place, trunk=first_trunk))
 
 
 @train_cmd.command("finetune")
@@ -181,7 +190,8 @@ def curriculum_cmd(base: Path, **given: Any) -> None:
         **_POLICY_HELP,
         "lr": "Highest learning rate of the policy network, by Adam.",
         "base_lr": "Highest learning rate of the base, by SGD.",
-        "policy": "learned, or a heuristic that the base is trained for: first:K, random:K, distribute:K, all.",
+        "policy": "learned, or a heuristic that the base is trained for: first:K, random:K, random:LOW-HIGH, "
+        "distribute:K, all.",
     },
 )
 @_run_options

@@ -14,6 +14,7 @@ ShortcutKind = Literal["option-a", "average-pool", "projection"]
 
 # He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, table 1 (ImageNet) and section 4.2 (CIFAR).
 _IMAGENET: dict[str, tuple[BlockKind, tuple[int, ...]]] = {
+    "resnet10": ("basic", (1, 1, 1, 1)),  # not in that table: the policy network of BlockDrop
     "resnet18": ("basic", (2, 2, 2, 2)),
     "resnet34": ("basic", (3, 4, 6, 3)),
     "resnet50": ("bottleneck", (3, 4, 6, 3)),

@@ -6,18 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bdtool.models.architectures import Architecture, Family, cifar_resnet, imagenet_resnet
+from bdtool.models.architectures import Architecture, Family, architecture
 from bdtool.models.resnet import ResNet
-
-_POLICY_TRUNKS: dict[Family, Architecture] = {
-    "cifar": cifar_resnet("resnet8", n_blocks_per_stage=1),
-    "imagenet": imagenet_resnet("resnet10", block="basic", stages=(1, 1, 1, 1)),
-}
 
 
 def policy_trunk(family: Family) -> Architecture:
     """Return the layout of the policy network for that family: ResNet-8 for CIFAR, ResNet-10 for ImageNet."""
-    return _POLICY_TRUNKS[family]
+    return architecture("resnet8" if family == "cifar" else "resnet10")
 
 
 class PolicyNetwork(nn.Module):

@@ -29,6 +29,7 @@ from bdtool.models.checkpoint_formats import (
 )
 from bdtool.models.model import BlockDropModel, build_model
 from bdtool.models.model_spec import ModelSpec
+from bdtool.models.policy import policy_trunk
 from bdtool.models.store import save_model
 from bdtool.runtime.policies import parse_policy
 from bdtool.torch_classifier import TorchClassifier
@@ -117,9 +118,21 @@ def pretrain(spec: ModelSpec, options: PretrainOptions, place: Place) -> Trained
     return _train(model, "pretrain", options, place, lambda m, amp: PretrainTask(m, options, amp=amp))
 
 
-def curriculum(start: BlockDropModel, options: CurriculumOptions, place: Place) -> Trained:
-    """Train a policy network for the base of `start`, from random weights or from the one that `start` has."""
+def curriculum(
+    start: BlockDropModel, options: CurriculumOptions, place: Place, *, trunk: BlockDropModel | None = None
+) -> Trained:
+    """Train a policy network for the base of `start`, from random weights or from the one that `start` has.
+
+    Args:
+        trunk: a trained classifier of the policy network's own architecture, to start from instead: what tells the
+            classes apart also tells easy images from hard ones, and a policy gradient alone takes long to find it.
+
+    Raises:
+        UsageError: `trunk` has another architecture or shortcut than the policy network.
+    """
     model = with_policy(start, seed=options.seed)
+    if trunk is not None:
+        start_from_trunk(model, trunk)
     return _train(model, "curriculum", options, place, lambda m, amp: CurriculumTask(m, options, amp=amp))
 
 
@@ -147,6 +160,22 @@ def with_policy(model: BlockDropModel, *, seed: int) -> BlockDropModel:
     assert grown.policy is not None
     nn.init.constant_(grown.policy.logit.bias, _FIRST_LOGIT)
     return grown
+
+
+def start_from_trunk(model: BlockDropModel, trunk: BlockDropModel) -> None:
+    """Give the policy network of `model` the weights of `trunk`, all but its classifier, and say so in the spec."""
+    assert model.policy is not None
+    layout = policy_trunk(architecture(model.spec.arch).family)
+    wanted, got = (layout.name, layout.default_shortcut), (trunk.spec.arch, trunk.spec.shortcut)
+    if got != wanted:
+        raise UsageError(
+            f"trunk: got {got[0]} with shortcut {got[1]}, expected {wanted[0]} with {wanted[1]}, which the policy "
+            f"network of {model.spec.arch} is; make one with `bdtool train pretrain --arch {wanted[0]}`"
+        )
+    weights = {name: tensor for name, tensor in trunk.base.state_dict().items() if not name.startswith("head.linear.")}
+    model.policy.trunk.load_state_dict(weights)
+    provenance = {**model.spec.provenance, "policy_trunk": dict(trunk.spec.provenance)}
+    model.spec = dataclasses.replace(model.spec, provenance=provenance)
 
 
 def without_policy(model: BlockDropModel) -> BlockDropModel:

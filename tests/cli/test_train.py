@@ -51,6 +51,18 @@ def test_curriculum_leaves_the_base_alone(bdtool: Callable[..., Result], base: P
     assert all(np.array_equal(before[name].numpy(), after[name].numpy()) for name in before)
 
 
+def test_curriculum_starts_from_a_trained_classifier(
+    bdtool: Callable[..., Result], base: Path, npz: Path, tmp_path: Path
+) -> None:
+    policy = tmp_path / "policy.safetensors"
+    bdtool("train", "curriculum", base, "--trunk", base, "--data", npz, "--epochs", 0, "-o", policy)
+    model = load_model(policy)
+    assert model.policy is not None
+    trunk, classifier = model.policy.trunk.state_dict(), load_model(base).base.state_dict()
+    assert all(np.array_equal(trunk[name].numpy(), classifier[name].numpy()) for name in trunk)
+    assert read_spec(policy).provenance["start"]["policy_trunk"]["created_by"] == "bdtool train pretrain"
+
+
 @pytest.mark.parametrize("policy", ["first:2", "random:2", "distribute:2"])
 def test_a_heuristic_trains_the_base_alone(
     policy: str, bdtool_json: Callable[..., Any], base: Path, npz: Path, tmp_path: Path
