@@ -92,8 +92,8 @@ def json_option(command: _Command) -> _Command:
 
 def policy_option(command: _Command) -> _Command:
     help_text = (
-        "learned, all, none, first:K, random:K[:SEED], distribute:K, a string of 0 and 1, or FILE.npy. "
-        "Default: learned where the model has a policy network, else all."
+        "learned, all, none, first:K, random:K[:SEED], random:LOW-HIGH[:SEED], distribute:K, a string of 0 and 1, or "
+        "FILE.npy. Default: learned where the model has a policy network, else all."
     )
     return click.option("--policy", metavar="POLICY", help=help_text)(command)
 

@@ -14,10 +14,11 @@ from numpy.typing import ArrayLike
 from bdtool.errors import PolicyError
 
 POLICY_FORMS = (
-    "learned, all, none, first:K, random:K[:SEED], distribute:K, a string of 0 and 1 with one bit for each block, "
-    "FILE.npy with [K] or [N, K] zeros and ones"
+    "learned, all, none, first:K, random:K[:SEED], random:LOW-HIGH[:SEED], distribute:K, a string of 0 and 1 with one "
+    "bit for each block, FILE.npy with [K] or [N, K] zeros and ones"
 )
-_COUNTED = re.compile(r"(?P<form>first|random|distribute):(?P<count>[0-9]{1,9})(?::(?P<seed>[0-9]{1,18}))?")
+_COUNTED = re.compile(r"(?P<form>first|distribute):(?P<count>[0-9]{1,9})")
+_RANDOM = re.compile(r"random:(?P<low>[0-9]{1,9})(?:-(?P<high>[0-9]{1,9}))?(?::(?P<seed>[0-9]{1,18}))?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +57,7 @@ def parse_policy(text: str | None, *, n_blocks: int, has_policy_network: bool) -
 
     `first:K`, `random:K` and `distribute:K` keep K of the `n_blocks` blocks: the first ones, K drawn for each image,
     or K spread evenly (see `_distributed`). Source: BlockDrop, section 4.2, FirstK, RandomK and DistributeK.
+    `random:LOW-HIGH` draws the number of blocks of each image, too, all numbers alike often.
 
     Raises:
         PolicyError: unknown form, a number or length that does not fit the model, or an unreadable file.
@@ -71,6 +73,8 @@ def parse_policy(text: str | None, *, n_blocks: int, has_policy_network: bool) -
         return _from_file(text, n_blocks=n_blocks)
     if text and set(text) <= {"0", "1"}:
         return _from_bits(text, n_blocks=n_blocks)
+    if text.startswith("random:"):
+        return _random(text, n_blocks=n_blocks)
     return _counted(text, n_blocks=n_blocks)
 
 
@@ -115,17 +119,38 @@ def _from_bits(text: str, *, n_blocks: int) -> PolicyRequest:
 
 def _counted(text: str, *, n_blocks: int) -> PolicyRequest:
     match = _COUNTED.fullmatch(text)
-    if match is None or (match["seed"] is not None and match["form"] != "random"):
-        raise PolicyError(f"policy {text!r}: not a form of POLICY. POLICY is one of: {POLICY_FORMS}")
-    form, count, seed = match["form"], int(match["count"]), int(match["seed"] or 0)
+    if match is None:
+        raise _not_a_form(text)
+    form, count = match["form"], int(match["count"])
+    _check_count(text, count, n_blocks=n_blocks)
+    keep = np.arange(n_blocks) < count if form == "first" else _distributed(count, n_blocks)
+    return _fixed(f"{form}:{count}", keep)
+
+
+def _random(text: str, *, n_blocks: int) -> PolicyRequest:
+    match = _RANDOM.fullmatch(text)
+    if match is None:
+        raise _not_a_form(text)
+    low, seed = int(match["low"]), int(match["seed"] or 0)
+    high = int(match["high"] or low)
+    if low > high:
+        raise PolicyError(f"policy {text!r}: got LOW {low} above HIGH {high}. Write random:{high}-{low}")
+    _check_count(text, high, n_blocks=n_blocks)
+    counts = f"{low}" if low == high else f"{low}-{high}"
+    return PolicyRequest(
+        name=f"random:{counts}:{seed}", draw=functools.partial(_random_rows, low, high, seed, n_blocks)
+    )
+
+
+def _not_a_form(text: str) -> PolicyError:
+    return PolicyError(f"policy {text!r}: not a form of POLICY. POLICY is one of: {POLICY_FORMS}")
+
+
+def _check_count(text: str, count: int, *, n_blocks: int) -> None:
     if count > n_blocks:
         raise PolicyError(
             f"policy {text!r}: got K = {count}, the model has {n_blocks} blocks. Use K from 0 to {n_blocks}"
         )
-    if form == "random":
-        return PolicyRequest(name=f"random:{count}:{seed}", draw=functools.partial(_random_rows, count, seed, n_blocks))
-    keep = np.arange(n_blocks) < count if form == "first" else _distributed(count, n_blocks)
-    return _fixed(f"{form}:{count}", keep)
 
 
 def _distributed(count: int, n_blocks: int) -> np.ndarray:
@@ -139,15 +164,18 @@ def _repeat_row(keep: np.ndarray, n_images: int, first: int) -> np.ndarray:
     return np.tile(keep, (n_images, 1))
 
 
-def _random_rows(count: int, seed: int, n_blocks: int, n_images: int, first: int) -> np.ndarray:
-    """Give every block of every image a random number, and keep the `count` lowest of each image.
+def _random_rows(low: int, high: int, seed: int, n_blocks: int, n_images: int, first: int) -> np.ndarray:
+    """Give every block of every image a random number, and keep the lowest of each image: `low` to `high` of them.
 
     Philox counts: image i always gets the same stretch of its counter, whatever batch it comes in.
     """
-    steps = -(-n_blocks // 4)  # one step of Philox4x64 yields four numbers
+    n_numbers = n_blocks if low == high else n_blocks + 1  # the last one says how many blocks to keep
+    steps = -(-n_numbers // 4)  # one step of Philox4x64 yields four numbers
     numbers = np.random.Philox(key=seed, counter=first * steps).random_raw(n_images * steps * 4)
-    ranks = numbers.reshape(n_images, steps * 4)[:, :n_blocks].argsort(axis=1).argsort(axis=1)
-    return np.asarray(ranks < count)
+    numbers = numbers.reshape(n_images, steps * 4)
+    counts = low + numbers[:, n_blocks:n_numbers] % np.uint64(high - low + 1) if high > low else low
+    ranks = numbers[:, :n_blocks].argsort(axis=1).argsort(axis=1)
+    return np.asarray(ranks < counts)
 
 
 def _from_file(text: str, *, n_blocks: int) -> PolicyRequest:

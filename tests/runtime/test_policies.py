@@ -101,18 +101,55 @@ def test_random_draws_differ_by_image_and_seed() -> None:
     assert not np.array_equal(matrix, parse("random:7:1").matrix(50))
 
 
+def test_random_range_draws_every_count_equally_often() -> None:
+    request = parse("random:4-12:1")
+    matrix = request.matrix(9000)
+    # 1000 of each count with a standard deviation of 30
+    np.testing.assert_allclose(np.bincount(matrix.sum(axis=1), minlength=13), [0] * 4 + [1000] * 9, atol=150)
+    np.testing.assert_allclose(matrix.mean(axis=0), 8 / K, atol=0.03)
+    np.testing.assert_array_equal(request.matrix(10, first=20), matrix[20:30])
+
+
+def test_random_range_that_ends_before_it_starts_is_refused() -> None:
+    with pytest.raises(PolicyError, match=r"got LOW 12 above HIGH 4. Write random:4-12"):
+        parse("random:12-4")
+
+
 def test_random_draws_stay_the_same_between_versions() -> None:
     matrix = parse("random:3:1", n_blocks=6).matrix(3)
     assert ["".join("01"[bit] for bit in row) for row in matrix.astype(int)] == ["001101", "111000", "110001"]
 
 
-@pytest.mark.parametrize(("text", "name"), [("random:3", "random:3:0"), ("first:03", "first:3"), (" all ", "all")])
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("random:3", "random:3:0"),
+        ("random:3-3:2", "random:3:2"),
+        ("random:3-5", "random:3-5:0"),
+        ("first:03", "first:3"),
+        (" all ", "all"),
+    ],
+)
 def test_name_is_canonical(text: str, name: str) -> None:
     assert parse(text).name == name
 
 
 @pytest.mark.parametrize(
-    "text", ["", "some", "first", "first:", "first:x", "first:-1", "first:1:2", "random:1:x", "012", "ALL", "first:1.5"]
+    "text",
+    [
+        "",
+        "some",
+        "first",
+        "first:",
+        "first:x",
+        "first:-1",
+        "first:1:2",
+        "random:1:x",
+        "random:1-",
+        "012",
+        "ALL",
+        "first:1.5",
+    ],
 )
 def test_unknown_policy_lists_the_forms(text: str) -> None:
     with pytest.raises(PolicyError, match=r"POLICY is one of: learned, all, none, first:K, random:K\[:SEED\]"):
