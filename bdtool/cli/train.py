@@ -192,6 +192,8 @@ def curriculum_cmd(base: Path, trunk: Path | None, **given: Any) -> None:
         "base_lr": "Highest learning rate of the base, by SGD.",
         "policy": "learned, or a heuristic that the base is trained for: first:K, random:K, random:LOW-HIGH, "
         "distribute:K, all.",
+        "freeze_policy": "Leave the policy network as it is: the base learns along the paths that it takes.",
+        "blocks": "First shift the policy network to keep this many blocks on average; 0 leaves it.",
     },
 )
 @_run_options
@@ -200,7 +202,8 @@ def finetune_cmd(start: Path, **given: Any) -> None:
 
     \b
     Example:
-      bdtool train finetune policy.safetensors --data cifar10:data --val cifar10:data -o model.safetensors
+      bdtool train finetune policy.safetensors --data cifar10:data --val cifar10:data -o joint.safetensors
+      bdtool train finetune joint.safetensors --freeze-policy --blocks 7 --data cifar10:data -o model.safetensors
       bdtool train finetune base.safetensors --policy distribute:7 --data cifar10:data -o distribute7.safetensors
     """
     from bdtool.models.store import load_model

@@ -33,6 +33,7 @@ from bdtool.models.policy import policy_trunk
 from bdtool.models.store import save_model
 from bdtool.runtime.policies import parse_policy
 from bdtool.torch_classifier import TorchClassifier
+from bdtool.training.budget import shift_policy
 from bdtool.training.distributed import Group, synchronize_batch_norms
 from bdtool.training.images import data_name, training_images
 from bdtool.training.options import Amp, CurriculumOptions, FinetuneOptions, PretrainOptions, TrainOptions
@@ -144,6 +145,8 @@ def finetune(start: BlockDropModel, options: FinetuneOptions, place: Place) -> T
     """
     request = parse_policy(options.policy, n_blocks=start.n_blocks, has_policy_network=start.policy is not None)
     model = start if request.is_learned else without_policy(start)
+    if options.blocks:
+        shift_policy(model, place.train, options.blocks)
     return _train(model, "finetune", options, place, lambda m, amp: FinetuneTask(m, options, request, amp=amp))
 
 

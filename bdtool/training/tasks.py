@@ -110,19 +110,25 @@ class FinetuneTask:
     def __init__(self, model: BlockDropModel, options: FinetuneOptions, request: PolicyRequest, *, amp: bool) -> None:
         self._options = options
         self._model = model
-        self.n_uniforms = model.n_blocks if request.is_learned else 0
+        self._learns_policy = request.is_learned and not options.freeze_policy
+        self.n_uniforms = model.n_blocks if self._learns_policy else 0
+        if model.policy is not None:
+            model.policy.requires_grad_(self._learns_policy)
         self._module = _Finetune(model, options, request, amp=amp)
         self.module: nn.Module = self._module
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
         options = self._options
         base = _sgd(self._model.base, options.base_lr, options.momentum, options.weight_decay)
-        if self._model.policy is None:
+        if not self._learns_policy:
             return [base]
+        assert self._model.policy is not None
         return [base, torch.optim.Adam(self._model.policy.parameters(), lr=options.lr)]
 
     def begin_step(self, step: Step) -> str:
         self._module.train()
+        if self._model.policy is not None and not self._learns_policy:
+            self._model.policy.eval()
         self._module.step = step
         return ""
 
@@ -205,8 +211,8 @@ class _Finetune(nn.Module):
         self._amp = amp
 
     def forward(self, images: Tensor, labels: Tensor, uniforms: Tensor) -> Outcome:
-        if self.policy is None:
-            return self._heuristic(images, labels)
+        if self.policy is None or self._options.freeze_policy:
+            return self._along(self._fixed_path(images), images, labels)
         options = self._options
         with autocast(images.device, enabled=self._amp):
             probability = self.policy(images)
@@ -220,10 +226,18 @@ class _Finetune(nn.Module):
         loss = loss - options.entropy * entropy(choice.bounded, learned) + F.cross_entropy(logits, labels)
         return Outcome(loss, correct.float(), choice.sampled.float().sum(dim=1), sampled_reward)
 
-    def _heuristic(self, images: Tensor, labels: Tensor) -> Outcome:
+    def _fixed_path(self, images: Tensor) -> Tensor:
+        """Return the keep bits, bool [N, K], of a heuristic or of the policy network as it is deployed: in float32."""
+        if self.policy is not None:
+            with torch.no_grad():
+                bits: Tensor = self.policy(images) >= DEFAULT_THRESHOLD
+            return bits
         n_batch = len(images) * self.step.n_ranks
         rows = self._request.matrix(n_batch, first=self.step.number * n_batch)  # random:K draws anew in each step
-        keep = torch.from_numpy(rows[self.step.rank :: self.step.n_ranks]).to(images.device)
+        return torch.from_numpy(rows[self.step.rank :: self.step.n_ranks]).to(images.device)
+
+    def _along(self, keep: Tensor, images: Tensor, labels: Tensor) -> Outcome:
+        """Return the step of the base alone, by cross-entropy."""
         logits = self._base_logits(images, keep)
         correct = logits.argmax(dim=1) == labels
         loss = F.cross_entropy(logits, labels)
