@@ -9,6 +9,7 @@ import onnx
 
 from bdtool.specs import NetworkSpec, PartSpec
 from calibration.paths import PathBatch
+from calibration.walk import runs_part, walk_paths
 from export.check import TOLERANCES, Comparison, OnnxReference, compare
 from export.onnx_precision import dequantized, float32_form, input_scale, output_scale, precision_of, quantized
 
@@ -75,28 +76,12 @@ def part_errors(
         candidates: models by part name; parts without one are taken as they are.
     """
     parts = {p.name: ComparedPart(p, fp32(p), candidates.get(p.name)) for p in network.parts if p.kind != "full"}
-    policy = network.find("policy")
-    if policy is not None:
-        parts[policy.name].run(batch.images)
-    x = parts[network.require("stem").name].run(batch.images)
-    for k, block in enumerate(network.blocks):
-        x = _step(parts, block, network.shortcut(k), batch.keep[:, k], x)
-    parts[network.require("head").name].run(x)
+
+    def everyone_where_nobody(part: PartSpec) -> np.ndarray:
+        return np.arange(0 if runs_part(part, batch.keep).any() else len(batch.keep))
+
+    def run(part: PartSpec, values: np.ndarray) -> np.ndarray:
+        return parts[part.name].run(values)
+
+    walk_paths(network, batch.images, batch.keep, run, extra=everyone_where_nobody)
     return {name: one.worst for name, one in parts.items() if one.candidate is not None}
-
-
-def _step(
-    parts: Mapping[str, ComparedPart], block: PartSpec, shortcut: PartSpec | None, keep: np.ndarray, x: np.ndarray
-) -> np.ndarray:
-    everyone = np.ones(len(x), dtype=bool)
-    kept = parts[block.name].run(x[keep if keep.any() else everyone])
-    result = np.empty((len(x), *kept.shape[1:]), dtype=np.float32)
-    if keep.any():
-        result[keep] = kept
-    if shortcut is None:
-        result[~keep] = x[~keep]
-    else:
-        dropped = parts[shortcut.name].run(x[~keep if not keep.all() else everyone])
-        if not keep.all():
-            result[~keep] = dropped
-    return result
