@@ -19,8 +19,6 @@ from bdtool.data.batches import ImageSource
 from bdtool.errors import CalibrationError, EngineError
 from bdtool.evaluation import keep_for
 from bdtool.gates import Gates, measure_gates
-from bdtool.models.parts import part_modules
-from bdtool.models.store import load_model
 from bdtool.runtime.factory import parts_for
 from bdtool.runtime.orchestrator import Orchestrator
 from bdtool.runtime.policies import parse_policy
@@ -32,13 +30,14 @@ from calibration.part_errors import part_errors
 from calibration.paths import PathBatch, PathWalker, TopUp, WatchedPart, part_ranges
 from calibration.quantize import quantize_part
 from calibration.ranges import DEFAULT_PERCENTILE, RangeCollector
-from calibration.typed import ACTIVATION_TYPES, TypedExporter
 from calibration.variant import PartModel, commit_candidate, stage_candidate, with_calibration
 from engines.registry import identify_backend, open_backend
 from engines.store import EngineStore
 from export.bundle import Bundle
 from export.check import Comparison
 from export.files import exclusive_lock
+from export.half import half_from_fp32
+from export.half_spec import HALF_DTYPES
 from export.onnx_precision import precision_of
 
 logger = logging.getLogger(__name__)
@@ -168,8 +167,8 @@ class _Calibration:
             top_up = TopUp.plan(self.bundle.network, keep, at_least=self.request.at_least)
             extra: Mapping[str, Any] = {}
             sidecars: Mapping[str, bytes] = {}
-            if precision in ACTIVATION_TYPES:
-                activation, data = ACTIVATION_TYPES[precision], self._typed_models(precision)
+            if precision in HALF_DTYPES:
+                activation, data = HALF_DTYPES[precision], self._half_models(precision)
                 top_up = TopUp(rows={})
             else:
                 statistics = self._statistics(keep, digest, top_up)
@@ -207,16 +206,9 @@ class _Calibration:
     def _fp32(self, part: PartSpec) -> bytes:
         return self.bundle.part_path(part).read_bytes()
 
-    def _typed_models(self, precision: str) -> dict[str, bytes]:
-        network = self.bundle.network.with_activation(ACTIVATION_TYPES[precision])
-        modules = part_modules(load_model(self.bundle.weights_path))
-        exporter = TypedExporter(precision)
-        parts = [part for part in network.parts if part.kind not in ("full", "policy")]
-        models = {}
-        for i, part in enumerate(parts):
-            models[part.name] = exporter.onnx_from_module(modules[part.name], part)
-            self.on_progress("exporting", (i + 1) / len(parts))
-        return models
+    def _half_models(self, precision: str) -> dict[str, bytes]:
+        parts = [part for part in self.bundle.network.parts if part.kind not in ("full", "policy")]
+        return {part.name: half_from_fp32(self._fp32(part), part, precision) for part in parts}
 
     def _decide(self, fp32: Orchestrator) -> tuple[np.ndarray, str]:
         """Return the keep bits of the calibration images, and a digest of the images and the bits."""

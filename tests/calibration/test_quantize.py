@@ -9,8 +9,7 @@ from calibration.part_errors import CandidatePart, part_errors
 from calibration.paths import PathBatch, part_ranges
 from calibration.quantize import quantize_part
 from export.check import OnnxReference
-from export.onnx_model import OUTPUT_RANGE
-from export.onnx_precision import input_scale, output_scale
+from export.onnx_precision import OUTPUT_RANGE, input_scale, output_scale
 
 ALL = np.ones((16, 3), dtype=bool)
 
