@@ -22,7 +22,7 @@ from bdtool.version import version
 from calibration.part_errors import part_errors
 from calibration.paths import TopUp, part_ranges
 from calibration.quantize import quantize_part
-from calibration.ranges import DEFAULT_PERCENTILE
+from calibration.ranges import DEFAULT_METHOD, DEFAULT_PERCENTILE
 from calibration.variant import PartModel, commit_candidate, stage_candidate, with_calibration
 from engines.registry import identify_backend
 from export.bundle import Bundle
@@ -47,7 +47,7 @@ class CalibrationRequest:
     policy: str | None = None  # a POLICY; None is the policy network, or `all` where there is none
     limit: int = DEFAULT_LIMIT  # calibration images
     seed: int = 0  # draws them
-    method: str = "min-max"
+    method: str = DEFAULT_METHOD
     percentile: float = DEFAULT_PERCENTILE
     at_least: int = DEFAULT_AT_LEAST
     include: frozenset[str] = frozenset()  # of "policy", "head": quantize these, too

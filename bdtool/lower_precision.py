@@ -12,7 +12,7 @@ from calibration.part_errors import CandidatePart
 from engines.base import ENGINE_BOUNDS
 from engines.layouts import run_plain
 from export.bundle import Bundle
-from export.check import Comparison, compare, compare_outputs
+from export.check import Comparison, compare_outputs
 from export.walk import Probe
 
 # Root mean square of the logits' difference over that of the logits. Bounds against gross mistakes, as those of parts:
@@ -31,11 +31,8 @@ def compare_lower_part(
     is_int8_network = part.kind == "full" and candidate.precision == "int8"
     feeds = candidate.feeds(probe.feeds[part.inputs[0].name])
     onnx = candidate.outputs(feeds)
-    against_torch = compare(
-        probe.expected[part.outputs[0].name],
-        candidate.floats(onnx),
-        tolerance=candidate.tolerance * (1 + is_int8_network),
-    )
+    expected = probe.expected[part.outputs[0].name]
+    against_torch = candidate.compare(expected, candidate.floats(onnx), slack=1 + is_int8_network)
     bound = ENGINE_BOUNDS["int8 network" if is_int8_network else candidate.precision]
     try:
         engine = run_plain(runtime.engine(part), part, feeds)

@@ -10,7 +10,7 @@ import onnx
 from bdtool.specs import NetworkSpec, PartSpec
 from calibration.paths import PathBatch
 from calibration.walk import runs_part, walk_paths
-from export.check import TOLERANCES, Comparison, OnnxReference, compare
+from export.check import SHARES, TOLERANCES, Comparison, OnnxReference, compare
 from export.onnx_precision import dequantized, float32_form, input_scale, output_scale, precision_of, quantized
 
 
@@ -28,7 +28,7 @@ class ComparedPart:
         source, result = self.part.inputs[0].name, self.part.outputs[0].name
         expected = self._fp32.run({source: values})[result]
         if self.candidate is not None:
-            compared = compare(expected, self.candidate.run(values), tolerance=self.candidate.tolerance)
+            compared = self.candidate.compare(expected, self.candidate.run(values))
             self.worst = max(self.worst, compared, key=lambda one: one.error)
         return expected
 
@@ -62,6 +62,10 @@ class CandidatePart:
     def run(self, values: np.ndarray) -> np.ndarray:
         """Return what the part makes of float32 values, as float32."""
         return self.floats(self.outputs(self.feeds(values)))
+
+    def compare(self, expected: np.ndarray, actual: np.ndarray, *, slack: float = 1.0) -> Comparison:
+        """Compare what the part gave with what fp32 gives; the bound is that of its precision times `slack`."""
+        return compare(expected, actual, tolerance=slack * self.tolerance, share=SHARES[self.precision])
 
 
 def part_errors(

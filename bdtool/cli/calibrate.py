@@ -36,10 +36,10 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--method",
-    type=click.Choice(["min-max", "percentile", "entropy"]),
-    default="min-max",
+    type=click.Choice(["mse", "min-max", "percentile", "entropy"]),
+    default="mse",
     show_default=True,
-    help="How a range follows from the activations.",
+    help="How a range follows from the activations; mse takes the one of least mean square error.",
 )
 @click.option(
     "--percentile",
@@ -136,7 +136,7 @@ def _failure(result: Calibrated) -> str:
         name = max(bad, key=lambda part: bad[part].error)
         return (
             f"part {name!r} in {result.precision} is {bad[name].error:.2g} of its range away from fp32, "
-            f"allowed is {bad[name].tolerance:g}. Try more images, or --method percentile"
+            f"allowed is {bad[name].tolerance:g}. Try more images (--limit), or another --method"
         )
     return (
         f"{result.precision} loses {result.gates.accuracy_drop:.2f} percentage points of accuracy, allowed is "
