@@ -67,5 +67,10 @@ def lower_outputs(
     return [*rows, ("accuracy", max(0.0, _POINTS * (before - after)), max_accuracy_drop + noise, detail)]
 
 
+def flips_bound(measured: float, n_bits: int) -> float:
+    """Return the share of `n_bits` keep bits that may flip: what calibration measured, and two standard errors."""
+    return measured + 2 * math.sqrt((measured + 1 / n_bits) / n_bits)  # of at least one bit
+
+
 def percent(share: float) -> str:
     return f"{_POINTS * share:.2f} %"

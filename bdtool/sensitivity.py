@@ -72,6 +72,7 @@ class _Bench:
             evaluation=self._trial.evaluation.description,
             eval_limit=self._trial.limit,
             threads=self._backend.threads,
+            format=2,
         )
 
     def sensitivity(self, name: str) -> dict[str, Any]:
@@ -83,6 +84,7 @@ class _Bench:
             "precision": _LOWER,
             "accuracy_drop": gates.accuracy_drop or 0.0,
             "changed_classes": gates.changed_classes,
+            "policy_flips": gates.policy_flips,
             "logits_error": gates.logits_error,
             "fp32_ms": self._median_ms(part, self._fp32.engine(part)),
             "ms": self._median_ms(part, self._engine(name)),
