@@ -13,10 +13,10 @@ import onnx
 from bdtool.calibration_set import CalibrationSet, PathStatistics, collect_statistics, drawn
 from bdtool.candidate_trial import Trial
 from bdtool.data.batches import ImageSource
-from bdtool.errors import CalibrationError
+from bdtool.errors import CalibrationError, PolicyError
 from bdtool.gates import Gates
 from bdtool.runtime.orchestrator import Orchestrator
-from bdtool.runtime.policies import parse_policy
+from bdtool.runtime.policies import PolicyRequest, parse_policy
 from bdtool.specs import PartSpec
 from bdtool.version import version
 from calibration.part_errors import part_errors
@@ -114,7 +114,7 @@ def calibrate(
 
     Raises:
         CalibrationError: the images are not real ones, or an activation is not finite.
-        PolicyError: the policy does not fit.
+        PolicyError: the policy does not fit, or holds a row for each image of one data set.
         BundleError: another calibration of the bundle is running, or it cannot be written.
     """
     if not data.is_real or not evaluation.is_real:
@@ -122,13 +122,20 @@ def calibrate(
         raise CalibrationError(
             f"calibration needs real images: {made_up.description}. Give the ones the network will see with --data"
         )
+    network = bundle.network
+    policy = parse_policy(request.policy, n_blocks=network.n_blocks, has_policy_network=network.has_policy)
+    if policy.n_rows is not None:
+        raise PolicyError(
+            f"policy {policy.name}: has a row for each of {policy.n_rows} images, but calibration draws images and is "
+            f"judged on others. Give a file with one row [{network.n_blocks}] for all, or another POLICY"
+        )
     work = bundle.path.resolve().with_name(f".{bundle.path.resolve().name}.calibration")
     work.mkdir(exist_ok=True)
     with (
         exclusive_lock(work / "lock", purpose=f"a calibration of {bundle.path}"),
         tempfile.TemporaryDirectory(prefix="candidate-", dir=work) as staging,
     ):
-        return _Calibration(bundle, data, evaluation, request, work, Path(staging), on_progress).run()
+        return _Calibration(bundle, data, evaluation, policy, request, work, Path(staging), on_progress).run()
 
 
 class _Calibration:
@@ -137,15 +144,15 @@ class _Calibration:
         bundle: Bundle,
         data: ImageSource,
         evaluation: ImageSource,
+        policy: PolicyRequest,
         request: CalibrationRequest,
         work: Path,
         staging: Path,
         on_progress: Callable[[str, float], None],
     ) -> None:
         self._bundle, self._request, self._work, self._staging = bundle, request, work, staging
-        network = bundle.network
         self._images = drawn(data, request.limit, seed=request.seed)
-        self._policy = parse_policy(request.policy, n_blocks=network.n_blocks, has_policy_network=network.has_policy)
+        self._policy = policy
         self._on_progress = on_progress
         self._trial = Trial(
             evaluation=evaluation,

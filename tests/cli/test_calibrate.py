@@ -125,6 +125,14 @@ def test_policy_network_and_head_are_quantized_when_asked(calibrate, bundle_copy
     assert verified["rungs"]["policy"]["bound"] > found["gates"]["policy_flips"]
 
 
+def test_bits_of_single_images_are_refused(calibrate, bdtool, bundle_copy, labelled, tmp_path):
+    np.save(tmp_path / "bits.npy", np.ones((40, 3)))
+    words = ("calibrate", bundle_copy, "--data", labelled, "--policy", tmp_path / "bits.npy")
+    assert "has a row for each of 40 images, but calibration draws images" in bdtool(*words, status=2).stderr
+    np.save(tmp_path / "bits.npy", np.array([1, 0, 1]))
+    assert calibrate("--policy", tmp_path / "bits.npy")["topped_up"] == {"block_01": 8, "shortcut_02": 8}
+
+
 def test_rare_blocks_are_named(calibrate):
     found = calibrate("--policy", "first:1")
     assert found["topped_up"]["block_02"] == 8
