@@ -86,6 +86,15 @@ def test_every_int8_part_builds_with_integer_activations(parts):
         assert "int8" in details["kernel_types"] or part.kind in ("head", "shortcut"), part.name
 
 
+def test_bf16_parts_build_in_bfloat16(tiny_bundle):
+    backend = open_backend(RTX, "cpu", tensorrt=OPTIONS)
+    for name in ("stem", "block_00", "block_01", "shortcut_01", "head"):
+        part = tiny_bundle.network.part(name)
+        model = half_from_fp32(tiny_bundle.part_path(part).read_bytes(), part, "bf16")
+        details = backend.build(part.with_activation("bfloat16"), model, layout=CHANNELS_LAST).details
+        assert set(details["convolutions"]) == ({"bf16"} if name in ("stem", "block_00", "block_01") else set()), name
+
+
 def test_plain_activations_cost_two_more_kernels(tiny_bundle):
     """What channels-last is for; should this fail, TensorRT-RTX has learned to do without it."""
     part = tiny_bundle.network.part("block_00")
