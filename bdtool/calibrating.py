@@ -19,6 +19,7 @@ from bdtool.runtime.orchestrator import Orchestrator
 from bdtool.runtime.policies import PolicyRequest, parse_policy
 from bdtool.specs import PartSpec
 from bdtool.version import version
+from calibration.bias_correction import correct_biases, images_for_correction
 from calibration.part_errors import part_errors
 from calibration.paths import TopUp, part_ranges
 from calibration.quantize import quantize_part
@@ -49,6 +50,7 @@ class CalibrationRequest:
     seed: int = 0  # draws them
     method: str = DEFAULT_METHOD
     percentile: float = DEFAULT_PERCENTILE
+    bias_correction: bool = True
     at_least: int = DEFAULT_AT_LEAST
     include: frozenset[str] = frozenset()  # of "policy", "head": quantize these, too
     max_accuracy_drop: float = DEFAULT_MAX_ACCURACY_DROP
@@ -201,7 +203,24 @@ class _Calibration:
             models[part.name] = quantize_part(
                 self._fp32(part), part, ranges, integer_activations=integer_activations, weights=not keeps_float
             )
-        return models
+        if not self._request.bias_correction:
+            return models
+        return self._with_corrected_biases(models, statistics.source, chained=integer_activations)
+
+    def _with_corrected_biases(
+        self, models: Mapping[str, bytes], source: CalibrationSet, *, chained: bool
+    ) -> dict[str, bytes]:
+        network = self._bundle.network
+        n_parts = sum(part.kind != "full" for part in network.parts)
+        return correct_biases(
+            network,
+            self._fp32,
+            models,
+            source.some(images_for_correction(network, len(source.keep))),
+            at_least=self._request.at_least,
+            chained=chained,
+            on_part=lambda n_done: self._on_progress("correcting biases", n_done / n_parts),
+        )
 
     def _half_candidates(self) -> Candidates:
         precision = self._request.precision
@@ -259,6 +278,7 @@ class _Calibration:
             "data_sha256": source.digest,
             "method": request.method,
             "percentile": request.percentile if request.method == "percentile" else None,
+            "bias_correction": request.bias_correction,
             "seed": request.seed,
             "at_least": request.at_least,
             "calibrated_by": f"bdtool {version()}, onnxruntime {identify_backend('onnxruntime', 'cpu').version}",

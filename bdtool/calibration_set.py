@@ -62,6 +62,11 @@ class CalibrationSet:
             yield PathBatch(first=first, images=preprocess(batch.images, self.preprocessing), keep=bits)
             first += len(batch.images)
 
+    def some(self, rows: np.ndarray) -> PathBatch:
+        """Return the images of these numbers, int [n], as one batch of their own."""
+        images = np.stack([self.images.image_at(int(row)) for row in rows])
+        return PathBatch(first=0, images=preprocess(images, self.preprocessing), keep=self.keep[rows])
+
 
 @dataclass(frozen=True, kw_only=True)
 class PathStatistics:

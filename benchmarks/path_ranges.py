@@ -9,6 +9,7 @@ gates of `bdtool calibrate` do, and is printed as soon as it is known. What is g
 from __future__ import annotations
 
 import argparse
+import itertools
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -25,6 +26,9 @@ from bdtool.runtime.policies import parse_policy
 from calibration.ranges import DEFAULT_METHOD
 from export.bundle import Bundle
 
+WAY = ("policy", "calibrated on", "method", "biases")
+COLUMNS = (*WAY, "fp32 top-1", "int8 top-1", "drop", "classes changed", "logits error")
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -33,19 +37,19 @@ def main() -> None:
     parser.add_argument("--eval", required=True, help="labelled images; a DATA of bdtool")
     parser.add_argument("--policies", help="default: learned and all, or all without a policy network")
     parser.add_argument("--methods", default=DEFAULT_METHOD)
+    parser.add_argument("--biases", default="corrected", help="corrected, plain, or both with a comma")
     parser.add_argument("--limit", type=int, default=DEFAULT_LIMIT, help="calibration images")
     parser.add_argument("--eval-limit", type=int)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     with bundle_copy(args.source) as bundle:
         default = "learned,all" if bundle.network.has_policy else "all"
-        print("| policy | calibrated on | method | fp32 top-1 | int8 top-1 | drop | classes changed | logits error |")
-        print("|---|---|---|---|---|---|---|---|", flush=True)
-        for policy in (args.policies or default).split(","):
+        print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)
+        choices = (args.policies or default, args.methods, args.biases)
+        for policy, method, biases in itertools.product(*(choice.split(",") for choice in choices)):
             for source in dict.fromkeys(("all", policy)):
-                for method in args.methods.split(","):
-                    figures = formatted(measure(bundle, args, policy, source, method))
-                    print(f"| {policy} | {source} | {method} | {' | '.join(figures)} |", flush=True)
+                figures = formatted(measure(bundle, args, policy, source, method, biases))
+                print(f"| {policy} | {source} | {method} | {biases} | {' | '.join(figures)} |", flush=True)
 
 
 @contextmanager
@@ -60,11 +64,17 @@ def bundle_copy(source: str) -> Iterator[Bundle]:
         yield Bundle.open(path)
 
 
-def measure(bundle: Bundle, args: argparse.Namespace, policy: str, source: str, method: str) -> Gates:
+def measure(bundle: Bundle, args: argparse.Namespace, policy: str, source: str, method: str, biases: str) -> Gates:
     network = bundle.network
     images, judged = open_data(args.data, network=network, split="train"), open_data(args.eval, network=network)
     request = CalibrationRequest(
-        policy=source, limit=args.limit, method=method, max_accuracy_drop=100, eval_limit=1, threads=args.threads
+        policy=source,
+        limit=args.limit,
+        method=method,
+        bias_correction=biases == "corrected",
+        max_accuracy_drop=100,
+        eval_limit=1,
+        threads=args.threads,
     )
     calibrate(Bundle.open(bundle.path), images, judged, request)
     parsed = parse_policy(policy, n_blocks=network.n_blocks, has_policy_network=network.has_policy)

@@ -49,6 +49,12 @@ if TYPE_CHECKING:
     help="With --method percentile: share of the absolute values that does not saturate.",
 )
 @click.option(
+    "--bias-correction/--no-bias-correction",
+    default=True,
+    show_default=True,
+    help="Let the biases of INT8 layers take back the shift of the mean that rounding leaves.",
+)
+@click.option(
     "--at-least",
     type=click.IntRange(min=1),
     default=64,
@@ -80,6 +86,7 @@ def calibrate_cmd(
     split: str,
     method: str,
     percentile: float,
+    bias_correction: bool,
     at_least: int,
     include: tuple[str, ...],
     evaluation: str | None,
@@ -114,6 +121,7 @@ def calibrate_cmd(
         seed=seed,
         method=method,
         percentile=percentile,
+        bias_correction=bias_correction,
         at_least=at_least,
         include=frozenset(include),
         max_accuracy_drop=max_accuracy_drop,

@@ -125,6 +125,14 @@ def test_policy_network_and_head_are_quantized_when_asked(calibrate, bundle_copy
     assert verified["rungs"]["policy"]["bound"] > found["gates"]["policy_flips"]
 
 
+def test_corrected_biases_come_closer(calibrate, bundle_copy):
+    plain = calibrate("--no-bias-correction")["gates"]
+    assert Bundle.open(bundle_copy).manifest.variants["int8"].calibration["bias_correction"] is False
+    corrected = calibrate()["gates"]
+    assert Bundle.open(bundle_copy).manifest.variants["int8"].calibration["bias_correction"] is True
+    assert 0 < corrected["logits_error"] < plain["logits_error"]
+
+
 def test_bits_of_single_images_are_refused(calibrate, bdtool, bundle_copy, labelled, tmp_path):
     np.save(tmp_path / "bits.npy", np.ones((40, 3)))
     words = ("calibrate", bundle_copy, "--data", labelled, "--policy", tmp_path / "bits.npy")
