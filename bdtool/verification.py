@@ -24,7 +24,7 @@ import numpy as np
 
 from bdtool.data.batches import ImageBatch, ImageSource
 from bdtool.errors import BundleError, EngineError
-from bdtool.lower_precision import compare_lower_part, flips_bound, lower_outputs
+from bdtool.lower_precision import compare_lower_part, flips_bound, lower_outputs, path_probes
 from bdtool.models.model import BlockDropModel
 from bdtool.models.parts import network_spec, part_modules
 from bdtool.models.store import load_model
@@ -168,18 +168,18 @@ def _climb_lower(
 ) -> Iterator[Rung]:
     """Compare parts of another precision, whose errors are of another size, and whose last word is the accuracy."""
     variant = bundle.manifest.variants[precision]
+    policy = variant.calibration["policy"]  # its ranges hold for the paths of this one
+    request = parse_policy(policy, n_blocks=bundle.network.n_blocks, has_policy_network=bundle.network.has_policy)
+    oracle = TorchClassifier(model)
+    keep = _run_oracle(oracle, batch.images).policy if request.is_learned else request.matrix(len(batch.images))
     pixels = preprocess(batch.images[:_N_PROBES], bundle.network.preprocessing)
     comparisons = [
         (probe.part.name, *compare_lower_part(bundle, probe, precision, full if probe.part.kind == "full" else chain))
-        for probe in walk(bundle.network, part_modules(model), pixels)
+        for probe in path_probes(model, bundle.network, pixels, keep[:_N_PROBES])
     ]
     yield _worst("onnx", [(onnx, name) for name, onnx, _ in comparisons])
     yield _worst("engines", [(engine, name) for name, _, engine in comparisons])
-    oracle = TorchClassifier(model)
     yield from _policy_rungs(chain, oracle, batch.images, measured=_measured_flips(bundle, precision))
-    policy = variant.calibration["policy"]  # its ranges hold for the paths of this one
-    request = parse_policy(policy, n_blocks=bundle.network.n_blocks, has_policy_network=bundle.network.has_policy)
-    keep = _run_oracle(oracle, batch.images).policy if request.is_learned else request.matrix(len(batch.images))
     expected = _run_oracle(oracle, batch.images, keep)
     try:
         actual = chain.run(batch.images, policy=keep)

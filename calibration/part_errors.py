@@ -9,7 +9,7 @@ import onnx
 
 from bdtool.specs import NetworkSpec, PartSpec
 from calibration.paths import PathBatch
-from calibration.walk import runs_part, walk_paths
+from calibration.walk import everyone_where_nobody, walk_paths
 from export.check import SHARES, TOLERANCES, Comparison, OnnxReference, compare
 from export.onnx_precision import dequantized, float32_form, input_scale, output_scale, precision_of, quantized
 
@@ -81,11 +81,8 @@ def part_errors(
     """
     parts = {p.name: ComparedPart(p, fp32(p), candidates.get(p.name)) for p in network.parts if p.kind != "full"}
 
-    def everyone_where_nobody(part: PartSpec) -> np.ndarray:
-        return np.arange(0 if runs_part(part, batch.keep).any() else len(batch.keep))
-
     def run(part: PartSpec, values: np.ndarray) -> np.ndarray:
         return parts[part.name].run(values)
 
-    walk_paths(network, batch.images, batch.keep, run, extra=everyone_where_nobody)
+    walk_paths(network, batch.images, batch.keep, run, extra=everyone_where_nobody(batch.keep))
     return {name: one.worst for name, one in parts.items() if one.candidate is not None}

@@ -19,6 +19,11 @@ def runs_part(part: PartSpec, keep: np.ndarray) -> np.ndarray:
     return runs
 
 
+def everyone_where_nobody(keep: np.ndarray) -> Callable[[PartSpec], np.ndarray]:
+    """Return what lets all images run a part besides (`extra` of `walk_paths`) where none of them keeps it."""
+    return lambda part: np.arange(0 if runs_part(part, keep).any() else len(keep))
+
+
 def walk_paths(
     network: NetworkSpec,
     images: np.ndarray,
