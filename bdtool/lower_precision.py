@@ -5,14 +5,19 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import torch
 
 from bdtool.errors import EngineError
+from bdtool.models.model import BlockDropModel
+from bdtool.models.parts import part_modules
 from bdtool.runtime.orchestrator import Orchestrator
+from bdtool.specs import NetworkSpec, PartSpec
 from calibration.part_errors import CandidatePart
+from calibration.walk import everyone_where_nobody, walk_paths
 from engines.base import ENGINE_BOUNDS
 from engines.layouts import run_plain
 from export.bundle import Bundle
-from export.check import Comparison, compare, compare_outputs
+from export.check import Comparison, compare_outputs
 from export.walk import Probe
 
 # Root mean square of the logits' difference over that of the logits. Bounds against gross mistakes, as those of parts:
@@ -22,20 +27,44 @@ CHANGED_BOUNDS = {"int8": 0.15, "mixed": 0.15, "fp16": 0.03, "bf16": 0.05}  # sh
 _POINTS = 100
 
 
+def path_probes(model: BlockDropModel, network: NetworkSpec, pixels: np.ndarray, keep: np.ndarray) -> list[Probe]:
+    """Return a probe of each part along the paths that a precision was calibrated for: its ranges hold for no other.
+
+    A part that no image keeps is probed on all of them, and `full` has but the one path.
+
+    Args:
+        pixels: preprocessed float32 [n, 3, H, W].
+        keep: bool [n, K].
+    """
+    modules, probes = part_modules(model), {}
+
+    def run(part: PartSpec, values: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            result: np.ndarray = modules[part.name](torch.from_numpy(values)).numpy()
+        probes[part.name] = _probe(part, values, result)
+        return result
+
+    full = network.require("full")
+    logits = walk_paths(network, pixels, np.ones_like(keep), run)
+    walk_paths(network, pixels, keep, run, extra=everyone_where_nobody(keep))
+    return [*probes.values(), _probe(full, pixels, logits)]
+
+
+def _probe(part: PartSpec, values: np.ndarray, result: np.ndarray) -> Probe:
+    return Probe(part=part, feeds={part.inputs[0].name: values}, expected={part.outputs[0].name: result})
+
+
 def compare_lower_part(
     bundle: Bundle, probe: Probe, precision: str, runtime: Orchestrator
 ) -> tuple[Comparison, Comparison]:
-    """Compare a part's ONNX with PyTorch, on PyTorch's own activations, and its engine with its ONNX."""
+    """Compare a part's ONNX with PyTorch, on the activations of a probe, and its engine with its ONNX."""
     part = bundle.network_at(precision).part(probe.part.name)
     candidate = CandidatePart(part, bundle.part_path(part, precision).read_bytes())
     is_int8_network = part.kind == "full" and candidate.precision == "int8"
     feeds = candidate.feeds(probe.feeds[part.inputs[0].name])
     onnx = candidate.outputs(feeds)
-    against_torch = compare(
-        probe.expected[part.outputs[0].name],
-        candidate.floats(onnx),
-        tolerance=candidate.tolerance * (1 + is_int8_network),
-    )
+    expected = probe.expected[part.outputs[0].name]
+    against_torch = candidate.compare(expected, candidate.floats(onnx), slack=1 + is_int8_network)
     bound = ENGINE_BOUNDS["int8 network" if is_int8_network else candidate.precision]
     try:
         engine = run_plain(runtime.engine(part), part, feeds)
@@ -68,6 +97,11 @@ def lower_outputs(
     noise = 2 * math.sqrt(changed / len(labels)) * _POINTS
     detail = f"{percent(after)}, PyTorch {percent(before)}; bound {max_accuracy_drop:g} points and noise"
     return [*rows, ("accuracy", max(0.0, _POINTS * (before - after)), max_accuracy_drop + noise, detail)]
+
+
+def flips_bound(measured: float, n_bits: int) -> float:
+    """Return the share of `n_bits` keep bits that may flip: what calibration measured, and two standard errors."""
+    return measured + 2 * math.sqrt((measured + 1 / n_bits) / n_bits)  # of at least one bit
 
 
 def percent(share: float) -> str:

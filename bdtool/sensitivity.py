@@ -5,11 +5,14 @@ from __future__ import annotations
 import html
 import json
 import time
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from bdtool.calibration_set import PathStatistics
+from bdtool.candidate_trial import Trial
 from bdtool.gates import Gates
 from bdtool.runtime.orchestrator import Orchestrator
 from bdtool.specs import PartSpec
@@ -17,9 +20,7 @@ from calibration.cache import ResultCache, content_key
 from calibration.mixed import BlockSensitivity, Choice, choose_precisions
 from engines.base import Engine
 from engines.registry import open_backend
-
-if TYPE_CHECKING:
-    from bdtool.calibrating import PathStatistics, _Calibration
+from export.files import sha256_of_bytes
 
 _LOWER = "int8"
 _N_CALLS, _N_WARMUP = 30, 3
@@ -27,24 +28,30 @@ TABLE, PLOT = "calibration/mixed.json", "calibration/mixed.svg"
 
 
 def mixed_models(
-    run: _Calibration, fp32: Orchestrator, statistics: PathStatistics
+    models: Mapping[str, bytes],
+    fp32: Orchestrator,
+    trial: Trial,
+    statistics: PathStatistics,
+    work: Path,
+    *,
+    max_batch: int,
+    on_progress: Callable[[str, float], None],
 ) -> tuple[dict[str, bytes], dict[str, Any], dict[str, bytes]]:
     """Return the int8 models of the blocks chosen, figures for the manifest, and the table and plot for the bundle.
 
-    The activation between parts stays float32, so that each block can be exchanged alone.
+    Args:
+        models: the int8 model of each block, with float32 activations, so that each can be exchanged alone.
+        statistics: what `models` came from.
+        work: directory for what was measured before an interruption.
     """
-    blocks = {part.name for part in run.bundle.network.blocks}
-    models = run.quantized_models(statistics, integer_activations=False)
-    models = {name: model for name, model in models.items() if name in blocks}
-    bench = _Bench(run, fp32, models)
-    file = run.work / f"sensitivity-{bench.key(statistics)}.json"
-    cache = ResultCache(file)
+    bench = _Bench(models, fp32, trial, max_batch=max_batch)
+    cache = ResultCache(work / f"sensitivity-{bench.key(statistics)}.json")
     rows = []
     for i, name in enumerate(sorted(models)):
         rows.append(BlockSensitivity(**cache.get(name, lambda name=name: bench.sensitivity(name))))  # type: ignore[misc]
-        run.on_progress(f"sensitivity of {name}", (i + 1) / len(models))
-    choice = choose_precisions(rows, bench.drop, max_accuracy_drop=run.request.max_accuracy_drop)
-    table = _table(rows, choice, run)
+        on_progress(f"sensitivity of {name}", (i + 1) / len(models))
+    choice = choose_precisions(rows, bench.drop, max_accuracy_drop=trial.max_accuracy_drop)
+    table = _table(rows, choice, trial)
     sidecars = {TABLE: (json.dumps(table, indent=2) + "\n").encode(), PLOT: sensitivity_plot(rows, choice).encode()}
     extra = {"table": TABLE, "plot": PLOT, "chosen": dict(choice.precisions)}
     return {name: models[name] for name in choice.precisions}, extra, sidecars
@@ -53,30 +60,31 @@ def mixed_models(
 class _Bench:
     """Runs the fp32 chain with some of its blocks exchanged."""
 
-    def __init__(self, run: _Calibration, fp32: Orchestrator, models: Mapping[str, bytes]) -> None:
-        self._run, self._fp32, self._models = run, fp32, models
-        self._backend = open_backend("onnxruntime", "cpu", threads=run.request.threads)
+    def __init__(self, models: Mapping[str, bytes], fp32: Orchestrator, trial: Trial, *, max_batch: int) -> None:
+        self._models, self._fp32, self._trial, self._max_batch = models, fp32, trial, max_batch
+        self._backend = open_backend("onnxruntime", "cpu", threads=trial.threads)
         self._engines: dict[str, Engine] = {}
 
     def key(self, statistics: PathStatistics) -> str:
-        request = self._run.request
         return content_key(
-            data=statistics.digest,
-            models={name: hash_of(model) for name, model in self._models.items()},
-            evaluation=self._run.evaluation.description,
-            eval_limit=request.eval_limit,
+            data=statistics.source.digest,
+            models={name: sha256_of_bytes(model) for name, model in self._models.items()},
+            evaluation=self._trial.evaluation.description,
+            eval_limit=self._trial.limit,
             threads=self._backend.threads,
+            format=2,
         )
 
     def sensitivity(self, name: str) -> dict[str, Any]:
         """Measure one block alone in int8."""
-        part = self._run.bundle.network.part(name)
+        part = self._fp32.network.part(name)
         gates = self._measure({name: _LOWER})
         return {
             "block": name,
             "precision": _LOWER,
             "accuracy_drop": gates.accuracy_drop or 0.0,
             "changed_classes": gates.changed_classes,
+            "policy_flips": gates.policy_flips,
             "logits_error": gates.logits_error,
             "fp32_ms": self._median_ms(part, self._fp32.engine(part)),
             "ms": self._median_ms(part, self._engine(name)),
@@ -86,16 +94,15 @@ class _Bench:
         return self._measure(chosen).accuracy_drop or 0.0
 
     def _measure(self, chosen: Mapping[str, str]) -> Gates:
-        network = self._run.bundle.network
+        network = self._fp32.network
         parts = [part for part in network.parts if part.kind != "full"]
         engines = {p.name: self._engine(p.name) if p.name in chosen else self._fp32.engine(p) for p in parts}
-        max_batch = self._run.bundle.manifest.max_batch
-        with Orchestrator(network, self._backend, engines, strategy="chain", max_batch=max_batch) as other:
-            return self._run.measure(self._fp32, other)
+        with Orchestrator(network, self._backend, engines, strategy="chain", max_batch=self._max_batch) as other:
+            return self._trial.measure(self._fp32, other)
 
     def _engine(self, name: str) -> Engine:
         if name not in self._engines:
-            part = self._run.bundle.network.part(name)
+            part = self._fp32.network.part(name)
             layout = self._fp32.engine(part).layout  # they exchange activations with the fp32 ones
             built = self._backend.build(part, self._models[name], layout=layout)
             self._engines[name] = self._backend.load(part, built.data, layout=built.layout)
@@ -113,16 +120,10 @@ class _Bench:
         return float(np.median(times[_N_WARMUP:])) * 1e3
 
 
-def hash_of(model: bytes) -> str:
-    from export.files import sha256_of_bytes
-
-    return sha256_of_bytes(model)
-
-
-def _table(rows: Sequence[BlockSensitivity], choice: Choice, run: _Calibration) -> dict[str, Any]:
+def _table(rows: Sequence[BlockSensitivity], choice: Choice, trial: Trial) -> dict[str, Any]:
     return {
-        "input_source": run.evaluation.description,
-        "max_accuracy_drop": run.request.max_accuracy_drop,
+        "input_source": trial.evaluation.description,
+        "max_accuracy_drop": trial.max_accuracy_drop,
         "accuracy_drop": choice.accuracy_drop,
         "blocks": [{**row.to_json(), "chosen": choice.precisions.get(row.block, "fp32")} for row in rows],
         "steps": [dict(step) for step in choice.steps],

@@ -63,6 +63,15 @@ class PartSpec:
         """Names of the outputs that go to the controller: all but the activation `x`."""
         return tuple(t.name for activation, t in zip(self.writes, self.outputs, strict=True) if activation != "x")
 
+    def with_activation(self, dtype: str) -> PartSpec:
+        """Return the same part with `x`, the activation between parts, in another dtype."""
+
+        def typed(activations: tuple[str, ...], tensors: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
+            pairs = zip(activations, tensors, strict=True)
+            return tuple(replace(tensor, dtype=dtype) if name == "x" else tensor for name, tensor in pairs)
+
+        return replace(self, inputs=typed(self.reads, self.inputs), outputs=typed(self.writes, self.outputs))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
@@ -149,16 +158,7 @@ class NetworkSpec:
 
     def with_activation(self, dtype: str) -> NetworkSpec:
         """Return the same network with `x`, the activation between its parts, in another dtype."""
-
-        def typed(activations: tuple[str, ...], tensors: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
-            pairs = zip(activations, tensors, strict=True)
-            return tuple(replace(tensor, dtype=dtype) if name == "x" else tensor for name, tensor in pairs)
-
-        parts = tuple(
-            replace(part, inputs=typed(part.reads, part.inputs), outputs=typed(part.writes, part.outputs))
-            for part in self.parts
-        )
-        return replace(self, parts=parts)
+        return replace(self, parts=tuple(part.with_activation(dtype) for part in self.parts))
 
     def label(self, class_index: int) -> str:
         return self.labels[class_index] if self.labels is not None else str(class_index)

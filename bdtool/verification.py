@@ -24,7 +24,7 @@ import numpy as np
 
 from bdtool.data.batches import ImageBatch, ImageSource
 from bdtool.errors import BundleError, EngineError
-from bdtool.lower_precision import compare_lower_part, lower_outputs
+from bdtool.lower_precision import compare_lower_part, flips_bound, lower_outputs, path_probes
 from bdtool.models.model import BlockDropModel
 from bdtool.models.parts import network_spec, part_modules
 from bdtool.models.store import load_model
@@ -168,18 +168,18 @@ def _climb_lower(
 ) -> Iterator[Rung]:
     """Compare parts of another precision, whose errors are of another size, and whose last word is the accuracy."""
     variant = bundle.manifest.variants[precision]
+    policy = variant.calibration["policy"]  # its ranges hold for the paths of this one
+    request = parse_policy(policy, n_blocks=bundle.network.n_blocks, has_policy_network=bundle.network.has_policy)
+    oracle = TorchClassifier(model)
+    keep = _run_oracle(oracle, batch.images).policy if request.is_learned else request.matrix(len(batch.images))
     pixels = preprocess(batch.images[:_N_PROBES], bundle.network.preprocessing)
     comparisons = [
         (probe.part.name, *compare_lower_part(bundle, probe, precision, full if probe.part.kind == "full" else chain))
-        for probe in walk(bundle.network, part_modules(model), pixels)
+        for probe in path_probes(model, bundle.network, pixels, keep[:_N_PROBES])
     ]
     yield _worst("onnx", [(onnx, name) for name, onnx, _ in comparisons])
     yield _worst("engines", [(engine, name) for name, _, engine in comparisons])
-    oracle = TorchClassifier(model)
-    yield from _policy_rungs(chain, oracle, batch.images)
-    policy = variant.calibration["policy"]  # its ranges hold for the paths of this one
-    request = parse_policy(policy, n_blocks=bundle.network.n_blocks, has_policy_network=bundle.network.has_policy)
-    keep = _run_oracle(oracle, batch.images).policy if request.is_learned else request.matrix(len(batch.images))
+    yield from _policy_rungs(chain, oracle, batch.images, measured=_measured_flips(bundle, precision))
     expected = _run_oracle(oracle, batch.images, keep)
     try:
         actual = chain.run(batch.images, policy=keep)
@@ -216,8 +216,21 @@ def _worst(name: str, comparisons: list[tuple[Comparison, str]]) -> Rung:
     return Rung(name=name, worst=worst.error, bound=worst.tolerance, detail=f"{len(comparisons)} parts, worst {where}")
 
 
-def _policy_rungs(chain: Orchestrator, oracle: TorchClassifier, images: np.ndarray) -> list[Rung]:
-    """Compare keep bits; the policy engine runs alone, so that a damaged block cannot hide its answer."""
+def _measured_flips(bundle: Bundle, precision: str) -> float | None:
+    """Return the share of keep bits that calibration saw flipped; None where the policy network is the fp32 one."""
+    policy = bundle.network.find("policy")
+    if policy is None or bundle.files_at(precision)[policy.name].precision == "fp32":
+        return None
+    return float(bundle.manifest.variants[precision].calibration["gates"]["policy_flips"])
+
+
+def _policy_rungs(
+    chain: Orchestrator, oracle: TorchClassifier, images: np.ndarray, *, measured: float | None = None
+) -> list[Rung]:
+    """Compare keep bits; the policy engine runs alone, so that a damaged block cannot hide its answer.
+
+    `measured` is the share that flips by rounding, as calibration saw it; None allows no flip.
+    """
     part = chain.network.find("policy")
     if part is None:
         return [Rung(name="policy", worst=None, bound=0.0, detail="the bundle has no policy network")]
@@ -232,7 +245,8 @@ def _policy_rungs(chain: Orchestrator, oracle: TorchClassifier, images: np.ndarr
     if differ.any():  # a probability at the threshold tips over with the last digit; one far from it does not
         distance = np.abs(theirs - oracle.network.threshold)[differ].max()
         detail += f", PyTorch's probability up to {distance:.1g} from the threshold"
-    return [Rung(name="policy", worst=float(differ.mean()), bound=0.0, detail=detail)]
+    bound = 0.0 if measured is None else flips_bound(measured, differ.size)
+    return [Rung(name="policy", worst=float(differ.mean()), bound=bound, detail=detail)]
 
 
 def _output_rungs(chain: Orchestrator, oracle: TorchClassifier, images: np.ndarray) -> list[Rung]:

@@ -1,1 +1,1 @@
-"""INT8 and FP16 parts along policy-sampled paths: ranges, Q/DQ, typed parts, and the choice of mixed precision."""
+"""INT8 parts along policy-sampled paths: ranges, Q/DQ, bias correction, part errors, and the mix of precisions."""

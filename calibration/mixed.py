@@ -15,6 +15,7 @@ class BlockSensitivity:
     precision: str
     accuracy_drop: float  # percentage points, against fp32 on the same keep bits; negative where it gains
     changed_classes: float  # share of images, 0 to 1
+    policy_flips: float | None  # share of keep bits decided otherwise; None without a policy network
     logits_error: float  # root mean square of the difference over that of the fp32 logits
     fp32_ms: float  # median of one engine call at batch 1
     ms: float

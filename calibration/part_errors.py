@@ -9,7 +9,8 @@ import onnx
 
 from bdtool.specs import NetworkSpec, PartSpec
 from calibration.paths import PathBatch
-from export.check import TOLERANCES, Comparison, OnnxReference, compare
+from calibration.walk import everyone_where_nobody, walk_paths
+from export.check import SHARES, TOLERANCES, Comparison, OnnxReference, compare
 from export.onnx_precision import dequantized, float32_form, input_scale, output_scale, precision_of, quantized
 
 
@@ -27,7 +28,7 @@ class ComparedPart:
         source, result = self.part.inputs[0].name, self.part.outputs[0].name
         expected = self._fp32.run({source: values})[result]
         if self.candidate is not None:
-            compared = compare(expected, self.candidate.run(values), tolerance=self.candidate.tolerance)
+            compared = self.candidate.compare(expected, self.candidate.run(values))
             self.worst = max(self.worst, compared, key=lambda one: one.error)
         return expected
 
@@ -62,6 +63,10 @@ class CandidatePart:
         """Return what the part makes of float32 values, as float32."""
         return self.floats(self.outputs(self.feeds(values)))
 
+    def compare(self, expected: np.ndarray, actual: np.ndarray, *, slack: float = 1.0) -> Comparison:
+        """Compare what the part gave with what fp32 gives; the bound is that of its precision times `slack`."""
+        return compare(expected, actual, tolerance=slack * self.tolerance, share=SHARES[self.precision])
+
 
 def part_errors(
     network: NetworkSpec, fp32: Callable[[PartSpec], bytes], candidates: Mapping[str, bytes], batch: PathBatch
@@ -75,28 +80,9 @@ def part_errors(
         candidates: models by part name; parts without one are taken as they are.
     """
     parts = {p.name: ComparedPart(p, fp32(p), candidates.get(p.name)) for p in network.parts if p.kind != "full"}
-    policy = network.find("policy")
-    if policy is not None:
-        parts[policy.name].run(batch.images)
-    x = parts[network.require("stem").name].run(batch.images)
-    for k, block in enumerate(network.blocks):
-        x = _step(parts, block, network.shortcut(k), batch.keep[:, k], x)
-    parts[network.require("head").name].run(x)
+
+    def run(part: PartSpec, values: np.ndarray) -> np.ndarray:
+        return parts[part.name].run(values)
+
+    walk_paths(network, batch.images, batch.keep, run, extra=everyone_where_nobody(batch.keep))
     return {name: one.worst for name, one in parts.items() if one.candidate is not None}
-
-
-def _step(
-    parts: Mapping[str, ComparedPart], block: PartSpec, shortcut: PartSpec | None, keep: np.ndarray, x: np.ndarray
-) -> np.ndarray:
-    everyone = np.ones(len(x), dtype=bool)
-    kept = parts[block.name].run(x[keep if keep.any() else everyone])
-    result = np.empty((len(x), *kept.shape[1:]), dtype=np.float32)
-    if keep.any():
-        result[keep] = kept
-    if shortcut is None:
-        result[~keep] = x[~keep]
-    else:
-        dropped = parts[shortcut.name].run(x[~keep if not keep.all() else everyone])
-        if not keep.all():
-            result[~keep] = dropped
-    return result

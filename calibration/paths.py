@@ -16,6 +16,7 @@ from onnx import TensorProto, helper
 from bdtool.specs import NetworkSpec, PartSpec
 from calibration.quantize import direct_operands, watched_tensors
 from calibration.ranges import RangeCollector
+from calibration.walk import runs_part, walk_paths
 from export.check import OnnxReference
 
 
@@ -58,16 +59,15 @@ class TopUp:
         rows: dict[str, frozenset[int]] = {}
         for part in network.parts:
             if part.kind in ("block", "shortcut"):
-                assert part.index is not None
-                runs = keep[:, part.index] == (part.kind == "block")
+                runs = runs_part(part, keep)
                 missing = max(0, min(at_least, len(keep)) - int(runs.sum()))
                 rows[part.name] = frozenset(np.flatnonzero(~runs)[:missing].tolist())
         return cls(rows={name: found for name, found in rows.items() if found})
 
     def of(self, part: PartSpec, batch: PathBatch) -> np.ndarray:
         """Return the rows of the batch that top up a part, int [n]."""
-        wanted = self.rows.get(part.name, frozenset())
-        return np.array([i for i in range(len(batch.images)) if batch.first + i in wanted], dtype=np.int64)
+        rows = np.array(sorted(self.rows.get(part.name, ())), dtype=np.int64) - batch.first
+        return rows[(rows >= 0) & (rows < len(batch.images))]
 
 
 class PathWalker:
@@ -85,32 +85,11 @@ class PathWalker:
 
     def add(self, batch: PathBatch, collector: RangeCollector) -> None:
         """Run a batch and count."""
-        network = self._network
-        policy = network.find("policy")
-        if policy is not None:
-            self._run(policy, batch.images, collector)
-        x = self._run(network.require("stem"), batch.images, collector)
-        for k, block in enumerate(network.blocks):
-            x = self._step(block, network.shortcut(k), batch, x, collector)
-        self._run(network.require("head"), x, collector)
 
-    def _step(
-        self, block: PartSpec, shortcut: PartSpec | None, batch: PathBatch, x: np.ndarray, collector: RangeCollector
-    ) -> np.ndarray:
-        assert block.index is not None
-        keep = batch.keep[:, block.index]
-        result = np.empty(block.outputs[0].shape_for(len(x)), dtype=np.float32)
-        if shortcut is None:
-            result[~keep] = x[~keep]
-        elif not keep.all():
-            result[~keep] = self._run(shortcut, x[~keep], collector)
-        if keep.any():
-            result[keep] = self._run(block, x[keep], collector)
-        for part in (block, shortcut):
-            rows = np.array([], dtype=np.int64) if part is None else self._top_up.of(part, batch)
-            if part is not None and len(rows):
-                self._run(part, x[rows], collector)  # for the statistics only: the image goes on along its own path
-        return result
+        def run(part: PartSpec, values: np.ndarray) -> np.ndarray:
+            return self._run(part, values, collector)
+
+        walk_paths(self._network, batch.images, batch.keep, run, extra=lambda part: self._top_up.of(part, batch))
 
     def _run(self, part: PartSpec, values: np.ndarray, collector: RangeCollector) -> np.ndarray:
         watched = self._parts[part.name]

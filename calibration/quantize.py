@@ -24,7 +24,7 @@ from onnxruntime.quantization.calibrate import CalibrationMethod, TensorsData
 from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 
 from bdtool.specs import PartSpec
-from export.onnx_model import OUTPUT_RANGE
+from export.onnx_precision import OUTPUT_RANGE
 
 Q_MAX = 127  # symmetric: -127 to 127, so that negation stays in range
 _WEIGHTED = ("Conv", "Gemm", "MatMul")

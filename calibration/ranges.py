@@ -10,10 +10,12 @@ from onnxruntime.quantization.calibrate import HistogramCollector
 
 from bdtool.errors import CalibrationError
 
-METHODS = ("min-max", "percentile", "entropy")
+METHODS = ("mse", "min-max", "percentile", "entropy")
+DEFAULT_METHOD = "mse"
 N_BINS = 2048  # over both signs, as TensorRT's calibrators had
 _N_LEVELS = 128  # of the int8 magnitudes that entropy compares with
 DEFAULT_PERCENTILE = 99.99
+_MSE_SHARES = np.linspace(0.2, 1, 161)  # of the largest value: steps of half a percent of it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +70,8 @@ class RangeCollector:
         Args:
             method: "min-max" takes the largest seen, "percentile" the one that this share (in %) of the absolute values
                 does not exceed, "entropy" the one of least KL divergence (Migacz, "8-bit Inference with TensorRT", GTC
-                2017, as onnxruntime.quantization computes it).
+                2017, as onnxruntime.quantization computes it), "mse" the one of least mean square error of rounding and
+                saturation (Nagel et al., "A White Paper on Neural Network Quantization", 2021, section 3.1).
 
         Raises:
             CalibrationError: no value was counted.
@@ -83,6 +86,8 @@ class RangeCollector:
             return _percentile(one, percentile)
         if method == "entropy":
             return _entropy(one)
+        if method == "mse":
+            return _least_square_error(one)
         raise ValueError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
 
     def arrays(self) -> dict[str, np.ndarray]:
@@ -136,3 +141,14 @@ def _entropy(one: Histogram) -> float:
     collector = HistogramCollector("entropy", True, N_BINS, _N_LEVELS, None, None)
     low, high = collector.get_entropy_threshold((one.counts, edges, lowest, highest), _N_LEVELS)
     return float(max(abs(low), abs(high)))
+
+
+def _least_square_error(one: Histogram) -> float:
+    """Return the best of some shares of the largest value, each value standing where the centre of its bin lies."""
+    magnitudes = np.abs((np.arange(N_BINS) + 0.5) / N_BINS * 2 - 1)
+    best = (np.inf, one.limit)
+    for share in _MSE_SHARES:
+        scale = share / (_N_LEVELS - 1)
+        rounded = np.minimum(np.rint(magnitudes / scale), _N_LEVELS - 1) * scale
+        best = min(best, (float(one.counts @ (rounded - magnitudes) ** 2), float(share * one.limit)))
+    return best[1]

@@ -22,7 +22,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from engines.cpu import has_vnni
-from export.onnx_model import OUTPUT_RANGE
+from export.onnx_precision import OUTPUT_RANGE
 
 _OFFSET = 128
 _Q_MAX, _U_MAX = 127, 255

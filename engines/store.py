@@ -21,7 +21,7 @@ from bdtool.specs import NetworkSpec, PartSpec
 from engines.base import PLAIN_LAYOUT, Backend, BackendIdentity, BuiltEngine, Engine, LayoutError
 from export.bundle import Bundle
 from export.files import sha256_of_bytes, sha256_of_files, write_bytes, write_json
-from export.half_spec import HALF_VERSION, half_network
+from export.half_spec import HALF_DTYPES, HALF_VERSION
 from export.manifest import EXPORTED
 
 logger = logging.getLogger(__name__)
@@ -112,7 +112,7 @@ class EngineStore:
     def network(self) -> NetworkSpec:
         """The bundle's network, its activations in the type that these engines have."""
         if self._converts:
-            return half_network(self._bundle.network)
+            return self._bundle.network.with_activation(HALF_DTYPES[self.precision])
         return self._bundle.network_at(self.precision)
 
     def build(
@@ -214,9 +214,9 @@ class EngineStore:
         model = self._bundle.part_path(part, self._source).read_bytes()
         if not self._converts:
             return model
-        from export.half import fp16_from_fp32  # loads onnx, which a build with nothing to do can spare
+        from export.half import half_from_fp32  # loads onnx, which a build with nothing to do can spare
 
-        return fp16_from_fp32(model, part)
+        return half_from_fp32(model, part, self.precision)
 
     def _write(self, part: PartSpec, built: BuiltEngine) -> EngineRecord:
         record = EngineRecord(

@@ -15,9 +15,11 @@ from export.ort_threads import any_threads_options
 # different order, which leaves about 1e-6; Polygraphy's and Optimum's default is 1e-5 as well.
 #
 # The others are bounds against gross mistakes: a wrong scale, a lost ReLU. How much accuracy a precision costs is for
-# calibration's gates to measure. fp16 has 11 bits, bf16 has 8; int8 has 7 and a sign, and saturates where an activation
-# exceeds its calibrated range.
+# calibration's gates to measure. fp16 has 11 bits, bf16 has 8; int8 has 7 and a sign.
 TOLERANCES: Mapping[str, float] = {"fp32": 1e-5, "fp16": 1e-2, "bf16": 5e-2, "int8": 0.25}
+# Share of the values that counts. The largest ones saturate in int8, and shall: the range that rounds the others best
+# may end at half of the largest.
+SHARES: Mapping[str, float] = {"fp32": 1.0, "fp16": 1.0, "bf16": 1.0, "int8": 0.999}
 
 
 @dataclass(frozen=True, kw_only=True)

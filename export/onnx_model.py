@@ -25,15 +25,6 @@ from bdtool.errors import ExportError
 from bdtool.specs import BATCH_AXIS, PartSpec
 
 OPSET = 20
-BFLOAT16_OPSET = 22  # the first whose convolution takes bfloat16
-ONNX_TYPES = {
-    "float32": onnx.TensorProto.FLOAT,
-    "float16": onnx.TensorProto.FLOAT16,
-    "bfloat16": onnx.TensorProto.BFLOAT16,
-    "int8": onnx.TensorProto.INT8,
-}
-# Key of a node's metadata: the largest absolute value of its output, for a backend that must quantize it by itself.
-OUTPUT_RANGE = "bdtool.output_range"
 
 
 def fold_batch_norm(module: nn.Module) -> torch.fx.GraphModule:
@@ -49,8 +40,7 @@ def fold_batch_norm(module: nn.Module) -> torch.fx.GraphModule:
 class OnnxExporter:
     """Exports modules to ONNX and remembers one traced template for each structure."""
 
-    def __init__(self, *, opset: int = OPSET) -> None:
-        self._opset = opset
+    def __init__(self) -> None:
         self._templates: dict[str, onnx.ModelProto] = {}
 
     def onnx_from_module(self, folded: torch.fx.GraphModule, part: PartSpec) -> bytes:
@@ -61,7 +51,7 @@ class OnnxExporter:
         """
         key = f"{part.inputs}{part.outputs}{structure(folded)}"
         if key not in self._templates:
-            self._templates[key] = _trace(folded, part, opset=self._opset)
+            self._templates[key] = _trace(folded, part)
         model = onnx.ModelProto()
         model.CopyFrom(self._templates[key])
         model.graph.name = part.name
@@ -76,7 +66,7 @@ def structure(module: torch.fx.GraphModule) -> str:
     return f"{module.code}\n{module}\n{ {n: tuple(t.shape) for n, t in module.state_dict().items()} }"
 
 
-def _trace(module: torch.fx.GraphModule, part: PartSpec, *, opset: int) -> onnx.ModelProto:
+def _trace(module: torch.fx.GraphModule, part: PartSpec) -> onnx.ModelProto:
     """Export a copy with random weights: the exporter would merge weights that happen to be equal (zero biases)."""
     module = copy.deepcopy(module)
     generator = torch.Generator().manual_seed(0)
@@ -90,7 +80,7 @@ def _trace(module: torch.fx.GraphModule, part: PartSpec, *, opset: int) -> onnx.
             module,
             images,
             dynamo=True,
-            opset_version=opset,
+            opset_version=OPSET,
             external_data=False,
             input_names=[tensor.name for tensor in part.inputs],
             output_names=[tensor.name for tensor in part.outputs],
@@ -116,7 +106,7 @@ def _strip_metadata(model: onnx.ModelProto) -> None:
 
 def _declare_shapes(model: onnx.ModelProto, part: PartSpec) -> None:
     for declared, tensor in zip((*model.graph.input, *model.graph.output), (*part.inputs, *part.outputs), strict=True):
-        info = onnx.helper.make_tensor_value_info(tensor.name, ONNX_TYPES[tensor.dtype], tensor.shape)
+        info = onnx.helper.make_tensor_value_info(tensor.name, onnx.TensorProto.FLOAT, tensor.shape)
         declared.CopyFrom(info)
 
 
@@ -126,14 +116,7 @@ def _set_weights(model: onnx.ModelProto, weights: Mapping[str, torch.Tensor], pa
     if missing:
         raise ExportError(f"part {part.name!r}: the exporter left out the weights {', '.join(missing)}; report this")
     for name, tensor in weights.items():
-        initializers[name].CopyFrom(_tensor_proto(name, tensor.contiguous()))
-
-
-def _tensor_proto(name: str, tensor: torch.Tensor) -> onnx.TensorProto:
-    if tensor.dtype == torch.bfloat16:  # numpy has no such type
-        raw = tensor.view(torch.int16).numpy().tobytes()
-        return onnx.TensorProto(name=name, data_type=onnx.TensorProto.BFLOAT16, dims=tensor.shape, raw_data=raw)
-    return numpy_helper.from_array(tensor.numpy(), name)
+        initializers[name].CopyFrom(numpy_helper.from_array(tensor.contiguous().numpy(), name))
 
 
 @contextlib.contextmanager

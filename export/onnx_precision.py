@@ -6,6 +6,10 @@ import numpy as np
 import onnx
 from onnx import TensorProto, numpy_helper
 
+ONNX_TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
+# Key of a node's metadata: the largest absolute value of its output, for a backend that must quantize it by itself.
+OUTPUT_RANGE = "bdtool.output_range"
+
 
 def precision_of(model: onnx.ModelProto) -> str:
     """Return "int8", "fp16", "bf16" or "fp32": the least precise type among the weights and Q/DQ zero points."""

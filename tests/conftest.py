@@ -160,10 +160,10 @@ def shared_traces() -> Iterator[None]:
 
     trace, memory = onnx_model._trace, {}
 
-    def remembered(module: "torch.fx.GraphModule", part: "PartSpec", *, opset: int) -> "onnx.ModelProto":
-        key = f"{opset}{part.inputs}{part.outputs}{onnx_model.structure(module)}"
+    def remembered(module: "torch.fx.GraphModule", part: "PartSpec") -> "onnx.ModelProto":
+        key = f"{part.inputs}{part.outputs}{onnx_model.structure(module)}"
         if key not in memory:
-            memory[key] = trace(module, part, opset=opset)
+            memory[key] = trace(module, part)
         return memory[key]
 
     with pytest.MonkeyPatch.context() as patch:

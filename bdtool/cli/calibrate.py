@@ -36,10 +36,10 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--method",
-    type=click.Choice(["min-max", "percentile", "entropy"]),
-    default="min-max",
+    type=click.Choice(["mse", "min-max", "percentile", "entropy"]),
+    default="mse",
     show_default=True,
-    help="How a range follows from the activations.",
+    help="How a range follows from the activations; mse takes the one of least mean square error.",
 )
 @click.option(
     "--percentile",
@@ -47,6 +47,12 @@ if TYPE_CHECKING:
     default=99.99,
     show_default=True,
     help="With --method percentile: share of the absolute values that does not saturate.",
+)
+@click.option(
+    "--bias-correction/--no-bias-correction",
+    default=True,
+    show_default=True,
+    help="Let the biases of INT8 layers take back the shift of the mean that rounding leaves.",
 )
 @click.option(
     "--at-least",
@@ -80,6 +86,7 @@ def calibrate_cmd(
     split: str,
     method: str,
     percentile: float,
+    bias_correction: bool,
     at_least: int,
     include: tuple[str, ...],
     evaluation: str | None,
@@ -114,6 +121,7 @@ def calibrate_cmd(
         seed=seed,
         method=method,
         percentile=percentile,
+        bias_correction=bias_correction,
         at_least=at_least,
         include=frozenset(include),
         max_accuracy_drop=max_accuracy_drop,
@@ -136,7 +144,7 @@ def _failure(result: Calibrated) -> str:
         name = max(bad, key=lambda part: bad[part].error)
         return (
             f"part {name!r} in {result.precision} is {bad[name].error:.2g} of its range away from fp32, "
-            f"allowed is {bad[name].tolerance:g}. Try more images, or --method percentile"
+            f"allowed is {bad[name].tolerance:g}. Try more images (--limit), or another --method"
         )
     return (
         f"{result.precision} loses {result.gates.accuracy_drop:.2f} percentage points of accuracy, allowed is "

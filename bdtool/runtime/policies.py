@@ -28,10 +28,12 @@ class PolicyRequest:
     Attributes:
         name: canonical text, the same for equal requests: `random:3` becomes `random:3:0`.
         draw: computes the keep matrix from n_images and first; None where the policy network decides.
+        n_rows: number of rows of a file that gives each image of one data set its own bits; None otherwise.
     """
 
     name: str
     draw: Callable[[int, int], np.ndarray] | None
+    n_rows: int | None = None
 
     @property
     def is_learned(self) -> bool:
@@ -189,7 +191,7 @@ def _from_file(text: str, *, n_blocks: int) -> PolicyRequest:
     keep = _checked_bits(values, n_blocks=n_blocks, source=f"policy {text}")
     if keep.ndim == 1:
         return _fixed(text, keep)
-    return PolicyRequest(name=text, draw=functools.partial(_file_rows, keep, text))
+    return PolicyRequest(name=text, draw=functools.partial(_file_rows, keep, text), n_rows=len(keep))
 
 
 def _file_rows(keep: np.ndarray, name: str, n_images: int, first: int) -> np.ndarray:

@@ -9,6 +9,7 @@ def _row(block, error, ms, fp32_ms=1.0):
         precision="int8",
         accuracy_drop=0.0,
         changed_classes=0.0,
+        policy_flips=0.0,
         logits_error=error,
         fp32_ms=fp32_ms,
         ms=ms,

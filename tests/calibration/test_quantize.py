@@ -9,8 +9,7 @@ from calibration.part_errors import CandidatePart, part_errors
 from calibration.paths import PathBatch, part_ranges
 from calibration.quantize import quantize_part
 from export.check import OnnxReference
-from export.onnx_model import OUTPUT_RANGE
-from export.onnx_precision import input_scale, output_scale
+from export.onnx_precision import OUTPUT_RANGE, input_scale, output_scale
 
 ALL = np.ones((16, 3), dtype=bool)
 
@@ -66,6 +65,20 @@ def test_parts_stay_close_to_fp32(bundle, quantized, pixels):
     errors = part_errors(network, lambda part: bundle.part_path(part).read_bytes(), quantized, batch)
     assert set(errors) == set(quantized)
     assert all(0 < one.error < 0.05 for one in errors.values())  # of the range; one integer step is 0.008
+
+
+def test_a_few_saturated_values_pass_and_a_wrong_scale_does_not(bundle, watched, collect, pixels):
+    part = watched["stem"]
+    ranges = part_ranges(bundle.network, part, collect(ALL), method="min-max", percentile=99.99)
+    network, batch = bundle.network.with_activation("int8"), PathBatch(first=0, images=pixels, keep=ALL)
+
+    def error(share):
+        cut = {name: largest * (share if name == "y" else 1) for name, largest in ranges.items()}
+        data = quantize_part(bundle.part_path(part.part).read_bytes(), part.part, cut, integer_activations=True)
+        return part_errors(network, lambda p: bundle.part_path(p).read_bytes(), {"stem": data}, batch)["stem"]
+
+    assert error(0.6).ok
+    assert not error(0.1).ok
 
 
 def test_a_float_block_gives_float_and_the_head_keeps_its_weights(bundle, watched, collect, quantized, pixels):

@@ -34,12 +34,31 @@ def test_entropy_cuts_a_long_tail():
     assert 2 < found < 15
 
 
+@pytest.mark.parametrize("tail", [8.0, 30.0])
+def test_mse_is_the_range_that_rounds_best(tail):
+    values = np.abs(np.random.default_rng(0).normal(size=(100, 1000))).astype(np.float32)
+    values[0, 0] = tail
+    found = _collected(values).range_of("x", method="mse")
+
+    def error(largest):
+        scale = largest / 127
+        return float(((np.clip(np.rint(values / scale), -127, 127) * scale - values) ** 2).mean())
+
+    assert error(found) <= 1.02 * min(error(share * tail) for share in np.linspace(0.05, 1, 400))
+    assert error(found) < 0.7 * error(tail)
+
+
+def test_mse_keeps_the_whole_range_of_even_values():
+    found = _collected(np.linspace(-1, 1, 10_000).reshape(100, 100)).range_of("x", method="mse")
+    assert found == pytest.approx(1, abs=0.01)
+
+
 def test_batches_in_any_split_give_nearly_the_same_histogram():
     values = np.random.default_rng(0).normal(size=(64, 500))
     whole, split = _collected(values), _collected(*np.split(values, 8))
     assert len(split.histogram("x").counts) == N_BINS
     assert split.histogram("x").counts.sum() == values.size
-    for method in ("min-max", "percentile"):
+    for method in ("min-max", "percentile", "mse"):
         assert split.range_of("x", method=method) == pytest.approx(whole.range_of("x", method=method), rel=0.02)
 
 

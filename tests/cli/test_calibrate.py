@@ -107,11 +107,38 @@ def test_mixed_precision_writes_its_table(calibrate, bundle_copy, bdtool_json, l
     table = json.loads((bundle_copy / "calibration" / "mixed.json").read_bytes())
     assert [row["block"] for row in table["blocks"]] == ["block_00", "block_01", "block_02"]
     assert all(row["logits_error"] > 0 and row["fp32_ms"] > 0 and row["ms"] > 0 for row in table["blocks"])
+    assert [row["policy_flips"] for row in table["blocks"]] == [0, 0, 0]  # the policy network reads the image alone
     chosen = {row["block"]: row["chosen"] for row in table["blocks"]}
     assert {name: found["obtained"][name] for name in chosen} == chosen
     assert (bundle_copy / "calibration" / "mixed.svg").read_text().startswith("<svg")
     words = ("--data", labelled, "--precision", "mixed", "--limit", 10)
     assert bdtool_json("evaluate", bundle_copy, *words)["accuracy"] == found["gates"]["accuracy"]
+
+
+def test_policy_network_and_head_are_quantized_when_asked(calibrate, bundle_copy, bdtool_json, labelled):
+    found = calibrate("--include", "policy", "--include", "head")
+    assert (found["obtained"]["policy"], found["obtained"]["head"]) == ("int8", "int8")
+    assert 0 <= found["gates"]["policy_flips"] < 0.2
+    verified = bdtool_json("verify", bundle_copy, "--data", labelled, "--precision", "int8")
+    assert verified["ok"] is True
+    assert verified["rungs"]["policy"]["worst"] <= verified["rungs"]["policy"]["bound"]
+    assert verified["rungs"]["policy"]["bound"] > found["gates"]["policy_flips"]
+
+
+def test_corrected_biases_come_closer(calibrate, bundle_copy):
+    plain = calibrate("--no-bias-correction")["gates"]
+    assert Bundle.open(bundle_copy).manifest.variants["int8"].calibration["bias_correction"] is False
+    corrected = calibrate()["gates"]
+    assert Bundle.open(bundle_copy).manifest.variants["int8"].calibration["bias_correction"] is True
+    assert 0 < corrected["logits_error"] < plain["logits_error"]
+
+
+def test_bits_of_single_images_are_refused(calibrate, bdtool, bundle_copy, labelled, tmp_path):
+    np.save(tmp_path / "bits.npy", np.ones((40, 3)))
+    words = ("calibrate", bundle_copy, "--data", labelled, "--policy", tmp_path / "bits.npy")
+    assert "has a row for each of 40 images, but calibration draws images" in bdtool(*words, status=2).stderr
+    np.save(tmp_path / "bits.npy", np.array([1, 0, 1]))
+    assert calibrate("--policy", tmp_path / "bits.npy")["topped_up"] == {"block_01": 8, "shortcut_02": 8}
 
 
 def test_rare_blocks_are_named(calibrate):

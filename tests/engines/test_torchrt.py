@@ -13,8 +13,7 @@ from engines.store import EngineStore
 from engines.torchrt import TorchBackend
 from export.bundle import Bundle
 from export.check import OnnxReference
-from export.half import fp16_from_fp32
-from export.half_spec import half_part
+from export.half import half_from_fp32
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +49,8 @@ def test_engines_equal_their_onnx_parts(backend, export_random, network):
 @pytest.mark.parametrize("name", ["stem", "block_01", "shortcut_01", "head", "full"])
 def test_half_engines_equal_their_half_parts(backend, tiny_bundle, name):
     part = tiny_bundle.network.part(name)
-    model, half = fp16_from_fp32(tiny_bundle.part_path(part).read_bytes(), part), half_part(part)
+    model = half_from_fp32(tiny_bundle.part_path(part).read_bytes(), part, "fp16")
+    half = part.with_activation("float16")
     assert backend.build(half, model, layout="NCHW").error <= 5e-3
     [y] = backend.load(half, model, layout="NCHW").run(_feeds(half, 1)).values()
     assert y.dtype == half.outputs[0].dtype

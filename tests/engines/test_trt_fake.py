@@ -19,8 +19,7 @@ from engines.trt import TensorRTBackend
 from engines.trt_identity import tensorrt_identity
 from engines.trt_library import library_from_module
 from engines.trt_options import TensorRTOptions
-from export.half import fp16_from_fp32
-from export.half_spec import half_part
+from export.half import half_from_fp32
 
 H200 = Driver((13, 0), (Gpu("NVIDIA H200", (9, 0)),))
 DType = enum.Enum("DataType", ["FLOAT", "HALF"])
@@ -193,9 +192,9 @@ def build(notes, tiny_bundle):
         notes["part"] = name
         library = library_from_module("tensorrt", FakeTensorRT)
         backend = TensorRTBackend(library, options or TensorRTOptions(), driver=driver, gpu=driver.gpus[0])
-        return backend.build(
-            half_part(part) if half else part, fp16_from_fp32(model, part) if half else model, layout=CHANNELS_LAST
-        )
+        if half:
+            part, model = part.with_activation("float16"), half_from_fp32(model, part, "fp16")
+        return backend.build(part, model, layout=CHANNELS_LAST)
 
     return run
 

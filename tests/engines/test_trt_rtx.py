@@ -17,8 +17,8 @@ from engines.trt_options import TensorRTOptions
 from engines.trt_plan import plan_from_bytes
 from export.bundle import Bundle
 from export.compose import compose_parts
-from export.half import fp16_from_fp32
-from export.half_spec import half_part
+from export.half import half_from_fp32
+from export.half_spec import HALF_DTYPES
 from export.onnx_model import OnnxExporter, fold_batch_norm
 
 pytest.importorskip("tensorrt_rtx_bindings", reason="needs the extra 'rtx'")
@@ -58,8 +58,8 @@ KERNEL_TYPE = {"fp32": "float", "fp16": "half"}
 def test_every_part_builds_in_its_precision_with_channels_last_activations(parts, precision):
     backend = open_backend(RTX, "cpu", tensorrt=TensorRTOptions(sms=(86, 89, 120), max_batch=1))
     for part, model in parts:
-        if precision == "fp16":
-            part, model = half_part(part), fp16_from_fp32(model, part)
+        if precision in HALF_DTYPES:
+            part, model = part.with_activation(HALF_DTYPES[precision]), half_from_fp32(model, part, precision)
         details = backend.build(part, model, layout=CHANNELS_LAST).details
         assert details["architectures"] == ["sm86", "sm89", "sm120"]
         assert (details["tf32"], details["capturable"]) == (False, True), part.name
@@ -73,16 +73,6 @@ def test_every_part_builds_in_its_precision_with_channels_last_activations(parts
                 assert len(details["kernels"]) == n_convolutions, part.name
 
 
-def _integer(part):
-    """Return the spec of a part whose activation `x` is int8."""
-
-    def typed(activations, tensors):
-        pairs = zip(activations, tensors, strict=True)
-        return tuple(replace(tensor, dtype="int8") if name == "x" else tensor for name, tensor in pairs)
-
-    return replace(part, inputs=typed(part.reads, part.inputs), outputs=typed(part.writes, part.outputs))
-
-
 @pytest.mark.slow
 def test_every_int8_part_builds_with_integer_activations(parts):
     backend = open_backend(RTX, "cpu", tensorrt=TensorRTOptions(sms=(86, 89, 120), max_batch=1))
@@ -91,9 +81,18 @@ def test_every_int8_part_builds_with_integer_activations(parts):
             continue  # fp32, and built of the other parts
         ranges = dict.fromkeys((*watched_tensors(onnx.ModelProto.FromString(model)), part.inputs[0].name), 4.0)
         quantized = quantize_part(model, part, ranges, integer_activations=True, weights=part.kind != "head")
-        details = backend.build(_integer(part), quantized, layout=CHANNELS_LAST).details
+        details = backend.build(part.with_activation("int8"), quantized, layout=CHANNELS_LAST).details
         assert details["architectures"] == ["sm86", "sm89", "sm120"]
         assert "int8" in details["kernel_types"] or part.kind in ("head", "shortcut"), part.name
+
+
+def test_bf16_parts_build_in_bfloat16(tiny_bundle):
+    backend = open_backend(RTX, "cpu", tensorrt=OPTIONS)
+    for name in ("stem", "block_00", "block_01", "shortcut_01", "head"):
+        part = tiny_bundle.network.part(name)
+        model = half_from_fp32(tiny_bundle.part_path(part).read_bytes(), part, "bf16")
+        details = backend.build(part.with_activation("bfloat16"), model, layout=CHANNELS_LAST).details
+        assert set(details["convolutions"]) == ({"bf16"} if name in ("stem", "block_00", "block_01") else set()), name
 
 
 def test_plain_activations_cost_two_more_kernels(tiny_bundle):

@@ -196,7 +196,7 @@ def test_part_with_wrong_weights_is_caught(tiny, tmp_path, preprocessed, monkeyp
 
 
 def test_weights_that_the_exporter_left_out_are_an_error(tiny, shared_traces, monkeypatch):
-    monkeypatch.setattr("export.onnx_model._trace", lambda module, part, *, opset: onnx.ModelProto())
+    monkeypatch.setattr("export.onnx_model._trace", lambda module, part: onnx.ModelProto())
     part = network_spec(tiny.model).part("head")
     with pytest.raises(ExportError, match=r"part 'head': the exporter left out the weights linear.bias, linear.weight"):
         OnnxExporter().onnx_from_module(fold_batch_norm(part_modules(tiny.model)["head"]), part)

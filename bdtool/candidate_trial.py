@@ -1,0 +1,102 @@
+"""A candidate precision on trial: engines built outside the bundle, and their gates measured against fp32."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from bdtool.data.batches import ImageSource
+from bdtool.errors import EngineError
+from bdtool.gates import Gates, measure_gates
+from bdtool.runtime.factory import parts_for
+from bdtool.runtime.orchestrator import Orchestrator
+from bdtool.runtime.policies import PolicyRequest
+from engines.registry import identify_backend, open_backend
+from engines.store import EngineStore
+from export.bundle import Bundle
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """How candidates are judged: on which images, along which paths, and with which bound.
+
+    Attributes:
+        limit: judge on the first images only; None on all.
+        max_accuracy_drop: percentage points.
+        engines: directory outside the bundle for engines that the bundle lacks.
+        on_share: called with the share of the images that is done, 0 to 1.
+    """
+
+    evaluation: ImageSource
+    policy: PolicyRequest
+    limit: int | None
+    max_accuracy_drop: float
+    threads: int | None
+    engines: Path
+    on_share: Callable[[float], None]
+
+    @contextmanager
+    def open(self, bundle: Bundle, precision: str) -> Iterator[Orchestrator]:
+        """Open the chain with the bundle's engines, or with some built outside it: a bundle stays as it was.
+
+        Raises:
+            EngineError: an engine does not build.
+        """
+        identity = identify_backend("onnxruntime", "cpu")
+        library = open_backend("onnxruntime", "cpu", threads=self.threads)
+        network = bundle.network_at(precision)
+        parts = parts_for("chain", network)
+        store = EngineStore(bundle, identity, precision=precision)
+        records = store.find(parts)
+        if len(records) < len(parts):
+            store = EngineStore(bundle, identity, precision=precision, directory=self.engines)
+            failed = [status for status in store.build(lambda: library) if status.status == "failed"]
+            if failed:
+                raise EngineError(f"{len(failed)} {precision} engines did not build; the first: {failed[0].message}")
+            records = store.find(parts)
+        engines = store.load(library, records)
+        with Orchestrator(network, library, engines, strategy="chain", max_batch=bundle.manifest.max_batch) as runtime:
+            yield runtime
+
+    def measure(self, fp32: Orchestrator, other: Orchestrator) -> Gates:
+        """Measure the gates of any engines against fp32."""
+        total = min(self.limit or self.evaluation.n_images, self.evaluation.n_images)
+        done = 0
+
+        def on_batch(n_images: int) -> None:
+            nonlocal done
+            done += n_images
+            self.on_share(done / total)
+
+        return measure_gates(
+            fp32,
+            other,
+            self.evaluation,
+            self.policy,
+            limit=self.limit,
+            max_accuracy_drop=self.max_accuracy_drop,
+            on_batch=on_batch,
+        )
+
+    def unmeasured(self) -> Gates:
+        """Return the gates of a candidate that was not run."""
+        return Gates(
+            policy=self.policy.name,
+            n_images=0,
+            input_source=self.evaluation.description,
+            logits_error=None,
+            logits_worst=None,
+            changed_classes=None,
+            policy_flips=None,
+            accuracy_fp32=None,
+            accuracy=None,
+            max_accuracy_drop=self.max_accuracy_drop,
+        )
+
+    def keep_engines(self, bundle: Bundle, precision: str) -> None:
+        """Take a candidate's engines into the bundle: their records say what they were built from, and they fit."""
+        for directory in self.engines.glob(f"*-{precision}"):
+            shutil.copytree(directory, bundle.engines_path / directory.name, dirs_exist_ok=True)
