@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from bdtool.models.architectures import architecture
+from bdtool.models.policy import policy_trunk
+from bdtool.models.store import read_spec
 from export.files import write_json
 
 POLICIES = ("full", "first", "random", "distribute", "learned")
@@ -92,22 +94,40 @@ class Row:
         The paper goes without, and trains the policy network for 5,000 epochs instead.
         """
         policy = f"random:{round(0.6 * self._n_blocks)}"
-        return self._train("tolerant", "finetune", self.base(), "--policy", policy, "--epochs", 4, "--base-lr", 0.05)
+        return self._finetune("tolerant", self.base(), "--policy", policy, "--epochs", 4)
+
+    def tolerant_of_depths(self) -> Path:
+        """The base after epochs at many depths: more blocks must help it, or no image is worth more than another."""
+        policy = f"random:{round(0.27 * self._n_blocks)}-{round(0.8 * self._n_blocks)}"
+        return self._finetune("tolerant-of-depths", self.tolerant(), "--policy", policy, "--epochs", 7)
+
+    def trunk(self) -> Path:
+        """A classifier for the policy network to start from, on images normalized as the base's."""
+        colours = read_spec(self.base()).preprocessing
+        mean, std = (",".join(map(str, values)) for values in (colours.mean, colours.std))
+        arch = policy_trunk(architecture(self._arch).family).name
+        return self._train("trunk", "pretrain", "--arch", arch, "--epochs", 12, "--mean", mean, "--std", std)
 
     def curriculum(self) -> Path:
-        options = ("--gamma", 2, "--epochs", 7 if self._n_blocks < 20 else 20)
-        options += ("--stage-epochs", 0.4 if self._n_blocks < 20 else 0.3)
-        return self._train("curriculum", "curriculum", self.tolerant(), *options)
+        options = ("--gamma", 1.5, "--lr", 3e-4, "--entropy", 0.01, "--schedule", "cosine")
+        options += ("--epochs", 5, "--stage-epochs", 3 / self._n_blocks, "--stage-blocks", 3)
+        return self._train("curriculum", "curriculum", self.tolerant_of_depths(), "--trunk", self.trunk(), *options)
 
     def learned(self) -> Path:
-        options = ("--alpha", 0.9, "--gamma", 2, "--lr", 1e-3)
-        return self._train("learned", "finetune", self.curriculum(), *options, *self._finetuning())
+        """Base and policy together, then the base along the paths that the policy network takes."""
+        options = ("--alpha", 0.9, "--gamma", 1.7, "--lr", 4e-5, "--entropy", 0.005, "--epochs", 18)
+        joint = self._finetune("joint", self.curriculum(), *options)
+        return self._finetune("learned", joint, "--freeze-policy", "--blocks", N_KEPT[self._arch] - 0.1, "--epochs", 14)
 
     def heuristic(self, name: str, form: str) -> Path:
-        return self._train(name, "finetune", self.tolerant(), "--policy", form, *self._finetuning())
+        """The base of `tolerant` after 39 epochs more, as many as the learned policy's base gets."""
+        policy = f"random:{N_KEPT[self._arch]}"
+        start = self._finetune("tolerant-of-drops", self.tolerant(), "--policy", policy, "--epochs", 5)
+        first = self._finetune(f"{name}-20", start, "--policy", form, "--epochs", 20)
+        return self._finetune(name, first, "--policy", form, "--epochs", 14)
 
-    def _finetuning(self) -> tuple[object, ...]:
-        return ("--epochs", 14, "--base-lr", 0.05)
+    def _finetune(self, name: str, start: Path, *words: object) -> Path:
+        return self._train(name, "finetune", start, "--base-lr", 0.05, *words)
 
     def _path(self, name: str) -> Path:
         return self._directory / f"{name}.safetensors"
