@@ -13,6 +13,12 @@ class Gpu:
     name: str
     compute_capability: tuple[int, int]
 
+    @property
+    def sm(self) -> int:
+        """The compute capability as one number: 89 is 8.9."""
+        major, minor = self.compute_capability
+        return 10 * major + minor
+
 
 @dataclass(frozen=True)
 class Driver:
@@ -22,6 +28,10 @@ class Driver:
     gpus: tuple[Gpu, ...] = ()
     error: str | None = None
     installed: bool = True
+
+    @property
+    def cuda_text(self) -> str:
+        return ".".join(map(str, self.cuda_version))
 
     @property
     def usable(self) -> bool:

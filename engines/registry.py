@@ -39,6 +39,11 @@ def identify_backend(name: str, device: str, *, tensorrt: TensorRTOptions | None
     return BackendIdentity(name=name, version=_onnxruntime_version(), target=target, suffix=".onnx")
 
 
+def batch_options(name: str, max_batch: int) -> TensorRTOptions | None:
+    """Return build options for batches up to `max_batch`; None for a backend whose engines take any batch."""
+    return TensorRTOptions(max_batch=max_batch) if name in (TENSORRT, TENSORRT_RTX) else None
+
+
 def open_backend(
     name: str, device: str, *, threads: int | None = None, tensorrt: TensorRTOptions | None = None
 ) -> Backend:

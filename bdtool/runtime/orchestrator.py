@@ -26,7 +26,7 @@ from bdtool.runtime.recommendation import AUTO, read_recommendation
 from bdtool.runtime.strategies import Strategy, WrapCall
 from bdtool.specs import NetworkSpec, PartSpec
 from engines.base import Backend, Engine
-from engines.registry import DEFAULT_BACKEND, DEFAULT_DEVICE, identify_backend, open_backend
+from engines.registry import DEFAULT_BACKEND, DEFAULT_DEVICE, batch_options, identify_backend, open_backend
 from engines.store import EngineStore
 from export.bundle import Bundle
 
@@ -98,7 +98,7 @@ class Orchestrator:
 
         Args:
             bundle: the bundle's directory, or an opened `Bundle`.
-            backend: "onnxruntime" or "torch" (or "fake", for tests).
+            backend: "onnxruntime", "torch", "tensorrt" or "tensorrt-rtx" (or "fake", for tests).
             device: "cpu", or "cuda:N" where the backend has it; never exchanged for another in silence.
             strategy: "chain" (one engine call for each kept block), "path" (one engine for each frequent keep mask,
                 the chain for the others), "fused" (the whole network as one engine with an `If` for each block),
@@ -118,7 +118,8 @@ class Orchestrator:
         if strategy != AUTO:
             parts_for(strategy, opened.network)  # refuse an unknown one before the backend is opened
         identity = identify_backend(backend, device)
-        library = open_backend(backend, device, threads=threads)
+        options = batch_options(backend, opened.manifest.max_batch)
+        library = open_backend(backend, device, threads=threads, tensorrt=options)
         with ExitStack() as stack:
             store = EngineStore(opened, identity, precision=precision)
             network = store.network
@@ -126,10 +127,11 @@ class Orchestrator:
                 recorded = read_recommendation(store.directory, threads=library.threads, bundle=opened.path)
                 strategy = recorded.strategy
             parts = parts_for(strategy, network)
-            records = store.find(parts)
-            if len(records) < len(parts):
+            found = store.find_complete(parts)
+            if found is None:
                 store = _build_missing(opened, store, library, precision, stack)
-                records = store.find(parts)
+                found = store, store.find(parts)
+            store, records = found
             engines = store.load(library, records, joinable=strategy in ("path", "fused"))
         if strategy == "path" and paths is None:
             paths = PathOptions(ahead=read_masks(store.directory, network.n_blocks))
