@@ -48,9 +48,12 @@ class CudaDevice:
     """GPU number `index` of the driver `cu`: the module `cuda.bindings.driver`, or a stand-in with its functions.
 
     Work goes to one stream, in order. The host waits in `download` and `synchronize` only.
+
+    Args:
+        stream: address of a stream that somebody else owns, to put the work there; None makes one.
     """
 
-    def __init__(self, cu: Any, index: int) -> None:
+    def __init__(self, cu: Any, index: int, *, stream: int | None = None) -> None:
         self.cu = cu
         self.index = index
         checked(cu, cu.cuInit(0), "to start")
@@ -58,9 +61,12 @@ class CudaDevice:
         self.context = checked(cu, cu.cuDevicePrimaryCtxRetain(self._device), "its primary context")
         self._released = weakref.finalize(self, cu.cuDevicePrimaryCtxRelease, self._device)
         self.make_current()
+        self.stream = self._new_stream() if stream is None else cu.CUstream(stream)
+
+    def _new_stream(self) -> Any:
         # Not the default stream: TensorRT would synchronise the device around each call on it, and it is not capturable
-        flag = cu.CUstream_flags.CU_STREAM_NON_BLOCKING
-        self.stream = checked(cu, cu.cuStreamCreate(int(flag)), "a stream")
+        flag = self.cu.CUstream_flags.CU_STREAM_NON_BLOCKING
+        return checked(self.cu, self.cu.cuStreamCreate(int(flag)), "a stream")
 
     @property
     def sm(self) -> int:
@@ -127,8 +133,8 @@ class CudaDevice:
         return int(checked(self.cu, self.cu.cuDeviceGetAttribute(attribute, self._device), "its compute capability"))
 
 
-def open_device(device: str) -> CudaDevice:
-    """Open "cuda:N" through the installed `cuda.bindings`.
+def open_device(device: str, *, stream: int | None = None) -> CudaDevice:
+    """Open "cuda:N" through the installed `cuda.bindings`; `stream` as for `CudaDevice`.
 
     Raises:
         BackendError: cuda-bindings is not installed, there is no driver, or no such GPU.
@@ -138,7 +144,7 @@ def open_device(device: str) -> CudaDevice:
     except ImportError as exc:
         raise BackendError(f"device {device!r}: needs cuda-bindings ({exc}); add it with: {_INSTALL}") from exc
     try:
-        return CudaDevice(driver, int(device.partition(":")[2]))
+        return CudaDevice(driver, int(device.partition(":")[2]), stream=stream)
     except EngineError as exc:
         raise BackendError(f"device {device!r}: {exc}. See `bdtool doctor`") from exc
     except RuntimeError as exc:  # the bindings look for the driver's library at the first call

@@ -16,6 +16,9 @@ from torch import Tensor
 from bdtool.errors import BackendError, EngineError, UsageError
 from bdtool.specs import NetworkSpec, PartSpec, TensorSpec
 from engines.base import ENGINE_TOLERANCE, PLAIN_LAYOUT, Buffer, BuiltEngine, Call, Engine
+from engines.cuda_device import open_device
+from engines.graph_engine import Capturer
+from engines.torch_graph import TorchCapturer
 from engines.torch_onnx import Function, OnnxFunction
 from export.check import OnnxReference, compare_outputs
 from export.files import sha256_of_bytes
@@ -79,6 +82,11 @@ class TorchBackend:
         order = torch.channels_last if len(shape) == 4 else torch.contiguous_format
         tensor = torch.zeros(shape, dtype=getattr(torch, dtype), device=self.device)
         return _TorchBuffer(tensor.contiguous(memory_format=order))
+
+    def capturer(self) -> Capturer:
+        with torch.cuda.device(self.device):
+            stream = torch.cuda.current_stream().cuda_stream
+        return TorchCapturer(open_device(str(self.device), stream=stream))
 
     def _open(self, part: PartSpec, data: bytes) -> TorchEngine:
         function = self._function(part, data)

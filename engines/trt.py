@@ -14,6 +14,7 @@ from engines.check import check_engine
 from engines.cuda_buffer import DeviceBuffer
 from engines.cuda_device import CudaDevice, open_device
 from engines.gpu_cache import gpu_cache_path
+from engines.graph_engine import Capturer
 from engines.layouts import CHANNELS_LAST, feature_maps
 from engines.libcuda import Driver, Gpu, driver_from_libcuda
 from engines.rtx_cache import RuntimeCache
@@ -22,7 +23,7 @@ from engines.trt_build import CHANNEL_BLOCK, compile_part
 from engines.trt_library import TensorRTLibrary, load_library
 from engines.trt_options import TensorRTOptions
 from engines.trt_plan import plan_from_bytes
-from engines.trt_runtime import TensorRTRuntime
+from engines.trt_runtime import TensorRTCapturer, TensorRTRuntime
 
 
 class TensorRTBackend:
@@ -101,6 +102,9 @@ class TensorRTBackend:
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
         return DeviceBuffer(self._runtime.device, shape, dtype)
+
+    def capturer(self) -> Capturer:
+        return TensorRTCapturer(self._runtime.device)
 
     @property
     def _runs_here(self) -> bool:

@@ -14,9 +14,10 @@ import numpy as np
 
 from bdtool.errors import EngineError
 from bdtool.specs import PartSpec, TensorSpec
-from engines.base import Buffer, Call
+from engines.base import Buffer, Call, Engine
 from engines.cuda_buffer import DeviceBuffer, device_buffer
 from engines.cuda_device import CudaDevice, DeviceMemory
+from engines.graph_engine import Captured
 from engines.rtx_cache import RuntimeCache
 from engines.trt_library import TensorRTLibrary
 
@@ -54,8 +55,11 @@ class TensorRTRuntime:
         self._scratch_bytes = max(self._scratch_bytes, int(engine.device_memory_size_v2))
         return TensorRTEngine(part, engine, self, layout=layout)
 
-    def context(self, part: PartSpec, engine: Any) -> tuple[Any, DeviceMemory]:
+    def context(self, part: PartSpec, engine: Any, *, beside: bool = False) -> tuple[Any, DeviceMemory]:
         """Return a new execution context and the scratch memory it works in, which must live as long.
+
+        Args:
+            beside: its calls run beside those of others, so it gets scratch memory of its own.
 
         Raises:
             EngineError: the library gives none.
@@ -66,7 +70,7 @@ class TensorRTRuntime:
             context = engine.create_execution_context(self._allocation(engine))
             if context is None:
                 raise EngineError(f"{what}: {self.library.quoted() or 'no reason given'}")
-        scratch = self._shared_scratch()
+        scratch = self._new_scratch() if beside else self._shared_scratch()
         context.set_device_memory(scratch.address, scratch.n_bytes)
         return context, scratch
 
@@ -88,8 +92,11 @@ class TensorRTRuntime:
     def _shared_scratch(self) -> DeviceMemory:
         """Return scratch memory that is large enough for every engine loaded so far."""
         if self._scratch is None or self._scratch.n_bytes < self._scratch_bytes:
-            self._scratch = self.device.allocate(max(self._scratch_bytes, 256))
+            self._scratch = self._new_scratch()
         return self._scratch
+
+    def _new_scratch(self) -> DeviceMemory:
+        return self.device.allocate(max(self._scratch_bytes, 256))
 
 
 class TensorRTEngine:
@@ -127,24 +134,42 @@ class TensorRTEngine:
             self._context = _Context(self._part, self._engine, self._runtime)
         return self._context.call(inputs, outputs)
 
-    def capturable(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Call:
-        """As `bind`, with an execution context that nothing else uses, warmed up so that it can be captured."""
-        context = _Context(self._part, self._engine, self._runtime)
+    def capture(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer], *, beside: bool) -> Captured:
+        """Capture one call, in an execution context that nothing else uses; see `engines.graph_engine.Capturer`."""
+        device = self._runtime.device
+        context = _Context(self._part, self._engine, self._runtime, beside=beside)
         call = context.call(inputs, outputs)
         call()  # compiles and sets up whatever the first call after a change of shape or address does
-        self._runtime.device.synchronize()
+        device.synchronize()
         context.check_capturable()
-        return call
+        graph = device.capture(call)
+        return Captured(graph=graph, keep_alive=call, release=lambda: device.cu.cuGraphDestroy(graph))
+
+
+class TensorRTCapturer:
+    """Captures calls of TensorRT engines."""
+
+    def __init__(self, device: CudaDevice) -> None:
+        self.device = device
+
+    def address(self, buffer: Buffer) -> int:
+        return device_buffer(buffer).address
+
+    def capture(
+        self, engine: Engine, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer], *, beside: bool
+    ) -> Captured:
+        assert isinstance(engine, TensorRTEngine)  # the backend's own
+        return engine.capture(inputs, outputs, beside=beside)
 
 
 class _Context:
     """An execution context, with the shapes and addresses that it was last given."""
 
-    def __init__(self, part: PartSpec, engine: Any, runtime: TensorRTRuntime) -> None:
+    def __init__(self, part: PartSpec, engine: Any, runtime: TensorRTRuntime, *, beside: bool = False) -> None:
         self._part = part
         self._engine = engine
         self._runtime = runtime
-        self._trt, self._scratch = runtime.context(part, engine)
+        self._trt, self._scratch = runtime.context(part, engine, beside=beside)
         self._shapes: Mapping[str, tuple[int, ...]] = {}
         self._addresses: Mapping[str, int] = {}
 

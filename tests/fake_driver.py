@@ -30,7 +30,7 @@ class FakeDriver:
         self.memory = {}  # address: array
         self.copies = []  # "HtoD", "DtoH" and "DtoD", in order
         self.graphs, self.handles, self.values = {}, [], {}
-        self.kinds, self.instantiated, self.launched = {}, [], []
+        self.kinds, self.instantiated, self.launched, self.destroyed = {}, [], [], []
         self.owners = {}  # address: the context that it belongs to, where it is not the primary one
         self._capturing = None
         self._keep = []
@@ -186,7 +186,16 @@ class FakeDriver:
         self.instantiated.append(int(graph))
         return self._done("cuGraphInstantiateWithParams", self.CUgraphExec(int(graph)))
 
+    def cuGraphDestroy(self, graph):
+        self.destroyed.append(int(graph))
+        return self._done("cuGraphDestroy")
+
+    def cuGraphExecDestroy(self, executable):
+        self.destroyed.append(int(executable))
+        return self._done("cuGraphExecDestroy")
+
     def cuGraphLaunch(self, executable, stream):
+        assert int(executable) not in self.destroyed
         self.launched.append(int(executable))
         self.values = dict.fromkeys(self.handles, 0)  # each launch begins with the default value
         self._run(int(executable))

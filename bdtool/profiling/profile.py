@@ -109,10 +109,10 @@ def profile(
     """
     network = bundle.network
     request = parse_policy(policy, n_blocks=network.n_blocks, has_policy_network=network.has_policy)
-    names = strategy_names(strategies, network)
     images = data.take(MAX_IMAGES).images
     workload = Workload(images=images, keep=keep_for(request, len(images), 0))
     place = Place(backend=backend, device=device, threads=threads, precision=precision)
+    names = strategy_names(strategies, network, place)
     batches = [batch for batch in sweep if batch <= bundle.manifest.max_batch]
     steps = _Steps(2 + len(batches), on_progress)
     with ExitStack() as stack:
@@ -211,7 +211,8 @@ def _recommended(result: Profile, bundle: Bundle, place: Place) -> Profile:
     )
     warnings = list(result.warnings)
     if medians[recommendation.strategy] > medians[BASELINE]:
-        warnings.append(f"none of {', '.join(CANDIDATES)} is faster than `full` here; `auto` takes the fastest of them")
+        measured = ", ".join(name for name in medians if name in CANDIDATES)
+        warnings.append(f"none of {measured} is faster than `full` here; `auto` takes the fastest of them")
     try:
         write_recommendation(place.store(bundle).directory, recommendation)
     except OSError as exc:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from bdtool.errors import EngineError, PolicyError
 from bdtool.runtime.controllers import Controller, MaskController, all_finite
-from bdtool.runtime.factory import DEFAULT_STRATEGY, make_strategy, parts_for
+from bdtool.runtime.factory import DEFAULT_STRATEGY, make_strategy, parts_for, require_strategy
 from bdtool.runtime.masks import read_masks
 from bdtool.runtime.paths import PathOptions, PathStats, PathStrategy
 from bdtool.runtime.policies import PolicyRequest, keep_matrix_from, parse_policy
@@ -102,8 +102,9 @@ class Orchestrator:
             device: "cpu", or "cuda:N" where the backend has it; never exchanged for another in silence.
             strategy: "chain" (one engine call for each kept block), "path" (one engine for each frequent keep mask,
                 the chain for the others), "fused" (the whole network as one engine with an `If` for each block),
-                "full" (the whole ResNet as one engine) or "auto" (what `bdtool profile --strategy auto` recommended
-                for this target and number of threads).
+                "graph" (likewise as one CUDA graph, whose decision stays on the device), "full" (the whole ResNet as
+                one engine) or "auto" (what `bdtool profile --strategy auto` recommended for this target and number of
+                threads).
             threads: CPU threads of one engine call; None takes the processors that are there, at most 4. More than
                 one come from a pool that ONNX Runtime makes once in a process.
             precision: which parts to run: "fp32", or one that `bdtool calibrate` has added to the bundle.
@@ -117,6 +118,7 @@ class Orchestrator:
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(Path(bundle))
         if strategy != AUTO:
             parts_for(strategy, opened.network)  # refuse an unknown one before the backend is opened
+            require_strategy(strategy, backend, device)
         identity = identify_backend(backend, device)
         options = batch_options(backend, opened.manifest.max_batch)
         library = open_backend(backend, device, threads=threads, tensorrt=options)

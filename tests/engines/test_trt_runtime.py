@@ -142,9 +142,11 @@ def test_engine_without_weights_is_not_run(driver, bundle_copy):
         Orchestrator.open(bundle_copy, **TENSORRT)
 
 
-def test_strategies_that_tensorrt_lacks_are_refused(driver, bundle_copy):
-    with pytest.raises(EngineError, match="--backend onnxruntime for strategy 'fused'"):
-        Orchestrator.open(bundle_copy, strategy="fused", **TENSORRT)
+@pytest.mark.parametrize("strategy", ["path", "fused"])
+def test_strategies_that_tensorrt_lacks_are_refused(driver, bundle_copy, strategy):
+    with pytest.raises(UsageError, match=f"'tensorrt' has no strategy '{strategy}', only chain, graph, full; or use"):
+        Orchestrator.open(bundle_copy, strategy=strategy, **TENSORRT)
+    assert not (bundle_copy / "engines").exists()
 
 
 # --- TensorRT-RTX -----------------------------------------------------------------------------------------------------
