@@ -44,6 +44,24 @@ class DeviceMemory:
         checked(cu, cu.cuMemsetD8Async(address, 0, n_bytes, device.stream), "to clear memory")
 
 
+class CudaEvent:
+    """A point on the device's stream; see `engines.device_timer.Event`."""
+
+    def __init__(self, device: CudaDevice) -> None:
+        self._device = device
+        cu = device.cu
+        self._event = checked(cu, cu.cuEventCreate(int(cu.CUevent_flags.CU_EVENT_DEFAULT)), "an event")
+        self._finalizer = weakref.finalize(self, cu.cuEventDestroy, self._event)
+
+    def record(self) -> None:
+        cu = self._device.cu
+        checked(cu, cu.cuEventRecord(self._event, self._device.stream), "to record an event")
+
+    def elapsed_time(self, end: CudaEvent, /) -> float:
+        cu = self._device.cu
+        return float(checked(cu, cu.cuEventElapsedTime(self._event, end._event), "the time between two events"))
+
+
 class CudaDevice:
     """GPU number `index` of the driver `cu`: the module `cuda.bindings.driver`, or a stand-in with its functions.
 

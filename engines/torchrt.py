@@ -17,6 +17,7 @@ from bdtool.errors import BackendError, EngineError, UsageError
 from bdtool.specs import NetworkSpec, PartSpec, TensorSpec
 from engines.base import ENGINE_TOLERANCE, PLAIN_LAYOUT, Buffer, BuiltEngine, Call, Engine
 from engines.cuda_device import open_device
+from engines.device_timer import DeviceTimer
 from engines.graph_engine import Capturer
 from engines.torch_graph import TorchCapturer
 from engines.torch_onnx import Function, OnnxFunction
@@ -82,6 +83,11 @@ class TorchBackend:
         order = torch.channels_last if len(shape) == 4 else torch.contiguous_format
         tensor = torch.zeros(shape, dtype=getattr(torch, dtype), device=self.device)
         return _TorchBuffer(tensor.contiguous(memory_format=order))
+
+    def timer(self) -> DeviceTimer | None:
+        if self.device.type == "cpu":
+            return None
+        return DeviceTimer(_timing_event, lambda: torch.cuda.synchronize(self.device))
 
     def capturer(self) -> Capturer:
         with torch.cuda.device(self.device):
@@ -166,6 +172,10 @@ class _TorchBuffer:
 
     def scatter(self, source: Buffer, rows: np.ndarray) -> None:
         self.tensor[_host_tensor(rows).to(self.tensor.device)] = _tensor(source)
+
+
+def _timing_event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
 def _usable_device(device: str) -> torch.device:

@@ -12,7 +12,8 @@ from bdtool.specs import NetworkSpec, PartSpec
 from engines.base import PLAIN_LAYOUT, BackendIdentity, Buffer, BuiltEngine, Engine
 from engines.check import check_engine
 from engines.cuda_buffer import DeviceBuffer
-from engines.cuda_device import CudaDevice, open_device
+from engines.cuda_device import CudaDevice, CudaEvent, open_device
+from engines.device_timer import DeviceTimer
 from engines.gpu_cache import gpu_cache_path
 from engines.graph_engine import Capturer
 from engines.layouts import CHANNELS_LAST, feature_maps
@@ -102,6 +103,10 @@ class TensorRTBackend:
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
         return DeviceBuffer(self._runtime.device, shape, dtype)
+
+    def timer(self) -> DeviceTimer:
+        device = self._runtime.device
+        return DeviceTimer(lambda: CudaEvent(device), device.synchronize)
 
     def capturer(self) -> Capturer:
         return TensorRTCapturer(self._runtime.device)

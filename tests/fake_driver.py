@@ -32,6 +32,7 @@ class FakeDriver:
         self.graphs, self.handles, self.values = {}, [], {}
         self.kinds, self.instantiated, self.launched, self.destroyed = {}, [], [], []
         self.owners = {}  # address: the context that it belongs to, where it is not the primary one
+        self.events, self.time_ms = [], 0.0  # each piece of enqueued work takes a millisecond
         self._capturing = None
         self._keep = []
 
@@ -73,6 +74,21 @@ class FakeDriver:
     def cuStreamSynchronize(self, stream):
         assert self._capturing is None, "a stream that is captured cannot be waited for"
         return self._done("cuStreamSynchronize")
+
+    def cuEventCreate(self, flags):
+        self.events.append(None)
+        return self._done("cuEventCreate", self.CUevent(len(self.events)))
+
+    def cuEventDestroy(self, event):
+        return self._done("cuEventDestroy")
+
+    def cuEventRecord(self, event, stream):
+        assert self._capturing is None, "no body of a conditional node may hold an event"
+        self.events[int(event) - 1] = self.time_ms
+        return self._done("cuEventRecord")
+
+    def cuEventElapsedTime(self, start, end):
+        return self._done("cuEventElapsedTime", self.events[int(end) - 1] - self.events[int(start) - 1])
 
     # --- memory -------------------------------------------------------------------------------------------------------
 
@@ -117,6 +133,7 @@ class FakeDriver:
         """Do what an engine does when it puts work on the stream."""
         if self._capturing is None:
             work()
+            self.time_ms += 1
         else:
             self._note(self._capturing, None, 0, ("work", work))
 

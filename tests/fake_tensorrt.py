@@ -322,6 +322,7 @@ def install_gpu(monkeypatch, cache_dir, *, rtx=False, sm=90):
     monkeypatch.setattr("engines.trt_identity.installed_version", lambda backend: module.__version__)
     monkeypatch.setattr("engines.registry.driver_from_libcuda", lambda: found)
     monkeypatch.setattr("engines.trt.driver_from_libcuda", lambda: found)
+    monkeypatch.setattr("bdtool.profiling.environment.driver_from_libcuda", lambda: found)
     monkeypatch.setattr("engines.trt.load_library", lambda backend: library_from_module(backend, module))
     monkeypatch.setattr("engines.trt.open_device", lambda device: CudaDevice(driver, int(device[-1])))
     return driver

@@ -26,6 +26,7 @@ from bdtool.runtime.recommendation import AUTO, read_recommendation
 from bdtool.runtime.strategies import Strategy, WrapCall
 from bdtool.specs import NetworkSpec, PartSpec
 from engines.base import Backend, Engine
+from engines.device_timer import DeviceTimer, TimedBackend
 from engines.registry import DEFAULT_BACKEND, DEFAULT_DEVICE, batch_options, identify_backend, open_backend
 from engines.store import EngineStore
 from export.bundle import Bundle
@@ -215,6 +216,11 @@ class Orchestrator:
     def threads(self) -> int:
         """CPU threads of one engine call."""
         return self._backend.threads
+
+    @property
+    def device_timer(self) -> DeviceTimer | None:
+        """A timer for engine calls that only enqueue; None where they return when they are done."""
+        return self._backend.timer() if isinstance(self._backend, TimedBackend) else None
 
     def engine(self, part: PartSpec) -> Engine:
         """Return the loaded engine of a part (for verification and profiling)."""

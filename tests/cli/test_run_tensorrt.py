@@ -19,10 +19,23 @@ def test_run_evaluate_and_profile_use_the_gpu(monkeypatch, tmp_path, bdtool, bdt
     [expected] = bdtool_json("run", bundle_copy, picture, "--policy", "101")["images"]
     assert (row["label"], row["policy"]) == (expected["label"], expected["policy"])
     assert row["probability"] == pytest.approx(expected["probability"], abs=1e-4)
-    quick = ("--data", npz, "--duration", "0.01", "--warmup", "0")
-    profile = bdtool_json("profile", bundle_copy, *quick, *TENSORRT)
-    assert profile["environment"]["backend"] == "tensorrt 10.14.1"
-    assert set(profile["strategies"]) == {"full", "chain"}
+
+
+def test_profile_times_parts_on_the_device(monkeypatch, tmp_path, bdtool, bdtool_json, bundle_copy, npz):
+    install_gpu(monkeypatch, tmp_path / "cache")  # each engine call takes a millisecond of its device's time
+    quick = ("--data", npz, "--policy", "101", "--duration", "0.01", "--warmup", "0", *TENSORRT)
+    profile = bdtool_json("profile", bundle_copy, *quick, "--strategy", "auto")
+    assert set(profile["strategies"]) == {"full", "chain", "graph"}
+    environment = profile["environment"]
+    assert environment["backend"] == "tensorrt 10.14.1"
+    assert (environment["gpu"], environment["gpu_compute_capability"]) == ("NVIDIA H200", "9.0")
+    parts = {part["name"]: part for part in profile["parts"]}
+    assert {part["mean_ms"] for part in parts.values()} == {1.0}
+    assert all(part["enqueue_ms"] > 0 for part in parts.values())
+    assert "events on the device's stream" in profile["parts_pass"]
+    text = bdtool("profile", bundle_copy, *quick).stdout
+    assert "GPU: NVIDIA H200, compute capability 9.0" in text
+    assert "us to enqueue" in text
 
 
 @pytest.mark.parametrize("backend", ["tensorrt", "tensorrt-rtx"])
