@@ -83,6 +83,14 @@ class GraphBuilder:
         self._switch(graph, last, head_handle, network.heads, "head")
         return graph, self._instantiate(graph)
 
+    def flat_graph(self, parts: Sequence[Any]) -> tuple[Any, Any]:
+        """Return (CUgraph, CUgraphExec) of captured graphs one after the other: a path that is known in advance."""
+        graph = self._call(self._cu.cuGraphCreate(0))
+        last: list[Any] = []
+        for index, part in enumerate(parts):
+            last = [self._child(graph, last, part, f"part {index}")]
+        return graph, self._instantiate(graph)
+
     def _handle(self, graph: Any) -> Any:
         """Make a conditional handle that every launch resets to 0: skip."""
         flag = self._cu.CU_GRAPH_COND_ASSIGN_DEFAULT

@@ -32,7 +32,8 @@ _HALF_TOLERANCE = 5e-3
 class TorchBackend:
     """PyTorch on "cpu" or "cuda:N".
 
-    Its CPU threads belong to the process, as ONNX Runtime's do: the last backend that is opened sets their number.
+    Its CPU threads belong to the process, as ONNX Runtime's do: the last backend that is opened sets their number. On
+    CUDA it makes convolutions of the process compute in FP32 instead of TF32.
     """
 
     def __init__(self, *, device: str = "cpu", threads: int | None = None) -> None:
@@ -43,6 +44,8 @@ class TorchBackend:
         self._functions: WeakValueDictionary[tuple[str, str], OnnxFunction] = WeakValueDictionary()
         if self.device.type == "cpu":
             torch.set_num_threads(self.threads)
+        else:  # fp32 means fp32: by default cuDNN rounds the operands of convolutions to TF32
+            torch.backends.cudnn.allow_tf32 = False
 
     def activation_layout(self, network: NetworkSpec) -> str:
         return PLAIN_LAYOUT  # channels-last is how tensors lie in memory; their values are in NCHW order

@@ -97,6 +97,10 @@ class FakeDriver:
         self.memory[array.ctypes.data] = array
         return self._done("cuMemAlloc", self.CUdeviceptr(array.ctypes.data))
 
+    def cuMemGetInfo(self):
+        used = sum(array.nbytes for array in self.memory.values())
+        return self._done("cuMemGetInfo", 2**40 - used, 2**40)
+
     def cuMemFree(self, address):
         del self.memory[int(address)]
         return self._done("cuMemFree")

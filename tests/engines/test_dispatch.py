@@ -202,6 +202,16 @@ def test_more_blocks_than_handles_are_refused(driver):
         _build(driver, _network(driver, ((None, 1, 2),) * 129))
 
 
+def test_flat_graph_is_its_parts_one_after_the_other(driver):
+    builder = GraphBuilder(driver, driver.CUcontext(0xC0))
+    graph, executable = builder.flat_graph([driver.CUgraph(address) for address in (21, 22, 23)])
+    first = int(graph)
+    entries = driver.graphs[first]
+    assert [entry for entry, _ in entries] == [("child", 21), ("child", 22), ("child", 23)]
+    assert [after for _, after in entries] == [[], [first + 1], [first + 2]]
+    assert driver.instantiated == [int(executable)]
+
+
 def test_bindings_of_cuda_12_take_no_edge_data(driver):
     calls = []
 
