@@ -9,6 +9,7 @@ import numpy as np
 
 from engines.base import Buffer
 from engines.cuda_device import CudaDevice, DeviceMemory
+from engines.device_array import DeviceArray
 
 # numpy has no bfloat16; nobody but an engine reads such an activation
 _HOST_DTYPES = {"bfloat16": "uint16"}
@@ -37,6 +38,13 @@ class DeviceBuffer:
             raise ValueError(f"got values {list(values.shape)} for a buffer {list(self.shape)}")
         self._device.make_current()  # once a request: it may come in another thread than the one before
         self._device.upload(self.address, np.ascontiguousarray(values, self._host_dtype))
+
+    def copy_from(self, values: DeviceArray) -> None:
+        if values.shape != self.shape or values.dtype != self._host_dtype:
+            raise ValueError(f"got {values.dtype} {list(values.shape)} for a buffer {self._dtype} {list(self.shape)}")
+        self._device.make_current()
+        self._device.wait_for(values.stream)
+        self._device.copy(self.address, values.address, values.n_bytes)
 
     def read(self) -> np.ndarray:
         if self._host is None:

@@ -53,9 +53,16 @@ class CudaEvent:
         self._event = checked(cu, cu.cuEventCreate(int(cu.CUevent_flags.CU_EVENT_DEFAULT)), "an event")
         self._finalizer = weakref.finalize(self, cu.cuEventDestroy, self._event)
 
-    def record(self) -> None:
+    def record(self, stream: int | None = None) -> None:
+        """Put it on the device's stream, or on another one."""
         cu = self._device.cu
-        checked(cu, cu.cuEventRecord(self._event, self._device.stream), "to record an event")
+        where = self._device.stream if stream is None else cu.CUstream(stream)
+        checked(cu, cu.cuEventRecord(self._event, where), "to record an event")
+
+    def hold(self) -> None:
+        """Let the device's stream wait until the event is passed."""
+        cu = self._device.cu
+        checked(cu, cu.cuStreamWaitEvent(self._device.stream, self._event, 0), "to wait for an event")
 
     def elapsed_time(self, end: CudaEvent, /) -> float:
         cu = self._device.cu
@@ -114,6 +121,22 @@ class CudaDevice:
         """Enqueue a copy within the device."""
         call = self.cu.cuMemcpyDtoDAsync(target, source, n_bytes, self.stream)
         checked(self.cu, call, f"a copy of {n_bytes} bytes on the device")
+
+    def wait_for(self, stream: int) -> None:
+        """Let what is enqueued from now on wait for the work that is on another stream now; the host does not wait."""
+        event = CudaEvent(self)
+        event.record(stream)
+        event.hold()
+
+    def owns(self, address: int) -> bool:
+        """Say whether memory belongs to the primary context, or to a pool, which belongs to none.
+
+        Raises:
+            EngineError: it is no device memory.
+        """
+        attribute = self.cu.CUpointer_attribute.CU_POINTER_ATTRIBUTE_CONTEXT
+        context = checked(self.cu, self.cu.cuPointerGetAttribute(attribute, address), f"the address {address:#x}")
+        return int(context) in (0, int(self.context))
 
     def synchronize(self) -> None:
         """Wait for all enqueued work; what failed in it shows here."""

@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bdtool.errors import BackendError, EngineError, UsageError
+from bdtool.errors import BackendError, DataError, EngineError, UsageError
 from bdtool.specs import NetworkSpec, PartSpec, TensorSpec
 from engines.base import ENGINE_TOLERANCE, PLAIN_LAYOUT, Buffer, BuiltEngine, Call, Engine
 from engines.cuda_device import open_device
+from engines.device_array import DeviceArray
 from engines.device_timer import DeviceTimer
 from engines.graph_engine import Capturer
 from engines.torch_graph import TorchCapturer
@@ -86,6 +87,17 @@ class TorchBackend:
         order = torch.channels_last if len(shape) == 4 else torch.contiguous_format
         tensor = torch.zeros(shape, dtype=getattr(torch, dtype), device=self.device)
         return _TorchBuffer(tensor.contiguous(memory_format=order))
+
+    def check_device_array(self, values: DeviceArray) -> None:
+        if self.device.type == "cpu":
+            raise DataError("images: got a GPU array, the torch backend runs on the CPU. Open it with device='cuda:0'")
+        try:
+            torch.as_tensor(values.owner, device=self.device)
+        except (RuntimeError, ValueError, TypeError) as exc:  # also where its memory is of another context
+            raise DataError(
+                f"images: PyTorch cannot read the GPU array on {self.device} ({exc}). With PyCUDA import "
+                "pycuda.autoprimaryctx instead of pycuda.autoinit"
+            ) from exc
 
     def timer(self) -> DeviceTimer | None:
         if self.device.type == "cpu":
@@ -163,6 +175,11 @@ class _TorchBuffer:
     def write(self, values: np.ndarray) -> None:
         self.tensor.copy_(_host_tensor(values))
 
+    def copy_from(self, values: DeviceArray) -> None:
+        made_on = torch.cuda.ExternalStream(values.stream, device=self.tensor.device)  # type: ignore[no-untyped-call]
+        torch.cuda.current_stream(self.tensor.device).wait_stream(made_on)
+        self.tensor.copy_(torch.as_tensor(_Interface(values), device=self.tensor.device))
+
     def read(self) -> np.ndarray:
         array: np.ndarray = self.tensor.cpu().numpy()
         return array
@@ -175,6 +192,19 @@ class _TorchBuffer:
 
     def scatter(self, source: Buffer, rows: np.ndarray) -> None:
         self.tensor[_host_tensor(rows).to(self.tensor.device)] = _tensor(source)
+
+
+class _Interface:
+    """A device array, or some of its rows, for PyTorch to look at."""
+
+    def __init__(self, values: DeviceArray) -> None:
+        self._values = values
+        self.__cuda_array_interface__ = {
+            "shape": values.shape,
+            "typestr": values.dtype.str,
+            "data": (values.address, False),
+            "version": 3,
+        }
 
 
 def _timing_event() -> torch.cuda.Event:

@@ -7,12 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-from bdtool.errors import BackendError, EngineError
+from bdtool.errors import BackendError, DataError, EngineError
 from bdtool.specs import NetworkSpec, PartSpec
 from engines.base import PLAIN_LAYOUT, BackendIdentity, Buffer, BuiltEngine, Engine
 from engines.check import check_engine
 from engines.cuda_buffer import DeviceBuffer
 from engines.cuda_device import CudaDevice, CudaEvent, open_device
+from engines.device_array import DeviceArray
 from engines.device_timer import DeviceTimer
 from engines.gpu_cache import gpu_cache_path
 from engines.graph_engine import Capturer
@@ -103,6 +104,14 @@ class TensorRTBackend:
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
         return DeviceBuffer(self._runtime.device, shape, dtype)
+
+    def check_device_array(self, values: DeviceArray) -> None:
+        device = self._runtime.device
+        if not device.owns(values.address):
+            raise DataError(
+                f"images: their memory belongs to another CUDA context than the primary one of cuda:{device.index}, as "
+                "pycuda.autoinit makes it. Import pycuda.autoprimaryctx instead, and make the array again"
+            )
 
     def timer(self) -> DeviceTimer:
         device = self._runtime.device

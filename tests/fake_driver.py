@@ -33,6 +33,7 @@ class FakeDriver:
         self.kinds, self.instantiated, self.launched, self.destroyed = {}, [], [], []
         self.owners = {}  # address: the context that it belongs to, where it is not the primary one
         self.events, self.time_ms = [], 0.0  # each piece of enqueued work takes a millisecond
+        self.recorded_on, self.waited_for = {}, []  # streams
         self._capturing = None
         self._keep = []
 
@@ -85,10 +86,19 @@ class FakeDriver:
     def cuEventRecord(self, event, stream):
         assert self._capturing is None, "no body of a conditional node may hold an event"
         self.events[int(event) - 1] = self.time_ms
+        self.recorded_on[int(event)] = int(stream)
         return self._done("cuEventRecord")
 
     def cuEventElapsedTime(self, start, end):
         return self._done("cuEventElapsedTime", self.events[int(end) - 1] - self.events[int(start) - 1])
+
+    def cuStreamWaitEvent(self, stream, event, flags):
+        self.waited_for.append(self.recorded_on[int(event)])
+        return self._done("cuStreamWaitEvent")
+
+    def cuPointerGetAttribute(self, attribute, address):
+        assert attribute == self.CUpointer_attribute.CU_POINTER_ATTRIBUTE_CONTEXT
+        return self._done("cuPointerGetAttribute", self.CUcontext(self.owners.get(address, 0xC0)))
 
     # --- memory -------------------------------------------------------------------------------------------------------
 

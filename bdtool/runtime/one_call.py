@@ -8,9 +8,10 @@ import numpy as np
 
 from bdtool.errors import EngineError, UsageError
 from bdtool.runtime.controllers import Controller, MaskController
-from bdtool.runtime.strategies import Strategy, WrapCall
+from bdtool.runtime.strategies import Strategy, WrapCall, fill
 from bdtool.specs import NetworkSpec, PartSpec
 from engines.base import Backend, Engine
+from engines.device_array import Images
 from engines.store import EngineSet
 from export.fused import FORCE_DROP, FORCE_KEEP, fused_spec
 
@@ -59,7 +60,7 @@ class OneCallStrategy:
         self._free = np.zeros(force.shape_for(1), dtype=np.uint8)
         self._written: np.ndarray | None = None  # what `force` holds
 
-    def run(self, images: np.ndarray, controller: Controller) -> np.ndarray:
+    def run(self, images: Images, controller: Controller) -> np.ndarray:
         if not isinstance(controller, MaskController):
             raise UsageError(
                 f"strategy {self._name!r} decides inside its engine: it takes the learned policy or given bits only"
@@ -72,8 +73,8 @@ class OneCallStrategy:
     def close(self) -> None:
         """Nothing runs in the background."""
 
-    def _run_one(self, image: np.ndarray, given: np.ndarray | None, row: int) -> tuple[np.ndarray, np.ndarray]:
-        self._image.write(image)
+    def _run_one(self, image: Images, given: np.ndarray | None, row: int) -> tuple[np.ndarray, np.ndarray]:
+        fill(self._image, image)
         force = self._free if given is None else _forced(given[row])
         if force is not self._written:  # on a GPU each copy costs as much as a small kernel
             self._force.write(force)

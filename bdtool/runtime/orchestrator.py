@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from bdtool.errors import EngineError, PolicyError
+from bdtool.errors import DataError, EngineError, PolicyError
 from bdtool.runtime.controllers import Controller, MaskController, all_finite
 from bdtool.runtime.factory import DEFAULT_STRATEGY, make_strategy, parts_for, require_strategy
 from bdtool.runtime.masks import read_masks
@@ -26,6 +27,7 @@ from bdtool.runtime.recommendation import AUTO, read_recommendation
 from bdtool.runtime.strategies import Strategy, WrapCall
 from bdtool.specs import NetworkSpec, PartSpec
 from engines.base import Backend, Engine
+from engines.device_array import DeviceArray, DeviceArrayBackend, Images, device_array
 from engines.device_timer import DeviceTimer, TimedBackend
 from engines.registry import DEFAULT_BACKEND, DEFAULT_DEVICE, batch_options, identify_backend, open_backend
 from engines.store import EngineStore
@@ -141,12 +143,13 @@ class Orchestrator:
         max_batch = opened.manifest.max_batch
         return cls(network, library, engines, strategy=strategy, max_batch=max_batch, paths=paths)
 
-    def run(self, images: np.ndarray, policy: PolicyLike = None) -> RunResult:
+    def run(self, images: Any, policy: PolicyLike = None) -> RunResult:
         """Classify a batch.
 
         Args:
             images: uint8 [N, H, W, 3], or float32 [N, 3, H, W] already preprocessed. A batch larger than the bundle's
-                `max_batch` runs in slices.
+                `max_batch` runs in slices. On a GPU backend the latter may be on its device: any array with
+                `__cuda_array_interface__` or DLPack (PyCUDA, CuPy, PyTorch), which is copied there only.
             policy: None for the policy network's own decision (every block, where the bundle has none), a POLICY text,
                 or zeros and ones [K] or [N, K].
 
@@ -155,21 +158,23 @@ class Orchestrator:
             PolicyError: the policy does not fit.
             EngineError: an engine fails, or a result is not finite.
         """
-        request = self._request(policy, len(images))
-        return self._run_slices(images, request, run_policy=False)
+        taken = images if isinstance(images, np.ndarray | DeviceArray) else self._from_device(images)
+        request = self._request(policy, len(taken))
+        return self._run_slices(taken, request, run_policy=False)
 
-    def run_with_policy_cost(self, images: np.ndarray, policy: np.ndarray) -> RunResult:
+    def run_with_policy_cost(self, images: Images, policy: np.ndarray) -> RunResult:
         """Classify with given bits, but run the policy network too: what a learned policy of these bits would cost."""
         return self._run_slices(images, policy, run_policy=self.network.has_policy)
 
-    def run_with(self, images: np.ndarray, controller: Controller) -> RunResult:
+    def run_with(self, images: Images, controller: Controller) -> RunResult:
         """Classify with a controller of one's own; at most `max_batch` images."""
         return self._run_slice(images, controller, first=0)
 
-    def _run_slice(self, images: np.ndarray, controller: Controller, *, first: int) -> RunResult:
+    def _run_slice(self, images: Images, controller: Controller, *, first: int) -> RunResult:
         """Run at most `max_batch` images, of which the first is number `first` of the caller's batch."""
         strategy = self._require_open()
-        logits = strategy.run(self.prepare(images), controller)
+        prepared = images if isinstance(images, DeviceArray) else self.prepare(images)
+        logits = strategy.run(prepared, controller)
         if not all_finite(logits):
             bad = np.flatnonzero(~np.isfinite(logits).all(axis=1))
             raise EngineError(
@@ -256,7 +261,7 @@ class Orchestrator:
     ) -> None:
         self.close()
 
-    def _run_slices(self, images: np.ndarray, keep: np.ndarray | None, *, run_policy: bool) -> RunResult:
+    def _run_slices(self, images: Images, keep: np.ndarray | None, *, run_policy: bool) -> RunResult:
         if len(images) <= self._max_batch:
             return self.run_with(images, self._controller(keep, run_policy))
         results = []
@@ -269,6 +274,20 @@ class Orchestrator:
             policy=np.concatenate([result.policy for result in results]),
             hits=None if results[0].hits is None else np.concatenate([r.hits for r in results if r.hits is not None]),
         )
+
+    def _from_device(self, images: Any) -> DeviceArray:
+        """Return images that are on a GPU; raise TypeError or DataError where they are not, or not on the backend's."""
+        found = device_array(images)
+        if found is None:
+            raise TypeError(f"images must be a numpy array, or one on a GPU; got {type(images).__name__}")
+        if not isinstance(self._backend, DeviceArrayBackend):
+            raise DataError(
+                "images: got a GPU array, this backend takes host arrays. Open the bundle with --backend torch or "
+                "tensorrt on that GPU, or pass a numpy array"
+            )
+        self._preprocess.check_prepared(found.shape, found.dtype)
+        self._backend.check_device_array(found)
+        return found
 
     def _controller(self, keep: np.ndarray | None, run_policy: bool) -> Controller:
         return MaskController(keep, threshold=self.network.threshold, run_policy=run_policy)
