@@ -40,7 +40,8 @@ ABILITIES: dict[str, tuple[str, ...]] = {
     "build and run on the CPU": ("onnxruntime", "numpy", "Pillow"),
     "build and run on the GPU (onnxruntime)": ("onnxruntime", "onnxruntime on CUDA"),
     "build TensorRT-RTX engines (without a GPU)": ("onnx", "TensorRT-RTX"),
-    "build TensorRT engines": ("onnx", "TensorRT", "NVIDIA driver"),
+    "run TensorRT-RTX engines": ("TensorRT-RTX", "NVIDIA driver", "cuda-bindings"),
+    "build and run TensorRT engines": ("onnx", "TensorRT", "NVIDIA driver", "cuda-bindings"),
     "report": ("onnxruntime", "plotly"),
     "demo": ("torch", "onnx", "onnxscript", "onnxruntime", "plotly"),
 }
@@ -247,7 +248,7 @@ def _torch(driver: Driver) -> Finding:
 
 
 def _torch_remedy(built_for: str | None, driver: Driver) -> str:
-    supported = ".".join(map(str, driver.cuda_version))
+    supported = driver.cuda_text
     if built_for is None:
         return (
             f"install a torch that is built for CUDA {supported} or older (the selector on pytorch.org shows the line)"
@@ -375,7 +376,7 @@ def _driver_detail(driver: Driver) -> str:
     if driver.error is not None:
         return driver.error
     gpus = [f"{gpu.name} (compute capability {'.'.join(map(str, gpu.compute_capability))})" for gpu in driver.gpus]
-    return f"supports CUDA up to {'.'.join(map(str, driver.cuda_version))}; {', '.join(gpus) or 'no GPU'}"
+    return f"supports CUDA up to {driver.cuda_text}; {', '.join(gpus) or 'no GPU'}"
 
 
 def _driver_remedy(driver: Driver) -> str:

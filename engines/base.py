@@ -54,6 +54,7 @@ class BackendIdentity:
     suffix: str  # of engine files
     settings: str | None = None  # of the build, as a text to compare; None: engines of any settings fit
     converts_fp16: bool = False  # fp16 engines can be built from a bundle's fp32 parts
+    lists_targets: bool = False  # engines for several targets, as "sm86-sm89", serve each of them
 
 
 class Buffer(Protocol):
@@ -111,6 +112,7 @@ class BuiltEngine:
     error: float | None  # worst difference from the ONNX part, over the output's range; None where it cannot run here
     details: Mapping[str, Any] = field(default_factory=dict)  # what was obtained, ready for JSON
     layers: str | None = None  # the library's own account of the engine, JSON
+    loadable: bool = True  # False: it has no weights, for a program that gives it some
 
 
 class Backend(Protocol):

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bdtool.errors import EngineError
+from engines.cuda_device import checked
 from engines.dispatch import MAX_BLOCKS
 
 _ALLOWED_IN_BODY = ("KERNEL", "MEMCPY", "MEMSET", "EMPTY", "GRAPH", "CONDITIONAL")
@@ -37,7 +38,7 @@ class CapturedNetwork:
     and where dropping it runs a shortcut part, that part's A to B and B to A.
     """
 
-    policy: Any
+    policy: Any | None  # None: nothing to wait for, the probabilities are there
     stem: Any  # writes buffer A
     blocks: Sequence[Sequence[Any | None]]
     heads: tuple[Any, Any]  # reading A, and B
@@ -75,11 +76,19 @@ class GraphBuilder:
         handles = [self._handle(graph) for _ in network.blocks]
         head_handle = self._handle(graph)
         arguments = _kernel_arguments(memory, handles, head_handle, threshold)
-        policy = self._child(graph, [], network.policy, "policy")
-        last = [self._kernel(graph, [policy], kernel, arguments), self._child(graph, [], network.stem, "stem")]
+        policy = [] if network.policy is None else [self._child(graph, [], network.policy, "policy")]
+        last = [self._kernel(graph, policy, kernel, arguments), self._child(graph, [], network.stem, "stem")]
         for k, (handle, bodies) in enumerate(zip(handles, network.blocks, strict=True)):
             last = [self._switch(graph, last, handle, bodies, f"block {k}")]
         self._switch(graph, last, head_handle, network.heads, "head")
+        return graph, self._instantiate(graph)
+
+    def flat_graph(self, parts: Sequence[Any]) -> tuple[Any, Any]:
+        """Return (CUgraph, CUgraphExec) of captured graphs one after the other: a path that is known in advance."""
+        graph = self._call(self._cu.cuGraphCreate(0))
+        last: list[Any] = []
+        for index, part in enumerate(parts):
+            last = [self._child(graph, last, part, f"part {index}")]
         return graph, self._instantiate(graph)
 
     def _handle(self, graph: Any) -> Any:
@@ -142,10 +151,7 @@ class GraphBuilder:
         return self._call(self._cu.cuGraphInstantiateWithParams(graph, params))
 
     def _call(self, result: tuple[Any, ...]) -> Any:
-        status, *values = result
-        if status != self._cu.CUresult.CUDA_SUCCESS:
-            raise EngineError(f"the CUDA driver refuses a step of the graph: {status.name}")
-        return values[0] if len(values) == 1 else tuple(values)
+        return checked(self._cu, result, "a step of the graph")
 
 
 def _kernel_arguments(memory: DispatchMemory, handles: Sequence[Any], head: Any, threshold: float) -> list[Any]:

@@ -12,6 +12,13 @@ _COMPUTE_CAPABILITY_MAJOR, _COMPUTE_CAPABILITY_MINOR = 75, 76  # CUdevice_attrib
 class Gpu:
     name: str
     compute_capability: tuple[int, int]
+    pci_bus_id: str = ""  # "0000:17:00.0": the same GPU for the management library, whose numbers may differ
+
+    @property
+    def sm(self) -> int:
+        """The compute capability as one number: 89 is 8.9."""
+        major, minor = self.compute_capability
+        return 10 * major + minor
 
 
 @dataclass(frozen=True)
@@ -22,6 +29,10 @@ class Driver:
     gpus: tuple[Gpu, ...] = ()
     error: str | None = None
     installed: bool = True
+
+    @property
+    def cuda_text(self) -> str:
+        return ".".join(map(str, self.cuda_version))
 
     @property
     def usable(self) -> bool:
@@ -53,7 +64,9 @@ def _gpu(libcuda: Any, index: int) -> Gpu:
     libcuda.cuDeviceGetName(name, len(name), device)
     libcuda.cuDeviceGetAttribute(ctypes.byref(major), _COMPUTE_CAPABILITY_MAJOR, device)
     libcuda.cuDeviceGetAttribute(ctypes.byref(minor), _COMPUTE_CAPABILITY_MINOR, device)
-    return Gpu(name.value.decode(errors="replace"), (major.value, minor.value))
+    bus = ctypes.create_string_buffer(32)
+    libcuda.cuDeviceGetPCIBusId(bus, len(bus), device)
+    return Gpu(name.value.decode(errors="replace"), (major.value, minor.value), bus.value.decode(errors="replace"))
 
 
 def _error_name(libcuda: Any, code: int) -> str:

@@ -20,24 +20,15 @@ from onnx import TensorProto, helper, numpy_helper
 
 from bdtool.errors import BackendError, EngineError
 from bdtool.specs import BATCH_AXIS, NetworkSpec, PartSpec, TensorSpec
-from engines.base import (
-    ENGINE_BOUNDS,
-    ENGINE_TOLERANCE,
-    PLAIN_LAYOUT,
-    Buffer,
-    BuiltEngine,
-    Call,
-    Engine,
-    LayoutError,
-)
+from engines.base import ENGINE_TOLERANCE, PLAIN_LAYOUT, Buffer, BuiltEngine, Call, Engine, LayoutError
 from engines.blocked_nodes import stay_blocked
+from engines.check import check_engine
 from engines.integer_cpu import is_quantized, lower_quantized
-from engines.layouts import INTEGER_LAYOUT, block_size, feature_maps, pack, run_plain, unpack
+from engines.layouts import INTEGER_LAYOUT, block_size, feature_maps, pack, unpack
 from engines.native_layout import add_guards, cut_guards
-from export.check import OnnxReference, compare, compare_outputs
+from export.check import OnnxReference, compare
 from export.compose import compose_parts
 from export.fused import fuse_parts
-from export.onnx_precision import precision_of, quantizing_scale
 from export.ort_threads import any_threads_options, default_threads, shared_threads_options
 
 _CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
@@ -79,7 +70,8 @@ class OnnxRuntimeBackend:
                 "build bf16 for a GPU (--backend tensorrt), or use --precision fp16 here"
             )
         data = model if self.device != "cpu" else _optimise(part, model, layout)
-        error = self._check(part, model, data, layout)
+        failure = EngineError if layout in (PLAIN_LAYOUT, INTEGER_LAYOUT) else LayoutError
+        error = check_engine(part, model, self.load(part, data, layout=layout), failure=failure)
         return BuiltEngine(data=data, layout=layout, error=error)
 
     def load(self, part: PartSpec, data: bytes, *, layout: str) -> Engine:
@@ -125,25 +117,6 @@ class OnnxRuntimeBackend:
                 self._weights[weight.name] = ort.OrtValue.ortvalue_from_numpy(array)
             options.add_initializer(weight.name, self._weights[weight.name])
         return options
-
-    def _check(self, part: PartSpec, model: bytes, data: bytes, layout: str) -> float:
-        """Compare the engine with its ONNX part; return the worst error."""
-        rng = np.random.default_rng(0)
-        proto = onnx.ModelProto.FromString(model)
-        feeds = {t.name: _probe_values(t, rng, quantizing_scale(proto, t.name)) for t in part.inputs}
-        expected = OnnxReference(model).run(feeds)
-        engine = self.load(part, data, layout=layout)
-        actual = run_plain(engine, part, feeds)
-        precision = precision_of(proto)
-        bound = ENGINE_BOUNDS["int8 network" if precision == "int8" and part.kind == "full" else precision]
-        worst = compare_outputs(expected, actual, tolerance=bound.tolerance, share=bound.share)
-        if not worst.ok:
-            kind = EngineError if layout in (PLAIN_LAYOUT, INTEGER_LAYOUT) else LayoutError
-            raise kind(
-                f"part {part.name!r}: its engine differs from its ONNX by {worst.error:.2g} of the output's range, "
-                f"allowed is {bound.tolerance}"
-            )
-        return worst.error
 
 
 class OnnxRuntimeEngine:
@@ -276,19 +249,6 @@ def _as_declared(values: np.ndarray) -> np.ndarray:
     """Undo `_channels_last`."""
     n, h, w, c = values.shape
     return values.view(np.int8).reshape(n, c, h, w)
-
-
-def _probe_values(tensor: TensorSpec, rng: np.random.Generator, scale: float | None) -> np.ndarray:
-    """Return values to compare an engine with its part on; `scale` is that on which the part quantizes them, if any.
-
-    Negative ones too, though most activations follow a ReLU: they show a ReLU that was cut off with a guard. Integers
-    are as after a ReLU, few of them large: others would run out of the ranges inside.
-    """
-    values = rng.normal(size=tensor.shape_for(2))
-    integers = np.clip(np.abs(8 * values).round(), 0, 127)
-    if tensor.dtype == "int8":
-        return integers.astype(np.int8)
-    return (values if scale is None else integers * scale).astype(tensor.dtype)
 
 
 def _optimise(part: PartSpec, model: bytes, layout: str) -> bytes:

@@ -12,6 +12,8 @@ from engines.trt_identity import tensorrt_identity
 from engines.trt_options import TENSORRT, TENSORRT_RTX, TensorRTOptions
 
 BACKENDS = ("onnxruntime", "torch", TENSORRT, TENSORRT_RTX, "fake")
+_CAPTURED = ("torch", TENSORRT, TENSORRT_RTX)  # whose work can become part of a CUDA graph
+_SWITCH_SINCE = (12, 8)  # CUDA programming guide, "Conditional Graph Nodes"
 DEFAULT_BACKEND = "onnxruntime"
 DEFAULT_DEVICE = "cpu"
 
@@ -37,6 +39,51 @@ def identify_backend(name: str, device: str, *, tensorrt: TensorRTOptions | None
         return BackendIdentity(name=name, version=version, target=target, suffix=".onnx", converts_fp16=True)
     target = f"cpu-{instruction_set()}" if device == "cpu" else _file_name(device)
     return BackendIdentity(name=name, version=_onnxruntime_version(), target=target, suffix=".onnx")
+
+
+def joins(name: str) -> bool:
+    """Say whether the backend makes one engine of several, which strategy `path` needs."""
+    return name in ("onnxruntime", "torch", "fake")
+
+
+def fuses(name: str) -> bool:
+    """Say whether the backend has conditionals inside an engine, which strategy `fused` needs."""
+    return name == "onnxruntime"
+
+
+def require_graphs(name: str, device: str) -> None:
+    """Raise unless a backend's engines can go into a CUDA graph that decides by itself, which `graph` needs.
+
+    Raises:
+        UsageError: another backend, or not on a GPU.
+        BackendError: no driver, one that is too old, or no cuda-bindings.
+    """
+    if name not in _CAPTURED or device == "cpu":
+        raise UsageError(
+            f"strategy 'graph' runs on --backend {', '.join(_CAPTURED)} with --device cuda:N; got backend {name!r} on "
+            f"device {device!r}"
+        )
+    driver = driver_from_libcuda()
+    if not driver.usable:
+        raise BackendError(f"strategy 'graph': {driver.error or 'no GPU'}. See `bdtool doctor`")
+    if driver.cuda_version < _SWITCH_SINCE:
+        needed = ".".join(map(str, _SWITCH_SINCE))
+        raise BackendError(
+            f"strategy 'graph': the driver supports CUDA up to {driver.cuda_text}, a SWITCH in a CUDA graph needs "
+            f"{needed}. Update the driver, or use --strategy chain"
+        )
+    for distribution in ("cuda-bindings", "nvidia-cuda-nvrtc"):
+        try:
+            metadata.version(distribution)
+        except metadata.PackageNotFoundError as exc:
+            raise BackendError(
+                f"strategy 'graph' needs {distribution}; add it with: pip install \"bdtool[cuda]\""
+            ) from exc
+
+
+def batch_options(name: str, max_batch: int) -> TensorRTOptions | None:
+    """Return build options for batches up to `max_batch`; None for a backend whose engines take any batch."""
+    return TensorRTOptions(max_batch=max_batch) if name in (TENSORRT, TENSORRT_RTX) else None
 
 
 def open_backend(

@@ -11,7 +11,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -43,6 +43,7 @@ class EngineRecord:
     error: float | None  # worst difference from the ONNX part, over the output's range; None: could not run here
     settings: str = ""
     details: Mapping[str, Any] = field(default_factory=dict)  # what the backend says that it obtained
+    loadable: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,6 +157,29 @@ class EngineStore:
         layouts = {record.layout for record in records.values()}
         return records if len(layouts) <= 1 else {}
 
+    def find_complete(self, parts: Sequence[PartSpec]) -> tuple[EngineStore, dict[str, EngineRecord]] | None:
+        """Return a store that has an engine of each of `parts` for this target, and their records; None: there is none.
+
+        It is this one, or one whose engines were built for this target among others.
+        """
+        for store in (self, *self._wider()):
+            records = store.find(parts)
+            if len(records) == len(parts):
+                return store, records
+        return None
+
+    def _wider(self) -> Iterator[EngineStore]:
+        """Yield the stores beside this one whose target lists this store's among others."""
+        if not self.identity.lists_targets:
+            return
+        name, version, own = self.identity.name, self.identity.version, self.identity.target
+        start, end = f"{name}-{version}-", f"-{self.precision}"
+        for directory in sorted(self.directory.parent.glob(f"{start}*{end}")):
+            target = directory.name.removeprefix(start).removesuffix(end)
+            if target != own and own in target.split("-"):
+                identity = replace(self.identity, target=target)
+                yield EngineStore(self._bundle, identity, precision=self.precision, directory=directory.parent)
+
     def load(self, backend: Backend, records: Mapping[str, EngineRecord], *, joinable: bool = False) -> EngineSet:
         """Load the engines of `records`, as `find` gave them.
 
@@ -168,6 +192,11 @@ class EngineStore:
         engines: dict[str, Engine] = {}
         files: dict[str, bytes] = {}
         for name, record in records.items():
+            if not record.loadable:
+                raise EngineError(
+                    f"part {name!r}: its engine was built without weights, for a program that refits it; build it "
+                    "again without --strip-weights to run it here"
+                )
             data = (self.directory / record.file).read_bytes()
             engines[name] = backend.load(self.network.part(name), data, layout=record.layout)
             if joinable:
@@ -226,6 +255,7 @@ class EngineStore:
             sha256=sha256_of_bytes(built.data),
             error=built.error,
             details=built.details,
+            loadable=built.loadable,
         )
         layers = self.directory / f"{part.name}.layers.json"
         if built.layers is None:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import fcntl
 import logging
-import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,13 +16,6 @@ from typing import Any
 from export.files import write_bytes
 
 logger = logging.getLogger(__name__)
-
-
-def timing_cache_path(*, gpu: str, cuda_version: str, library_version: str) -> Path:
-    """Return where this machine keeps the cache for that GPU model and those versions."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    key = re.sub(r"[^\w.]+", "-", f"{gpu}-cuda{cuda_version}-tensorrt{library_version}")
-    return base / "bdtool" / "timing" / f"{key}.cache"
 
 
 class TimingCache:

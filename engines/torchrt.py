@@ -13,9 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bdtool.errors import BackendError, EngineError, UsageError
+from bdtool.errors import BackendError, DataError, EngineError, UsageError
 from bdtool.specs import NetworkSpec, PartSpec, TensorSpec
 from engines.base import ENGINE_TOLERANCE, PLAIN_LAYOUT, Buffer, BuiltEngine, Call, Engine
+from engines.cuda_device import open_device
+from engines.device_array import DeviceArray
+from engines.device_timer import DeviceTimer
+from engines.graph_engine import Capturer
+from engines.torch_graph import TorchCapturer
 from engines.torch_onnx import Function, OnnxFunction
 from export.check import OnnxReference, compare_outputs
 from export.files import sha256_of_bytes
@@ -28,7 +33,8 @@ _HALF_TOLERANCE = 5e-3
 class TorchBackend:
     """PyTorch on "cpu" or "cuda:N".
 
-    Its CPU threads belong to the process, as ONNX Runtime's do: the last backend that is opened sets their number.
+    Its CPU threads belong to the process, as ONNX Runtime's do: the last backend that is opened sets their number. On
+    CUDA it makes convolutions of the process compute in FP32 instead of TF32.
     """
 
     def __init__(self, *, device: str = "cpu", threads: int | None = None) -> None:
@@ -39,6 +45,8 @@ class TorchBackend:
         self._functions: WeakValueDictionary[tuple[str, str], OnnxFunction] = WeakValueDictionary()
         if self.device.type == "cpu":
             torch.set_num_threads(self.threads)
+        else:  # fp32 means fp32: by default cuDNN rounds the operands of convolutions to TF32
+            torch.backends.cudnn.allow_tf32 = False
 
     def activation_layout(self, network: NetworkSpec) -> str:
         return PLAIN_LAYOUT  # channels-last is how tensors lie in memory; their values are in NCHW order
@@ -79,6 +87,27 @@ class TorchBackend:
         order = torch.channels_last if len(shape) == 4 else torch.contiguous_format
         tensor = torch.zeros(shape, dtype=getattr(torch, dtype), device=self.device)
         return _TorchBuffer(tensor.contiguous(memory_format=order))
+
+    def check_device_array(self, values: DeviceArray) -> None:
+        if self.device.type == "cpu":
+            raise DataError("images: got a GPU array, the torch backend runs on the CPU. Open it with device='cuda:0'")
+        try:
+            torch.as_tensor(values.owner, device=self.device)
+        except (RuntimeError, ValueError, TypeError) as exc:  # also where its memory is of another context
+            raise DataError(
+                f"images: PyTorch cannot read the GPU array on {self.device} ({exc}). With PyCUDA import "
+                "pycuda.autoprimaryctx instead of pycuda.autoinit"
+            ) from exc
+
+    def timer(self) -> DeviceTimer | None:
+        if self.device.type == "cpu":
+            return None
+        return DeviceTimer(_timing_event, lambda: torch.cuda.synchronize(self.device))
+
+    def capturer(self) -> Capturer:
+        with torch.cuda.device(self.device):
+            stream = torch.cuda.current_stream().cuda_stream
+        return TorchCapturer(open_device(str(self.device), stream=stream))
 
     def _open(self, part: PartSpec, data: bytes) -> TorchEngine:
         function = self._function(part, data)
@@ -146,6 +175,11 @@ class _TorchBuffer:
     def write(self, values: np.ndarray) -> None:
         self.tensor.copy_(_host_tensor(values))
 
+    def copy_from(self, values: DeviceArray) -> None:
+        made_on = torch.cuda.ExternalStream(values.stream, device=self.tensor.device)  # type: ignore[no-untyped-call]
+        torch.cuda.current_stream(self.tensor.device).wait_stream(made_on)
+        self.tensor.copy_(torch.as_tensor(_Interface(values), device=self.tensor.device))
+
     def read(self) -> np.ndarray:
         array: np.ndarray = self.tensor.cpu().numpy()
         return array
@@ -158,6 +192,23 @@ class _TorchBuffer:
 
     def scatter(self, source: Buffer, rows: np.ndarray) -> None:
         self.tensor[_host_tensor(rows).to(self.tensor.device)] = _tensor(source)
+
+
+class _Interface:
+    """A device array, or some of its rows, for PyTorch to look at."""
+
+    def __init__(self, values: DeviceArray) -> None:
+        self._values = values
+        self.__cuda_array_interface__ = {
+            "shape": values.shape,
+            "typestr": values.dtype.str,
+            "data": (values.address, False),
+            "version": 3,
+        }
+
+
+def _timing_event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
 def _usable_device(device: str) -> torch.device:

@@ -1,38 +1,65 @@
-"""The backends `tensorrt` and `tensorrt-rtx`: engines from ONNX parts. Running them is not part of this version."""
+"""The backends `tensorrt` and `tensorrt-rtx`: engines from ONNX parts, and on a GPU their execution."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
-from bdtool.errors import BackendError, EngineError
+from bdtool.errors import BackendError, DataError, EngineError
 from bdtool.specs import NetworkSpec, PartSpec
 from engines.base import PLAIN_LAYOUT, BackendIdentity, Buffer, BuiltEngine, Engine
+from engines.check import check_engine
+from engines.cuda_buffer import DeviceBuffer
+from engines.cuda_device import CudaDevice, CudaEvent, open_device
+from engines.device_array import DeviceArray
+from engines.device_timer import DeviceTimer
+from engines.gpu_cache import gpu_cache_path
+from engines.graph_engine import Capturer
 from engines.layouts import CHANNELS_LAST, feature_maps
 from engines.libcuda import Driver, Gpu, driver_from_libcuda
-from engines.timing_cache import TimingCache, timing_cache_path
+from engines.rtx_cache import RuntimeCache
+from engines.timing_cache import TimingCache
 from engines.trt_build import CHANNEL_BLOCK, compile_part
 from engines.trt_library import TensorRTLibrary, load_library
 from engines.trt_options import TensorRTOptions
 from engines.trt_plan import plan_from_bytes
+from engines.trt_runtime import TensorRTCapturer, TensorRTRuntime
 
 
 class TensorRTBackend:
-    """Builds engines with TensorRT 10, TensorRT 11 or TensorRT-RTX."""
+    """Builds engines with TensorRT 10, TensorRT 11 or TensorRT-RTX, and runs them.
+
+    Args:
+        driver: what the NVIDIA driver reports.
+        gpu: the GPU of `open_device`; None: engines are only built, for other machines.
+        open_device: called when something is to be run for the first time.
+    """
 
     threads = 1  # of the CPU: an engine call only enqueues
 
-    def __init__(self, library: TensorRTLibrary, options: TensorRTOptions, *, driver: Driver, gpu: Gpu | None) -> None:
+    def __init__(
+        self,
+        library: TensorRTLibrary,
+        options: TensorRTOptions,
+        *,
+        driver: Driver,
+        gpu: Gpu | None,
+        open_device: Callable[[], CudaDevice],
+    ) -> None:
         if library.is_rtx:
             library.check_targets(options.sms)
         self._library = library
         self._options = options
         self._driver = driver
+        self._gpu = gpu
+        self._open_device = open_device
         self._timing_cache: TimingCache | None = None
         if library.has_timing_cache and gpu is not None:
-            cuda = ".".join(map(str, driver.cuda_version))
-            path = timing_cache_path(gpu=gpu.name, cuda_version=cuda, library_version=library.module.__version__)
-            self._timing_cache = TimingCache(path)
+            self._timing_cache = TimingCache(
+                gpu_cache_path("timing", gpu=gpu.name, cuda_version=driver.cuda_text, library=library.title)
+            )
 
     def activation_layout(self, network: NetworkSpec) -> str:
         channels = [tensor.shape[1] for part in network.parts for tensor in feature_maps(part)]
@@ -54,14 +81,17 @@ class TensorRTBackend:
                 "tf32": plan.tf32,
                 "capturable": plan.capturable,
             }
-        layers = self._inspect(part, compiled.data) if self._driver.usable and not self._options.strip_weights else None
-        return BuiltEngine(data=compiled.data, layout=layout, error=None, details=details, layers=layers)
+        stripped = self._options.strip_weights
+        error = layers = None
+        if self._runs_here and not stripped:
+            layers = self._inspect(part, compiled.data)
+            error = self._check(part, model, compiled.data, layout)
+        return BuiltEngine(
+            data=compiled.data, layout=layout, error=error, details=details, layers=layers, loadable=not stripped
+        )
 
     def load(self, part: PartSpec, data: bytes, *, layout: str) -> Engine:
-        raise BackendError(
-            f"backend {self._library.name!r} builds engines; this version of bdtool cannot run them. "
-            "Use --backend torch or onnxruntime to run the bundle"
-        )
+        return self._runtime.load(part, data, layout=layout)
 
     def join(self, joined: PartSpec, pieces: Sequence[tuple[PartSpec, bytes]]) -> tuple[Engine, int]:
         raise EngineError(f"{self._library.name} cannot join engines; build the parts joined as ONNX instead")
@@ -73,7 +103,49 @@ class TensorRTBackend:
         )
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
-        raise BackendError(f"backend {self._library.name!r} cannot run engines in this version of bdtool")
+        return DeviceBuffer(self._runtime.device, shape, dtype)
+
+    def check_device_array(self, values: DeviceArray) -> None:
+        device = self._runtime.device
+        if not device.owns(values.address):
+            raise DataError(
+                f"images: their memory belongs to another CUDA context than the primary one of cuda:{device.index}, as "
+                "pycuda.autoinit makes it. Import pycuda.autoprimaryctx instead, and make the array again"
+            )
+
+    def timer(self) -> DeviceTimer:
+        device = self._runtime.device
+        return DeviceTimer(lambda: CudaEvent(device), device.synchronize)
+
+    def capturer(self) -> Capturer:
+        return TensorRTCapturer(self._runtime.device)
+
+    @property
+    def _runs_here(self) -> bool:
+        """Whether what is built is for the GPU that is here."""
+        if self._gpu is None or not self._driver.usable:
+            return False
+        return not self._library.is_rtx or self._gpu.sm in self._options.sms
+
+    @cached_property
+    def _runtime(self) -> TensorRTRuntime:
+        name = self._library.name
+        if self._gpu is None:
+            raise BackendError(f"backend {name!r} runs its engines on a GPU: give --device cuda:0")
+        cache = None
+        if self._library.is_rtx:
+            cuda = self._driver.cuda_text
+            path = gpu_cache_path("runtime", gpu=self._gpu.name, cuda_version=cuda, library=self._library.title)
+            cache = RuntimeCache(path)
+        runtime = TensorRTRuntime(self._library, self._open_device(), cache=cache)
+        if cache is not None:
+            weakref.finalize(self, cache.save)  # when the last engine may have been compiled, at the latest at exit
+        return runtime
+
+    def _check(self, part: PartSpec, model: bytes, data: bytes, layout: str) -> float | None:
+        if "bfloat16" in {tensor.dtype for tensor in (*part.inputs, *part.outputs)}:
+            return None  # neither numpy nor ONNX Runtime on the CPU computes in it
+        return check_engine(part, model, self.load(part, data, layout=layout))
 
     def _inspect(self, part: PartSpec, data: bytes) -> str:
         """Return TensorRT's own account of the engine, layer by layer, as JSON; it takes a GPU."""
@@ -93,6 +165,7 @@ def open_tensorrt(identity: BackendIdentity, device: str, options: TensorRTOptio
         BackendError: the library cannot be imported.
     """
     driver = driver_from_libcuda()
-    index = int(device.partition(":")[2] or 0)
-    gpu = driver.gpus[index] if index < len(driver.gpus) else None
-    return TensorRTBackend(load_library(identity.name), options, driver=driver, gpu=gpu)
+    kind, _, index = device.partition(":")
+    gpu = driver.gpus[int(index)] if kind == "cuda" and int(index) < len(driver.gpus) else None
+    library = load_library(identity.name)
+    return TensorRTBackend(library, options, driver=driver, gpu=gpu, open_device=lambda: open_device(device))

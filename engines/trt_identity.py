@@ -28,19 +28,27 @@ def tensorrt_identity(
     chosen.check_for(backend)
     if backend == TENSORRT_RTX:
         if not chosen.sms:
-            chosen = replace(chosen, sms=(_sm(_target_gpu(backend, device, driver)),))
+            chosen = replace(chosen, sms=(_target_gpu(backend, device, driver, builds=options is not None).sm,))
         target = target_name(chosen.sms)
     else:
-        gpu = _target_gpu(backend, device, driver)
-        target = f"{target_name((_sm(gpu),))}-cuda{'.'.join(map(str, driver.cuda_version))}"
+        gpu = _target_gpu(backend, device, driver, builds=options is not None)
+        target = f"{target_name((gpu.sm,))}-cuda{driver.cuda_text}"
     settings = None if options is None else chosen.settings
     identity = BackendIdentity(
-        name=backend, version=version, target=target, suffix=".plan", settings=settings, converts_fp16=True
+        name=backend,
+        version=version,
+        target=target,
+        suffix=".plan",
+        settings=settings,
+        converts_fp16=True,
+        lists_targets=backend == TENSORRT_RTX,
     )
     return identity, chosen
 
 
-def _target_gpu(backend: str, device: str, driver: Driver) -> Gpu:
+def _target_gpu(backend: str, device: str, driver: Driver, *, builds: bool) -> Gpu:
+    if device == "cpu" and not builds:
+        raise UsageError(f"backend {backend!r} runs its engines on a GPU: give --device cuda:0")
     if backend == TENSORRT_RTX and device == "cpu":
         raise UsageError(
             "backend 'tensorrt-rtx': say which GPUs the engines are for, for instance --sm 86,89,120 (no GPU is needed "
@@ -57,8 +65,3 @@ def _target_gpu(backend: str, device: str, driver: Driver) -> Gpu:
     if index >= len(driver.gpus):
         raise UsageError(f"device {device!r}: the driver lists {len(driver.gpus)} GPU(s), cuda:0 is the first")
     return driver.gpus[index]
-
-
-def _sm(gpu: Gpu) -> int:
-    major, minor = gpu.compute_capability
-    return 10 * major + minor

@@ -59,6 +59,11 @@ class TensorRTLibrary:
         return self.name == TENSORRT_RTX
 
     @property
+    def title(self) -> str:
+        """Name and version as part of a file name: "tensorrt10.14.1"."""
+        return f"{self.name}{self.module.__version__}"
+
+    @property
     def has_timing_cache(self) -> bool:
         """TensorRT-RTX compiles ahead of time and times nothing while it builds; there is nothing to cache."""
         return not self.is_rtx

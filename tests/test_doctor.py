@@ -179,6 +179,10 @@ class FakeLibcuda:
         value._obj.value = {75: 9, 76: 0}[attribute]
         return 0
 
+    def cuDeviceGetPCIBusId(self, bus: Any, size: int, device: ctypes.c_int) -> int:
+        bus.value = b"0000:17:00.0"
+        return 0
+
     def cuGetErrorName(self, code: int, text: Any) -> int:
         text._obj.value = b"CUDA_ERROR_NO_DEVICE"
         return 0

@@ -30,11 +30,12 @@ MUST_NOT_IMPORT = {
 # A backend is imported only in its room; bdtool.doctor looks packages up by name, without an import of its own.
 BACKENDS = {
     "onnxruntime": ("engines", "export.check", "export.ort_threads", "calibration", "bdtool.doctor"),
+    "cuda": ("engines.cuda_device", "engines.dispatch_kernel"),
     "tensorrt": ("engines.trt_library",),
     "tensorrt_rtx": ("engines.trt_library",),
     "tensorrt_rtx_bindings": ("engines.trt_library",),
 }
-HEAVY = ("torch", "torchvision", "onnx", "onnxruntime", "tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings")
+HEAVY = ("cuda", "torch", "torchvision", "onnx", "onnxruntime", "tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings")
 
 
 def wrong_arrows(root: Path) -> list[str]:

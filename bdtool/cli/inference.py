@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     "--strategy",
     default="chain",
     show_default=True,
-    help="How blocks run: chain, path, fused, full, or auto (what `bdtool profile --strategy auto` recorded).",
+    help="How blocks run: chain, path, fused, graph, full, or auto (what `bdtool profile --strategy auto` recorded).",
 )
 @resize_option
 @runtime_options
@@ -124,7 +124,7 @@ def evaluate_cmd(
     default="chain",
     show_default=True,
     metavar="S,...",
-    help="Strategies to measure: chain, path, fused; auto measures all and records the fastest for strategy 'auto'.",
+    help="Strategies to measure: chain, path, fused, graph; auto measures all that are there and records the fastest.",
 )
 @click.option("--baseline", type=BUNDLE, help="Another bundle, whose static ResNet is measured as full:<arch>.")
 @click.option("--sweep", is_flag=True, help="Measure throughput at batch 1, 8, 32 and 64 as well.")

@@ -16,6 +16,8 @@ def print_profile(data: dict[str, Any]) -> None:
     environment = data["environment"]
     machine = f"{environment['backend']}, {environment['threads']} threads, {environment['cpu']}"
     click.echo(f"{data['bundle']}: {data['arch']}, {machine}, CPU affinity {environment['cpu_affinity']}")
+    if "gpu" in environment:
+        click.echo(_gpu_line(environment))
     click.echo(f"policy {data['policy']}; policy network: {data['policy_network']}")
     click.echo(f"input: {data['n_images']} images of {data['input_source']}; batch {data['batch']}")
     click.echo(f"clock: {data['boundary']}")
@@ -34,6 +36,16 @@ def print_profile(data: dict[str, Any]) -> None:
         click.echo(f"\npeak memory: {data['peak_memory_mib']:.0f} MiB, {data['peak_memory_boundary']}")
     if data["recommendation"]:
         _print_recommendation(data["recommendation"])
+
+
+def _gpu_line(environment: dict[str, Any]) -> str:
+    words = [f"GPU: {environment['gpu']}", f"compute capability {environment['gpu_compute_capability']}"]
+    if "driver" in environment:
+        words.append(f"driver {environment['driver']}")
+    if "gpu_sm_mhz" in environment:
+        before = environment.get("gpu_sm_mhz_before", "?")
+        words.append(f"SM clock {before} MHz before, {environment['gpu_sm_mhz']} after")
+    return ", ".join(words)
 
 
 def print_strategies(strategies: dict[str, Any]) -> None:
@@ -62,11 +74,14 @@ def print_strategies(strategies: dict[str, Any]) -> None:
 
 def print_parts(parts: list[dict[str, Any]], *, batch: int = 1) -> None:
     """Print the per-part table of a profile's JSON."""
-    columns = ["part", "us a call", "us an image", "calls", "usage", "share", "FLOPs"]
+    enqueued = any(p.get("enqueue_ms") is not None for p in parts)
+    host = ["us to enqueue"] if enqueued else []
+    columns = ["part", "us a call", *host, "us an image", "calls", "usage", "share", "FLOPs"]
     rows = [
         [
             p["name"],
             f"{1000 * p['mean_ms']:.1f}",
+            *([f"{1000 * p['enqueue_ms']:.1f}"] if enqueued else []),
             f"{1000 * p['ms_per_image']:.1f}",
             f"{p['calls']:.2f}",
             percent(p["usage"]),

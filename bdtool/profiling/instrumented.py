@@ -18,6 +18,10 @@ PASS_NOTE = (
     "means of a pass of its own, with clock reads around each engine call, which slow it a little; dispatch is what "
     "no engine call and no preprocessing accounts for, the clock reads included"
 )
+DEVICE_NOTE = (
+    "engine calls are timed by events on the device's stream: where the device waits for the host to enqueue the next "
+    "call, that wait is part of them; dispatch holds the copies to and from the device"
+)
 _REQUESTS = 60  # of one image; fewer of larger batches
 _MIN_REQUESTS = 8
 # A path, a fused or a full engine is one call for all that it joins.
@@ -31,6 +35,7 @@ class PartTime:
 
     part: PartSpec
     calls_ms: list[float] = field(default_factory=list)
+    enqueue_ms: list[float] = field(default_factory=list)  # of the host, where a call only enqueues
 
     @property
     def total_ms(self) -> float:
@@ -86,6 +91,7 @@ class InstrumentedPass:
                 "usage": float(shares[entry.part.kind][entry.part.index or 0]) if entry.part.kind in shares else 1.0,
                 "share": entry.total_ms / whole,
                 "flops": entry.part.flops,
+                "enqueue_ms": float(np.mean(entry.enqueue_ms)) if entry.enqueue_ms else None,
             }
             for entry in self.times.values()
             if entry.calls_ms
@@ -101,24 +107,24 @@ def run_instrumented(
         paths: of a `path` strategy: the engines to join for this pass.
     """
     seen = InstrumentedPass(batch=batch)
+    timer = runtime.device_timer
 
     def wrap(part: PartSpec, call: Call) -> Call:
         entry = seen.times.setdefault(part.name, PartTime(part=part))
-
-        def timed() -> None:
-            start = time.perf_counter()
-            call()
-            entry.calls_ms.append((time.perf_counter() - start) * 1000)
-
-        return timed
+        if timer is None:
+            return _clocked(call, entry.calls_ms)
+        return timer.timed(_clocked(call, entry.enqueue_ms), entry.calls_ms.append)
 
     with runtime.timed(wrap, paths=paths) as other:
         run = runner(name, other)
         n_requests = max(_MIN_REQUESTS, _REQUESTS // batch)
         for i in range(n_requests):  # binds and warms what the counted requests need
             run(*workload.request(i, batch))
+        if timer is not None:
+            timer.collect()
         for entry in seen.times.values():
             entry.calls_ms.clear()
+            entry.enqueue_ms.clear()
         for i in range(n_requests):
             images, keep = workload.request(i, batch)
             start = time.perf_counter()
@@ -128,15 +134,29 @@ def run_instrumented(
             seen.total_ms.append((time.perf_counter() - start) * 1000)
             seen.preprocess_ms += (middle - start) * 1000
             seen.keep.append(result.policy)
+            if timer is not None:
+                timer.collect()
     return seen
+
+
+def _clocked(call: Call, times_ms: list[float]) -> Call:
+    """Return `call` between two looks at the host's clock."""
+
+    def clocked() -> None:
+        start = time.perf_counter()
+        call()
+        times_ms.append((time.perf_counter() - start) * 1000)
+
+    return clocked
 
 
 def measure_parts(runtime: Orchestrator, workload: Workload, *, batch: int = 1) -> list[dict[str, Any]]:
     """Time each engine call of a strategy, in a pass of its own: the clock reads would disturb the latency figures.
 
     Returns one row for each part that ran: mean_ms of a call, its quartiles call_ms_iqr, ms_per_image over all images,
-    calls of each request, usage (share of images whose bits want it), share of all engine time, FLOPs of one image. In
-    a batch of images with different bits a call runs on those images that the strategy hands to it, so that mean_ms is
-    not for one image.
+    calls of each request, usage (share of images whose bits want it), share of all engine time, FLOPs of one image;
+    where calls only enqueue, their times are the device's, and enqueue_ms is the host's mean for a call, else None.
+    In a batch of images with different bits a call runs on those images that the strategy hands to it, so that mean_ms
+    is not for one image.
     """
     return run_instrumented("", runtime, workload, batch=batch).parts()

@@ -11,7 +11,7 @@ import numpy as np
 
 from bdtool.errors import UsageError
 from bdtool.profiling.workload import BASELINE, Workload
-from bdtool.runtime.factory import parts_for
+from bdtool.runtime.factory import parts_for, require_strategy, strategies_for
 from bdtool.runtime.masks import count_masks, read_masks
 from bdtool.runtime.orchestrator import Orchestrator
 from bdtool.runtime.paths import PathOptions
@@ -76,16 +76,19 @@ class Opened:
         }
 
 
-def strategy_names(asked: Sequence[str], network: NetworkSpec) -> list[str]:
-    """Return the strategies to measure, the baseline first; `auto` stands for all that take a policy.
+def strategy_names(asked: Sequence[str], network: NetworkSpec, place: Place) -> list[str]:
+    """Return the strategies to measure, the baseline first; `auto` stands for all there that take a policy.
 
     Raises:
-        UsageError: no such strategy.
+        UsageError: no such strategy, or the backend has none such.
+        BackendError: what a strategy needs is not installed, or too old.
     """
-    named = [name for word in asked for name in (CANDIDATES if word == AUTO else (word,))]
+    there = [name for name in strategies_for(place.backend, place.device) if name in CANDIDATES]
+    named = [name for word in asked for name in (there if word == AUTO else (word,))]
     names = [BASELINE, *(name for name in dict.fromkeys(named) if name != BASELINE)]
-    for name in names:
-        parts_for(name, network)  # refuse an unknown one now, not after building engines
+    for name in names:  # refuse one now, not after building engines
+        parts_for(name, network)
+        require_strategy(name, place.backend, place.device)
     return names
 
 

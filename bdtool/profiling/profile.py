@@ -10,8 +10,8 @@ from typing import Any
 
 from bdtool.data.batches import ImageSource
 from bdtool.evaluation import keep_for
-from bdtool.profiling.environment import describe_environment
-from bdtool.profiling.instrumented import PASS_NOTE, InstrumentedPass, run_instrumented
+from bdtool.profiling.environment import clock_warnings, describe_environment, describe_gpu
+from bdtool.profiling.instrumented import DEVICE_NOTE, PASS_NOTE, InstrumentedPass, run_instrumented
 from bdtool.profiling.line import BlocksLine, fit_lines
 from bdtool.profiling.measure import BASELINE, BOUNDARY, Settings, Workload, measure, stability_warnings
 from bdtool.profiling.opening import Opened, Place, open_all, strategy_names
@@ -24,6 +24,7 @@ from export.bundle import Bundle
 
 MAX_IMAGES = 512  # how many different images are cycled through
 SWEEP = (1, 8, 32, 64)
+_CHANGING = ("gpu_sm_mhz", "gpu_memory_mhz", "gpu_temperature_c")  # read before the latency rounds and after them
 MEMORY_NOTE = "largest resident size of the process up to the end of the latency rounds, all strategies open together"
 
 
@@ -51,6 +52,12 @@ class Profile:
     peak_memory_mib: float | None = None
     recommendation: Recommendation | None = None
 
+    @property
+    def pass_note(self) -> str:
+        """How the split and the parts were timed."""
+        on_device = any(part["enqueue_ms"] is not None for part in self.parts)
+        return f"{PASS_NOTE}; {DEVICE_NOTE}" if on_device else PASS_NOTE
+
     def to_json(self) -> dict[str, Any]:
         settings = self.settings
         return {
@@ -67,11 +74,11 @@ class Profile:
             "input_source": self.input_source,
             "is_real_input": self.is_real_input,
             "strategies": _strategies_json(self.samples, settings, self.paths),
-            "split": {"pass": PASS_NOTE, "unit": "ms an image", "strategies": self.splits},
+            "split": {"pass": self.pass_note, "unit": "ms an image", "strategies": self.splits},
             "latency_against_blocks": {name: asdict(line) for name, line in self.lines.items()},
             "sweep": {str(batch): _strategies_json(found, settings, {}) for batch, found in self.sweep.items()},
             "parts": self.parts,
-            "parts_pass": f"engine calls of chain at batch {settings.batch}; {PASS_NOTE}",
+            "parts_pass": f"engine calls of chain at batch {settings.batch}; {self.pass_note}",
             "peak_memory_mib": self.peak_memory_mib,
             "peak_memory_boundary": MEMORY_NOTE,
             "recommendation": None if self.recommendation is None else asdict(self.recommendation),
@@ -109,15 +116,17 @@ def profile(
     """
     network = bundle.network
     request = parse_policy(policy, n_blocks=network.n_blocks, has_policy_network=network.has_policy)
-    names = strategy_names(strategies, network)
     images = data.take(MAX_IMAGES).images
     workload = Workload(images=images, keep=keep_for(request, len(images), 0))
     place = Place(backend=backend, device=device, threads=threads, precision=precision)
+    names = strategy_names(strategies, network, place)
     batches = [batch for batch in sweep if batch <= bundle.manifest.max_batch]
     steps = _Steps(2 + len(batches), on_progress)
     with ExitStack() as stack:
         opened = open_all(bundle, names, workload, place, stack, baseline=baseline)
+        before = describe_gpu(device)
         samples = measure(opened.runtimes, workload, settings, on_round=steps.share)
+        gpu = describe_gpu(device)
         peak_memory_mib, paths = _peak_memory_mib(), opened.path_figures()
         steps.next()
         passes = _instrumented(opened, workload, settings)
@@ -141,9 +150,14 @@ def profile(
         warnings=[
             *_input_warnings(data, request.is_learned),
             *stability_warnings(samples),
+            *clock_warnings(gpu),
             *_sweep_warnings(sweep, bundle.manifest.max_batch),
         ],
-        environment=describe_environment(backend=backend, backend_version=version, device=device, threads=n_threads),
+        environment={
+            **describe_environment(backend=backend, backend_version=version, device=device, threads=n_threads),
+            **gpu,
+            **{f"{name}_before": value for name, value in before.items() if name in _CHANGING},
+        },
         splits={name: one.split() for name, one in passes.items()},
         lines=lines,
         sweep=swept,
@@ -211,7 +225,8 @@ def _recommended(result: Profile, bundle: Bundle, place: Place) -> Profile:
     )
     warnings = list(result.warnings)
     if medians[recommendation.strategy] > medians[BASELINE]:
-        warnings.append(f"none of {', '.join(CANDIDATES)} is faster than `full` here; `auto` takes the fastest of them")
+        measured = ", ".join(name for name in medians if name in CANDIDATES)
+        warnings.append(f"none of {measured} is faster than `full` here; `auto` takes the fastest of them")
     try:
         write_recommendation(place.store(bundle).directory, recommendation)
     except OSError as exc:

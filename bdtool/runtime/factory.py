@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from bdtool.errors import UsageError
-from bdtool.runtime.fused import FusedStrategy
+from bdtool.errors import BdtoolError, UsageError
+from bdtool.runtime.one_call import fused_strategy, graph_strategy
 from bdtool.runtime.paths import PathOptions, PathStrategy
 from bdtool.runtime.strategies import ChainStrategy, FullStrategy, Strategy, WrapCall
 from bdtool.specs import NetworkSpec, PartSpec
 from engines.base import Backend, Engine
+from engines.registry import fuses, joins, require_graphs
 
-STRATEGIES = ("chain", "path", "fused", "full")
+STRATEGIES = ("chain", "path", "fused", "graph", "full")
 DEFAULT_STRATEGY = "chain"
 
 
@@ -24,6 +25,39 @@ def parts_for(strategy: str, network: NetworkSpec) -> list[PartSpec]:
     if strategy not in STRATEGIES:
         raise UsageError(f"unknown strategy {strategy!r}; this version has {', '.join(STRATEGIES)}")
     return [part for part in network.parts if (part.kind == "full") == (strategy == "full")]
+
+
+def strategies_for(backend: str, device: str) -> tuple[str, ...]:
+    """Return the names of the strategies that this backend has on this device, here."""
+    return tuple(name for name in STRATEGIES if _is_had(name, backend, device))
+
+
+def require_strategy(strategy: str, backend: str, device: str) -> None:
+    """Raise unless the backend has this strategy on this device, here.
+
+    Raises:
+        UsageError: it has not.
+        BackendError: what the strategy needs is not installed, or too old.
+    """
+    if strategy == "graph":
+        require_graphs(backend, device)
+    elif not _is_had(strategy, backend, device):
+        others = ", ".join(strategies_for(backend, device))
+        raise UsageError(
+            f"backend {backend!r} has no strategy {strategy!r}, only {others}; or use --backend onnxruntime"
+        )
+
+
+def _is_had(strategy: str, backend: str, device: str) -> bool:
+    if strategy == "graph":
+        try:
+            require_graphs(backend, device)
+        except BdtoolError:
+            return False
+        return True
+    if strategy == "path":
+        return joins(backend)
+    return fuses(backend) if strategy == "fused" else True
 
 
 def make_strategy(
@@ -39,7 +73,9 @@ def make_strategy(
     if strategy == "path":
         return PathStrategy(network, backend, engines, wrap=wrap, options=paths)
     if strategy == "fused":
-        return FusedStrategy(network, backend, engines, wrap=wrap)
+        return fused_strategy(network, backend, engines, wrap=wrap)
+    if strategy == "graph":
+        return graph_strategy(network, backend, engines, wrap=wrap)
     if strategy == "full":
         return FullStrategy(network, backend, engines, wrap=wrap)
     return ChainStrategy(network, backend, engines, wrap=wrap)

@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from bdtool.errors import EngineError, PolicyError
+from bdtool.errors import DataError, EngineError, PolicyError
 from bdtool.runtime.controllers import Controller, MaskController, all_finite
-from bdtool.runtime.factory import DEFAULT_STRATEGY, make_strategy, parts_for
+from bdtool.runtime.factory import DEFAULT_STRATEGY, make_strategy, parts_for, require_strategy
 from bdtool.runtime.masks import read_masks
 from bdtool.runtime.paths import PathOptions, PathStats, PathStrategy
 from bdtool.runtime.policies import PolicyRequest, keep_matrix_from, parse_policy
@@ -26,7 +27,9 @@ from bdtool.runtime.recommendation import AUTO, read_recommendation
 from bdtool.runtime.strategies import Strategy, WrapCall
 from bdtool.specs import NetworkSpec, PartSpec
 from engines.base import Backend, Engine
-from engines.registry import DEFAULT_BACKEND, DEFAULT_DEVICE, identify_backend, open_backend
+from engines.device_array import DeviceArray, DeviceArrayBackend, Images, device_array
+from engines.device_timer import DeviceTimer, TimedBackend
+from engines.registry import DEFAULT_BACKEND, DEFAULT_DEVICE, batch_options, identify_backend, open_backend
 from engines.store import EngineStore
 from export.bundle import Bundle
 
@@ -98,12 +101,13 @@ class Orchestrator:
 
         Args:
             bundle: the bundle's directory, or an opened `Bundle`.
-            backend: "onnxruntime" or "torch" (or "fake", for tests).
+            backend: "onnxruntime", "torch", "tensorrt" or "tensorrt-rtx" (or "fake", for tests).
             device: "cpu", or "cuda:N" where the backend has it; never exchanged for another in silence.
             strategy: "chain" (one engine call for each kept block), "path" (one engine for each frequent keep mask,
                 the chain for the others), "fused" (the whole network as one engine with an `If` for each block),
-                "full" (the whole ResNet as one engine) or "auto" (what `bdtool profile --strategy auto` recommended
-                for this target and number of threads).
+                "graph" (likewise as one CUDA graph, whose decision stays on the device), "full" (the whole ResNet as
+                one engine) or "auto" (what `bdtool profile --strategy auto` recommended for this target and number of
+                threads).
             threads: CPU threads of one engine call; None takes the processors that are there, at most 4. More than
                 one come from a pool that ONNX Runtime makes once in a process.
             precision: which parts to run: "fp32", or one that `bdtool calibrate` has added to the bundle.
@@ -117,8 +121,10 @@ class Orchestrator:
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(Path(bundle))
         if strategy != AUTO:
             parts_for(strategy, opened.network)  # refuse an unknown one before the backend is opened
+            require_strategy(strategy, backend, device)
         identity = identify_backend(backend, device)
-        library = open_backend(backend, device, threads=threads)
+        options = batch_options(backend, opened.manifest.max_batch)
+        library = open_backend(backend, device, threads=threads, tensorrt=options)
         with ExitStack() as stack:
             store = EngineStore(opened, identity, precision=precision)
             network = store.network
@@ -126,22 +132,24 @@ class Orchestrator:
                 recorded = read_recommendation(store.directory, threads=library.threads, bundle=opened.path)
                 strategy = recorded.strategy
             parts = parts_for(strategy, network)
-            records = store.find(parts)
-            if len(records) < len(parts):
+            found = store.find_complete(parts)
+            if found is None:
                 store = _build_missing(opened, store, library, precision, stack)
-                records = store.find(parts)
+                found = store, store.find(parts)
+            store, records = found
             engines = store.load(library, records, joinable=strategy in ("path", "fused"))
         if strategy == "path" and paths is None:
             paths = PathOptions(ahead=read_masks(store.directory, network.n_blocks))
         max_batch = opened.manifest.max_batch
         return cls(network, library, engines, strategy=strategy, max_batch=max_batch, paths=paths)
 
-    def run(self, images: np.ndarray, policy: PolicyLike = None) -> RunResult:
+    def run(self, images: Any, policy: PolicyLike = None) -> RunResult:
         """Classify a batch.
 
         Args:
             images: uint8 [N, H, W, 3], or float32 [N, 3, H, W] already preprocessed. A batch larger than the bundle's
-                `max_batch` runs in slices.
+                `max_batch` runs in slices. On a GPU backend the latter may be on its device: any array with
+                `__cuda_array_interface__` or DLPack (PyCUDA, CuPy, PyTorch), which is copied there only.
             policy: None for the policy network's own decision (every block, where the bundle has none), a POLICY text,
                 or zeros and ones [K] or [N, K].
 
@@ -150,21 +158,23 @@ class Orchestrator:
             PolicyError: the policy does not fit.
             EngineError: an engine fails, or a result is not finite.
         """
-        request = self._request(policy, len(images))
-        return self._run_slices(images, request, run_policy=False)
+        taken = images if isinstance(images, np.ndarray | DeviceArray) else self._from_device(images)
+        request = self._request(policy, len(taken))
+        return self._run_slices(taken, request, run_policy=False)
 
-    def run_with_policy_cost(self, images: np.ndarray, policy: np.ndarray) -> RunResult:
+    def run_with_policy_cost(self, images: Images, policy: np.ndarray) -> RunResult:
         """Classify with given bits, but run the policy network too: what a learned policy of these bits would cost."""
         return self._run_slices(images, policy, run_policy=self.network.has_policy)
 
-    def run_with(self, images: np.ndarray, controller: Controller) -> RunResult:
+    def run_with(self, images: Images, controller: Controller) -> RunResult:
         """Classify with a controller of one's own; at most `max_batch` images."""
         return self._run_slice(images, controller, first=0)
 
-    def _run_slice(self, images: np.ndarray, controller: Controller, *, first: int) -> RunResult:
+    def _run_slice(self, images: Images, controller: Controller, *, first: int) -> RunResult:
         """Run at most `max_batch` images, of which the first is number `first` of the caller's batch."""
         strategy = self._require_open()
-        logits = strategy.run(self.prepare(images), controller)
+        prepared = images if isinstance(images, DeviceArray) else self.prepare(images)
+        logits = strategy.run(prepared, controller)
         if not all_finite(logits):
             bad = np.flatnonzero(~np.isfinite(logits).all(axis=1))
             raise EngineError(
@@ -212,6 +222,11 @@ class Orchestrator:
         """CPU threads of one engine call."""
         return self._backend.threads
 
+    @property
+    def device_timer(self) -> DeviceTimer | None:
+        """A timer for engine calls that only enqueue; None where they return when they are done."""
+        return self._backend.timer() if isinstance(self._backend, TimedBackend) else None
+
     def engine(self, part: PartSpec) -> Engine:
         """Return the loaded engine of a part (for verification and profiling)."""
         return self._engines[part.name]
@@ -246,7 +261,7 @@ class Orchestrator:
     ) -> None:
         self.close()
 
-    def _run_slices(self, images: np.ndarray, keep: np.ndarray | None, *, run_policy: bool) -> RunResult:
+    def _run_slices(self, images: Images, keep: np.ndarray | None, *, run_policy: bool) -> RunResult:
         if len(images) <= self._max_batch:
             return self.run_with(images, self._controller(keep, run_policy))
         results = []
@@ -259,6 +274,20 @@ class Orchestrator:
             policy=np.concatenate([result.policy for result in results]),
             hits=None if results[0].hits is None else np.concatenate([r.hits for r in results if r.hits is not None]),
         )
+
+    def _from_device(self, images: Any) -> DeviceArray:
+        """Return images that are on a GPU; raise TypeError or DataError where they are not, or not on the backend's."""
+        found = device_array(images)
+        if found is None:
+            raise TypeError(f"images must be a numpy array, or one on a GPU; got {type(images).__name__}")
+        if not isinstance(self._backend, DeviceArrayBackend):
+            raise DataError(
+                "images: got a GPU array, this backend takes host arrays. Open the bundle with --backend torch or "
+                "tensorrt on that GPU, or pass a numpy array"
+            )
+        self._preprocess.check_prepared(found.shape, found.dtype)
+        self._backend.check_device_array(found)
+        return found
 
     def _controller(self, keep: np.ndarray | None, run_policy: bool) -> Controller:
         return MaskController(keep, threshold=self.network.threshold, run_policy=run_policy)

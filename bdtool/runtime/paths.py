@@ -24,6 +24,7 @@ from bdtool.runtime.controllers import Controller, MaskController
 from bdtool.runtime.strategies import ChainStrategy, Lane, WrapCall
 from bdtool.specs import NetworkSpec, PartSpec
 from engines.base import Backend, Call, Engine
+from engines.device_array import DeviceArray, Images
 from engines.store import EngineSet
 
 logger = logging.getLogger(__name__)
@@ -210,7 +211,7 @@ class PathStrategy:
         self.cache = PathCache(self._join, options or PathOptions())
         self.hits: np.ndarray | None = None
 
-    def run(self, images: np.ndarray, controller: Controller) -> np.ndarray:
+    def run(self, images: Images, controller: Controller) -> np.ndarray:
         lane = self._chain.lane(len(images))
         lane.begin(images, controller)
         mask = controller.mask
@@ -230,8 +231,11 @@ class PathStrategy:
     def close(self) -> None:
         self.cache.close()
 
-    def _run_groups(self, images: np.ndarray, mask: np.ndarray, controller: Controller) -> np.ndarray:
+    def _run_groups(self, images: Images, mask: np.ndarray, controller: Controller) -> np.ndarray:
         """Run the images of each mask that has an engine together, and the others as one batch of the chain."""
+        if isinstance(images, DeviceArray):  # its rows could not be picked
+            self.hits = _all_alike(len(mask), False)
+            return self._chain.run(images, MaskController(mask, threshold=self._network.threshold))
         groups, group_of = np.unique(mask, axis=0, return_inverse=True)
         logits = np.empty((len(images), self._network.n_classes), dtype=np.float32)
         hits = np.zeros(len(images), dtype=bool)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import numpy as np
 
@@ -52,6 +53,14 @@ class Preprocessor:
         if out is not None:
             self._check_out(out, n_images=len(images))
         return self._normalize(images, out) if is_pixels else _passed_through(images, out)
+
+    def check_prepared(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+        """Raise DataError unless a batch on a GPU is float32 [N, 3, height, width], the network's input."""
+        if dtype != np.float32 or shape[1:] != self._nchw_tail or shape[0] == 0:
+            raise DataError(
+                f"images on the GPU: got {dtype} {list(shape)}, expected preprocessed float32 [N, "
+                f"{', '.join(map(str, self._nchw_tail))}]. Normalise them there, or pass pixels as a numpy array"
+            )
 
     def _normalize(self, images: np.ndarray, out: np.ndarray | None) -> np.ndarray:
         if out is None:

@@ -7,7 +7,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from bdtool.errors import UsageError
 from bdtool.runtime.controllers import Controller, Decision
 from bdtool.specs import NetworkSpec, PartSpec, TensorSpec
 from engines.base import Backend, Buffer, Call, Engine
+from engines.device_array import DeviceArray, DeviceFilled, Images
 
 MAX_LANES = 8  # batch sizes whose buffers are kept; a choice that bounds memory
 MAX_ROW_CALLS = 4096  # bindings of parts to some rows of a batch that are kept; each takes a few kB
@@ -28,7 +29,7 @@ class Strategy(Protocol):
     def hits(self) -> np.ndarray | None:
         """Which images of the last batch ran as one specialised engine, bool [N]; None where there are none such."""
 
-    def run(self, images: np.ndarray, controller: Controller) -> np.ndarray: ...
+    def run(self, images: Images, controller: Controller) -> np.ndarray: ...
 
     def close(self) -> None:
         """Stop what runs in the background."""
@@ -76,7 +77,7 @@ class ChainStrategy:
     def close(self) -> None:
         """Nothing runs in the background."""
 
-    def run(self, images: np.ndarray, controller: Controller) -> np.ndarray:
+    def run(self, images: Images, controller: Controller) -> np.ndarray:
         lane = self.lane(len(images))
         lane.begin(images, controller)
         return lane.finish(controller)
@@ -114,14 +115,14 @@ class FullStrategy:
     def close(self) -> None:
         """Nothing runs in the background."""
 
-    def run(self, images: np.ndarray, controller: Controller) -> np.ndarray:
+    def run(self, images: Images, controller: Controller) -> np.ndarray:
         if len(images) not in self._bound:
             self._bound[len(images)] = self._bind(len(images))
             if len(self._bound) > MAX_LANES:
                 self._bound.popitem(last=False)
         image, call, logits = self._bound[len(images)]
         controller.begin(len(images), _no_policy)
-        image.write(images)
+        fill(image, images)
         call()
         return logits.read().copy()
 
@@ -131,6 +132,14 @@ class FullStrategy:
         logits = self._backend.allocate(result.shape_for(n_images), result.dtype)
         call = self._engine.bind({source.name: image}, {result.name: logits})
         return image, self._wrap(self._part, call), logits
+
+
+def fill(buffer: Buffer, images: Images) -> None:
+    """Put images into a buffer, from the host or from the buffer's own device."""
+    if isinstance(images, DeviceArray):
+        cast(DeviceFilled, buffer).copy_from(images)  # the orchestrator has asked the backend
+    else:
+        buffer.write(images)
 
 
 def _no_policy() -> np.ndarray:
@@ -181,9 +190,9 @@ class Lane:
         first, second = self._pair(head.inputs[0])
         self._head = (self._bind(head, [first], [self.logits]), self._bind(head, [second], [self.logits]))
 
-    def begin(self, images: np.ndarray, controller: Controller) -> None:
+    def begin(self, images: Images, controller: Controller) -> None:
         """Put the images into their buffer and let the controller look at them."""
-        self.image.write(images)
+        fill(self.image, images)
         controller.begin(self._n_images, self._probabilities)
 
     def finish(self, controller: Controller) -> np.ndarray:

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from bdtool.errors import BackendError, EngineError
 from engines.cuda_graph import CapturedNetwork, DispatchMemory, GraphBuilder
-from engines.dispatch import FORCE_DROP, FORCE_KEEP, MAX_BLOCKS, NOT_FINITE, dispatch
+from engines.dispatch import FORCE_DROP, FORCE_KEEP, NOT_FINITE, dispatch
 from engines.dispatch_kernel import KERNEL_NAME, SOURCE, cubin_from_source
+from tests.fake_driver import FakeDriver, Handles
 
 float32 = st.floats(0, 1, width=32)
 # of each block: probability, whether it has a shortcut part, and the override
@@ -103,10 +104,6 @@ def kernel_on_the_cpu(tmp_path_factory):
     return ctypes.CDLL(str(library))
 
 
-class Handles(ctypes.Structure):
-    _fields_ = [("h", ctypes.c_uint64 * MAX_BLOCKS)]
-
-
 @given(rows=blocks, use_force=st.booleans())
 def test_kernel_computes_what_its_twin_computes(kernel_on_the_cpu, rows, use_force):
     n, threshold, head = len(rows), np.float32(0.5), 200
@@ -133,79 +130,6 @@ def test_kernel_computes_what_its_twin_computes(kernel_on_the_cpu, rows, use_for
 
 
 # --- the graph --------------------------------------------------------------------------------------------------------
-
-
-class FakeDriver:
-    """`cuda.bindings.driver` whose calls are noted. Its structures are the real ones: what reaches the driver is read
-    back from their memory, at the offsets that cuda.h gives them."""
-
-    def __init__(self):
-        self._real = pytest.importorskip("cuda.bindings.driver")
-        self.graphs, self.bodies, self.handles, self.failing = {}, {}, [], None
-        self.kinds, self.instantiated = {}, []
-        self._keep = []
-
-    def __getattr__(self, name):
-        return getattr(self._real, name)
-
-    def _done(self, name, *values):
-        ok = self.CUresult.CUDA_ERROR_INVALID_VALUE if self.failing == name else self.CUresult.CUDA_SUCCESS
-        return ok, *values
-
-    def _new_graph(self):
-        address = 0x1000 * (len(self.graphs) + 1)
-        self.graphs[address] = []
-        return self.CUgraph(address)
-
-    def cuGraphCreate(self, flags):
-        return self._done("cuGraphCreate", self._new_graph())
-
-    def cuGraphConditionalHandleCreate(self, graph, context, default, flags):
-        assert (int(context), default, flags) == (0xC0, 0, self.CU_GRAPH_COND_ASSIGN_DEFAULT)
-        self.handles.append(100 + len(self.handles))
-        return self._done("cuGraphConditionalHandleCreate", self.CUgraphConditionalHandle(self.handles[-1]))
-
-    def _note(self, graph, after, count, entry):
-        assert len(after or []) == count
-        nodes = self.graphs[int(graph)]
-        nodes.append((entry, [int(node) for node in after or []]))
-        return self.CUgraphNode(int(graph) + len(nodes))
-
-    def cuGraphAddChildGraphNode(self, graph, after, count, child):
-        return self._done("cuGraphAddChildGraphNode", self._note(graph, after, count, ("child", int(child))))
-
-    def cuGraphAddNode(self, graph, after, edges, count, params):
-        assert edges is None
-        raw = ctypes.string_at(params.getPtr(), 64)
-        if int.from_bytes(raw[:4], "little") == int(self.CUgraphNodeType.CU_GRAPH_NODE_TYPE_KERNEL):
-            entry = ("kernel", self._arguments(int(params.kernel.kernelParams)))
-        else:
-            handle, kind, size = (int.from_bytes(raw[a:b], "little") for a, b in ((16, 24), (24, 28), (28, 32)))
-            assert kind == int(self.CUgraphConditionalNodeType.CU_GRAPH_COND_TYPE_SWITCH)
-            bodies = [int(self._new_graph()) for _ in range(size)]
-            memory = (ctypes.c_void_p * size)(*bodies)
-            self._keep.append(memory)
-            ctypes.c_void_p.from_address(params.getPtr() + 32).value = ctypes.addressof(memory)  # phGraph_out
-            entry = ("switch", handle, bodies)
-        return self._done("cuGraphAddNode", self._note(graph, after, count, entry))
-
-    def _arguments(self, pointers):
-        """Read the kernel's nine arguments back, as the driver does when the node is added."""
-        types = [ctypes.c_uint64] * 3 + [ctypes.c_int, ctypes.c_float] + [ctypes.c_uint64] * 3 + [Handles]
-        addresses = (ctypes.c_void_p * len(types)).from_address(pointers)
-        values = [kind.from_address(address) for kind, address in zip(types, addresses, strict=True)]
-        return [*(value.value for value in values[:-1]), list(values[-1].h)]
-
-    def cuGraphGetNodes(self, graph, count):
-        kinds = self.kinds.get(int(graph), ["KERNEL", "KERNEL", "MEMCPY"])
-        return self._done("cuGraphGetNodes", kinds[:count], len(kinds))
-
-    def cuGraphNodeGetType(self, node):
-        return self._done("cuGraphNodeGetType", getattr(self.CUgraphNodeType, f"CU_GRAPH_NODE_TYPE_{node}"))
-
-    def cuGraphInstantiateWithParams(self, graph, params):
-        self.instantiated.append(int(graph))
-        return self._done("cuGraphInstantiateWithParams", self.CUgraphExec(0xE))
 
 
 MEMORY = DispatchMemory(probability=11, has_shortcut=12, force=0, kept=13, head_side=14)
@@ -235,7 +159,7 @@ def test_graph_runs_policy_beside_stem_then_blocks_then_head(driver):
     assert [after for _, after in entries] == [[], [first + 1], [], [first + 2, first + 3], [first + 4], [first + 5]]
     assert (entries[0][0][1], entries[2][0][1]) == (21, 22)
     assert driver.instantiated == [first]
-    assert int(executable) == 0xE
+    assert int(executable) == first
 
 
 def test_each_switch_has_its_own_handle_and_captured_bodies(driver):
@@ -276,6 +200,16 @@ def test_bodies_that_do_not_fit_the_dispatch_are_refused(driver, bodies):
 def test_more_blocks_than_handles_are_refused(driver):
     with pytest.raises(ValueError, match="at most 128"):
         _build(driver, _network(driver, ((None, 1, 2),) * 129))
+
+
+def test_flat_graph_is_its_parts_one_after_the_other(driver):
+    builder = GraphBuilder(driver, driver.CUcontext(0xC0))
+    graph, executable = builder.flat_graph([driver.CUgraph(address) for address in (21, 22, 23)])
+    first = int(graph)
+    entries = driver.graphs[first]
+    assert [entry for entry, _ in entries] == [("child", 21), ("child", 22), ("child", 23)]
+    assert [after for _, after in entries] == [[], [first + 1], [first + 2]]
+    assert driver.instantiated == [int(executable)]
 
 
 def test_bindings_of_cuda_12_take_no_edge_data(driver):

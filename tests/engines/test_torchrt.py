@@ -123,7 +123,9 @@ def test_learned_policy_is_that_of_fp32_in_half_precision_too(bundle_copy, tiny,
 
 
 def test_fused_names_the_backend_that_has_it(bundle_copy):
-    with pytest.raises(UsageError, match="use --backend onnxruntime for strategy 'fused'"):
+    with pytest.raises(
+        UsageError, match="'torch' has no strategy 'fused', only chain, path, full; or use --backend onnx"
+    ):
         Orchestrator.open(bundle_copy, backend="torch", strategy="fused")
 
 

@@ -187,7 +187,7 @@ def test_unknown_architecture_lists_the_known_ones():
 def test_target_must_be_said_where_there_is_no_gpu(monkeypatch):
     monkeypatch.setattr("engines.registry.driver_from_libcuda", lambda: Driver(installed=False, error="no driver"))
     with pytest.raises(UsageError, match="--sm 86,89,120"):
-        identify_backend(RTX, "cpu")
+        identify_backend(RTX, "cpu", tensorrt=TensorRTOptions())
     with pytest.raises(BackendError, match=r"no driver.*--sm 89 builds without a GPU"):
         identify_backend(RTX, "cuda:0")
 
@@ -202,9 +202,9 @@ def test_int8_is_not_made_from_fp32(tiny_bundle):
         EngineStore(tiny_bundle, identify_backend(RTX, "cpu", tensorrt=OPTIONS), precision="int8")
 
 
-def test_running_says_what_to_use_instead(tiny_bundle, build):
+def test_engines_that_were_only_built_say_what_runs_them(tiny_bundle, build):
     store, records = build(tiny_bundle, "fp32")
-    with pytest.raises(BackendError, match="cannot run them"):
+    with pytest.raises(BackendError, match="runs its engines on a GPU: give --device cuda:0"):
         store.load(open_backend(RTX, "cpu", tensorrt=OPTIONS), records)
 
 

@@ -12,8 +12,7 @@ from bdtool import Orchestrator
 _HAS_GPU = torch.cuda.is_available()
 _needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not _HAS_GPU, reason="needs an NVIDIA GPU that PyTorch can use")]
 DEVICES = [pytest.param("cpu", 20, id="cpu"), pytest.param("cuda:0", 1000, id="cuda", marks=_needs_gpu)]
-# TF32 convolutions, cuDNN's default on tensor cores, keep 10 bits of mantissa; the CPU computes in float32
-TOLERANCES = {"cpu": 1e-4, "cuda:0": 1e-2}
+TOLERANCES = {"cpu": 1e-4, "cuda:0": 1e-3}  # float32 in another summing order; the weights are random
 
 
 @pytest.mark.parametrize(("device", "n_masks"), DEVICES)

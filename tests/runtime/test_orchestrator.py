@@ -276,8 +276,8 @@ def test_timed_orchestrator_sees_every_call_of_one_image(fake, images_of):
 
 
 def test_unknown_strategy_backend_and_device_are_wrong_usage(tiny):
-    with pytest.raises(UsageError, match=r"unknown strategy 'graph'; this version has chain, .*full"):
-        Orchestrator.open(tiny.bundle, strategy="graph")
+    with pytest.raises(UsageError, match=r"unknown strategy 'magic'; this version has chain, .*full"):
+        Orchestrator.open(tiny.bundle, strategy="magic")
     with pytest.raises(UsageError, match="unknown backend 'openvino'"):
         Orchestrator.open(tiny.bundle, backend="openvino")
     with pytest.raises(UsageError, match="unknown device 'gpu'"):

@@ -1,0 +1,78 @@
+"""Tensors in device memory, whatever layout their engines keep them in."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from math import prod
+
+import numpy as np
+
+from engines.base import Buffer
+from engines.cuda_device import CudaDevice, DeviceMemory
+from engines.device_array import DeviceArray
+
+# numpy has no bfloat16; nobody but an engine reads such an activation
+_HOST_DTYPES = {"bfloat16": "uint16"}
+
+
+class DeviceBuffer:
+    """One tensor of a fixed shape, rows (images) one after the other; `first` shares its memory."""
+
+    def __init__(
+        self, device: CudaDevice, shape: tuple[int, ...], dtype: str, *, memory: DeviceMemory | None = None
+    ) -> None:
+        self.shape = shape
+        self._dtype = dtype
+        self._host_dtype = np.dtype(_HOST_DTYPES.get(dtype, dtype))
+        self._row_bytes = prod(shape[1:]) * self._host_dtype.itemsize
+        self._device = device
+        self._memory = device.allocate(shape[0] * self._row_bytes) if memory is None else memory
+        self._host: np.ndarray | None = None
+
+    @property
+    def address(self) -> int:
+        return self._memory.address
+
+    def write(self, values: np.ndarray) -> None:
+        if values.shape != self.shape:
+            raise ValueError(f"got values {list(values.shape)} for a buffer {list(self.shape)}")
+        self._device.make_current()  # once a request: it may come in another thread than the one before
+        self._device.upload(self.address, np.ascontiguousarray(values, self._host_dtype))
+
+    def copy_from(self, values: DeviceArray) -> None:
+        if values.shape != self.shape or values.dtype != self._host_dtype:
+            raise ValueError(f"got {values.dtype} {list(values.shape)} for a buffer {self._dtype} {list(self.shape)}")
+        self._device.make_current()
+        self._device.wait_for(values.stream)
+        self._device.copy(self.address, values.address, values.n_bytes)
+
+    def read(self) -> np.ndarray:
+        if self._host is None:
+            self._host = np.empty(self.shape, self._host_dtype)
+        self._device.download(self._host, self.address)
+        return self._host
+
+    def first(self, n_rows: int) -> Buffer:
+        return DeviceBuffer(self._device, (n_rows, *self.shape[1:]), self._dtype, memory=self._memory)
+
+    def gather(self, source: Buffer, rows: np.ndarray) -> None:
+        self._move(device_buffer(source).address, rows, gather=True)
+
+    def scatter(self, source: Buffer, rows: np.ndarray) -> None:
+        self._move(device_buffer(source).address, rows, gather=False)
+
+    def _move(self, source: int, rows: np.ndarray, *, gather: bool) -> None:
+        """Copy rows to or from the places `rows`, one copy for each run of neighbours."""
+        starts = [0, *(np.flatnonzero(np.diff(rows) != 1) + 1).tolist(), len(rows)]
+        for begin, end in pairwise(starts):
+            if begin == end:  # no rows at all
+                continue
+            packed, spread = begin * self._row_bytes, int(rows[begin]) * self._row_bytes
+            here, there = (packed, spread) if gather else (spread, packed)
+            self._device.copy(self.address + here, source + there, (end - begin) * self._row_bytes)
+
+
+def device_buffer(buffer: Buffer) -> DeviceBuffer:
+    if not isinstance(buffer, DeviceBuffer):
+        raise TypeError(f"expected a buffer of this backend, got {type(buffer).__name__}")
+    return buffer

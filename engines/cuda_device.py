@@ -1,0 +1,192 @@
+"""One GPU through NVIDIA's driver API: its primary context, one stream, memory, copies, and captured work.
+
+The primary context is the one that PyTorch and TensorRT use, so that memory, streams and graphs are common to all of
+them. Only this file and the kernels' compiler import `cuda.bindings`. Written against cuda-bindings 12.9 to 13.x and
+tested against a stand-in that computes on host memory: not yet run on a GPU.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from bdtool.errors import BackendError, EngineError
+
+_INSTALL = 'pip install "bdtool[cuda]"'
+
+
+def checked(cu: Any, result: tuple[Any, ...], what: str) -> Any:
+    """Return what a driver call gave besides its status.
+
+    Raises:
+        EngineError: the status is not success.
+    """
+    status, *values = result
+    if status != cu.CUresult.CUDA_SUCCESS:
+        raise EngineError(f"the CUDA driver refuses {what}: {status.name}")
+    return values[0] if len(values) == 1 else tuple(values)
+
+
+class DeviceMemory:
+    """Zeroed memory of a device, 256-byte aligned; given back when nothing refers to this object any more."""
+
+    def __init__(self, device: CudaDevice, n_bytes: int) -> None:
+        cu = device.cu
+        self.n_bytes = n_bytes
+        device.make_current()
+        address = checked(cu, cu.cuMemAlloc(max(n_bytes, 1)), f"{n_bytes} bytes of memory")
+        self.address = int(address)
+        # waits for work that may still use the memory; its status would have nobody to go to
+        self._finalizer = weakref.finalize(self, cu.cuMemFree, address)
+        checked(cu, cu.cuMemsetD8Async(address, 0, n_bytes, device.stream), "to clear memory")
+
+
+class CudaEvent:
+    """A point on the device's stream; see `engines.device_timer.Event`."""
+
+    def __init__(self, device: CudaDevice) -> None:
+        self._device = device
+        cu = device.cu
+        self._event = checked(cu, cu.cuEventCreate(int(cu.CUevent_flags.CU_EVENT_DEFAULT)), "an event")
+        self._finalizer = weakref.finalize(self, cu.cuEventDestroy, self._event)
+
+    def record(self, stream: int | None = None) -> None:
+        """Put it on the device's stream, or on another one."""
+        cu = self._device.cu
+        where = self._device.stream if stream is None else cu.CUstream(stream)
+        checked(cu, cu.cuEventRecord(self._event, where), "to record an event")
+
+    def hold(self) -> None:
+        """Let the device's stream wait until the event is passed."""
+        cu = self._device.cu
+        checked(cu, cu.cuStreamWaitEvent(self._device.stream, self._event, 0), "to wait for an event")
+
+    def elapsed_time(self, end: CudaEvent, /) -> float:
+        cu = self._device.cu
+        return float(checked(cu, cu.cuEventElapsedTime(self._event, end._event), "the time between two events"))
+
+
+class CudaDevice:
+    """GPU number `index` of the driver `cu`: the module `cuda.bindings.driver`, or a stand-in with its functions.
+
+    Work goes to one stream, in order. The host waits in `download` and `synchronize` only.
+
+    Args:
+        stream: address of a stream that somebody else owns, to put the work there; None makes one.
+    """
+
+    def __init__(self, cu: Any, index: int, *, stream: int | None = None) -> None:
+        self.cu = cu
+        self.index = index
+        checked(cu, cu.cuInit(0), "to start")
+        self._device = checked(cu, cu.cuDeviceGet(index), f"device cuda:{index}")
+        self.context = checked(cu, cu.cuDevicePrimaryCtxRetain(self._device), "its primary context")
+        self._released = weakref.finalize(self, cu.cuDevicePrimaryCtxRelease, self._device)
+        self.make_current()
+        self.stream = self._new_stream() if stream is None else cu.CUstream(stream)
+
+    def _new_stream(self) -> Any:
+        # Not the default stream: TensorRT would synchronise the device around each call on it, and it is not capturable
+        flag = self.cu.CUstream_flags.CU_STREAM_NON_BLOCKING
+        return checked(self.cu, self.cu.cuStreamCreate(int(flag)), "a stream")
+
+    @property
+    def sm(self) -> int:
+        """Compute capability: 89 is 8.9."""
+        return 10 * self._attribute("MAJOR") + self._attribute("MINOR")
+
+    def make_current(self) -> None:
+        """Make the primary context that of the calling thread; contexts belong to threads."""
+        checked(self.cu, self.cu.cuCtxSetCurrent(self.context), "its primary context")
+
+    def allocate(self, n_bytes: int) -> DeviceMemory:
+        return DeviceMemory(self, n_bytes)
+
+    def upload(self, address: int, values: np.ndarray) -> None:
+        """Enqueue a copy to the device; `values`, C-contiguous, may be changed as soon as this returns."""
+        # The driver stages pageable memory before it returns (CUDA driver API, "API synchronization behavior").
+        call = self.cu.cuMemcpyHtoDAsync(address, values.ctypes.data, values.nbytes, self.stream)
+        checked(self.cu, call, f"a copy of {values.nbytes} bytes to the device")
+
+    def download(self, values: np.ndarray, address: int) -> None:
+        """Fill `values`, C-contiguous, from the device; returns when they are there."""
+        call = self.cu.cuMemcpyDtoHAsync(values.ctypes.data, address, values.nbytes, self.stream)
+        checked(self.cu, call, f"a copy of {values.nbytes} bytes from the device")
+        self.synchronize()
+
+    def copy(self, target: int, source: int, n_bytes: int) -> None:
+        """Enqueue a copy within the device."""
+        call = self.cu.cuMemcpyDtoDAsync(target, source, n_bytes, self.stream)
+        checked(self.cu, call, f"a copy of {n_bytes} bytes on the device")
+
+    def wait_for(self, stream: int) -> None:
+        """Let what is enqueued from now on wait for the work that is on another stream now; the host does not wait."""
+        event = CudaEvent(self)
+        event.record(stream)
+        event.hold()
+
+    def owns(self, address: int) -> bool:
+        """Say whether memory belongs to the primary context, or to a pool, which belongs to none.
+
+        Raises:
+            EngineError: it is no device memory.
+        """
+        attribute = self.cu.CUpointer_attribute.CU_POINTER_ATTRIBUTE_CONTEXT
+        context = checked(self.cu, self.cu.cuPointerGetAttribute(attribute, address), f"the address {address:#x}")
+        return int(context) in (0, int(self.context))
+
+    def synchronize(self) -> None:
+        """Wait for all enqueued work; what failed in it shows here."""
+        checked(self.cu, self.cu.cuStreamSynchronize(self.stream), "to finish the work enqueued")
+
+    def capture(self, enqueue: Callable[[], None]) -> Any:
+        """Return the CUgraph of what `enqueue` puts on the stream; nothing of it runs.
+
+        Raises:
+            EngineError: the work cannot be captured. The stream is usable afterwards.
+        """
+        cu = self.cu
+        mode = cu.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+        checked(cu, cu.cuStreamBeginCapture(self.stream, mode), "to capture")
+        try:
+            enqueue()
+        except BaseException:
+            cu.cuStreamEndCapture(self.stream)
+            raise
+        return checked(cu, cu.cuStreamEndCapture(self.stream), "the captured work")
+
+    def launch(self, executable: Any) -> None:
+        """Enqueue an instantiated graph (CUgraphExec)."""
+        checked(self.cu, self.cu.cuGraphLaunch(executable, self.stream), "a graph launch")
+
+    def function(self, cubin: bytes, name: str) -> Any:
+        """Load machine code and return its kernel `name` (CUfunction); it stays loaded as long as the context."""
+        cu = self.cu
+        self.make_current()
+        module = checked(cu, cu.cuModuleLoadData(cubin), f"the machine code of kernel {name}")
+        return checked(cu, cu.cuModuleGetFunction(module, name.encode()), f"kernel {name}")
+
+    def _attribute(self, name: str) -> int:
+        attribute = getattr(self.cu.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_{name}")
+        return int(checked(self.cu, self.cu.cuDeviceGetAttribute(attribute, self._device), "its compute capability"))
+
+
+def open_device(device: str, *, stream: int | None = None) -> CudaDevice:
+    """Open "cuda:N" through the installed `cuda.bindings`; `stream` as for `CudaDevice`.
+
+    Raises:
+        BackendError: cuda-bindings is not installed, there is no driver, or no such GPU.
+    """
+    try:
+        from cuda.bindings import driver
+    except ImportError as exc:
+        raise BackendError(f"device {device!r}: needs cuda-bindings ({exc}); add it with: {_INSTALL}") from exc
+    try:
+        return CudaDevice(driver, int(device.partition(":")[2]), stream=stream)
+    except EngineError as exc:
+        raise BackendError(f"device {device!r}: {exc}. See `bdtool doctor`") from exc
+    except RuntimeError as exc:  # the bindings look for the driver's library at the first call
+        raise BackendError(f"device {device!r}: no NVIDIA driver ({exc}). See `bdtool doctor`") from exc

@@ -1,0 +1,115 @@
+"""Arrays on the GPU that somebody else made: PyCUDA, CuPy, PyTorch or Numba, taken as they are.
+
+PyCUDA's `GPUArray`, and most others, say where their memory is by `__cuda_array_interface__` (version 3, documented by
+Numba); the rest by DLPack, which PyTorch reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from bdtool.errors import DataError
+
+_DLPACK_CUDA = 2  # DLDeviceType.kDLCUDA
+_LEGACY_STREAM = 1  # what the interface, and the driver, call the default stream
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceArray:
+    """A C-contiguous array in GPU memory, which `owner` keeps alive.
+
+    `stream` is the one on which its values were, or are being, made.
+    """
+
+    address: int
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    stream: int
+    owner: object
+
+    @property
+    def n_bytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice) -> DeviceArray:
+        """Return neighbouring rows, in the same memory."""
+        if not isinstance(rows, slice) or rows.step not in (None, 1):
+            raise TypeError(f"rows of a GPU array are taken by a slice of neighbours; got {rows!r}")
+        first, end, _ = rows.indices(len(self))
+        row_bytes = prod(self.shape[1:]) * self.dtype.itemsize
+        return DeviceArray(
+            address=self.address + first * row_bytes,
+            shape=(max(0, end - first), *self.shape[1:]),
+            dtype=self.dtype,
+            stream=self.stream,
+            owner=self.owner,
+        )
+
+
+Images = np.ndarray | DeviceArray
+
+
+class DeviceFilled(Protocol):
+    """A buffer that takes values which are on its device."""
+
+    def copy_from(self, values: DeviceArray) -> None:
+        """Enqueue a copy of `values`, of the buffer's shape and dtype, after what makes them."""
+
+
+@runtime_checkable
+class DeviceArrayBackend(Protocol):
+    """A backend whose buffers are `DeviceFilled`."""
+
+    def check_device_array(self, values: DeviceArray) -> None:
+        """Raise DataError unless its device can read the array where it is."""
+
+
+def device_array(values: Any) -> DeviceArray | None:
+    """Return `values` as an array on a GPU, or None where it is none.
+
+    Raises:
+        DataError: it is one that does not lie C-contiguous.
+    """
+    interface = getattr(values, "__cuda_array_interface__", None)
+    if interface is None and _is_dlpack_on_cuda(values):
+        import torch
+
+        values = torch.from_dlpack(values)  # type: ignore[attr-defined]  # public, but not in its list
+        interface = values.__cuda_array_interface__
+    return None if interface is None else _from_interface(interface, values)
+
+
+def _is_dlpack_on_cuda(values: Any) -> bool:
+    ask = getattr(values, "__dlpack_device__", None)
+    return ask is not None and ask()[0] == _DLPACK_CUDA
+
+
+def _from_interface(interface: Mapping[str, Any], owner: object) -> DeviceArray:
+    shape, dtype = tuple(interface["shape"]), np.dtype(interface["typestr"])
+    strides = interface.get("strides")
+    if strides is not None and tuple(strides) != _contiguous_strides(shape, dtype):
+        raise DataError(
+            f"images: the GPU array {list(shape)} has strides {list(strides)}; expected them C-contiguous. Pass a "
+            "contiguous copy"
+        )
+    stream = interface.get("stream")
+    # None says that nobody need wait; PyCUDA says so of work on the default stream, too
+    return DeviceArray(
+        address=int(interface["data"][0]),
+        shape=shape,
+        dtype=dtype,
+        stream=_LEGACY_STREAM if stream is None else int(stream),
+        owner=owner,
+    )
+
+
+def _contiguous_strides(shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[int, ...]:
+    return tuple(prod(shape[axis + 1 :]) * dtype.itemsize for axis in range(len(shape)))

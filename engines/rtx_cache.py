@@ -1,0 +1,55 @@
+"""TensorRT-RTX's runtime cache as a file: kernels that it compiled for this GPU, so that it compiles them only once.
+
+An engine of TensorRT-RTX holds programs, which become machine code when an execution context is made of it.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from export.files import write_bytes
+
+logger = logging.getLogger(__name__)
+
+
+class RuntimeCache:
+    """The cache in the file `path`, which need not exist yet. The library checks GPU, driver and version itself."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._cache: Any = None
+        self._written = b""
+
+    def apply(self, config: Any) -> None:
+        """Give an engine's runtime config the cache, which is the same for all engines."""
+        if self._cache is None:
+            self._cache = config.create_runtime_cache()
+            self._read()
+        if not config.set_runtime_cache(self._cache):
+            logger.info("TensorRT-RTX does not take the runtime cache; it compiles its kernels again")
+
+    def save(self) -> None:
+        """Write what was compiled since; a cache that cannot be written costs only time."""
+        if self._cache is None:
+            return
+        data = bytes(self._cache.serialize())
+        if data == self._written:
+            return
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_bytes(self.path, data)
+            self._written = data
+        except OSError as exc:
+            logger.warning("the runtime cache %s cannot be written (%s)", self.path, exc.strerror or exc)
+
+    def _read(self) -> None:
+        try:
+            data = self.path.read_bytes()
+        except OSError:  # none yet, or not readable
+            return
+        if self._cache.deserialize(data):
+            self._written = data
+        else:
+            logger.info("%s is of another GPU, driver or version; kernels are compiled again", self.path)

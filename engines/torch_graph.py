@@ -1,0 +1,49 @@
+"""PyTorch's work captured for a CUDA graph that is not PyTorch's own. Not yet run on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from bdtool.errors import EngineError
+from engines.base import Buffer, Engine
+from engines.cuda_device import CudaDevice
+from engines.graph_engine import Captured
+
+_WARM_UP_CALLS = 3  # cuDNN chooses its kernels and cuBLAS makes its workspace before anything is captured
+
+
+class TorchCapturer:
+    """Captures calls of torch engines. `device` enqueues on PyTorch's current stream, as its buffers do.
+
+    A captured call's own tensors live in a memory pool of PyTorch's. Calls that run one after the other share one; what
+    runs beside them has another.
+    """
+
+    def __init__(self, device: CudaDevice) -> None:
+        self.device = device
+        self._pools = [torch.cuda.graph_pool_handle() for _ in range(2)]
+
+    def address(self, buffer: Buffer) -> int:
+        address: int = buffer.tensor.data_ptr()  # type: ignore[attr-defined]  # a buffer of the torch backend
+        return address
+
+    def capture(
+        self, engine: Engine, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer], *, beside: bool
+    ) -> Captured:
+        call = engine.bind(inputs, outputs)
+        graph = torch.cuda.CUDAGraph(keep_graph=True)
+        try:
+            with torch.cuda.device(self.device.index):
+                with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
+                    for _ in range(_WARM_UP_CALLS):
+                        call()
+                torch.cuda.synchronize()
+                with torch.cuda.graph(graph, pool=self._pools[beside], capture_error_mode="thread_local"):
+                    call()
+        except RuntimeError as exc:
+            raise EngineError(f"PyTorch cannot capture its work in a CUDA graph: {exc}") from exc
+        raw: Any = self.device.cu.CUgraph(graph.raw_cuda_graph())
+        return Captured(graph=raw, keep_alive=(graph, call))  # PyTorch owns the graph and its share of the pool

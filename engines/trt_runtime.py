@@ -1,0 +1,236 @@
+"""TensorRT engines loaded on a GPU and run on its stream, the same way for TensorRT 10, 11 and TensorRT-RTX.
+
+An engine has one execution context for plain calls, and one more for each time that it is captured, since a captured
+graph holds the addresses of its context. All contexts work in one piece of scratch memory: their calls are in order on
+one stream. A TensorRT-RTX plan alone asks for about 10 MB, so that a context each would cost a ResNet-110 a gigabyte.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from bdtool.errors import EngineError
+from bdtool.specs import PartSpec, TensorSpec
+from engines.base import Buffer, Call, Engine
+from engines.cuda_buffer import DeviceBuffer, device_buffer
+from engines.cuda_device import CudaDevice, DeviceMemory
+from engines.graph_engine import Captured
+from engines.rtx_cache import RuntimeCache
+from engines.trt_library import TensorRTLibrary
+
+_TYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT8": "int8"}  # TensorRT's names
+
+
+class TensorRTRuntime:
+    """Loads engines of one library onto one device."""
+
+    def __init__(self, library: TensorRTLibrary, device: CudaDevice, *, cache: RuntimeCache | None = None) -> None:
+        self.device = device
+        self.library = library
+        self._cache = cache  # of the kernels that TensorRT-RTX compiles when it makes a context
+        device.make_current()
+        with library.quoting(f"{library.name} does not start on cuda:{device.index}", EngineError):
+            self._runtime = library.module.Runtime(library.log)
+        self._scratch_bytes = 0
+        self._scratch: DeviceMemory | None = None
+
+    def load(self, part: PartSpec, data: bytes, *, layout: str) -> TensorRTEngine:
+        """Deserialize an engine.
+
+        Raises:
+            EngineError: the library refuses it (quoted), or its tensors are not those of the part.
+        """
+        name = self.library.name
+        self.device.make_current()
+        with self.library.quoting(f"part {part.name!r}: {name} cannot load its engine", EngineError):
+            engine = self._runtime.deserialize_cuda_engine(data)
+            if engine is None:
+                raise EngineError(
+                    f"part {part.name!r}: {name} {self.library.module.__version__} cannot load its engine: "
+                    f"{self.library.quoted() or 'no reason given'}. Build it again on this machine"
+                )
+        self._scratch_bytes = max(self._scratch_bytes, int(engine.device_memory_size_v2))
+        return TensorRTEngine(part, engine, self, layout=layout)
+
+    def context(self, part: PartSpec, engine: Any, *, beside: bool = False) -> tuple[Any, DeviceMemory]:
+        """Return a new execution context and the scratch memory it works in, which must live as long.
+
+        Args:
+            beside: its calls run beside those of others, so it gets scratch memory of its own.
+
+        Raises:
+            EngineError: the library gives none.
+        """
+        self.device.make_current()
+        what = f"part {part.name!r}: {self.library.name} makes no execution context"
+        with self.library.quoting(what, EngineError):
+            context = engine.create_execution_context(self._allocation(engine))
+            if context is None:
+                raise EngineError(f"{what}: {self.library.quoted() or 'no reason given'}")
+        scratch = self._new_scratch() if beside else self._shared_scratch()
+        context.set_device_memory(scratch.address, scratch.n_bytes)
+        return context, scratch
+
+    def _allocation(self, engine: Any) -> Any:
+        """Return what makes a context work in memory that we give: a strategy, in TensorRT-RTX within a config."""
+        trt = self.library.module
+        strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        if not self.library.is_rtx:
+            return strategy
+        config = engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(strategy)
+        config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED  # graphs are captured by us
+        # for a dynamic batch: compiled at once, not later while a graph is captured or a clock runs
+        config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        if self._cache is not None:
+            self._cache.apply(config)
+        return config
+
+    def _shared_scratch(self) -> DeviceMemory:
+        """Return scratch memory that is large enough for every engine loaded so far."""
+        if self._scratch is None or self._scratch.n_bytes < self._scratch_bytes:
+            self._scratch = self._new_scratch()
+        return self._scratch
+
+    def _new_scratch(self) -> DeviceMemory:
+        return self.device.allocate(max(self._scratch_bytes, 256))
+
+
+class TensorRTEngine:
+    """One part, loaded. Its calls enqueue on the device's stream and do not wait."""
+
+    def __init__(self, part: PartSpec, engine: Any, runtime: TensorRTRuntime, *, layout: str) -> None:
+        self.layout = layout
+        self._part = part
+        self._engine = engine
+        self._runtime = runtime
+        self._context: _Context | None = None
+        _check_tensors(part, engine)
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        return self._part.inputs
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        return self._part.outputs
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        n_images = len(feeds[self._part.inputs[0].name])
+        inputs, outputs = (
+            {t.name: DeviceBuffer(self._runtime.device, t.shape_for(n_images), t.dtype) for t in tensors}
+            for tensors in (self._part.inputs, self._part.outputs)
+        )
+        for name, buffer in inputs.items():
+            buffer.write(feeds[name])
+        self.bind(inputs, outputs)()
+        return {name: buffer.read() for name, buffer in outputs.items()}
+
+    def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Call:
+        if self._context is None:
+            self._context = _Context(self._part, self._engine, self._runtime)
+        return self._context.call(inputs, outputs)
+
+    def capture(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer], *, beside: bool) -> Captured:
+        """Capture one call, in an execution context that nothing else uses; see `engines.graph_engine.Capturer`."""
+        device = self._runtime.device
+        context = _Context(self._part, self._engine, self._runtime, beside=beside)
+        call = context.call(inputs, outputs)
+        call()  # compiles and sets up whatever the first call after a change of shape or address does
+        device.synchronize()
+        context.check_capturable()
+        graph = device.capture(call)
+        return Captured(graph=graph, keep_alive=call, release=lambda: device.cu.cuGraphDestroy(graph))
+
+
+class TensorRTCapturer:
+    """Captures calls of TensorRT engines."""
+
+    def __init__(self, device: CudaDevice) -> None:
+        self.device = device
+
+    def address(self, buffer: Buffer) -> int:
+        return device_buffer(buffer).address
+
+    def capture(
+        self, engine: Engine, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer], *, beside: bool
+    ) -> Captured:
+        assert isinstance(engine, TensorRTEngine)  # the backend's own
+        return engine.capture(inputs, outputs, beside=beside)
+
+
+class _Context:
+    """An execution context, with the shapes and addresses that it was last given."""
+
+    def __init__(self, part: PartSpec, engine: Any, runtime: TensorRTRuntime, *, beside: bool = False) -> None:
+        self._part = part
+        self._engine = engine
+        self._runtime = runtime
+        self._trt, self._scratch = runtime.context(part, engine, beside=beside)
+        self._shapes: Mapping[str, tuple[int, ...]] = {}
+        self._addresses: Mapping[str, int] = {}
+
+    def call(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Call:
+        given = {name: device_buffer(buffer) for name, buffer in (*inputs.items(), *outputs.items())}
+        shapes = {name: given[name].shape for name in inputs}
+        addresses = {name: buffer.address for name, buffer in given.items()}
+        self._check_batch(shapes)
+        enqueue, stream = self._trt.execute_async_v3, int(self._runtime.device.stream)
+
+        def call() -> None:
+            if addresses is not self._addresses:
+                self._point_to(shapes, addresses)
+            if not enqueue(stream):
+                raise self._error("does not run it")
+
+        call.keep_alive = (self, given)  # type: ignore[attr-defined]  # the context has only the addresses
+        return call
+
+    def check_capturable(self) -> None:
+        """Raise EngineError where the library says that its work cannot become part of a CUDA graph."""
+        if not hasattr(self._trt, "is_stream_capturable"):  # TensorRT has no such question
+            return
+        if not self._trt.is_stream_capturable(int(self._runtime.device.stream)):
+            raise self._error(
+                "cannot be captured in a CUDA graph. Use --strategy chain, or build it with a static batch"
+            )
+
+    def _point_to(self, shapes: Mapping[str, tuple[int, ...]], addresses: Mapping[str, int]) -> None:
+        self._addresses = {}  # until all of them are accepted
+        if shapes != self._shapes:
+            for name, shape in shapes.items():
+                if not self._trt.set_input_shape(name, shape):
+                    raise self._error(f"refuses shape {list(shape)} of {name!r}")
+            self._shapes = shapes
+        for name, address in addresses.items():
+            if not self._trt.set_tensor_address(name, address):
+                raise self._error(f"refuses the memory of {name!r}")
+        self._addresses = addresses
+
+    def _check_batch(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        for name, given in shapes.items():
+            least, _, most = (shape[0] for shape in self._engine.get_tensor_profile_shape(name, 0))
+            if not least <= given[0] <= most:
+                raise EngineError(
+                    f"part {self._part.name!r}, input {name!r}: got batch {given[0]}, its engine takes {least} to "
+                    f"{most}. Build it again with --min-batch and --max-batch, or run smaller batches"
+                )
+
+    def _error(self, what: str) -> EngineError:
+        library = self._runtime.library
+        reason = library.quoted()
+        return EngineError(f"part {self._part.name!r}: {library.name} {what}" + (f": {reason}" if reason else ""))
+
+
+def _check_tensors(part: PartSpec, engine: Any) -> None:
+    """Raise EngineError unless the engine's tensors have the names and types of the part's."""
+    names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
+    found = {name: _TYPES.get(engine.get_tensor_dtype(name).name, "another type") for name in names}
+    expected = {tensor.name: tensor.dtype for tensor in (*part.inputs, *part.outputs)}
+    if found != expected:
+        raise EngineError(
+            f"part {part.name!r}: its engine has tensors {found}, the bundle says {expected}; build it again"
+        )

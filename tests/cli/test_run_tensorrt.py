@@ -1,0 +1,50 @@
+"""The commands that run a bundle, on TensorRT: against stand-ins, and what they say on a machine without a GPU."""
+
+import pytest
+
+from engines.libcuda import Driver
+from tests.fake_tensorrt import install_gpu
+
+TENSORRT = ("--backend", "tensorrt", "--device", "cuda:0")
+
+
+def test_run_evaluate_and_profile_use_the_gpu(monkeypatch, tmp_path, bdtool, bdtool_json, bundle_copy, npz, picture):
+    driver = install_gpu(monkeypatch, tmp_path / "cache")
+    on_cpu = bdtool_json("evaluate", bundle_copy, "--data", npz, "--policy", "101")
+    assert not driver.copies
+    on_gpu = bdtool_json("evaluate", bundle_copy, "--data", npz, "--policy", "101", *TENSORRT)
+    assert driver.copies
+    assert on_gpu["accuracy"] == on_cpu["accuracy"]
+    [row] = bdtool_json("run", bundle_copy, picture, "--policy", "101", *TENSORRT)["images"]
+    [expected] = bdtool_json("run", bundle_copy, picture, "--policy", "101")["images"]
+    assert (row["label"], row["policy"]) == (expected["label"], expected["policy"])
+    assert row["probability"] == pytest.approx(expected["probability"], abs=1e-4)
+
+
+def test_profile_times_parts_on_the_device(monkeypatch, tmp_path, bdtool, bdtool_json, bundle_copy, npz):
+    install_gpu(monkeypatch, tmp_path / "cache")  # each engine call takes a millisecond of its device's time
+    quick = ("--data", npz, "--policy", "101", "--duration", "0.01", "--warmup", "0", *TENSORRT)
+    profile = bdtool_json("profile", bundle_copy, *quick, "--strategy", "auto")
+    assert set(profile["strategies"]) == {"full", "chain", "graph"}
+    environment = profile["environment"]
+    assert environment["backend"] == "tensorrt 10.14.1"
+    assert (environment["gpu"], environment["gpu_compute_capability"]) == ("NVIDIA H200", "9.0")
+    parts = {part["name"]: part for part in profile["parts"]}
+    assert {part["mean_ms"] for part in parts.values()} == {1.0}
+    assert all(part["enqueue_ms"] > 0 for part in parts.values())
+    assert "events on the device's stream" in profile["parts_pass"]
+    text = bdtool("profile", bundle_copy, *quick).stdout
+    assert "GPU: NVIDIA H200, compute capability 9.0" in text
+    assert "us to enqueue" in text
+
+
+@pytest.mark.parametrize("backend", ["tensorrt", "tensorrt-rtx"])
+def test_without_a_gpu_the_cause_and_the_remedy_are_named(monkeypatch, bdtool, bundle_copy, picture, backend):
+    monkeypatch.setattr("engines.trt_identity.installed_version", lambda backend: "10.14.1")
+    no_driver = Driver(installed=False, error="no NVIDIA driver (libcuda not found)")
+    monkeypatch.setattr("engines.registry.driver_from_libcuda", lambda: no_driver)
+    words = ("run", bundle_copy, picture, "--backend", backend)
+    text = bdtool(*words, "--device", "cuda:0", status=1).stderr
+    assert "no NVIDIA driver (libcuda not found). See `bdtool doctor`" in text
+    assert "give --device cuda:0" in bdtool(*words, status=2).stderr
+    assert not (bundle_copy / "engines").exists()

@@ -1,0 +1,265 @@
+"""Running TensorRT engines, against stand-ins for TensorRT and the driver that compute on host memory."""
+
+import gc
+import json
+
+import numpy as np
+import pytest
+
+from bdtool import Orchestrator
+from bdtool.errors import BackendError, EngineError, UsageError
+from engines.cuda_buffer import DeviceBuffer
+from engines.cuda_device import CudaDevice, open_device
+from engines.registry import identify_backend, open_backend
+from engines.store import EngineStore
+from engines.trt_library import load_library
+from engines.trt_options import TensorRTOptions
+from engines.trt_runtime import TensorRTRuntime
+from export.bundle import Bundle
+from tests.fake_driver import FakeDriver
+from tests.fake_tensorrt import FakeTensorRT, install_gpu
+
+TENSORRT = {"backend": "tensorrt", "device": "cuda:0"}
+RTX = {"backend": "tensorrt-rtx", "device": "cuda:0"}
+KEEP = np.array([[1, 0, 1], [0, 1, 0], [1, 1, 1], [0, 0, 0], [1, 0, 1]], dtype=bool)
+
+
+@pytest.fixture
+def driver(monkeypatch, tmp_path):
+    return install_gpu(monkeypatch, tmp_path / "cache")
+
+
+@pytest.fixture
+def notes(driver):
+    return FakeTensorRT.notes
+
+
+def test_logits_equal_pytorch_in_batches_and_alone(driver, tiny, bundle_copy, preprocessed, torch_logits):
+    images = preprocessed(tiny.model, len(KEEP))
+    expected = torch_logits(tiny.model, images, KEEP)
+    with Orchestrator.open(bundle_copy, **TENSORRT) as runtime:
+        np.testing.assert_allclose(runtime.run(images, policy=KEEP).logits, expected, atol=1e-4)
+        for i, keep in enumerate(KEEP):
+            alone = runtime.run(images[i : i + 1], policy=keep).logits
+            np.testing.assert_allclose(alone[0], expected[i], atol=1e-4)
+        learned = runtime.run(images)
+    np.testing.assert_allclose(learned.logits, torch_logits(tiny.model, images, learned.policy), atol=1e-4)
+    with Orchestrator.open(bundle_copy, strategy="full", **TENSORRT) as runtime:
+        np.testing.assert_allclose(runtime.run(images).logits, torch_logits(tiny.model, images), atol=1e-4)
+
+
+def test_half_precision_runs_channels_last(driver, tiny, bundle_copy, preprocessed, torch_logits):
+    images = preprocessed(tiny.model, 2)
+    with Orchestrator.open(bundle_copy, precision="fp16", **TENSORRT) as runtime:
+        assert runtime.engine(runtime.network.part("block_00")).layout == "NHWC"
+        logits = runtime.run(images, policy="101").logits
+    np.testing.assert_allclose(logits, torch_logits(tiny.model, images, KEEP[[0, 0]]), atol=0.05)
+
+
+@pytest.fixture
+def chain(driver, bundle_copy, tiny, preprocessed):
+    """An orchestrator whose engines have run once, and one image."""
+    image = preprocessed(tiny.model, 1)
+    with Orchestrator.open(bundle_copy, **TENSORRT) as runtime:
+        runtime.run(image, policy="101")
+        yield runtime, image
+
+
+def test_image_costs_one_copy_each_way_and_a_call_for_each_kept_block(chain, driver, notes):
+    runtime, image = chain
+    driver.copies.clear()
+    notes["enqueued"] = 0
+    runtime.run(image, policy="101")
+    assert driver.copies == ["HtoD", "DtoH"]
+    assert notes["enqueued"] == 2 + 1 + 2  # stem, head; the shortcut of the dropped block; two blocks
+
+
+def test_contexts_and_scratch_are_shared(chain, driver, notes):
+    runtime, image = chain
+    contexts, blocks = notes["contexts"], len(driver.memory)
+    runtime.run(image, policy="101")
+    assert notes["contexts"] == contexts  # nothing is made while running
+    assert len(driver.memory) == blocks
+    assert sum(array.nbytes == 4096 for array in driver.memory.values()) == 1  # the scratch memory of all contexts
+    pointed = notes["pointed"]
+    runtime.run(image, policy="101")
+    assert notes["pointed"] == pointed  # addresses stay where they were
+
+
+def test_memory_is_given_back(driver, bundle_copy, tiny, preprocessed):
+    with Orchestrator.open(bundle_copy, **TENSORRT) as runtime:
+        runtime.run(preprocessed(tiny.model, 4), policy=KEEP[:4])
+        assert driver.memory
+    del runtime
+    gc.collect()
+    assert driver.memory == {}
+
+
+def test_engine_that_fails_is_named_and_quoted(chain, notes):
+    runtime, image = chain
+    notes["failing"] = "Error Code 1: Cask (shader run failed)"
+    with pytest.raises(EngineError, match="part 'stem': tensorrt does not run it: Error Code 1: Cask"):
+        runtime.run(image, policy="101")
+
+
+def test_copy_that_fails_is_an_error(chain, driver):
+    runtime, image = chain
+    driver.failing = "cuStreamSynchronize"
+    with pytest.raises(EngineError, match="refuses to finish the work enqueued: CUDA_ERROR_INVALID_VALUE"):
+        runtime.run(image, policy="101")
+
+
+def test_batch_beyond_the_profile_is_refused(driver, bundle_copy, tiny, preprocessed):
+    options = TensorRTOptions(max_batch=2)
+    bundle = Bundle.open(bundle_copy)
+    store = EngineStore(bundle, identify_backend("tensorrt", "cuda:0", tensorrt=options))
+    store.build(lambda: open_backend("tensorrt", "cuda:0", tensorrt=options))
+    with Orchestrator.open(bundle_copy, **TENSORRT) as runtime:
+        assert runtime.run(preprocessed(tiny.model, 2)).logits.shape == (2, 10)
+        with pytest.raises(EngineError, match=r"input 'image': got batch 3, its engine takes 1 to 2\. Build it again"):
+            runtime.run(preprocessed(tiny.model, 3))
+
+
+def test_engine_file_that_cannot_be_read_back_is_quoted(driver, tiny_bundle):
+    backend = open_backend("tensorrt", "cuda:0")
+    with pytest.raises(EngineError, match=r"part 'stem': tensorrt 10\.14\.1 cannot load its engine: Serialization as"):
+        backend.load(tiny_bundle.network.part("stem"), b"no plan", layout="NCHW")
+
+
+def test_engine_of_another_part_is_refused(driver, tiny_bundle):
+    backend = open_backend("tensorrt", "cuda:0")
+    head, stem = tiny_bundle.network.part("head"), tiny_bundle.network.part("stem")
+    built = backend.build(stem, tiny_bundle.part_path(stem).read_bytes(), layout="NCHW")
+    with pytest.raises(EngineError, match=r"part 'head': its engine has tensors \{'image': 'float32'.*build it again"):
+        backend.load(head, built.data, layout="NCHW")
+
+
+def test_engine_without_weights_is_not_run(driver, bundle_copy):
+    options = TensorRTOptions(strip_weights=True)
+    store = EngineStore(Bundle.open(bundle_copy), identify_backend("tensorrt", "cuda:0", tensorrt=options))
+    store.build(lambda: open_backend("tensorrt", "cuda:0", tensorrt=options))
+    with pytest.raises(EngineError, match=r"built without weights.*again without --strip-weights"):
+        Orchestrator.open(bundle_copy, **TENSORRT)
+
+
+@pytest.mark.parametrize("strategy", ["path", "fused"])
+def test_strategies_that_tensorrt_lacks_are_refused(driver, bundle_copy, strategy):
+    with pytest.raises(UsageError, match=f"'tensorrt' has no strategy '{strategy}', only chain, graph, full; or use"):
+        Orchestrator.open(bundle_copy, strategy=strategy, **TENSORRT)
+    assert not (bundle_copy / "engines").exists()
+
+
+# --- TensorRT-RTX -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def rtx(monkeypatch, tmp_path):
+    return install_gpu(monkeypatch, tmp_path / "cache", rtx=True, sm=89)
+
+
+def test_rtx_compiles_at_once_and_keeps_what_it_compiled(rtx, bundle_copy, tiny, preprocessed, torch_logits, tmp_path):
+    images = preprocessed(tiny.model, 2)
+    with Orchestrator.open(bundle_copy, **RTX) as runtime:
+        logits = runtime.run(images, policy="101").logits
+    np.testing.assert_allclose(logits, torch_logits(tiny.model, images, KEEP[[0, 0]]), atol=1e-4)
+    config = FakeTensorRT.notes["runtime_config"]
+    assert (config.cuda_graph_strategy, config.dynamic_shapes_kernel_specialization_strategy) == ("DISABLED", "EAGER")
+    del runtime, config
+    FakeTensorRT.notes.pop("runtime_config")
+    gc.collect()
+    [file] = (tmp_path / "cache" / "bdtool" / "runtime").iterdir()
+    assert file.name == "NVIDIA-H200-cuda13.0-tensorrt-rtx1.7.1.cache"
+    first = int(file.read_bytes().split()[1])
+    with Orchestrator.open(bundle_copy, **RTX) as runtime:
+        runtime.run(images, policy="101")
+        assert FakeTensorRT.notes["runtime_config"].cache.kernels > first  # it began with what was kept
+
+
+def test_engines_for_several_architectures_serve_each_of_them(rtx, bundle_copy, tiny, preprocessed):
+    options = TensorRTOptions(sms=(89, 90))
+    store = EngineStore(Bundle.open(bundle_copy), identify_backend("tensorrt-rtx", "cpu", tensorrt=options))
+    store.build(lambda: open_backend("tensorrt-rtx", "cpu", tensorrt=options))
+    with Orchestrator.open(bundle_copy, **RTX) as runtime:
+        assert runtime.run(preprocessed(tiny.model, 1)).logits.shape == (1, 10)
+    assert [path.name for path in (bundle_copy / "engines").iterdir()] == ["tensorrt-rtx-1.7.1-sm89-sm90-fp32"]
+    (store.directory / "stem.plan").write_bytes(b"")  # not whole any more: then they are built for this one alone
+    with Orchestrator.open(bundle_copy, **RTX):
+        assert (bundle_copy / "engines" / "tensorrt-rtx-1.7.1-sm89-fp32" / "stem.plan").is_file()
+
+
+def test_running_needs_a_device(rtx, bundle_copy):
+    with pytest.raises(UsageError, match="backend 'tensorrt-rtx' runs its engines on a GPU: give --device cuda:0"):
+        Orchestrator.open(bundle_copy, backend="tensorrt-rtx")
+
+
+def test_real_library_cannot_load_an_engine_without_a_driver(tiny_bundle):
+    """What a machine without a GPU can show of the real classes: the runtime starts, and refuses the engine."""
+    pytest.importorskip("tensorrt_rtx_bindings", reason="needs the extra 'rtx'")
+    if open_driver_error() is None:
+        pytest.skip("there is a GPU here")
+    part = tiny_bundle.network.part("stem")
+    backend = open_backend("tensorrt-rtx", "cpu", tensorrt=TensorRTOptions(sms=(89,)))
+    data = backend.build(part, tiny_bundle.part_path(part).read_bytes(), layout="NCHW").data
+    runtime = TensorRTRuntime(load_library("tensorrt-rtx"), CudaDevice(FakeDriver(), 0))
+    with pytest.raises(EngineError, match=r"part 'stem': tensorrt-rtx 1\..* cannot load its engine: .*cudaError 35"):
+        runtime.load(part, data, layout="NCHW")
+
+
+def open_driver_error():
+    try:
+        open_device("cuda:0")
+    except BackendError as error:
+        return str(error)
+    return None
+
+
+def test_machine_without_a_driver_says_so():
+    error = open_driver_error()
+    if error is None:
+        pytest.skip("there is a GPU here")
+    assert error.startswith("device 'cuda:0': ")
+    assert "bdtool doctor" in error
+
+
+# --- buffers ----------------------------------------------------------------------------------------------------------
+
+
+def test_rows_move_by_runs_of_neighbours(driver):
+    device = CudaDevice(driver, 0)
+    values = np.arange(24, dtype=np.float32).reshape(6, 4)
+    source, target = (DeviceBuffer(device, shape, "float32") for shape in ((6, 4), (4, 4)))
+    source.write(values)
+    driver.copies.clear()
+    target.gather(source, np.array([1, 2, 3, 5]))
+    assert driver.copies == ["DtoD"] * 2
+    np.testing.assert_array_equal(target.read(), values[[1, 2, 3, 5]])
+    source.scatter(target, np.array([0, 1, 4, 5]))
+    np.testing.assert_array_equal(source.read(), values[[1, 2, 2, 3, 3, 5]])
+    target.gather(source, np.array([], dtype=np.int64))
+    np.testing.assert_array_equal(target.first(2).read(), values[[1, 2]])
+
+
+def test_new_memory_is_zero_and_a_wrong_shape_is_refused(driver):
+    buffer = DeviceBuffer(CudaDevice(driver, 0), (2, 3), "bfloat16")
+    assert buffer.read().tolist() == [[0, 0, 0], [0, 0, 0]]
+    with pytest.raises(ValueError, match=r"values \[3, 2\] for a buffer \[2, 3\]"):
+        buffer.write(np.zeros((3, 2), np.uint16))
+
+
+def test_capture_of_work_that_fails_leaves_the_stream_usable(driver):
+    device = CudaDevice(driver, 0)
+
+    def fail():
+        raise EngineError("no")
+
+    with pytest.raises(EngineError, match="no"):
+        device.capture(fail)
+    device.synchronize()  # the stand-in refuses it on a stream that is still captured
+
+
+def test_record_says_whether_an_engine_can_be_loaded(driver, bundle_copy):
+    for strip, loadable in ((True, False), (False, True)):
+        options = TensorRTOptions(strip_weights=strip)
+        store = EngineStore(Bundle.open(bundle_copy), identify_backend("tensorrt", "cuda:0", tensorrt=options))
+        store.build(lambda options=options: open_backend("tensorrt", "cuda:0", tensorrt=options))
+        assert json.loads((store.directory / "stem.engine.json").read_bytes())["loadable"] is loadable

@@ -1,0 +1,262 @@
+"""A stand-in for `cuda.bindings.driver` that notes what it is told and does it, on host memory.
+
+Device addresses are addresses of numpy arrays, and a copy outside of what was allocated fails. Work that is enqueued
+runs at once, or, while the stream is captured, becomes a node of a graph; a launch runs the graph's nodes. The dispatch
+kernel runs as its Python twin. Structures and enumerations are the real ones: what reaches the driver is read back from
+their memory, at the offsets that cuda.h gives them.
+"""
+
+import ctypes
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from engines.dispatch import MAX_BLOCKS, dispatch
+
+
+class Handles(ctypes.Structure):
+    _fields_ = [("h", ctypes.c_uint64 * MAX_BLOCKS)]
+
+
+class FakeDriver:
+    """`failing` names a function that fails; `kinds` gives a graph, by address, nodes of these kinds."""
+
+    def __init__(self):
+        self._real = pytest.importorskip("cuda.bindings.driver")
+        self.version = 13000
+        self.failing = None
+        self.calls = Counter()
+        self.memory = {}  # address: array
+        self.copies = []  # "HtoD", "DtoH" and "DtoD", in order
+        self.graphs, self.handles, self.values = {}, [], {}
+        self.kinds, self.instantiated, self.launched, self.destroyed = {}, [], [], []
+        self.owners = {}  # address: the context that it belongs to, where it is not the primary one
+        self.events, self.time_ms = [], 0.0  # each piece of enqueued work takes a millisecond
+        self.recorded_on, self.waited_for = {}, []  # streams
+        self._capturing = None
+        self._keep = []
+
+    def __getattr__(self, name):
+        return getattr(self._real, name)
+
+    def _done(self, name, *values):
+        self.calls[name] += 1
+        ok = self.CUresult.CUDA_ERROR_INVALID_VALUE if self.failing == name else self.CUresult.CUDA_SUCCESS
+        return ok, *values
+
+    # --- device, context, stream --------------------------------------------------------------------------------------
+
+    def cuInit(self, flags):
+        return self._done("cuInit")
+
+    def cuDriverGetVersion(self):
+        return self._done("cuDriverGetVersion", self.version)
+
+    def cuDeviceGet(self, index):
+        return self._done("cuDeviceGet", self.CUdevice(index))
+
+    def cuDeviceGetAttribute(self, attribute, device):
+        return self._done("cuDeviceGetAttribute", 9 if "MAJOR" in attribute.name else 0)
+
+    def cuDevicePrimaryCtxRetain(self, device):
+        return self._done("cuDevicePrimaryCtxRetain", self.CUcontext(0xC0))
+
+    def cuDevicePrimaryCtxRelease(self, device):
+        return self._done("cuDevicePrimaryCtxRelease")
+
+    def cuCtxSetCurrent(self, context):
+        return self._done("cuCtxSetCurrent")
+
+    def cuStreamCreate(self, flags):
+        assert flags == int(self.CUstream_flags.CU_STREAM_NON_BLOCKING)
+        return self._done("cuStreamCreate", self.CUstream(0x5))
+
+    def cuStreamSynchronize(self, stream):
+        assert self._capturing is None, "a stream that is captured cannot be waited for"
+        return self._done("cuStreamSynchronize")
+
+    def cuEventCreate(self, flags):
+        self.events.append(None)
+        return self._done("cuEventCreate", self.CUevent(len(self.events)))
+
+    def cuEventDestroy(self, event):
+        return self._done("cuEventDestroy")
+
+    def cuEventRecord(self, event, stream):
+        assert self._capturing is None, "no body of a conditional node may hold an event"
+        self.events[int(event) - 1] = self.time_ms
+        self.recorded_on[int(event)] = int(stream)
+        return self._done("cuEventRecord")
+
+    def cuEventElapsedTime(self, start, end):
+        return self._done("cuEventElapsedTime", self.events[int(end) - 1] - self.events[int(start) - 1])
+
+    def cuStreamWaitEvent(self, stream, event, flags):
+        self.waited_for.append(self.recorded_on[int(event)])
+        return self._done("cuStreamWaitEvent")
+
+    def cuPointerGetAttribute(self, attribute, address):
+        assert attribute == self.CUpointer_attribute.CU_POINTER_ATTRIBUTE_CONTEXT
+        return self._done("cuPointerGetAttribute", self.CUcontext(self.owners.get(address, 0xC0)))
+
+    # --- memory -------------------------------------------------------------------------------------------------------
+
+    def cuMemAlloc(self, n_bytes):
+        array = np.full(n_bytes, 0xAB, np.uint8)
+        self.memory[array.ctypes.data] = array
+        return self._done("cuMemAlloc", self.CUdeviceptr(array.ctypes.data))
+
+    def cuMemGetInfo(self):
+        used = sum(array.nbytes for array in self.memory.values())
+        return self._done("cuMemGetInfo", 2**40 - used, 2**40)
+
+    def cuMemFree(self, address):
+        del self.memory[int(address)]
+        return self._done("cuMemFree")
+
+    def cuMemsetD8Async(self, address, value, n_bytes, stream):
+        self.view(int(address), n_bytes)[:] = value
+        return self._done("cuMemsetD8Async")
+
+    def view(self, address, n_bytes):
+        """Return that piece of device memory; it must lie within one allocation."""
+        for start, array in self.memory.items():
+            if start <= address and address + n_bytes <= start + array.nbytes:
+                return array[address - start : address - start + n_bytes]
+        raise AssertionError(f"{n_bytes} bytes at {address:#x} are not device memory")
+
+    def cuMemcpyHtoDAsync(self, target, source, n_bytes, stream):
+        self.view(target, n_bytes)[:] = np.frombuffer(ctypes.string_at(source, n_bytes), np.uint8)
+        self.copies.append("HtoD")
+        return self._done("cuMemcpyHtoDAsync")
+
+    def cuMemcpyDtoHAsync(self, target, source, n_bytes, stream):
+        ctypes.memmove(target, self.view(source, n_bytes).ctypes.data, n_bytes)
+        self.copies.append("DtoH")
+        return self._done("cuMemcpyDtoHAsync")
+
+    def cuMemcpyDtoDAsync(self, target, source, n_bytes, stream):
+        self.view(target, n_bytes)[:] = self.view(source, n_bytes)
+        self.copies.append("DtoD")
+        return self._done("cuMemcpyDtoDAsync")
+
+    # --- captured work ------------------------------------------------------------------------------------------------
+
+    def enqueue(self, work):
+        """Do what an engine does when it puts work on the stream."""
+        if self._capturing is None:
+            work()
+            self.time_ms += 1
+        else:
+            self._note(self._capturing, None, 0, ("work", work))
+
+    def cuStreamBeginCapture(self, stream, mode):
+        assert mode == self.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+        self._capturing = self._new_graph()
+        return self._done("cuStreamBeginCapture")
+
+    def cuStreamEndCapture(self, stream):
+        graph, self._capturing = self._capturing, None
+        return self._done("cuStreamEndCapture", graph)
+
+    # --- graphs -------------------------------------------------------------------------------------------------------
+
+    def _new_graph(self):
+        address = 0x1000 * (len(self.graphs) + 1)
+        self.graphs[address] = []
+        return self.CUgraph(address)
+
+    def cuGraphCreate(self, flags):
+        return self._done("cuGraphCreate", self._new_graph())
+
+    def cuGraphConditionalHandleCreate(self, graph, context, default, flags):
+        assert (int(context), default, flags) == (0xC0, 0, self.CU_GRAPH_COND_ASSIGN_DEFAULT)
+        self.handles.append(100 + len(self.handles))
+        return self._done("cuGraphConditionalHandleCreate", self.CUgraphConditionalHandle(self.handles[-1]))
+
+    def _note(self, graph, after, count, entry):
+        assert len(after or []) == count
+        nodes = self.graphs[int(graph)]
+        nodes.append((entry, [int(node) for node in after or []]))
+        return self.CUgraphNode(int(graph) + len(nodes))
+
+    def cuGraphAddChildGraphNode(self, graph, after, count, child):
+        return self._done("cuGraphAddChildGraphNode", self._note(graph, after, count, ("child", int(child))))
+
+    def cuGraphAddNode(self, graph, after, edges, count, params):
+        assert edges is None
+        raw = ctypes.string_at(params.getPtr(), 64)
+        if int.from_bytes(raw[:4], "little") == int(self.CUgraphNodeType.CU_GRAPH_NODE_TYPE_KERNEL):
+            entry = ("kernel", self._arguments(int(params.kernel.kernelParams)))
+        else:
+            handle, kind, size = (int.from_bytes(raw[a:b], "little") for a, b in ((16, 24), (24, 28), (28, 32)))
+            assert kind == int(self.CUgraphConditionalNodeType.CU_GRAPH_COND_TYPE_SWITCH)
+            bodies = [int(self._new_graph()) for _ in range(size)]
+            memory = (ctypes.c_void_p * size)(*bodies)
+            self._keep.append(memory)
+            ctypes.c_void_p.from_address(params.getPtr() + 32).value = ctypes.addressof(memory)  # phGraph_out
+            entry = ("switch", handle, bodies)
+        return self._done("cuGraphAddNode", self._note(graph, after, count, entry))
+
+    def _arguments(self, pointers):
+        """Read the kernel's nine arguments back, as the driver does when the node is added."""
+        types = [ctypes.c_uint64] * 3 + [ctypes.c_int, ctypes.c_float] + [ctypes.c_uint64] * 3 + [Handles]
+        addresses = (ctypes.c_void_p * len(types)).from_address(pointers)
+        values = [kind.from_address(address) for kind, address in zip(types, addresses, strict=True)]
+        return [*(value.value for value in values[:-1]), list(values[-1].h)]
+
+    def cuGraphGetNodes(self, graph, count):
+        kinds = self.kinds.get(int(graph), ["KERNEL", "KERNEL", "MEMCPY"])
+        return self._done("cuGraphGetNodes", kinds[:count], len(kinds))
+
+    def cuGraphNodeGetType(self, node):
+        return self._done("cuGraphNodeGetType", getattr(self.CUgraphNodeType, f"CU_GRAPH_NODE_TYPE_{node}"))
+
+    def cuGraphInstantiateWithParams(self, graph, params):
+        self.instantiated.append(int(graph))
+        return self._done("cuGraphInstantiateWithParams", self.CUgraphExec(int(graph)))
+
+    def cuGraphDestroy(self, graph):
+        self.destroyed.append(int(graph))
+        return self._done("cuGraphDestroy")
+
+    def cuGraphExecDestroy(self, executable):
+        self.destroyed.append(int(executable))
+        return self._done("cuGraphExecDestroy")
+
+    def cuGraphLaunch(self, executable, stream):
+        assert int(executable) not in self.destroyed
+        self.launched.append(int(executable))
+        self.values = dict.fromkeys(self.handles, 0)  # each launch begins with the default value
+        self._run(int(executable))
+        return self._done("cuGraphLaunch")
+
+    def _run(self, graph):
+        for entry, _ in self.graphs[graph]:
+            match entry:
+                case ("work", work):
+                    work()
+                case ("child", child):
+                    self._run(child)
+                case ("kernel", arguments):
+                    self._dispatch(*arguments)
+                case ("switch", handle, bodies):
+                    if self.values[handle] < len(bodies):
+                        self._run(bodies[self.values[handle]])
+
+    def _dispatch(self, probability, has_shortcut, force, n_blocks, threshold, kept, side, head, blocks):
+        p, shortcut = self.view(probability, 4 * n_blocks).view(np.float32), self.view(has_shortcut, n_blocks)
+        forced = self.view(force, n_blocks) if force else None
+        result = dispatch(p, shortcut, threshold=threshold, force=forced)
+        self.view(kept, n_blocks)[:] = result.kept
+        self.view(side, 4).view(np.int32)[0] = result.head
+        self.values |= {**dict(zip(blocks, result.switches, strict=False)), head: result.head}
+
+    def cuModuleLoadData(self, image):
+        assert image[:4] == b"\x7fELF"
+        return self._done("cuModuleLoadData", self.CUmodule(0xD))
+
+    def cuModuleGetFunction(self, module, name):
+        assert name == b"bd_dispatch"
+        return self._done("cuModuleGetFunction", self.CUfunction(0xF))

@@ -1,0 +1,35 @@
+"""Where the tests of GPU backends run: on this machine's GPU, and on stand-ins, which leave only the device untried."""
+
+from typing import NamedTuple
+
+import pytest
+
+from bdtool.errors import BdtoolError
+from engines.registry import identify_backend, open_backend
+from tests.fake_tensorrt import install_gpu
+
+
+class Place(NamedTuple):
+    backend: str
+    device: str
+    n_masks: int  # compared with PyTorch
+    tolerance: float
+    memory_slack: int  # bytes that the driver, or another process, may take meanwhile
+
+
+STAND_IN = "tensorrt, stand-in"
+BACKENDS = ("torch", "tensorrt", "tensorrt-rtx")
+
+
+@pytest.fixture(params=[STAND_IN, *(pytest.param(name, marks=pytest.mark.gpu) for name in BACKENDS)])
+def place(request, monkeypatch, tmp_path):
+    """A backend that works here; skipped with the reason where it does not."""
+    if request.param == STAND_IN:
+        install_gpu(monkeypatch, tmp_path)
+        return Place("tensorrt", "cuda:0", 8, 1e-4, 0)
+    try:
+        identify_backend(request.param, "cuda:0")
+        open_backend(request.param, "cuda:0")
+    except BdtoolError as error:
+        pytest.skip(str(error))
+    return Place(request.param, "cuda:0", 1000, 1e-3, 2 * 2**20)  # float32 in another summing order

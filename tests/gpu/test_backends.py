@@ -1,0 +1,82 @@
+"""Every backend and strategy of a GPU against eager PyTorch on the CPU, and what they leave behind."""
+
+import gc
+
+import numpy as np
+import pytest
+import torch
+
+from bdtool import Orchestrator
+from bdtool.errors import BdtoolError
+from bdtool.runtime.factory import require_strategy
+from tests.fake_tensorrt import FakeTensorRT
+
+
+def _open(place, bundle, strategy, **options):
+    try:
+        require_strategy(strategy, place.backend, place.device)
+    except BdtoolError as error:
+        pytest.skip(str(error))
+    return Orchestrator.open(bundle, backend=place.backend, device=place.device, strategy=strategy, **options)
+
+
+@pytest.mark.parametrize("strategy", ["chain", "graph"])
+def test_logits_equal_eager_pytorch_for_random_masks(place, tiny, bundle_copy, preprocessed, torch_logits, strategy):
+    images = np.resize(preprocessed(tiny.model, 8), (place.n_masks, 3, 32, 32))
+    keep = np.random.default_rng(0).integers(0, 2, (place.n_masks, 3)).astype(bool)
+    with _open(place, bundle_copy, strategy) as runtime:
+        together = runtime.run(images, policy=keep).logits
+        alone = np.concatenate([runtime.run(images[i : i + 1], policy=keep[i]).logits for i in range(8)])
+    expected = torch_logits(tiny.model, images, keep)
+    np.testing.assert_allclose(together, expected, atol=place.tolerance, rtol=place.tolerance)
+    np.testing.assert_allclose(alone, expected[:8], atol=place.tolerance, rtol=place.tolerance)
+
+
+@pytest.mark.parametrize("strategy", ["chain", "graph"])
+def test_learned_policy_decides_as_eager_pytorch(place, tiny, bundle_copy, preprocessed, torch_logits, strategy):
+    images = preprocessed(tiny.model, 16)
+    with _open(place, bundle_copy, strategy) as runtime:
+        result = runtime.run(images)
+    with torch.inference_mode():
+        probability = tiny.model.keep_probability(torch.from_numpy(images)).numpy()
+    clear = np.abs(probability - 0.5) > place.tolerance  # another rounding may flip what lies on the threshold
+    np.testing.assert_array_equal(result.policy[clear], (probability >= 0.5)[clear])
+    assert clear.mean() > 0.9
+    expected = torch_logits(tiny.model, images, result.policy)
+    np.testing.assert_allclose(result.logits, expected, atol=place.tolerance, rtol=place.tolerance)
+
+
+def test_full_and_half_precision_come_close(place, tiny, bundle_copy, preprocessed, torch_logits):
+    images = preprocessed(tiny.model, 4)
+    with _open(place, bundle_copy, "full") as runtime:
+        expected = torch_logits(tiny.model, images)
+        np.testing.assert_allclose(runtime.run(images).logits, expected, atol=place.tolerance, rtol=place.tolerance)
+    keep = np.array([[1, 0, 1]] * 4, dtype=bool)
+    with _open(place, bundle_copy, "chain", precision="fp16") as runtime:
+        logits = runtime.run(images, policy=keep).logits
+    np.testing.assert_allclose(logits, torch_logits(tiny.model, images, keep), atol=0.05, rtol=0.05)
+
+
+def test_graph_refuses_a_policy_that_is_not_finite(place, bundle_copy):
+    with _open(place, bundle_copy, "graph") as runtime, pytest.raises(BdtoolError, match="not finite"):
+        runtime.run(np.full((1, 3, 32, 32), np.nan, np.float32))
+
+
+@pytest.mark.parametrize("strategy", ["chain", "graph"])
+def test_running_takes_no_more_memory(place, tiny, bundle_copy, preprocessed, strategy):
+    image = preprocessed(tiny.model, 1)
+    with _open(place, bundle_copy, strategy) as runtime:
+        runtime.run(image)
+        before = _device_memory()
+        for _ in range(place.n_masks):
+            runtime.run(image)
+        gc.collect()
+        assert _device_memory() <= before + place.memory_slack
+
+
+def _device_memory():
+    """Return the bytes in use on the device, or what the stand-in for the driver has given out."""
+    if "driver" in FakeTensorRT.notes:
+        return sum(array.nbytes for array in FakeTensorRT.notes["driver"].memory.values())
+    free, total = torch.cuda.mem_get_info(0)
+    return total - free

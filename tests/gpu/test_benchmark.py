@@ -1,0 +1,61 @@
+"""`benchmarks/gpu.py`: it measures what it says, here on stand-ins, and says why where there is no GPU."""
+
+import json
+import math
+
+import pytest
+
+from benchmarks import gpu
+from engines.libcuda import Driver
+from tests.fake_tensorrt import install_gpu
+
+
+def test_every_figure_is_there(monkeypatch, tmp_path, bundle_copy, capsys):
+    install_gpu(monkeypatch, tmp_path)
+    monkeypatch.setattr(gpu, "_ROUNDS", 1)
+    monkeypatch.setattr(gpu, "_LAUNCHES", 2)
+    options = {"data": "synthetic:4", "n_masks": 6, "n_images": 3, "duration_s": 0.01}
+    result = json.loads(json.dumps(gpu.measure_backend("tensorrt", bundle_copy, **options)))
+    assert set(result["parity"]) == {"chain", "graph", "full"}
+    assert max(error for errors in result["parity"].values() for error in errors.values()) < 1e-4
+    graph = result["graph"]
+    assert set(graph["ratios"]) == set(graph["aims"])
+    assert all(math.isfinite(ms) and ms > 0 for ms in graph["median_ms"].values())
+    assert graph["memory"] == {"images": 3, "growth_bytes": 0}
+    gpu.print_results({"gpu": "stand-in"}, {"tensorrt": result, "torch": {"error": "no torch"}})
+    text = capsys.readouterr().out
+    assert "| tensorrt | graph |" in text
+    assert "| torch | - | no torch |" in text
+
+
+def test_graph_that_decides_computes_what_the_known_path_computes(monkeypatch, tmp_path, bundle_copy):
+    install_gpu(monkeypatch, tmp_path)
+    from export.bundle import Bundle
+
+    bench = gpu.GraphBench(Bundle.open(bundle_copy), "tensorrt")
+    mask = gpu.np.array([True, False, True])
+    decide, known = bench._deciding()(mask), bench._request(bench._known(mask, with_policy=True))
+    decide.prepare()
+    decide()
+    expected = bench._logits.read().copy()
+    bench._logits.write(0 * expected)
+    known()
+    gpu.np.testing.assert_allclose(bench._logits.read(), expected, atol=1e-5)
+    assert abs(expected).max() > 0.01
+
+
+def test_backend_that_does_not_work_is_named_with_the_reason(bundle_copy, monkeypatch):
+    monkeypatch.setattr("engines.registry.driver_from_libcuda", lambda: Driver(installed=False, error="no driver"))
+    monkeypatch.setattr("engines.trt_identity.installed_version", lambda backend: "10.14.1")
+    options = {"data": "synthetic:4", "n_masks": 1, "n_images": 1, "duration_s": 0.01}
+    error = gpu.measure_backend("tensorrt", bundle_copy, **options)["error"]
+    assert error.startswith("BackendError: backend 'tensorrt', device 'cuda:0': no driver")
+
+
+def test_machine_without_a_gpu_is_told(monkeypatch):
+    nothing = Driver(installed=False, error="no NVIDIA driver (libcuda not found)")
+    monkeypatch.setattr("bdtool.profiling.environment.driver_from_libcuda", lambda: nothing)
+    monkeypatch.setattr("benchmarks.gpu.driver_from_libcuda", lambda: nothing)
+    monkeypatch.setattr("sys.argv", ["gpu"])
+    with pytest.raises(SystemExit, match=r"no GPU to measure: no NVIDIA driver.*bdtool doctor"):
+        gpu.main()

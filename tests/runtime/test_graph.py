@@ -1,0 +1,256 @@
+"""Strategy `graph`: one launch an image, and the policy never on the host. Against stand-ins that really compute.
+
+The stand-in for the driver runs the graph that it was given: captured engine calls, the dispatch kernel's Python twin,
+and of each SWITCH the body that the twin chose.
+"""
+
+import gc
+from contextlib import contextmanager, nullcontext
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from bdtool import Orchestrator
+from bdtool.errors import BackendError, EngineError, UsageError
+from bdtool.runtime.controllers import MaskController
+from bdtool.runtime.factory import strategies_for
+from engines import torch_graph
+from engines.cuda_device import CudaDevice
+from engines.libcuda import Driver, Gpu
+from engines.torchrt import TorchBackend, TorchEngine
+from export.bundle import Bundle
+from export.check import OnnxReference
+from tests.fake_driver import FakeDriver
+from tests.fake_tensorrt import FakeTensorRT, install_gpu
+
+TENSORRT = {"backend": "tensorrt", "device": "cuda:0", "strategy": "graph"}
+
+
+@pytest.fixture(scope="module")
+def opened(tiny, tmp_path_factory):
+    """(the driver, an orchestrator with strategy graph) on engines of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        driver = install_gpu(patch, tmp_path_factory.mktemp("cache"))
+        with Orchestrator.open(tiny.bundle, **TENSORRT) as runtime:
+            yield driver, runtime
+
+
+@given(keep=st.lists(st.lists(st.booleans(), min_size=3, max_size=3), min_size=1, max_size=4))
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_given_bits_run_what_pytorch_runs(opened, tiny, preprocessed, torch_logits, keep):
+    images = preprocessed(tiny.model, len(keep))
+    result = opened[1].run(images, policy=keep)
+    np.testing.assert_array_equal(result.policy, keep)
+    np.testing.assert_allclose(result.logits, torch_logits(tiny.model, images, np.array(keep)), atol=1e-4)
+
+
+def test_learned_policy_decides_as_pytorch(opened, tiny, preprocessed, torch_logits):
+    images = preprocessed(tiny.model, 16)
+    result = opened[1].run(images)
+    with torch.inference_mode():
+        probability = tiny.model.keep_probability(torch.from_numpy(images)).numpy()
+    np.testing.assert_array_equal(result.policy, probability >= 0.5)
+    assert len(np.unique(result.policy, axis=0)) > 1
+    np.testing.assert_allclose(result.logits, torch_logits(tiny.model, images, result.policy), atol=1e-4)
+
+
+def test_image_is_one_launch_and_no_engine_call_of_the_host(opened, tiny, preprocessed):
+    driver, runtime = opened
+    image = preprocessed(tiny.model, 1)
+    runtime.run(image)
+    driver.copies.clear()
+    enqueued, launched = FakeTensorRT.notes["enqueued"], len(driver.launched)
+    runtime.run(image)
+    assert len(driver.launched) == launched + 1
+    assert FakeTensorRT.notes["enqueued"] == enqueued
+    assert driver.copies == ["HtoD", "DtoH", "DtoH"]  # image in, keep bits and logits out
+
+
+def test_captured_graphs_are_given_back_and_the_whole_one_is_kept(opened):
+    driver, _ = opened
+    [whole] = driver.instantiated
+    # policy, stem, three blocks and two shortcuts in both directions, head from both buffers
+    assert len(driver.destroyed) == 2 + 2 * (3 + 2) + 2
+    assert whole not in driver.destroyed
+
+
+def test_policy_has_scratch_memory_of_its_own(opened):
+    scratch = [array for array in opened[0].memory.values() if array.nbytes == 4096]
+    assert len(scratch) == 2  # the policy runs beside the stem
+
+
+def test_probability_that_is_not_finite_is_refused(opened, tiny):
+    image = np.full((1, 3, 32, 32), np.nan, np.float32)
+    with pytest.raises(EngineError, match=r"probabilities are not finite \(block 0\)"):
+        opened[1].run(image)
+
+
+def test_controller_that_decides_on_the_way_is_refused(opened, tiny, preprocessed):
+    class Gate:
+        mask = None
+
+    with pytest.raises(UsageError, match="strategy 'graph' decides inside its engine"):
+        opened[1].run_with(preprocessed(tiny.model, 1), Gate())
+
+
+def test_network_without_a_policy_runs_given_bits(monkeypatch, tmp_path, export_random, preprocessed, torch_logits):
+    exported = export_random("resnet14", has_policy=False)
+    install_gpu(monkeypatch, tmp_path)
+    images = preprocessed(exported.model, 2)
+    keep = np.array([[1, 0, 1, 0, 1, 1], [1, 1, 1, 1, 1, 1]], dtype=bool)
+    with Orchestrator.open(exported.bundle, **TENSORRT) as runtime:
+        np.testing.assert_allclose(
+            runtime.run(images, policy=keep).logits, torch_logits(exported.model, images, keep), atol=1e-4
+        )
+        np.testing.assert_array_equal(runtime.run(images).policy, np.ones((2, 6)))
+
+
+def test_closing_gives_everything_back(monkeypatch, tmp_path, tiny, preprocessed):
+    driver = install_gpu(monkeypatch, tmp_path)
+    with Orchestrator.open(tiny.bundle, **TENSORRT) as runtime:
+        runtime.run(preprocessed(tiny.model, 1))
+        [whole] = driver.instantiated
+    del runtime
+    gc.collect()
+    assert driver.destroyed.count(whole) == 2  # the graph, and what was made of it to launch
+    assert driver.memory == {}
+
+
+def test_work_that_no_graph_may_hold_is_named(monkeypatch, tmp_path, tiny):
+    driver = install_gpu(monkeypatch, tmp_path)
+    capture = driver.cuStreamEndCapture
+
+    def with_allocation(stream):
+        status, graph = capture(stream)
+        driver.kinds[int(graph)] = ["KERNEL", "MEM_ALLOC"]
+        return status, graph
+
+    monkeypatch.setattr(driver, "cuStreamEndCapture", with_allocation, raising=False)
+    with pytest.raises(EngineError, match="policy: its captured work holds MEM_ALLOC nodes"):
+        Orchestrator.open(tiny.bundle, **TENSORRT)
+
+
+# --- where it runs ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("backend", "device", "driver", "message"),
+    [
+        ("onnxruntime", "cpu", Driver(), r"runs on --backend torch, tensorrt, tensorrt-rtx with --device cuda:N; got"),
+        ("torch", "cpu", Driver(), "got backend 'torch' on device 'cpu'"),
+        (
+            "torch",
+            "cuda:0",
+            Driver(error="no NVIDIA driver"),
+            "strategy 'graph': no NVIDIA driver. See `bdtool doctor`",
+        ),
+        (
+            "torch",
+            "cuda:0",
+            Driver((12, 4), (Gpu("A", (8, 0)),)),
+            r"supports CUDA up to 12\.4.*needs 12\.8\. Update the",
+        ),
+    ],
+)
+def test_machine_that_lacks_something_is_told_what(monkeypatch, bundle_copy, backend, device, driver, message):
+    monkeypatch.setattr("engines.registry.driver_from_libcuda", lambda: driver)
+    with pytest.raises((UsageError, BackendError), match=message):
+        Orchestrator.open(bundle_copy, backend=backend, device=device, strategy="graph")
+    assert not (bundle_copy / "engines").exists()
+    assert "graph" not in strategies_for(backend, device)
+
+
+def test_auto_measures_what_the_backend_has(monkeypatch):
+    monkeypatch.setattr("engines.registry.driver_from_libcuda", lambda: Driver((13, 0), (Gpu("H200", (9, 0)),)))
+    assert strategies_for("onnxruntime", "cpu") == ("chain", "path", "fused", "full")
+    assert strategies_for("torch", "cuda:0") == ("chain", "path", "graph", "full")
+    assert strategies_for("tensorrt", "cuda:0") == ("chain", "graph", "full")
+
+
+# --- PyTorch ----------------------------------------------------------------------------------------------------------
+
+
+class FakeCudaGraph:
+    def __init__(self, keep_graph):
+        assert keep_graph
+
+    def raw_cuda_graph(self):
+        return self.raw
+
+
+@pytest.fixture
+def torch_on_a_stand_in(monkeypatch):
+    """PyTorch on the CPU whose bound calls go through the stand-in driver, as those on a GPU through the stream."""
+    driver = FakeDriver()
+    bind, allocate = TorchEngine.bind, TorchBackend.allocate
+
+    def bound(self, inputs, outputs):
+        call = bind(self, inputs, outputs)
+        return lambda: driver.enqueue(call)
+
+    def allocated(self, shape, dtype):
+        buffer = allocate(self, shape, dtype)
+        raw = buffer.tensor.permute(0, 2, 3, 1) if buffer.tensor.dim() == 4 else buffer.tensor
+        driver.memory[buffer.tensor.data_ptr()] = raw.numpy().view(np.uint8).reshape(-1)
+        return buffer
+
+    @contextmanager
+    def capture(graph, pool, capture_error_mode):
+        assert capture_error_mode == "thread_local"
+        driver.pools.append(pool)
+        driver.cuStreamBeginCapture(None, driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
+        yield
+        graph.raw = int(driver.cuStreamEndCapture(None)[1])
+
+    driver.pools = []
+    monkeypatch.setattr(TorchEngine, "bind", bound)
+    monkeypatch.setattr(TorchBackend, "allocate", allocated)
+    handles = iter(("one after the other", "beside"))
+    for name, value in {
+        "CUDAGraph": FakeCudaGraph,
+        "graph": capture,
+        "graph_pool_handle": lambda: next(handles),
+        "device": lambda device: nullcontext(),
+        "stream": lambda stream: nullcontext(),
+        "Stream": lambda: None,
+        "synchronize": lambda: None,
+        "current_stream": lambda: type("Stream", (), {"cuda_stream": 0}),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr("engines.torchrt.open_device", lambda device, stream: CudaDevice(driver, 0, stream=stream))
+    return driver
+
+
+def test_torch_graph_runs_what_pytorch_runs(torch_on_a_stand_in, tiny, preprocessed, torch_logits):
+    driver, bundle = torch_on_a_stand_in, Bundle.open(tiny.bundle)
+    network, backend = bundle.network, TorchBackend()
+    engines = {p.name: backend.load(p, bundle.part_path(p).read_bytes(), layout="NCHW") for p in network.parts}
+    runtime = Orchestrator(network, backend, engines, strategy="graph", max_batch=8)
+    assert driver.pools.count("beside") == 1  # the policy, which runs beside the stem
+    images = preprocessed(tiny.model, 8)
+    keep = np.array([[k >> i & 1 for i in range(3)] for k in range(8)], dtype=bool)
+    np.testing.assert_allclose(
+        runtime.run(images, policy=keep).logits, torch_logits(tiny.model, images, keep), atol=1e-4, rtol=1e-4
+    )
+    learned = runtime.run_with(images, MaskController(None, threshold=0.5))
+    policy = network.require("policy")
+    [probability] = OnnxReference(bundle.part_path(policy).read_bytes()).run({policy.inputs[0].name: images}).values()
+    np.testing.assert_array_equal(learned.policy, probability >= 0.5)
+    assert len(driver.launched) == 16
+
+
+def test_torch_that_cannot_capture_is_quoted(torch_on_a_stand_in, monkeypatch, tiny):
+    @contextmanager
+    def refused(graph, pool, capture_error_mode):
+        yield
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(torch_graph.torch.cuda, "graph", refused)
+    bundle, backend = Bundle.open(tiny.bundle), TorchBackend()
+    parts = bundle.network.parts
+    engines = {p.name: backend.load(p, bundle.part_path(p).read_bytes(), layout="NCHW") for p in parts}
+    with pytest.raises(EngineError, match="PyTorch cannot capture its work in a CUDA graph: CUDA error: operation not"):
+        Orchestrator(bundle.network, backend, engines, strategy="graph", max_batch=8)
