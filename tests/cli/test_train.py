@@ -55,11 +55,14 @@ def test_curriculum_starts_from_a_trained_classifier(
     bdtool: Callable[..., Result], base: Path, npz: Path, tmp_path: Path
 ) -> None:
     policy = tmp_path / "policy.safetensors"
-    bdtool("train", "curriculum", base, "--trunk", base, "--data", npz, "--epochs", 0, "-o", policy)
+    bdtool("train", "curriculum", base, "--trunk", base, "--data", npz, *_QUICK, "--lr", 1e-9, "-o", policy)
     model = load_model(policy)
     assert model.policy is not None
     trunk, classifier = model.policy.trunk.state_dict(), load_model(base).base.state_dict()
-    assert all(np.array_equal(trunk[name].numpy(), classifier[name].numpy()) for name in trunk)
+    weights = [name for name in trunk if name.endswith("weight")]
+    assert weights
+    for name in weights:  # no step of this learning rate moves them further
+        np.testing.assert_allclose(trunk[name].numpy(), classifier[name].numpy(), atol=1e-6)
     assert read_spec(policy).provenance["start"]["policy_trunk"]["created_by"] == "bdtool train pretrain"
 
 
