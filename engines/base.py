@@ -103,6 +103,36 @@ class Engine(Protocol):
         """
 
 
+class PartEngine:
+    """What the engines of all backends share: the part that they compute says what goes in and comes out."""
+
+    def __init__(self, part: PartSpec) -> None:
+        self._part = part
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        return self._part.inputs
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        return self._part.outputs
+
+
+def run_through_buffers(
+    engine: Engine, feeds: Mapping[str, np.ndarray], allocate: Callable[[tuple[int, ...], str], Buffer]
+) -> dict[str, np.ndarray]:
+    """Run an engine on host arrays by buffers made for this one call; `allocate` makes one of a shape and dtype."""
+    n_images = len(feeds[engine.inputs[0].name])
+    inputs, outputs = (
+        {tensor.name: allocate(tensor.shape_for(n_images), tensor.dtype) for tensor in tensors}
+        for tensors in (engine.inputs, engine.outputs)
+    )
+    for name, buffer in inputs.items():
+        buffer.write(feeds[name])
+    engine.bind(inputs, outputs)()
+    return {name: buffer.read() for name, buffer in outputs.items()}
+
+
 @dataclass(frozen=True, kw_only=True)
 class BuiltEngine:
     """What a build gives: the engine file's content and what was really obtained."""

@@ -13,7 +13,7 @@ import numpy as np
 
 from bdtool.errors import EngineError
 from bdtool.specs import NetworkSpec, PartSpec, TensorSpec
-from engines.base import PLAIN_LAYOUT, Buffer, BuiltEngine, Call, Engine
+from engines.base import PLAIN_LAYOUT, Buffer, BuiltEngine, Call, Engine, PartEngine
 
 _MODULUS = 97
 
@@ -60,23 +60,15 @@ class FakeBackend:
         return _FakeBuffer(np.zeros(shape, dtype))
 
 
-class FakeEngine:
+class FakeEngine(PartEngine):
     """One part of the fake backend."""
 
     layout = PLAIN_LAYOUT
 
     def __init__(self, part: PartSpec, backend: FakeBackend, steps: Sequence[tuple[str, int]] = ()) -> None:
-        self._part = part
+        super().__init__(part)
         self._backend = backend
         self._steps = steps  # of a joined engine: the kind and index of each part
-
-    @property
-    def inputs(self) -> tuple[TensorSpec, ...]:
-        return self._part.inputs
-
-    @property
-    def outputs(self) -> tuple[TensorSpec, ...]:
-        return self._part.outputs
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         first = feeds[self._part.inputs[0].name]

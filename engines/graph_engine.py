@@ -15,7 +15,7 @@ import numpy as np
 
 from bdtool.errors import UsageError
 from bdtool.specs import NetworkSpec, PartSpec, TensorSpec
-from engines.base import PLAIN_LAYOUT, Backend, Buffer, Call, Engine
+from engines.base import PLAIN_LAYOUT, Backend, Buffer, Call, Engine, PartEngine, run_through_buffers
 from engines.cuda_device import CudaDevice, checked
 from engines.cuda_graph import CapturedNetwork, DispatchMemory, GraphBuilder
 from engines.dispatch_kernel import KERNEL_NAME, SOURCE, cubin_from_source
@@ -71,7 +71,7 @@ def graph_spec(network: NetworkSpec) -> PartSpec:
     return replace(fused, name="graph", outputs=(logits, replace(keep, dtype="uint8")))
 
 
-class GraphEngine:
+class GraphEngine(PartEngine):
     """All parts of a network as one engine; a call is one graph launch, and nothing of the policy reaches the host.
 
     Raises:
@@ -84,29 +84,18 @@ class GraphEngine:
         if not isinstance(backend, CapturingBackend):
             raise UsageError("strategy 'graph' needs engines that can be captured: --backend torch or tensorrt")
         if emitting := [part.name for part in network.blocks if part.emits]:
-            raise UsageError(f"strategy 'graph' decides before block 0; {emitting[0]} has outputs for a controller")
+            raise UsageError(
+                f"strategy 'graph' decides before block 0; {emitting[0]} has outputs for a controller. "
+                "Use --strategy chain"
+            )
+        super().__init__(graph_spec(network))
         self._network = network
         self._backend = backend
         self._engines = engines
         self._capturer = backend.capturer()
-        self._spec = graph_spec(network)
-
-    @property
-    def inputs(self) -> tuple[TensorSpec, ...]:
-        return self._spec.inputs
-
-    @property
-    def outputs(self) -> tuple[TensorSpec, ...]:
-        return self._spec.outputs
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        inputs, outputs = (
-            {tensor.name: self._allocate(tensor) for tensor in tensors} for tensors in (self.inputs, self.outputs)
-        )
-        for name, buffer in inputs.items():
-            buffer.write(feeds[name])
-        self.bind(inputs, outputs)()
-        return {name: buffer.read() for name, buffer in outputs.items()}
+        return run_through_buffers(self, feeds, self._backend.allocate)
 
     def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Call:
         network, device = self._network, self._capturer.device
@@ -160,9 +149,6 @@ class GraphEngine:
         part = self._network.require("head")
         first, second = captures.pair(part.inputs[0])
         return captures.add(part, first, logits), captures.add(part, second, logits)
-
-    def _allocate(self, tensor: TensorSpec) -> Buffer:
-        return self._backend.allocate(tensor.shape_for(1), tensor.dtype)
 
 
 _MEMORY = ("probability", "has_shortcut", "force", "kept", "head_side")

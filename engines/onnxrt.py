@@ -20,7 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from bdtool.errors import BackendError, EngineError
 from bdtool.specs import BATCH_AXIS, NetworkSpec, PartSpec, TensorSpec
-from engines.base import ENGINE_TOLERANCE, PLAIN_LAYOUT, Buffer, BuiltEngine, Call, Engine, LayoutError
+from engines.base import ENGINE_TOLERANCE, PLAIN_LAYOUT, Buffer, BuiltEngine, Call, Engine, LayoutError, PartEngine
 from engines.blocked_nodes import stay_blocked
 from engines.check import check_engine
 from engines.integer_cpu import is_quantized, lower_quantized
@@ -119,24 +119,16 @@ class OnnxRuntimeBackend:
         return options
 
 
-class OnnxRuntimeEngine:
+class OnnxRuntimeEngine(PartEngine):
     """One part in an ONNX Runtime session."""
 
     def __init__(self, part: PartSpec, session: ort.InferenceSession, layout: str, options: ort.SessionOptions) -> None:
-        self._part = part
+        super().__init__(part)
         self._options = options  # hold the shared weights, which ONNX Runtime does not own
         self._session = session
         self._names = [tensor.name for tensor in part.outputs]
         self._integer = {t.name for t in feature_maps(part)} if layout == INTEGER_LAYOUT else set()
         self.layout = layout
-
-    @property
-    def inputs(self) -> tuple[TensorSpec, ...]:
-        return self._part.inputs
-
-    @property
-    def outputs(self) -> tuple[TensorSpec, ...]:
-        return self._part.outputs
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         given = {name: _channels_last(values) if name in self._integer else values for name, values in feeds.items()}

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from bdtool.errors import BackendError, DataError, EngineError, UsageError
-from bdtool.specs import NetworkSpec, PartSpec, TensorSpec
-from engines.base import ENGINE_TOLERANCE, PLAIN_LAYOUT, Buffer, BuiltEngine, Call, Engine
+from bdtool.specs import NetworkSpec, PartSpec
+from engines.base import ENGINE_TOLERANCE, PLAIN_LAYOUT, Buffer, BuiltEngine, Call, Engine, PartEngine
 from engines.cuda_device import open_device
 from engines.device_array import DeviceArray
 from engines.device_timer import DeviceTimer
@@ -122,7 +122,7 @@ class TorchBackend:
         return function
 
 
-class TorchEngine:
+class TorchEngine(PartEngine):
     """One part as torch calls."""
 
     layout = PLAIN_LAYOUT
@@ -131,17 +131,9 @@ class TorchEngine:
         self, part: PartSpec, function: Function, device: torch.device, *, computes_in_half: bool = False
     ) -> None:
         self.computes_in_half = computes_in_half
-        self._part = part
+        super().__init__(part)
         self._function = function
         self._device = device
-
-    @property
-    def inputs(self) -> tuple[TensorSpec, ...]:
-        return self._part.inputs
-
-    @property
-    def outputs(self) -> tuple[TensorSpec, ...]:
-        return self._part.outputs
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         [source], [result] = self._part.inputs, self._part.outputs

@@ -7,14 +7,15 @@ one stream. A TensorRT-RTX plan alone asks for about 10 MB, so that a context ea
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from bdtool.errors import EngineError
-from bdtool.specs import PartSpec, TensorSpec
-from engines.base import Buffer, Call, Engine
+from bdtool.specs import PartSpec
+from engines.base import Buffer, Call, Engine, PartEngine, run_through_buffers
 from engines.cuda_buffer import DeviceBuffer, device_buffer
 from engines.cuda_device import CudaDevice, DeviceMemory
 from engines.graph_engine import Captured
@@ -99,35 +100,19 @@ class TensorRTRuntime:
         return self.device.allocate(max(self._scratch_bytes, 256))
 
 
-class TensorRTEngine:
+class TensorRTEngine(PartEngine):
     """One part, loaded. Its calls enqueue on the device's stream and do not wait."""
 
     def __init__(self, part: PartSpec, engine: Any, runtime: TensorRTRuntime, *, layout: str) -> None:
         self.layout = layout
-        self._part = part
+        super().__init__(part)
         self._engine = engine
         self._runtime = runtime
         self._context: _Context | None = None
         _check_tensors(part, engine)
 
-    @property
-    def inputs(self) -> tuple[TensorSpec, ...]:
-        return self._part.inputs
-
-    @property
-    def outputs(self) -> tuple[TensorSpec, ...]:
-        return self._part.outputs
-
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        n_images = len(feeds[self._part.inputs[0].name])
-        inputs, outputs = (
-            {t.name: DeviceBuffer(self._runtime.device, t.shape_for(n_images), t.dtype) for t in tensors}
-            for tensors in (self._part.inputs, self._part.outputs)
-        )
-        for name, buffer in inputs.items():
-            buffer.write(feeds[name])
-        self.bind(inputs, outputs)()
-        return {name: buffer.read() for name, buffer in outputs.items()}
+        return run_through_buffers(self, feeds, functools.partial(DeviceBuffer, self._runtime.device))
 
     def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Call:
         if self._context is None:
