@@ -25,7 +25,6 @@ from torch import Tensor, nn
 
 from bdtool.models.model import BlockDropModel, build_model
 from bdtool.models.resnet import ResNet
-from bdtool.runtime.policies import parse_policy
 from bdtool.training import tasks
 from bdtool.training.options import CurriculumOptions, FinetuneOptions, PretrainOptions
 from bdtool.training.stages import base_spec, computes_in_bfloat16, with_policy
@@ -82,8 +81,7 @@ def _task(arch: str, stage: str, *, amp: bool, plain: bool) -> tuple[BlockDropMo
     if plain:
         model.base.forward = lambda images, keep=None: plain_forward(model.base, images, keep)  # type: ignore[method-assign]
     if stage == "finetune":
-        request = parse_policy("learned", n_blocks=model.n_blocks, has_policy_network=True)
-        return model, tasks.FinetuneTask(model, FinetuneOptions(), request, amp=amp)
+        return model, tasks.FinetuneTask(model, FinetuneOptions(), amp=amp)
     task = tasks.CurriculumTask(model, CurriculumOptions(), amp=amp)
     if plain:
         model.base.eval()
@@ -135,7 +133,7 @@ def _repeat(task: tasks.Task, images: Tensor, labels: Tensor, uniforms: Tensor) 
     optimizers = task.optimizers()
 
     def step() -> None:
-        task.begin_step(tasks.Step(10**6, 1))
+        task.begin_step(tasks.Step(10**6, 1, torch.arange(len(images))))
         loss = task.module(images, labels, uniforms).loss
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
@@ -153,7 +151,7 @@ def _gradient_difference(
     found = []
     for plain in (True, False):
         model, task = _task(arch, stage, amp=False, plain=plain)
-        task.begin_step(tasks.Step(10**6, 1))
+        task.begin_step(tasks.Step(10**6, 1, torch.arange(len(images))))
         for module in model.base.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.eval()

@@ -41,6 +41,12 @@ class Group:
             values = values / self.size
         return values.cpu()
 
+    def from_first(self, values: Tensor) -> Tensor:
+        """Return the values of the first process; every process has to call it, with as many of the same type."""
+        if self.size > 1:
+            dist.broadcast(values, src=0)
+        return values
+
 
 @contextmanager
 def open_group(device: torch.device) -> Iterator[Group]:

@@ -99,7 +99,7 @@ class FinetuneOptions(TrainOptions):
         base_lr: of the base, by SGD with Nesterov momentum. The authors use Adam with `lr` for both, for 2,000 epochs.
         gamma, alpha, entropy: as in the curriculum; the authors' 5, 0.8 and 0.
         freeze_policy: the policy network stays as it is, and the base learns along the paths that it takes when
-            deployed, without what the sampling of paths adds to them. Not in the paper.
+            deployed: of each image as it is, also where the base sees a crop of it. Not in the paper.
         blocks: first shift the policy network so that it keeps this many blocks on average; 0 leaves it.
     """
 

@@ -31,13 +31,14 @@ from bdtool.models.model import BlockDropModel, build_model
 from bdtool.models.model_spec import ModelSpec
 from bdtool.models.policy import policy_trunk
 from bdtool.models.store import save_model
-from bdtool.runtime.policies import parse_policy
+from bdtool.runtime.policies import PolicyRequest, parse_policy
 from bdtool.torch_classifier import TorchClassifier
 from bdtool.training.budget import shift_policy
 from bdtool.training.distributed import Group, synchronize_batch_norms
 from bdtool.training.images import data_name, training_images
 from bdtool.training.options import Amp, CurriculumOptions, FinetuneOptions, PretrainOptions, TrainOptions
-from bdtool.training.tasks import CurriculumTask, FinetuneTask, PretrainTask, Task
+from bdtool.training.paths import deployed_paths, heuristic_paths
+from bdtool.training.tasks import CurriculumTask, FinetuneTask, Paths, PretrainTask, Task
 from bdtool.training.trainer import Epoch, Report, Trainer
 from bdtool.version import version
 
@@ -141,13 +142,28 @@ def finetune(start: BlockDropModel, options: FinetuneOptions, place: Place) -> T
     """Train base and policy network of `start` together, or its base alone under the heuristic `options.policy`.
 
     Raises:
-        PolicyError: the policy does not fit the model, or is learned and `start` has no policy network.
+        PolicyError: the policy does not fit the model or the data, or is learned and `start` has no policy network.
+        UsageError: `freeze_policy` beside a heuristic.
     """
     request = parse_policy(options.policy, n_blocks=start.n_blocks, has_policy_network=start.policy is not None)
+    if options.freeze_policy and not request.is_learned:
+        raise UsageError(f"policy {request.name}: has no policy network to freeze; use freeze_policy with learned")
     model = start if request.is_learned else without_policy(start)
     if options.blocks:
         shift_policy(model, place.train, options.blocks)
-    return _train(model, "finetune", options, place, lambda m, amp: FinetuneTask(m, options, request, amp=amp))
+    paths = _fixed_paths(model, request, options, place)
+    return _train(model, "finetune", options, place, lambda m, amp: FinetuneTask(m, options, paths, amp=amp))
+
+
+def _fixed_paths(model: BlockDropModel, request: PolicyRequest, options: FinetuneOptions, place: Place) -> Paths | None:
+    """Return the paths that the base alone learns along, or None where the policy network learns, too."""
+    n_images = min(options.limit or place.train.n_images, place.train.n_images)
+    if not request.is_learned:
+        return heuristic_paths(request, n_images=n_images)
+    if not options.freeze_policy:
+        return None
+    model.to(device=place.group.device)
+    return deployed_paths(model, place.train, n_images=n_images, group=place.group)
 
 
 def with_policy(model: BlockDropModel, *, seed: int) -> BlockDropModel:

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bdtool.models.model import BlockDropModel
-from bdtool.runtime.policies import PolicyRequest
 from bdtool.specs import DEFAULT_THRESHOLD
 from bdtool.training.options import CurriculumOptions, FinetuneOptions, PretrainOptions
 from bdtool.training.passes import frozen_copy, paired_logits
@@ -31,12 +30,19 @@ class Outcome(NamedTuple):
 
 
 class Step(NamedTuple):
-    """Where the run is: the number of this step from 0, the steps in an epoch, and this process among how many."""
+    """Where the run is: the number of this step from 0, the steps in an epoch, and this process among how many.
+
+    `images`, int64 [n] on the CPU, says which images of the data set this process has in this step.
+    """
 
     number: int
     per_epoch: int
+    images: Tensor
     rank: int = 0
     n_ranks: int = 1
+
+
+Paths = Callable[[Step], Tensor]  # keep bits, bool [n, K] on the CPU, of this process's images of a step
 
 
 class Task(Protocol):
@@ -105,16 +111,18 @@ class CurriculumTask:
 
 
 class FinetuneTask:
-    """Base and policy network together, or the base alone under a heuristic."""
+    """Base and policy network together, or the base alone along given paths."""
 
-    def __init__(self, model: BlockDropModel, options: FinetuneOptions, request: PolicyRequest, *, amp: bool) -> None:
+    def __init__(
+        self, model: BlockDropModel, options: FinetuneOptions, paths: Paths | None = None, *, amp: bool
+    ) -> None:
         self._options = options
         self._model = model
-        self._learns_policy = request.is_learned and not options.freeze_policy
+        self._learns_policy = paths is None
         self.n_uniforms = model.n_blocks if self._learns_policy else 0
         if model.policy is not None:
             model.policy.requires_grad_(self._learns_policy)
-        self._module = _Finetune(model, options, request, amp=amp)
+        self._module = _Finetune(model, options, paths, amp=amp)
         self.module: nn.Module = self._module
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
@@ -201,18 +209,20 @@ class _Curriculum(nn.Module):
 
 
 class _Finetune(nn.Module):
-    def __init__(self, model: BlockDropModel, options: FinetuneOptions, request: PolicyRequest, *, amp: bool) -> None:
+    def __init__(self, model: BlockDropModel, options: FinetuneOptions, paths: Paths | None, *, amp: bool) -> None:
         super().__init__()
         self.base = model.base
         self.policy = model.policy
-        self.step = Step(0, 1)
-        self._request = request
+        self.step: Step | None = None
+        self._paths = paths
         self._options = options
         self._amp = amp
 
     def forward(self, images: Tensor, labels: Tensor, uniforms: Tensor) -> Outcome:
-        if self.policy is None or self._options.freeze_policy:
-            return self._along(self._fixed_path(images), images, labels)
+        if self._paths is not None:
+            assert self.step is not None
+            return self._along(self._paths(self.step).to(images.device), images, labels)
+        assert self.policy is not None
         options = self._options
         with autocast(images.device, enabled=self._amp):
             probability = self.policy(images)
@@ -225,16 +235,6 @@ class _Finetune(nn.Module):
         loss = policy_loss(choice.bounded, choice.sampled, sampled_reward - greedy_reward, learned)
         loss = loss - options.entropy * entropy(choice.bounded, learned) + F.cross_entropy(logits, labels)
         return Outcome(loss, correct.float(), choice.sampled.float().sum(dim=1), sampled_reward)
-
-    def _fixed_path(self, images: Tensor) -> Tensor:
-        """Return the keep bits, bool [N, K], of a heuristic or of the policy network as it is deployed: in float32."""
-        if self.policy is not None:
-            with torch.no_grad():
-                bits: Tensor = self.policy(images) >= DEFAULT_THRESHOLD
-            return bits
-        n_batch = len(images) * self.step.n_ranks
-        rows = self._request.matrix(n_batch, first=self.step.number * n_batch)  # random:K draws anew in each step
-        return torch.from_numpy(rows[self.step.rank :: self.step.n_ranks]).to(images.device)
 
     def _along(self, keep: Tensor, images: Tensor, labels: Tensor) -> Outcome:
         """Return the step of the base alone, by cross-entropy."""

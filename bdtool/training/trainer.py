@@ -60,6 +60,16 @@ class Report:
     note: str
 
 
+@dataclass(frozen=True)
+class _Batch:
+    """A process's share of a step: which images of the data set, the images, labels, and numbers for the task."""
+
+    index: Tensor
+    images: Tensor
+    labels: Tensor
+    uniforms: Tensor
+
+
 class Interrupted(TrainingError):
     """The user or the system asked the run to stop; its checkpoint is written."""
 
@@ -138,12 +148,12 @@ class Trainer:
                     )
         return self.epochs
 
-    def _train_step(self, batch: tuple[Tensor, Tensor, Tensor]) -> str:
+    def _train_step(self, batch: _Batch) -> str:
         start = time.perf_counter()
         note = self._task.begin_step(
-            Step(self.step, self._steps_per_epoch, rank=self._group.rank, n_ranks=self._group.size)
+            Step(self.step, self._steps_per_epoch, batch.index, rank=self._group.rank, n_ranks=self._group.size)
         )
-        outcome: Outcome = self._module(*batch)
+        outcome: Outcome = self._module(batch.images, batch.labels, batch.uniforms)
         for optimizer in self._optimizers:
             optimizer.zero_grad(set_to_none=True)
         outcome.loss.backward()  # type: ignore[no-untyped-call]
@@ -163,15 +173,14 @@ class Trainer:
             self._on_step(self._report(note))
         return note
 
-    def _batch(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return this process's images, labels and uniform numbers for the task."""
+    def _batch(self, step: int) -> _Batch:
         mine = slice(self._group.rank, None, self._group.size)
         index = self._indices(step)[mine]
         generator = _generator(self._options.seed, 1, step)
         n_augment = self._images.n_uniforms
         uniforms = torch.rand(self._options.batch, n_augment + self._task.n_uniforms, generator=generator)[mine]
         images, labels = self._images.batch(index, uniforms[:, :n_augment])
-        return images, labels, uniforms[:, n_augment:].to(images.device)
+        return _Batch(index, images, labels, uniforms[:, n_augment:].to(images.device))
 
     def _indices(self, step: int) -> Tensor:
         epoch, within = divmod(step, self._steps_per_epoch)

@@ -31,7 +31,7 @@ with open_group(torch.device("cpu")) as group:
         synchronize_batch_norms(model.policy)
     task = CurriculumTask(model, CurriculumOptions(), amp=False)
     module = group.wrap(task.module)
-    task.begin_step(Step(10**6, 1))
+    task.begin_step(Step(10**6, 1, torch.arange(16)))
     outcome = module(*(part[group.rank :: group.size] for part in inputs))
     outcome.loss.backward()
     if group.is_first:
@@ -82,6 +82,7 @@ def test_torchrun_trains_every_stage(stripes: Path, tmp_path: Path) -> None:
     run(*bdtool, "pretrain", "--arch", "resnet8", *common, "-o", base, processes=2)
     run(*bdtool, "curriculum", base, *common, "-o", policy, processes=2)
     run(*bdtool, "finetune", policy, *common, "--val", stripes, "-o", model, processes=2)
+    run(*bdtool, "finetune", model, "--freeze-policy", *common, "-o", tmp_path / "frozen.safetensors", processes=2)
     trained = load_model(model)
     assert trained.spec.provenance["created_by"] == "bdtool train finetune"
     assert trained.spec.provenance["start"]["created_by"] == "bdtool train curriculum"

@@ -2,17 +2,20 @@
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from bdtool.errors import UsageError
+from bdtool.errors import PolicyError, UsageError
 from bdtool.models.model import BlockDropModel
 from bdtool.torch_classifier import TorchClassifier
 from bdtool.training.budget import shift_policy
 from bdtool.training.options import CurriculumOptions, FinetuneOptions
+from bdtool.training.paths import deployed_paths
 from bdtool.training.stages import Place, curriculum, finetune, start_from_trunk
+from bdtool.training.tasks import Step
 
 
 def test_policy_network_starts_from_a_trunk(random_model: Callable[..., BlockDropModel]) -> None:
@@ -39,6 +42,48 @@ def test_frozen_policy_stays_and_the_base_learns_its_paths(
     trained = finetune(start, FinetuneOptions(epochs=1, batch=20, freeze_policy=True), place()).model.state_dict()
     changed = {name.partition(".")[0] for name in before if not torch.equal(before[name], trained[name])}
     assert changed == {"base"}
+
+
+def test_frozen_policy_decides_on_pictures_as_they_are(
+    random_model: Callable[..., BlockDropModel], place: Callable[..., Place]
+) -> None:
+    model, where = random_model("resnet8", has_policy=True), place()
+    shift_policy(model, where.train, 1.5)  # so that pictures differ
+    paths = deployed_paths(model, where.train, n_images=200, group=where.group)
+    expected = TorchClassifier(model).run(where.train.take(200).images).policy
+    assert len(np.unique(expected, axis=0)) > 1
+    index = torch.tensor([199, 3, 3, 60])
+    assert np.array_equal(paths(Step(7, 10, index)).numpy(), expected[index])
+
+
+def test_base_learns_along_the_row_of_each_image(
+    random_model: Callable[..., BlockDropModel], place: Callable[..., Place], tmp_path: Path
+) -> None:
+    """Images keep one block or all: a mean of 2 blocks in an epoch, whichever images a batch draws."""
+    rows = np.ones((256, 3), dtype=bool)
+    rows[::2, 1:] = False
+    np.save(tmp_path / "rows.npy", rows)
+    options = FinetuneOptions(epochs=1, batch=32, policy=str(tmp_path / "rows.npy"))
+    trained = finetune(random_model("resnet8"), options, place())
+    assert trained.epochs[0].blocks_mean == 2
+    assert trained.figures["blocks_mean"] == 2
+
+
+def test_rows_for_other_images_are_refused(
+    random_model: Callable[..., BlockDropModel], place: Callable[..., Place], tmp_path: Path
+) -> None:
+    np.save(tmp_path / "rows.npy", np.ones((255, 3)))
+    with pytest.raises(PolicyError, match="got 255 rows for 256 training images"):
+        finetune(random_model("resnet8"), FinetuneOptions(epochs=1, policy=str(tmp_path / "rows.npy")), place())
+
+
+def test_heuristic_has_no_policy_network_to_freeze(
+    random_model: Callable[..., BlockDropModel], place: Callable[..., Place]
+) -> None:
+    with pytest.raises(UsageError, match="first:2: has no policy network to freeze"):
+        finetune(
+            random_model("resnet8", has_policy=True), FinetuneOptions(policy="first:2", freeze_policy=True), place()
+        )
 
 
 @pytest.mark.parametrize("blocks", [0.5, 1.75, 2.9])

@@ -1,0 +1,55 @@
+"""Which blocks the base runs for each training image where no policy network learns: a heuristic's, or its own."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bdtool.data.batches import ImageSource
+from bdtool.errors import PolicyError
+from bdtool.models.model import BlockDropModel
+from bdtool.runtime.policies import PolicyRequest
+from bdtool.torch_classifier import TorchClassifier
+from bdtool.training.distributed import Group
+from bdtool.training.tasks import Paths, Step
+
+
+def heuristic_paths(request: PolicyRequest, *, n_images: int) -> Paths:
+    """Return the paths of a POLICY other than learned: an image's row of a file, or a row drawn anew in each step.
+
+    Raises:
+        PolicyError: the POLICY is a file with another number of rows than the data set has images.
+    """
+    if request.n_rows is None:
+        return lambda step: torch.from_numpy(_drawn(request, step))
+    if request.n_rows != n_images:
+        raise PolicyError(
+            f"policy {request.name}: got {request.n_rows} rows for {n_images} training images, expected one row for "
+            "each. Write it for this data set, or give one row [K] for all"
+        )
+    return _rows_of_images(torch.from_numpy(request.matrix(n_images)))
+
+
+def deployed_paths(model: BlockDropModel, images: ImageSource, *, n_images: int, group: Group) -> Paths:
+    """Return the paths that the policy network of `model` takes now for each image as it is, without augmentation.
+
+    So it decides in training as it will decide when deployed: of a picture that was cropped, black moving in, it would
+    keep more blocks. Reads the data set once, on the first process.
+    """
+    keep = torch.empty(n_images, model.n_blocks, dtype=torch.bool, device=group.device)
+    if group.is_first:
+        classifier = TorchClassifier(model)
+        threshold = classifier.network.threshold
+        rows = (classifier.keep_probability(batch.images) >= threshold for batch in images.batches(500, limit=n_images))
+        keep = torch.from_numpy(np.concatenate(list(rows))).to(group.device)
+    return _rows_of_images(group.from_first(keep).cpu())
+
+
+def _rows_of_images(keep: Tensor) -> Paths:
+    return lambda step: keep[step.images]
+
+
+def _drawn(request: PolicyRequest, step: Step) -> np.ndarray:
+    n_batch = len(step.images) * step.n_ranks
+    return request.matrix(n_batch, first=step.number * n_batch)[step.rank :: step.n_ranks]
