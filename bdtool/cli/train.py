@@ -107,7 +107,7 @@ _SHARED_HELP = {
     "lr": "Highest learning rate.",
     "schedule": "How the learning rate runs.",
     "seed": "Of every random draw.",
-    "amp": "bfloat16 where the device computes in it.",
+    "amp": "bfloat16; auto takes it where it is faster: CUDA, and CPUs with AMX.",
     "limit": "Train on the first N images only.",
 }
 _SGD_HELP = {"momentum": "Of SGD, Nesterov's.", "weight_decay": "Of SGD."}

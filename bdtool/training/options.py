@@ -26,7 +26,7 @@ class TrainOptions:
         schedule: one-cycle warms up and falls to almost 0; cosine falls to 0; step divides by 10 at half and at three
             quarters of the run.
         seed: of every draw: shuffling, augmentation and keep bits.
-        amp: bfloat16 autocast; auto takes it where the device computes in it (CUDA, and CPUs with AVX-512 BF16 or AMX).
+        amp: bfloat16 autocast; auto takes it where that is faster (CUDA, and CPUs with AMX).
         limit: train on the first images only.
     """
 

@@ -204,12 +204,15 @@ def without_policy(model: BlockDropModel) -> BlockDropModel:
 
 
 def computes_in_bfloat16(amp: Amp, device: torch.device) -> bool:
-    """Say whether to autocast: `auto` does where the device has instructions for bfloat16."""
+    """Say whether to autocast: `auto` does where it is faster, which takes units for matrices of bfloat16.
+
+    On CPUs that is AMX. AVX-512 BF16 without it is slower than float32: see benchmarks/README.md.
+    """
     if amp != "auto":
         return amp == "bf16"
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.cpu._is_amx_tile_supported()
 
 
 def _train(

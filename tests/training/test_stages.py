@@ -14,7 +14,7 @@ from bdtool.torch_classifier import TorchClassifier
 from bdtool.training.budget import shift_policy
 from bdtool.training.options import CurriculumOptions, FinetuneOptions
 from bdtool.training.paths import deployed_paths
-from bdtool.training.stages import Place, curriculum, finetune, start_from_trunk
+from bdtool.training.stages import Place, computes_in_bfloat16, curriculum, finetune, start_from_trunk
 from bdtool.training.tasks import Step
 
 
@@ -108,3 +108,11 @@ def test_shift_that_cannot_be_is_refused(
     expected = "less than the model's 3" if has_policy else "only a policy network can be shifted"
     with pytest.raises(UsageError, match=expected):
         shift_policy(random_model("resnet8", has_policy=has_policy), place().train, blocks)
+
+
+@pytest.mark.parametrize("has_amx", [True, False])
+def test_bfloat16_is_taken_where_it_is_faster(has_amx: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx)
+    assert computes_in_bfloat16("auto", torch.device("cpu")) == has_amx
+    assert computes_in_bfloat16("bf16", torch.device("cpu"))
+    assert not computes_in_bfloat16("off", torch.device("cpu"))
