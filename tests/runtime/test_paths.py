@@ -1,10 +1,7 @@
-"""Path engines give the chain's logits; their cache holds what it promises, and no more."""
+"""Path engines give the chain's logits, and the strategy copes with engines that cannot be joined."""
 
 import logging
-import subprocess
-import sys
 import threading
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,7 +17,6 @@ from bdtool.runtime.paths import BUILD_AFTER, PathCache, PathOptions
 from bdtool.runtime.strategies import MAX_LANES
 
 K = 6
-REPOSITORY = Path(__file__).parents[2]
 TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}  # the issue's bound: groups are other batch sizes, with other kernels
 
 
@@ -45,32 +41,6 @@ def path(fake):
     yield open_path
     for one in opened:
         one.runtime.close()
-
-
-@pytest.fixture
-def cache():
-    """Return a function that makes a cache of engines of 10 bytes, or as `sizes` says; it notes what it joined."""
-    made = []
-
-    def make(sizes=lambda mask: 10, **options):
-        joined = []
-
-        def join(mask):
-            joined.append("".join("01"[bit] for bit in mask.astype(int)))
-            return object(), sizes(mask)
-
-        made.append(PathCache(join, PathOptions(**options)))
-        return made[-1], joined
-
-    yield make
-    for one in made:
-        one.close()
-
-
-def _see(cache, mask, times=BUILD_AFTER):
-    for _ in range(times):
-        cache.get(mask)
-    cache.settle()
 
 
 # --- the same logits as the chain ---
@@ -199,12 +169,6 @@ def test_mask_of_another_network_is_refused(path):
         path(ahead=[np.ones(7, dtype=bool)])
 
 
-@pytest.mark.parametrize("bound", [{"max_paths": 0}, {"max_bytes": 0}])
-def test_bound_that_holds_nothing_is_refused(bound):
-    with pytest.raises(ValueError, match="must be at least 1"):
-        PathOptions(**bound)
-
-
 def test_wrap_sees_path_calls_of_single_images_and_of_mixed_batches(fake, images_of):
     opened, seen = fake(), []
 
@@ -225,94 +189,6 @@ def test_wrap_sees_path_calls_of_single_images_and_of_mixed_batches(fake, images
 def test_masks_given_ahead_hit_at_once(path, images_of):
     runtime = path(ahead=[_bits("110101")]).runtime
     assert runtime.run(images_of([1, 2]), policy="110101").hits.all()
-
-
-def test_ahead_masks_that_do_not_fit_are_left_out(cache):
-    held, joined = cache(max_paths=2, ahead=[_mask(n) for n in range(4)])
-    assert joined == [format(n, "016b") for n in range(2)]
-    small, _ = cache(max_bytes=25, ahead=[_mask(n) for n in range(4)])
-    assert (held.stats.n_paths, small.stats.n_paths, small.stats.n_bytes, small.stats.dropped) == (2, 2, 20, 0)
-
-
-def test_mask_given_ahead_twice_counts_once(cache):
-    held, joined = cache(ahead=[_mask(1), _mask(1)])
-    assert len(joined) == held.stats.n_paths == 1
-    assert held.stats.n_bytes == 10
-
-
-def test_most_frequent_ahead_mask_is_dropped_last(cache):
-    held, _ = cache(max_paths=3, ahead=[_mask(1), _mask(2), _mask(3)])
-    _see(held, _mask(4))
-    _see(held, _mask(5))
-    assert held.get(_mask(1)) is not None
-    assert held.get(_mask(2)) is held.get(_mask(3)) is None
-
-
-def test_mask_is_joined_in_the_background_when_seen_often_enough(cache):
-    held, joined = cache()
-    _see(held, _mask(1), BUILD_AFTER - 1)
-    assert joined == []
-    assert held.get(_mask(1)) is None  # this sighting asks for it, and does not wait
-    held.settle()
-    assert joined == [format(1, "016b")]
-    assert held.get(_mask(1)) is not None
-
-
-def test_batch_counts_each_of_its_images(cache):
-    held, joined = cache()
-    held.get(_mask(1), BUILD_AFTER)
-    held.settle()
-    assert len(joined) == 1
-
-
-def test_nothing_is_joined_without_the_background(cache):
-    held, joined = cache(background=False)
-    _see(held, _mask(1), 10 * BUILD_AFTER)
-    assert joined == []
-
-
-def test_least_recently_used_mask_is_dropped_first(cache):
-    held, _ = cache(max_paths=2)
-    _see(held, _mask(1))
-    _see(held, _mask(2))
-    assert held.get(_mask(1)) is not None
-    _see(held, _mask(3))
-    assert held.get(_mask(2)) is None
-    assert held.get(_mask(1)) is not None
-    assert held.get(_mask(3)) is not None
-    assert held.stats.dropped == 1
-
-
-def test_dropped_mask_has_to_be_seen_often_again(cache):
-    held, joined = cache(max_paths=1)
-    _see(held, _mask(1))
-    _see(held, _mask(2))
-    _see(held, _mask(1), BUILD_AFTER - 1)
-    assert len(joined) == 2
-    _see(held, _mask(1), 1)
-    assert len(joined) == 3
-
-
-@pytest.mark.parametrize("bounds", [{"max_paths": 7}, {"max_bytes": 100}, {"max_paths": 50, "max_bytes": 333}])
-def test_bounds_hold_for_a_thousand_masks_each_seen_twice(cache, bounds):
-    held, joined = cache(sizes=lambda mask: 1 + int(mask.sum()), **bounds)
-    for number in range(1000):
-        _see(held, _mask(number))
-        stats = held.stats
-        assert stats.n_paths <= bounds.get("max_paths", 64)
-        assert stats.n_bytes <= bounds.get("max_bytes", 768 * 2**20)
-    assert len(joined) == stats.joined == 1000
-    assert stats.dropped == 1000 - stats.n_paths
-    assert stats.n_bytes == sum(path.n_bytes for path in held._paths.values())
-
-
-def test_path_larger_than_the_bound_is_not_kept_and_not_joined_again(cache):
-    held, joined = cache(sizes=lambda mask: 200 if mask.all() else 10, max_bytes=100)
-    _see(held, _mask(1))
-    for _ in range(5):
-        _see(held, np.ones(16, dtype=bool))
-    assert joined == [format(1, "016b"), "1" * 16]
-    assert (held.stats.n_paths, held.stats.n_bytes, held.stats.dropped) == (1, 10, 0)
 
 
 @pytest.mark.parametrize("error", [EngineError("no memory"), RuntimeError("no memory")])
@@ -398,45 +274,3 @@ def test_path_engines_stay_bound_only_to_buffers_that_the_chain_keeps(path, imag
         runtime.run(images_of(range(n)), policy="110101")
     (held,) = runtime._strategy.cache._paths.values()
     assert len(held.calls) <= MAX_LANES
-
-
-# --- memory of real engines, in a process of its own ---
-
-_A_THOUSAND_MASKS = """
-import os, sys
-import numpy as np
-from bdtool.runtime.orchestrator import Orchestrator
-from bdtool.runtime.paths import PathOptions
-
-def resident_bytes():
-    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-options = PathOptions(max_bytes=int(sys.argv[2]))
-with Orchestrator.open(sys.argv[1], strategy="path", threads=1, paths=options) as runtime:
-    image, n_blocks = np.zeros((1, 32, 32, 3), np.uint8), runtime.network.n_blocks
-    for policy in ("all", "none"):
-        runtime.run(image, policy=policy)
-    before = resident_bytes()
-    for number in range(1000):
-        mask = [int(bit) for bit in format(number * 4 + 3, f"0{n_blocks}b")]
-        for _ in range(2):
-            runtime.run(image, policy=mask)
-        runtime._strategy.cache.settle()
-        assert runtime.run(image, policy=mask).hits.all()
-        assert runtime.path_stats.n_bytes <= options.max_bytes
-    print(runtime.path_stats.joined, runtime.path_stats.n_paths, resident_bytes() - before)
-"""
-SLACK_BYTES = 24 * 2**20  # what freed engines leave in the allocator, buffers of the lane and the list of masks
-
-
-def test_a_thousand_masks_on_real_engines_keep_memory_under_the_bound(export_random):
-    bundle = export_random("resnet26", shortcut="average-pool", has_policy=False).bundle  # 12 blocks: 4096 masks
-    Orchestrator.open(bundle).close()  # builds the engines, so that the process below only loads them
-    max_bytes = 48 * 2**20
-    command = [sys.executable, "-c", _A_THOUSAND_MASKS, str(bundle), str(max_bytes)]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    joined, n_paths, grown = map(int, done.stdout.split())
-    assert joined == 1000
-    assert n_paths > 8  # the bound leaves room for some
-    assert grown < max_bytes + SLACK_BYTES
