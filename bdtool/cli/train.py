@@ -26,7 +26,11 @@ if TYPE_CHECKING:
     from bdtool.training.trainer import Epoch, Report
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
-_CHOICES = {"schedule": ["constant", "one-cycle", "cosine", "step"], "amp": ["auto", "bf16", "off"]}
+_CHOICES = {
+    "schedule": ["constant", "one-cycle", "cosine", "step"],
+    "amp": ["auto", "bf16", "off"],
+    "augment": ["crop", "flip"],
+}
 
 
 @click.group("train")
@@ -107,6 +111,7 @@ _SHARED_HELP = {
     "lr": "Highest learning rate.",
     "schedule": "How the learning rate runs.",
     "seed": "Of every random draw.",
+    "augment": "Crop and flip the images, or only flip them: policy networks learn best from what they will see.",
     "amp": "bfloat16; auto takes it where it is faster: CUDA, and CPUs with AMX.",
     "limit": "Train on the first N images only.",
 }

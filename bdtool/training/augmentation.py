@@ -35,6 +35,11 @@ def crop_and_flip(images: Tensor, uniforms: Tensor, *, padding: int = 4) -> Tens
     return padded[image, rows[:, :, None], columns[:, None, :]]
 
 
+def flip(images: Tensor, uniforms: Tensor) -> Tensor:
+    """Return images, uint8 [N, H, W, 3], flipped half of the time, by the last number of `uniforms`, float [N, 3]."""
+    return torch.where(uniforms[:, -1, None, None, None] < 0.5, images, images.flip(2))
+
+
 def random_resized_crop(pixels: np.ndarray, uniforms: Sequence[float], *, height: int, width: int) -> np.ndarray:
     """Return a random part of a picture, scaled to uint8 [height, width, 3] and flipped half of the time.
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from bdtool.data.batches import ImageSource
 from bdtool.errors import DataError
 from bdtool.specs import Preprocessing
-from bdtool.training.augmentation import N_CROP_FLIP, N_RESIZED_CROP, crop_and_flip, random_resized_crop
+from bdtool.training.augmentation import N_CROP_FLIP, N_RESIZED_CROP, crop_and_flip, flip, random_resized_crop
+from bdtool.training.options import Augment
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer as Buffer
@@ -48,9 +49,16 @@ class MemoryImages:
     n_uniforms = N_CROP_FLIP
 
     def __init__(
-        self, source: ImageSource, preprocessing: Preprocessing, *, device: torch.device, limit: int | None = None
+        self,
+        source: ImageSource,
+        preprocessing: Preprocessing,
+        *,
+        device: torch.device,
+        limit: int | None = None,
+        augment: Augment = "crop",
     ) -> None:
         pixels, labels = read_all(source, limit=limit)
+        self._augmented = crop_and_flip if augment == "crop" else flip
         self.n_images = len(pixels)
         self.facts = data_facts(source, self.n_images, pixels.data, labels.data)
         self._device = device
@@ -60,7 +68,7 @@ class MemoryImages:
 
     def batch(self, index: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
         index = index.to(self._device)
-        pixels = crop_and_flip(self._pixels[index], uniforms.to(self._device))
+        pixels = self._augmented(self._pixels[index], uniforms.to(self._device))
         return self._normalize(pixels), self._labels[index]
 
 
@@ -70,9 +78,16 @@ class PictureFiles:
     n_uniforms = N_RESIZED_CROP
 
     def __init__(
-        self, source: ImageSource, preprocessing: Preprocessing, *, device: torch.device, limit: int | None = None
+        self,
+        source: ImageSource,
+        preprocessing: Preprocessing,
+        *,
+        device: torch.device,
+        limit: int | None = None,
+        augment: Augment = "crop",
     ) -> None:
         assert source.picture_at is not None
+        self._source, self._augment = source, augment
         labels = _labels(source)[:limit]
         self._labels = torch.from_numpy(labels)
         self.n_images = len(labels)
@@ -85,23 +100,33 @@ class PictureFiles:
 
     def batch(self, index: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
         with ThreadPoolExecutor() as pool:  # Pillow decodes and scales outside Python's lock
-            pixels = np.stack(list(pool.map(self._crop, index.tolist(), uniforms.tolist())))
+            pixels = np.stack(list(pool.map(self._picture, index.tolist(), uniforms.tolist())))
         return self._normalize(torch.from_numpy(pixels).to(self._device)), self._labels[index].to(self._device)
 
-    def _crop(self, index: int, uniforms: list[float]) -> np.ndarray:
-        return random_resized_crop(self._picture_at(index), uniforms, **self._size)
+    def _picture(self, index: int, uniforms: list[float]) -> np.ndarray:
+        if self._augment == "crop":
+            return random_resized_crop(self._picture_at(index), uniforms, **self._size)
+        pixels = self._source.image_at(index)
+        return pixels if uniforms[-1] < 0.5 else pixels[:, ::-1]
 
 
 def training_images(
-    source: ImageSource, preprocessing: Preprocessing, *, device: torch.device, limit: int | None = None
+    source: ImageSource,
+    preprocessing: Preprocessing,
+    *,
+    device: torch.device,
+    limit: int | None = None,
+    augment: Augment = "crop",
 ) -> TrainingImages:
     """Return a data set augmented as its kind usually is: files of large pictures by random crops, else shifts.
+
+    With `augment` "flip", images are as the deployed network gets them, flipped half of the time.
 
     Raises:
         DataError: it has no labels.
     """
     kind = PictureFiles if source.picture_at is not None and preprocessing.resize is not None else MemoryImages
-    return kind(source, preprocessing, device=device, limit=limit)
+    return kind(source, preprocessing, device=device, limit=limit, augment=augment)
 
 
 class Normalize:

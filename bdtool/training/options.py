@@ -13,6 +13,7 @@ from bdtool.errors import UsageError
 
 Schedule = Literal["constant", "one-cycle", "cosine", "step"]
 Amp = Literal["auto", "bf16", "off"]
+Augment = Literal["crop", "flip"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +28,8 @@ class TrainOptions:
             quarters of the run.
         seed: of every draw: shuffling, augmentation and keep bits.
         amp: bfloat16 autocast; auto takes it where that is faster (CUDA, and CPUs with AMX).
+        augment: crop shifts small images, black moving in, or takes a part of large ones, and flips half of them (He et
+            al., CVPR 2016, section 4.2); flip only flips, and otherwise trains on the images as they will be deployed.
         limit: train on the first images only.
     """
 
@@ -36,6 +39,7 @@ class TrainOptions:
     schedule: Schedule = "constant"
     seed: int = 0
     amp: Amp = "auto"
+    augment: Augment = "crop"
     limit: int | None = None
 
     def __post_init__(self) -> None:

@@ -231,7 +231,9 @@ def _train(
     if group.size > 1 and model.policy is not None:
         synchronize_batch_norms(model.policy)
     amp = computes_in_bfloat16(options.amp, group.device)
-    images = training_images(place.train, model.spec.preprocessing, device=group.device, limit=options.limit)
+    images = training_images(
+        place.train, model.spec.preprocessing, device=group.device, limit=options.limit, augment=options.augment
+    )
     request = {
         "stage": stage,
         "arch": model.spec.arch,

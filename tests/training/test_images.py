@@ -52,6 +52,25 @@ def test_large_pictures_are_cropped_from_their_files(
     assert not torch.equal(batch[2], batch[3]), "the same picture, cropped by other numbers"
 
 
+@pytest.mark.parametrize("number", [0.1, 0.9])
+@pytest.mark.parametrize("kind", [MemoryImages, PictureFiles])
+def test_flipped_images_are_else_as_they_are_deployed(
+    kind: type[MemoryImages | PictureFiles], number: float, tmp_path: Path, random_model: Callable[..., BlockDropModel]
+) -> None:
+    rng = np.random.default_rng(0)
+    for k in range(10):
+        (tmp_path / f"class_{k}").mkdir()
+        Image.fromarray(rng.integers(0, 256, (90, 120, 3), dtype=np.uint8)).save(tmp_path / f"class_{k}" / "a.png")
+    model = random_model("resnet18", size=64)
+    source = open_data(str(tmp_path), network=network_spec(model), resize=True)
+    images = kind(source, model.spec.preprocessing, device=CPU, augment="flip")
+    uniforms = torch.full((2, images.n_uniforms), number)
+    batch, labels = images.batch(torch.tensor([7, 2]), uniforms)
+    deployed = preprocess(source.take(10).images, model.spec.preprocessing)[[7, 2]]
+    np.testing.assert_allclose(batch.numpy(), deployed[..., ::-1] if number > 0.5 else deployed, atol=1e-5)
+    assert labels.tolist() == [7, 2]
+
+
 def test_facts_name_the_data_without_its_place(stripes: Path, random_model: Callable[..., BlockDropModel]) -> None:
     model = random_model("resnet8")
     source = open_data(str(stripes), network=network_spec(model))
