@@ -5,6 +5,7 @@ Every probe survives a missing or broken package: that is what it is there to re
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import platform
@@ -39,6 +40,11 @@ ABILITIES: dict[str, tuple[str, ...]] = {
     "export": ("torch", "onnx", "onnxscript", "onnxruntime"),
     "build and run on the CPU": ("onnxruntime", "numpy", "Pillow"),
     "build and run on the GPU (onnxruntime)": ("onnxruntime", "onnxruntime on CUDA"),
+    "build and run on the GPU (onnxruntime-tensorrt)": (
+        "onnxruntime",
+        "onnxruntime on CUDA",
+        "onnxruntime on TensorRT",
+    ),
     "build TensorRT-RTX engines (without a GPU)": ("onnx", "TensorRT-RTX"),
     "run TensorRT-RTX engines": ("TensorRT-RTX", "NVIDIA driver", "cuda-bindings"),
     "build and run TensorRT engines": ("onnx", "TensorRT", "NVIDIA driver", "cuda-bindings"),
@@ -58,7 +64,8 @@ def examine() -> list[Finding]:
         ("torch", partial(_torch, driver)),
         *((name, partial(_core_package, name)) for name in _CORE_MODULES),
         ("onnxruntime", _onnxruntime),
-        ("onnxruntime on CUDA", partial(_onnxruntime_cuda, driver)),
+        ("onnxruntime on CUDA", partial(_onnxruntime_gpu, "CUDA", driver)),
+        ("onnxruntime on TensorRT", partial(_onnxruntime_gpu, "TensorRT", driver)),
         ("onnxruntime packages", _onnxruntime_packages),
         ("NVIDIA driver", partial(_nvidia_driver, driver)),
         *((name, partial(_extra_package, name, driver)) for name in _EXTRAS),
@@ -313,24 +320,34 @@ def _onnxruntime() -> Finding:
     return Finding("onnxruntime", "ok", f"{ort.__version__}; {', '.join(ort.get_available_providers())}")
 
 
-def _onnxruntime_cuda(driver: Driver) -> Finding:
+# By title: the provider, and what makes its libraries available.
+_GPU_PROVIDERS = {
+    "CUDA": (
+        "CUDAExecutionProvider",
+        "make its CUDA and cuDNN major versions available (`pip install onnxruntime-gpu[cuda,cudnn]`)",
+    ),
+    "TensorRT": ("TensorrtExecutionProvider", 'pip install "tensorrt>=10.13,<11" (it is linked with TensorRT 10)'),
+}
+
+
+def _onnxruntime_gpu(title: str, driver: Driver) -> Finding:
     """Say whether a session on the GPU can really be created; a listed provider may still fail to load."""
-    name = "onnxruntime on CUDA"
+    name = f"onnxruntime on {title}"
+    provider, remedy = _GPU_PROVIDERS[title]
     ort = _imported(name, "onnxruntime", distributions=("onnxruntime-gpu", "onnxruntime"), remedy=_ORT_GPU)
     if isinstance(ort, Finding):
         return ort
-    if "CUDAExecutionProvider" not in ort.get_available_providers():
-        return Finding(name, "missing", "this onnxruntime has no CUDA provider; the CPU works", _ORT_CLEAN)
+    if provider not in ort.get_available_providers():
+        return Finding(name, "missing", f"this onnxruntime has no {title} provider; the CPU works", _ORT_CLEAN)
     if not driver.usable:  # asking onnxruntime would only print its own errors
         return Finding(name, "missing", f"{_driver_detail(driver)}; the CPU provider works", _driver_remedy(driver))
-    error = _cuda_session_error(ort)
+    error = _session_error(ort, provider)
     if error is not None:
-        remedy = "make its CUDA and cuDNN major versions available (`pip install onnxruntime-gpu[cuda,cudnn]`)"
         return Finding(name, "problem", f"{error}; the CPU provider works", remedy)
     return Finding(name, "ok", "a session runs on the GPU")
 
 
-def _cuda_session_error(ort: Any) -> str | None:
+def _session_error(ort: Any, provider: str) -> str | None:
     """Create a one-node session on the GPU; return why it could not be, or None."""
     try:
         from onnx import TensorProto, helper
@@ -340,13 +357,16 @@ def _cuda_session_error(ort: Any) -> str | None:
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
         if hasattr(ort, "preload_dlls"):
             ort.preload_dlls()  # finds the CUDA libraries that pip installed
+        if provider == "TensorrtExecutionProvider":
+            with contextlib.suppress(ImportError, OSError):  # likewise; what the system has may still do
+                importlib.import_module("tensorrt_libs")
         options = ort.SessionOptions()
         options.log_severity_level = 4
-        session = ort.InferenceSession(model.SerializeToString(), options, providers=["CUDAExecutionProvider"])
+        session = ort.InferenceSession(model.SerializeToString(), options, providers=[provider])
     except Exception as exc:  # whatever stops the session is the finding
         return _first_line(exc)
     used = session.get_providers()
-    return None if "CUDAExecutionProvider" in used else f"the session fell back to {', '.join(used)}"
+    return None if provider in used else f"the session fell back to {', '.join(used)}"
 
 
 def _onnxruntime_packages() -> Finding:

@@ -48,7 +48,7 @@ from engines.store import EngineStore
 from export.bundle import Bundle
 from export.check import compare
 
-BACKENDS = ("torch", "tensorrt", "tensorrt-rtx", "onnxruntime")
+BACKENDS = ("torch", "tensorrt", "tensorrt-rtx", "onnxruntime", "onnxruntime-tensorrt")
 N_KEPT = 17  # of 54 blocks: the mean of the paper
 AIMS = {"graph to known path": 1.15, "graph to full graph": 0.45}
 DEVICE = "cuda:0"

@@ -10,6 +10,17 @@ from typing import Literal
 
 def gpu_cache_path(kind: Literal["timing", "runtime"], *, gpu: str, cuda_version: str, library: str) -> Path:
     """Return the file of a cache that holds for one GPU model, CUDA version and library ("tensorrt10.14.1")."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    key = re.sub(r"[^\w.]+", "-", f"{gpu}-cuda{cuda_version}-{library}")
-    return base / "bdtool" / kind / f"{key}.cache"
+    return _base() / kind / f"{_key(gpu, cuda_version, library)}.cache"
+
+
+def gpu_cache_directory(kind: Literal["engines"], *, gpu: str, cuda_version: str, library: str) -> Path:
+    """Return the directory of a cache that is many files, for one GPU model, CUDA version and library."""
+    return _base() / kind / _key(gpu, cuda_version, library)
+
+
+def _base() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bdtool"
+
+
+def _key(gpu: str, cuda_version: str, library: str) -> str:
+    return re.sub(r"[^\w.]+", "-", f"{gpu}-cuda{cuda_version}-{library}")

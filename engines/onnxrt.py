@@ -1,7 +1,7 @@
-"""ONNX Runtime: the embedded default on the CPU, and its CUDA provider where there is a GPU.
+"""ONNX Runtime: the embedded default on the CPU, and its CUDA and TensorRT providers where there is a GPU.
 
 On the CPU an engine is the part's model as ONNX Runtime's optimiser leaves it, stored so that loading it takes no
-optimising, with activations in the provider's own layout (`engines.native_layout`). On CUDA it is the ONNX part.
+optimising, with activations in the provider's own layout (`engines.native_layout`). On a GPU it is the ONNX part.
 """
 
 from __future__ import annotations
@@ -10,36 +10,50 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime as ort
 from google.protobuf.message import DecodeError
-from onnx import TensorProto, helper, numpy_helper
+from onnx import numpy_helper
 
 from bdtool.errors import BackendError, EngineError
-from bdtool.specs import BATCH_AXIS, NetworkSpec, PartSpec, TensorSpec
+from bdtool.specs import NetworkSpec, PartSpec
 from engines.base import ENGINE_TOLERANCE, PLAIN_LAYOUT, Buffer, BuiltEngine, Call, Engine, LayoutError, PartEngine
 from engines.blocked_nodes import stay_blocked
 from engines.check import check_engine
 from engines.integer_cpu import is_quantized, lower_quantized
 from engines.layouts import INTEGER_LAYOUT, block_size, feature_maps, pack, unpack
 from engines.native_layout import add_guards, cut_guards
+from engines.onnxrt_providers import (
+    CPU,
+    CpuProvider,
+    CudaProvider,
+    Provider,
+    open_session,
+    probe_part,
+    require_provider,
+    tensorrt_provider,
+)
+from engines.trt_options import TensorRTOptions
 from export.check import OnnxReference, compare
 from export.compose import compose_parts
 from export.fused import fuse_parts
 from export.ort_threads import any_threads_options, default_threads, shared_threads_options
 
-_CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 _CACHE_LINE = 64  # bytes
-_FATAL_ONLY, _ORT_DEFAULT = 4, 2  # ONNX Runtime's log severities; its own default shows warnings
 
 
 class OnnxRuntimeBackend:
-    """ONNX Runtime on "cpu" or "cuda:N"; many engines share one thread pool."""
+    """ONNX Runtime on "cpu" or "cuda:N"; many engines share one thread pool.
 
-    def __init__(self, *, device: str = "cpu", threads: int | None = None) -> None:
+    Args:
+        tensorrt: on "cuda:N", let the TensorRT provider compile engines of this profile; None takes the CUDA provider.
+    """
+
+    def __init__(
+        self, *, device: str = "cpu", threads: int | None = None, tensorrt: TensorRTOptions | None = None
+    ) -> None:
         if threads is not None and threads < 1:
             raise ValueError(f"threads must be at least 1, got {threads}")
         self.device = device
@@ -47,12 +61,12 @@ class OnnxRuntimeBackend:
         self._options = shared_threads_options(self.threads)
         self._weights: dict[str, ort.OrtValue] = {}  # of joined engines, by name: "block_03/weight"
         if device == "cpu":
-            self._providers: list[Any] = [_CPU]
+            self._provider: Provider = CpuProvider()
             self._options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # done at build
         else:
-            self._providers = [(_CUDA, {"device_id": int(device.partition(":")[2])})]
+            self._provider = CudaProvider(device) if tensorrt is None else tensorrt_provider(device, tensorrt)
             self._options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-            _require_cuda(device, self._providers)
+            require_provider(device, self._provider)
 
     def activation_layout(self, network: NetworkSpec) -> str:
         tensors = [t for part in network.parts for t in feature_maps(part)]
@@ -64,12 +78,14 @@ class OnnxRuntimeBackend:
         return layout if fits else PLAIN_LAYOUT
 
     def build(self, part: PartSpec, model: bytes, *, layout: str) -> BuiltEngine:
-        if self.device == "cpu" and "bfloat16" in {tensor.dtype for tensor in (*part.inputs, *part.outputs)}:
+        if "bfloat16" in {tensor.dtype for tensor in (*part.inputs, *part.outputs)}:
+            reason = "CPU provider has no bfloat16 kernels" if self.device == "cpu" else "Python API has no bfloat16"
             raise EngineError(
-                f"part {part.name!r}: ONNX Runtime's CPU provider has no bfloat16 kernels; "
+                f"part {part.name!r}: ONNX Runtime's {reason}; "
                 "build bf16 for a GPU (--backend tensorrt), or use --precision fp16 here"
             )
-        data = model if self.device != "cpu" else _optimise(part, model, layout)
+        gpu = self.device != "cpu"
+        data = self._provider.engine_from_onnx(model) if gpu else _optimise(part, model, layout)
         failure = EngineError if layout in (PLAIN_LAYOUT, INTEGER_LAYOUT) else LayoutError
         error = check_engine(part, model, self.load(part, data, layout=layout), failure=failure)
         return BuiltEngine(data=data, layout=layout, error=error)
@@ -92,13 +108,13 @@ class OnnxRuntimeBackend:
 
     def _open(self, part: PartSpec, data: bytes, options: ort.SessionOptions, layout: str) -> Engine:
         try:
-            session = ort.InferenceSession(data, options, providers=self._providers)
+            session = open_session(data, options, self._provider.listed(part, data))
         except Exception as exc:  # onnxruntime raises classes of its own for each status
             raise EngineError(
                 f"part {part.name!r}: ONNX Runtime cannot load its engine ({exc}); build it again"
             ) from exc
         session._model_bytes = None  # kept for a second try with other providers, which we do not want
-        wanted = _CPU if self.device == "cpu" else _CUDA
+        wanted = self._provider.name
         if session.get_providers()[0] != wanted:
             raise BackendError(f"part {part.name!r}: asked for {wanted}, ONNX Runtime chose {session.get_providers()}")
         return OnnxRuntimeEngine(part, session, layout, options)
@@ -274,7 +290,7 @@ def _optimised_file(part: PartSpec, model: bytes) -> bytes:
         file = Path(directory) / "optimised.onnx"
         options.optimized_model_filepath = str(file)
         try:
-            ort.InferenceSession(model, options, providers=[_CPU])
+            ort.InferenceSession(model, options, providers=[CPU])
         except Exception as exc:
             raise EngineError(f"part {part.name!r}: ONNX Runtime refuses its model: {exc}") from exc
         return file.read_bytes()
@@ -283,7 +299,7 @@ def _optimised_file(part: PartSpec, model: bytes) -> bytes:
 @cache
 def _native_layout() -> str:
     """Return the layout of this processor's convolution kernels, found by trying."""
-    part, model = _probe_part()
+    part, model = probe_part()
     reference = OnnxReference(model)
     feeds = {"x": np.random.default_rng(0).normal(size=(1, 64, 8, 8)).astype(np.float32)}
     expected = reference.run(feeds)["y"]
@@ -291,55 +307,9 @@ def _native_layout() -> str:
         data = _optimise(part, model, "NCHW16c")  # cutting the guards is the same for every block size
     except LayoutError:
         return PLAIN_LAYOUT  # a processor without NCHWc kernels
-    session = ort.InferenceSession(data, any_threads_options(), providers=[_CPU])
+    session = ort.InferenceSession(data, any_threads_options(), providers=[CPU])
     for layout in ("NCHW16c", "NCHW8c", "NCHW4c"):
         actual = unpack(session.run(None, {"x": pack(feeds["x"], layout)})[0], layout)
         if compare(expected, actual, tolerance=ENGINE_TOLERANCE).ok:
             return layout
     return PLAIN_LAYOUT
-
-
-def _probe_part() -> tuple[PartSpec, bytes]:
-    shape = (BATCH_AXIS, 64, 8, 8)
-    x, y = TensorSpec(name="x", shape=shape), TensorSpec(name="y", shape=shape)
-    part = PartSpec(
-        name="probe", kind="block", index=0, reads=("x",), writes=("x",), inputs=(x,), outputs=(y,), flops=0
-    )
-    weight = np.random.default_rng(1).normal(size=(64, 64, 3, 3)).astype(np.float32)
-    graph = helper.make_graph(
-        [helper.make_node("Conv", ["x", "w"], ["y"], pads=[1, 1, 1, 1])],
-        "probe",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, shape)],
-        [numpy_helper.from_array(weight, "w")],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-    return part, model.SerializeToString()
-
-
-def _require_cuda(device: str, providers: list[Any]) -> None:
-    """Raise BackendError unless a session can really be created on the CUDA device."""
-    if _CUDA not in ort.get_available_providers():
-        raise BackendError(
-            f"device {device!r}: this onnxruntime has no CUDA provider "
-            f"(it has {', '.join(ort.get_available_providers())}); "
-            "install it with: pip uninstall onnxruntime; pip install onnxruntime-gpu"
-        )
-    options = any_threads_options()
-    options.log_severity_level = _FATAL_ONLY  # the reason goes into our error
-    options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-    _, model = _probe_part()
-    ort.set_default_logger_severity(_FATAL_ONLY)  # a provider that does not load also tells the process's own log
-    try:
-        session = ort.InferenceSession(model, options, providers=providers)
-    except Exception as exc:
-        raise BackendError(
-            f"device {device!r}: the CUDA provider cannot start ({str(exc).strip().splitlines()[0]}); "
-            "see `bdtool doctor`, or use --device cpu"
-        ) from exc
-    finally:
-        ort.set_default_logger_severity(_ORT_DEFAULT)
-    if session.get_providers()[0] != _CUDA:
-        raise BackendError(
-            f"device {device!r}: ONNX Runtime fell back to {session.get_providers()[0]}; see `bdtool doctor`"
-        )

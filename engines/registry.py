@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib import metadata
 
 from bdtool.errors import BackendError, UsageError
@@ -9,9 +10,9 @@ from engines.base import Backend, BackendIdentity
 from engines.cpu import instruction_set
 from engines.libcuda import driver_from_libcuda
 from engines.trt_identity import tensorrt_identity
-from engines.trt_options import TENSORRT, TENSORRT_RTX, TensorRTOptions
+from engines.trt_options import ONNXRUNTIME_TENSORRT, PROFILED, TENSORRT, TENSORRT_RTX, TensorRTOptions
 
-BACKENDS = ("onnxruntime", "torch", TENSORRT, TENSORRT_RTX, "fake")
+BACKENDS = ("onnxruntime", "torch", TENSORRT, TENSORRT_RTX, ONNXRUNTIME_TENSORRT, "fake")
 _CAPTURED = ("torch", TENSORRT, TENSORRT_RTX)  # whose work can become part of a CUDA graph
 _SWITCH_SINCE = (12, 8)  # CUDA programming guide, "Conditional Graph Nodes"
 DEFAULT_BACKEND = "onnxruntime"
@@ -22,7 +23,7 @@ def identify_backend(name: str, device: str, *, tensorrt: TensorRTOptions | None
     """Return what engines of this backend on this device are made for, without importing its library.
 
     Args:
-        tensorrt: what the two TensorRT backends are to build, and for which targets; None takes their defaults.
+        tensorrt: what a backend on TensorRT is to build, and for which targets; None takes its defaults.
 
     Raises:
         UsageError: no such backend, a device that is neither "cpu" nor "cuda:N", or options that do not fit.
@@ -38,12 +39,15 @@ def identify_backend(name: str, device: str, *, tensorrt: TensorRTOptions | None
         target = _file_name(device)
         return BackendIdentity(name=name, version=version, target=target, suffix=".onnx", converts_fp16=True)
     target = f"cpu-{instruction_set()}" if device == "cpu" else _file_name(device)
-    return BackendIdentity(name=name, version=_onnxruntime_version(), target=target, suffix=".onnx")
+    identity = BackendIdentity(name=name, version=_onnxruntime_version(), target=target, suffix=".onnx")
+    if name != ONNXRUNTIME_TENSORRT:
+        return identity
+    return replace(identity, converts_fp16=True, settings=None if tensorrt is None else tensorrt.settings)
 
 
 def joins(name: str) -> bool:
     """Say whether the backend makes one engine of several, which strategy `path` needs."""
-    return name in ("onnxruntime", "torch", "fake")
+    return name in ("onnxruntime", ONNXRUNTIME_TENSORRT, "torch", "fake")
 
 
 def fuses(name: str) -> bool:
@@ -83,7 +87,7 @@ def require_graphs(name: str, device: str) -> None:
 
 def batch_options(name: str, max_batch: int) -> TensorRTOptions | None:
     """Return build options for batches up to `max_batch`; None for a backend whose engines take any batch."""
-    return TensorRTOptions(max_batch=max_batch) if name in (TENSORRT, TENSORRT_RTX) else None
+    return TensorRTOptions(max_batch=max_batch) if name in PROFILED else None
 
 
 def open_backend(
@@ -115,6 +119,8 @@ def open_backend(
         return TorchBackend(device=device, threads=threads)
     from engines.onnxrt import OnnxRuntimeBackend
 
+    if name == ONNXRUNTIME_TENSORRT:
+        return OnnxRuntimeBackend(device=device, threads=threads, tensorrt=tensorrt or TensorRTOptions())
     return OnnxRuntimeBackend(device=device, threads=threads)
 
 
@@ -124,8 +130,12 @@ def _check(name: str, device: str, tensorrt: TensorRTOptions | None) -> None:
     kind, _, index = device.partition(":")
     if device != "cpu" and not (kind == "cuda" and index.isdigit()):
         raise UsageError(f"unknown device {device!r}; expected cpu or cuda:N, for instance cuda:0")
-    if tensorrt is not None and name not in (TENSORRT, TENSORRT_RTX):
+    if tensorrt is not None and name not in PROFILED:
         raise UsageError(f"backend {name!r} has no TensorRT options; give --backend {TENSORRT} or {TENSORRT_RTX}")
+    if name == ONNXRUNTIME_TENSORRT:
+        (tensorrt or TensorRTOptions()).check_for(name)
+        if device == "cpu":
+            raise UsageError(f"backend {name!r} runs its engines on a GPU: give --device cuda:0")
 
 
 def _file_name(device: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Literal
 
 from bdtool.errors import UsageError
@@ -11,6 +11,9 @@ from bdtool.errors import UsageError
 HardwareCompatibility = Literal["none", "ampere-plus", "same-compute-capability"]
 _RECIPE = 1  # of `engines.trt_build`: raise it when the same options come to build another engine
 TENSORRT, TENSORRT_RTX = "tensorrt", "tensorrt-rtx"
+ONNXRUNTIME_TENSORRT = "onnxruntime-tensorrt"  # ONNX Runtime with its TensorRT provider
+PROFILED = (TENSORRT, TENSORRT_RTX, ONNXRUNTIME_TENSORRT)  # backends whose engines have an optimization profile
+_OF_PROVIDER = ("min_batch", "opt_batch", "max_batch", "optimization_level")  # what that provider has options for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +54,11 @@ class TensorRTOptions:
 
     def check_for(self, backend: str) -> None:
         """Raise UsageError where the library `backend` has no such option."""
+        if backend == ONNXRUNTIME_TENSORRT and (lacking := self._beyond_provider()):
+            raise UsageError(
+                f"{', '.join(lacking)}: ONNX Runtime's TensorRT provider has no such option; it takes "
+                f"{', '.join(_OF_PROVIDER)}. Use --backend {TENSORRT} for others"
+            )
         if backend == TENSORRT and self.sms:
             raise UsageError("--sm is for --backend tensorrt-rtx; TensorRT builds for the GPU it runs on (--device)")
         if backend == TENSORRT_RTX and self.hardware_compatibility != "none":
@@ -63,12 +71,17 @@ class TensorRTOptions:
                 "again with the version that runs them"
             )
 
+    def _beyond_provider(self) -> list[str]:
+        """Return the names of the fields that are set and that ONNX Runtime's TensorRT provider has no option for."""
+        own = (field for field in fields(self) if field.name not in _OF_PROVIDER)
+        return [field.name for field in own if getattr(self, field.name) != field.default]
+
     @property
     def settings(self) -> str:
         """Everything that changes an engine, as a text to compare; its targets are in the engine's target already."""
-        fields = asdict(self)
-        del fields["sms"]
-        return json.dumps({"recipe": _RECIPE, **fields}, sort_keys=True)
+        values = asdict(self)
+        del values["sms"]
+        return json.dumps({"recipe": _RECIPE, **values}, sort_keys=True)
 
 
 def target_name(sms: tuple[int, ...]) -> str:

@@ -121,24 +121,35 @@ def test_one_onnxruntime_package_is_ok(versions: dict[str, str]) -> None:
 
 
 def test_cuda_provider_without_a_driver_is_missing_and_silent(capfd: pytest.CaptureFixture[str]) -> None:
-    finding = doctor._onnxruntime_cuda(NO_DRIVER)
+    finding = doctor._onnxruntime_gpu("CUDA", NO_DRIVER)
     assert finding.status == "missing"
     assert "the CPU" in finding.detail
     assert capfd.readouterr() == ("", "")
 
 
-def test_cuda_provider_that_falls_back_is_a_problem(importable: Any) -> None:
+@pytest.mark.parametrize(
+    ("title", "remedy"), [("CUDA", "onnxruntime-gpu[cuda,cudnn]"), ("TensorRT", "tensorrt>=10.13,<11")]
+)
+def test_gpu_provider_that_falls_back_is_a_problem(importable: Any, title: str, remedy: str) -> None:
     importable(
         "onnxruntime",
         "class SessionOptions: pass\n"
         "class InferenceSession:\n"
         "    def __init__(self, model, options, providers): pass\n"
         "    def get_providers(self): return ['CPUExecutionProvider']\n"
-        "def get_available_providers(): return ['CUDAExecutionProvider', 'CPUExecutionProvider']\n",
+        "def get_available_providers(): return ['TensorrtExecutionProvider', 'CUDAExecutionProvider']\n",
     )
-    finding = doctor._onnxruntime_cuda(ONE_GPU)
+    finding = doctor._onnxruntime_gpu(title, ONE_GPU)
     assert finding.status == "problem"
     assert "fell back to CPUExecutionProvider" in finding.detail
+    assert finding.remedy is not None
+    assert remedy in finding.remedy
+
+
+def test_onnxruntime_without_a_tensorrt_provider_says_so(importable: Any) -> None:
+    importable("onnxruntime", "def get_available_providers(): return ['CPUExecutionProvider']")
+    finding = doctor._onnxruntime_gpu("TensorRT", ONE_GPU)
+    assert (finding.status, finding.detail[:44]) == ("missing", "this onnxruntime has no TensorRT provider; t")
 
 
 def test_a_torch_without_cuda_beside_a_gpu_is_a_problem(importable: Any) -> None:

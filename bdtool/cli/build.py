@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     default="onnxruntime",
     show_default=True,
     metavar="NAME",
-    help="Inference library: onnxruntime, torch, tensorrt or tensorrt-rtx.",
+    help="Inference library: onnxruntime, onnxruntime-tensorrt, torch, tensorrt or tensorrt-rtx.",
 )
 @click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda:N", help="What the engines are for.")
 @click.option("--precision", type=PRECISION, default="fp32", show_default=True, help="Which parts to build.")

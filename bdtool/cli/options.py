@@ -121,7 +121,7 @@ def runtime_options(command: _Command) -> _Command:
             default="onnxruntime",
             show_default=True,
             metavar="NAME",
-            help="Inference library: onnxruntime, torch, tensorrt or tensorrt-rtx.",
+            help="Inference library: onnxruntime, onnxruntime-tensorrt, torch, tensorrt or tensorrt-rtx.",
         ),
         click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda:N", help="Where engines run."),
         click.option(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from bdtool.errors import UsageError
-from engines.trt_options import TENSORRT, TENSORRT_RTX, TensorRTOptions
+from engines.trt_options import PROFILED, TENSORRT, TENSORRT_RTX, TensorRTOptions
 
 if TYPE_CHECKING:
     from engines.store import EngineRecord
@@ -80,7 +80,7 @@ def tensorrt_options_from(backend: str, given: dict[str, Any], *, default_max_ba
         UsageError: an option that does not fit the backend, or an impossible profile.
     """
     chosen = {name: value for name, value in given.items() if value is not None}
-    if backend not in (TENSORRT, TENSORRT_RTX):
+    if backend not in PROFILED:
         if chosen:
             flag = _FLAGS.get(next(iter(chosen)), "--" + next(iter(chosen)).replace("_", "-"))
             raise UsageError(f"{flag} is for --backend {TENSORRT} or {TENSORRT_RTX}, not {backend}")

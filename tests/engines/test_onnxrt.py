@@ -15,6 +15,7 @@ from bdtool.specs import NetworkSpec, PartSpec, Preprocessing, TensorSpec
 from engines.base import LayoutError
 from engines.layouts import pack, run_plain, unpack
 from engines.onnxrt import OnnxRuntimeBackend
+from engines.onnxrt_providers import CudaProvider
 from engines.registry import identify_backend, open_backend
 from export.bundle import Bundle
 from export.check import OnnxReference
@@ -238,7 +239,7 @@ def test_cuda_without_a_gpu_is_refused_with_the_reason(capfd):
 def test_silent_fallback_to_the_cpu_is_an_error(tiny_bundle):
     """Should ONNX Runtime choose another provider than the one asked for, nobody may run on it unawares."""
     backend = OnnxRuntimeBackend()
-    backend.device = "cuda:0"  # asks for CUDA, and its sessions come up on the CPU
+    backend._provider = CudaProvider("cuda:0")  # asks for CUDA, and its sessions come up on the CPU
     part = tiny_bundle.network.part("head")
     with pytest.raises(BackendError, match=r"part 'head': asked for CUDAExecutionProvider, ONNX Runtime chose"):
         backend.load(part, tiny_bundle.part_path(part).read_bytes(), layout="NCHW")

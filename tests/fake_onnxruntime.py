@@ -1,0 +1,73 @@
+"""A stand-in for `onnxruntime` with GPU providers: it notes what each session was asked for, and runs it on the CPU.
+
+Options are refused unless the installed library of that provider knows them, so that a misspelt one shows.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+
+from engines.libcuda import Driver, Gpu
+from export.ort_threads import any_threads_options
+
+ALL = ("TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider")
+_LIBRARIES = {ALL[0]: "libonnxruntime_providers_tensorrt.so", ALL[1]: "libonnxruntime_providers_cuda.so"}
+
+
+class FakeOnnxRuntime:
+    """What `engines.onnxrt_providers` uses of the module; `loadable` names the providers that start."""
+
+    def __init__(self, available=ALL, loadable=ALL):
+        self.available, self.loadable, self.loads = available, loadable, 0
+        self.sessions = []  # the providers of each, as they were asked for: {name: options}
+
+    def __getattr__(self, name):
+        return getattr(ort, name)
+
+    def get_available_providers(self):
+        return list(self.available)
+
+    def preload_dlls(self):
+        self.loads += 1
+
+    def InferenceSession(self, data, options, *, providers, enable_fallback):
+        assert enable_fallback == 0
+        asked = dict(providers)
+        for name, given in asked.items():
+            assert all(isinstance(value, str) for value in given.values()), given
+            assert set(given) <= known_options(name), set(given) - known_options(name)
+        self.sessions.append(asked)
+        session = ort.InferenceSession(data, any_threads_options(), providers=["CPUExecutionProvider"])
+        chosen = [name for name in asked if name in self.loadable]
+        session.get_providers = lambda: [*chosen, "CPUExecutionProvider"]
+        return session
+
+    def prefixes(self):
+        return [asked[ALL[0]]["trt_engine_cache_prefix"] for asked in self.sessions]
+
+
+def known_options(provider):
+    """Return the words in the provider's library: every option it knows is one of them."""
+    if provider not in _CACHE:
+        data = (Path(ort.__file__).parent / "capi" / _LIBRARIES[provider]).read_bytes()
+        _CACHE[provider] = {word.decode() for word in data.split(b"\0") if word.isascii() and len(word) < 64}
+    return _CACHE[provider]
+
+
+_CACHE: dict[str, set[str]] = {}
+
+
+def install_onnxruntime(monkeypatch, cache_dir, **options):
+    """Make this machine one with a GPU and an ONNX Runtime for it, both stand-ins; return the latter."""
+    fake = FakeOnnxRuntime(**options)
+    found = Driver((13, 0), (Gpu("NVIDIA H200", (9, 0)),))
+    allocate = ort.OrtValue.ortvalue_from_shape_and_type
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_dir))
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "")  # so that what is set is undone afterwards
+    monkeypatch.delenv("NVIDIA_TF32_OVERRIDE")
+    monkeypatch.setattr("engines.onnxrt_providers.ort", fake)
+    monkeypatch.setattr("engines.onnxrt_providers.driver_from_libcuda", lambda: found)
+    on_host = staticmethod(lambda shape, dtype, kind, index: allocate(shape, np.dtype(dtype), "cpu", 0))
+    monkeypatch.setattr(ort.OrtValue, "ortvalue_from_shape_and_type", on_host)
+    return fake
