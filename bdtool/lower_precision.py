@@ -10,6 +10,7 @@ import torch
 from bdtool.errors import EngineError
 from bdtool.models.model import BlockDropModel
 from bdtool.models.parts import part_modules
+from bdtool.part_feeds import feeds_for
 from bdtool.runtime.orchestrator import Orchestrator
 from bdtool.specs import NetworkSpec, PartSpec
 from calibration.part_errors import CandidatePart
@@ -55,9 +56,13 @@ def _probe(part: PartSpec, values: np.ndarray, result: np.ndarray) -> Probe:
 
 
 def compare_lower_part(
-    bundle: Bundle, probe: Probe, precision: str, runtime: Orchestrator
+    bundle: Bundle, probe: Probe, images: np.ndarray, precision: str, runtime: Orchestrator
 ) -> tuple[Comparison, Comparison]:
-    """Compare a part's ONNX with PyTorch, on the activations of a probe, and its engine with its ONNX."""
+    """Compare a part's ONNX with PyTorch, on the activations of a probe, and its engine with its ONNX.
+
+    Args:
+        images: uint8 [n, height, width, 3], of which the probe was made.
+    """
     part = bundle.network_at(precision).part(probe.part.name)
     candidate = CandidatePart(part, bundle.part_path(part, precision).read_bytes())
     is_int8_network = part.kind == "full" and candidate.precision == "int8"
@@ -67,7 +72,7 @@ def compare_lower_part(
     against_torch = candidate.compare(expected, candidate.floats(onnx), slack=1 + is_int8_network)
     bound = ENGINE_BOUNDS["int8 network" if is_int8_network else candidate.precision]
     try:
-        engine = run_plain(runtime.engine(part), part, feeds)
+        engine = run_plain(runtime.engine(part), part, feeds_for(runtime.engine(part), feeds, images))
     except EngineError:  # the engine of another part, for instance, refuses the shapes
         return against_torch, Comparison(error=math.inf, tolerance=bound.tolerance)
     return against_torch, compare_outputs(onnx, engine, tolerance=bound.tolerance, share=bound.share)

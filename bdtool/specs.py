@@ -15,6 +15,8 @@ if TYPE_CHECKING:  # numpy only types the signatures: `bdtool --help` and a cach
 
 PartKind = Literal["policy", "stem", "block", "shortcut", "head", "full"]
 BATCH_AXIS = "N"
+PIXELS = "uint8"  # dtype of images whose engines normalise them
+IMAGE = "image"  # the activation that the first parts read
 DEFAULT_THRESHOLD = 0.5
 
 
@@ -72,6 +74,20 @@ class PartSpec:
 
         return replace(self, inputs=typed(self.reads, self.inputs), outputs=typed(self.writes, self.outputs))
 
+    @property
+    def reads_image(self) -> bool:
+        return IMAGE in self.reads
+
+    def with_pixels(self) -> PartSpec:
+        """Return the same part with images as uint8 [N, height, width, 3] instead of preprocessed ones."""
+
+        def pixels(tensor: TensorSpec) -> TensorSpec:
+            batch, channels, height, width = tensor.shape
+            return replace(tensor, shape=(batch, height, width, channels), dtype=PIXELS)
+
+        pairs = zip(self.reads, self.inputs, strict=True)
+        return replace(self, inputs=tuple(pixels(tensor) if name == IMAGE else tensor for name, tensor in pairs))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
@@ -90,6 +106,17 @@ class Preprocessing:
     def __post_init__(self) -> None:
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise ValueError(f"mean and std need three values each, std above 0; got mean={self.mean}, std={self.std}")
+
+    @property
+    def scale(self) -> tuple[float, float, float]:
+        """With `offset`, the same as one multiplication and one addition: pixel * scale + offset."""
+        red, green, blue = (1 / (255 * std) for std in self.std)
+        return red, green, blue
+
+    @property
+    def offset(self) -> tuple[float, float, float]:
+        red, green, blue = (-mean / std for mean, std in zip(self.mean, self.std, strict=True))
+        return red, green, blue
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,6 +186,15 @@ class NetworkSpec:
     def with_activation(self, dtype: str) -> NetworkSpec:
         """Return the same network with `x`, the activation between its parts, in another dtype."""
         return replace(self, parts=tuple(part.with_activation(dtype) for part in self.parts))
+
+    def with_pixels(self) -> NetworkSpec:
+        """Return the same network with images as uint8 [N, height, width, 3] instead of preprocessed ones."""
+        return replace(self, parts=tuple(part.with_pixels() for part in self.parts))
+
+    @property
+    def takes_pixels(self) -> bool:
+        """Whether images go in as pixels, uint8 [N, height, width, 3]; else float32 [N, 3, height, width]."""
+        return self.require("stem").inputs[0].dtype == PIXELS
 
     def label(self, class_index: int) -> str:
         return self.labels[class_index] if self.labels is not None else str(class_index)

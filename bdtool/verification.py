@@ -28,6 +28,7 @@ from bdtool.lower_precision import compare_lower_part, flips_bound, lower_output
 from bdtool.models.model import BlockDropModel
 from bdtool.models.parts import network_spec, part_modules
 from bdtool.models.store import load_model
+from bdtool.part_feeds import feeds_for
 from bdtool.runtime.orchestrator import Orchestrator, RunResult
 from bdtool.runtime.policies import parse_policy
 from bdtool.runtime.preprocess import preprocess
@@ -149,9 +150,8 @@ def _climb(
         yield from _climb_lower(bundle, model, batch, chain, full, precision)
         return
     pixels = preprocess(images[:_N_PROBES], bundle.network.preprocessing)
-    comparisons = [
-        _compare_part(bundle, probe, chain, full) for probe in walk(bundle.network, part_modules(model), pixels)
-    ]
+    probes = walk(bundle.network, part_modules(model), pixels)
+    comparisons = [_compare_part(bundle, probe, images[:_N_PROBES], chain, full) for probe in probes]
     yield _worst("onnx", [(onnx, name) for name, onnx, _ in comparisons])
     yield _worst("engines", [(engine, name) for name, _, engine in comparisons])
     oracle = TorchClassifier(model)
@@ -173,10 +173,11 @@ def _climb_lower(
     oracle = TorchClassifier(model)
     keep = _run_oracle(oracle, batch.images).policy if request.is_learned else request.matrix(len(batch.images))
     pixels = preprocess(batch.images[:_N_PROBES], bundle.network.preprocessing)
-    comparisons = [
-        (probe.part.name, *compare_lower_part(bundle, probe, precision, full if probe.part.kind == "full" else chain))
-        for probe in path_probes(model, bundle.network, pixels, keep[:_N_PROBES])
-    ]
+    comparisons = []
+    for probe in path_probes(model, bundle.network, pixels, keep[:_N_PROBES]):
+        runtime = full if probe.part.kind == "full" else chain
+        compared = compare_lower_part(bundle, probe, batch.images[:_N_PROBES], precision, runtime)
+        comparisons.append((probe.part.name, *compared))
     yield _worst("onnx", [(onnx, name) for name, onnx, _ in comparisons])
     yield _worst("engines", [(engine, name) for name, _, engine in comparisons])
     yield from _policy_rungs(chain, oracle, batch.images, measured=_measured_flips(bundle, precision))
@@ -193,19 +194,19 @@ def _climb_lower(
 
 
 def _compare_part(
-    bundle: Bundle, probe: Probe, chain: Orchestrator, full: Orchestrator
+    bundle: Bundle, probe: Probe, images: np.ndarray, chain: Orchestrator, full: Orchestrator
 ) -> tuple[str, Comparison, Comparison]:
     """Return the part's name, its ONNX against PyTorch, and its engine against its ONNX."""
     part = probe.part
     onnx = OnnxReference(bundle.part_path(part).read_bytes()).run(probe.feeds)
     tolerance = TOLERANCES[bundle.manifest.files[part.name].precision]
-    engine = _compare_engine((full if part.kind == "full" else chain).engine(part), probe, onnx)
+    engine = _compare_engine((full if part.kind == "full" else chain).engine(part), probe, images, onnx)
     return part.name, compare_outputs(probe.expected, onnx, tolerance=tolerance), engine
 
 
-def _compare_engine(engine: Engine, probe: Probe, onnx: dict[str, np.ndarray]) -> Comparison:
+def _compare_engine(engine: Engine, probe: Probe, images: np.ndarray, onnx: dict[str, np.ndarray]) -> Comparison:
     try:
-        outputs = run_plain(engine, probe.part, probe.feeds)
+        outputs = run_plain(engine, probe.part, feeds_for(engine, probe.feeds, images))
     except EngineError:  # the engine of another part, for instance, refuses the shapes
         return Comparison(error=math.inf, tolerance=ENGINE_TOLERANCE)
     return compare_outputs(onnx, outputs, tolerance=ENGINE_TOLERANCE)
@@ -236,7 +237,7 @@ def _policy_rungs(
         return [Rung(name="policy", worst=None, bound=0.0, detail="the bundle has no policy network")]
     probabilities, expected = [], []
     for piece in _pieces(images):
-        feeds = {part.inputs[0].name: preprocess(piece, chain.network.preprocessing)}
+        feeds = {part.inputs[0].name: chain.prepare(piece)}
         probabilities.append(run_plain(chain.engine(part), part, feeds)[part.outputs[0].name])
         expected.append(oracle.keep_probability(piece))
     theirs = np.concatenate(expected)

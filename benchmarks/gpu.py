@@ -38,6 +38,7 @@ from bdtool.runtime.factory import strategies_for
 from bdtool.runtime.orchestrator import Orchestrator
 from bdtool.runtime.paths import parts_of_path
 from bdtool.runtime.policies import parse_policy
+from bdtool.runtime.preprocess import preprocess
 from benchmarks.latency import make_bundle
 from engines.base import Backend, Buffer, Call, Engine
 from engines.cuda_graph import GraphBuilder
@@ -117,12 +118,13 @@ def parity(bundle: Bundle, backend: str, strategies: tuple[str, ...], n_masks: i
     keep = np.random.default_rng(0).random((n_masks, bundle.network.n_blocks)) < N_KEPT / 54
     pixels = images[np.arange(n_masks) % len(images)]
     errors = {}
+    size = bundle.network.preprocessing
     for strategy in strategies:
         with Orchestrator.open(bundle, backend=backend, device=DEVICE, strategy=strategy) as runtime:
             found = runtime.run(pixels, policy=None if strategy == "full" else keep)
-            given = _error(model, runtime.prepare(pixels), found.logits, found.policy)
+            given = _error(model, preprocess(pixels, size), found.logits, found.policy)
             learned = runtime.run(images)
-            errors[strategy] = {"given bits": given, "learned": _error(model, runtime.prepare(images), *_of(learned))}
+            errors[strategy] = {"given bits": given, "learned": _error(model, preprocess(images, size), *_of(learned))}
     return errors
 
 
@@ -140,9 +142,9 @@ class GraphBench:
     """Launches of the graph that decides beside those of graphs that know: the same image, copies included."""
 
     def __init__(self, bundle: Bundle, name: str) -> None:
-        self._network = bundle.network
         self._backend: Backend = open_backend(name, DEVICE, tensorrt=batch_options(name, bundle.manifest.max_batch))
         store = EngineStore(bundle, identify_backend(name, DEVICE))
+        self._network = store.network
         store.build(lambda: self._backend)
         self._engines: dict[str, Engine] = dict(store.load(self._backend, store.find()))
         assert isinstance(self._backend, CapturingBackend)
@@ -153,7 +155,7 @@ class GraphBench:
             self._backend.allocate(t.shape_for(1), t.dtype) for t in (stem.inputs[0], head.outputs[0])
         )
         rng = np.random.default_rng(0)
-        self._pixels = rng.normal(size=stem.inputs[0].shape_for(1)).astype(np.float32)
+        self._pixels = rng.integers(0, 256, size=stem.inputs[0].shape_for(1), dtype=np.uint8)
 
     def measure(self, n_images: int) -> dict[str, Any]:
         """Return median milliseconds, their ratios beside the aims, the cost of a SWITCH, and the growth of memory."""

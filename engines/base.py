@@ -55,6 +55,7 @@ class BackendIdentity:
     settings: str | None = None  # of the build, as a text to compare; None: engines of any settings fit
     converts_fp16: bool = False  # fp16 engines can be built from a bundle's fp32 parts
     lists_targets: bool = False  # engines for several targets, as "sm86-sm89", serve each of them
+    takes_pixels: bool = False  # engines read images as uint8 [N, height, width, 3] and normalise them on the device
 
 
 class Buffer(Protocol):

@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 
 from bdtool.errors import EngineError
-from bdtool.specs import PartSpec, TensorSpec
+from bdtool.specs import PIXELS, PartSpec, TensorSpec
 from engines.base import ENGINE_BOUNDS, Engine
 from engines.layouts import run_plain
 from export.check import OnnxReference, compare_outputs
@@ -21,7 +21,7 @@ def check_engine(part: PartSpec, model: bytes, engine: Engine, *, failure: type[
     """
     rng = np.random.default_rng(0)
     proto = onnx.ModelProto.FromString(model)
-    feeds = {t.name: _probe_values(t, rng, quantizing_scale(proto, t.name)) for t in part.inputs}
+    feeds = {t.name: probe_values(t, rng, quantizing_scale(proto, t.name)) for t in part.inputs}
     expected = OnnxReference(model).run(feeds)
     actual = run_plain(engine, part, feeds)
     precision = precision_of(proto)
@@ -35,12 +35,14 @@ def check_engine(part: PartSpec, model: bytes, engine: Engine, *, failure: type[
     return worst.error
 
 
-def _probe_values(tensor: TensorSpec, rng: np.random.Generator, scale: float | None) -> np.ndarray:
+def probe_values(tensor: TensorSpec, rng: np.random.Generator, scale: float | None = None) -> np.ndarray:
     """Return values to compare an engine with its part on; `scale` is that on which the part quantizes them, if any.
 
     Negative ones too, though most activations follow a ReLU: they show a ReLU that was cut off with a guard. Integers
     are as after a ReLU, few of them large: others would run out of the ranges inside.
     """
+    if tensor.dtype == PIXELS:
+        return rng.integers(0, 256, size=tensor.shape_for(2), dtype=np.uint8)
     values = rng.normal(size=tensor.shape_for(2))
     integers = np.clip(np.abs(8 * values).round(), 0, 127)
     if tensor.dtype == "int8":

@@ -37,9 +37,13 @@ def identify_backend(name: str, device: str, *, tensorrt: TensorRTOptions | None
     if name == "torch":
         version = metadata.version("torch").partition("+")[0]  # "+cu130" is no version of what it computes
         target = _file_name(device)
-        return BackendIdentity(name=name, version=version, target=target, suffix=".onnx", converts_fp16=True)
+        return BackendIdentity(
+            name=name, version=version, target=target, suffix=".onnx", converts_fp16=True, takes_pixels=device != "cpu"
+        )
     target = f"cpu-{instruction_set()}" if device == "cpu" else _file_name(device)
-    identity = BackendIdentity(name=name, version=_onnxruntime_version(), target=target, suffix=".onnx")
+    identity = BackendIdentity(
+        name=name, version=_onnxruntime_version(), target=target, suffix=".onnx", takes_pixels=device != "cpu"
+    )
     if name != ONNXRUNTIME_TENSORRT:
         return identity
     return replace(identity, converts_fp16=True, settings=None if tensorrt is None else tensorrt.settings)

@@ -23,6 +23,7 @@ from export.bundle import Bundle
 from export.files import sha256_of_bytes, sha256_of_files, write_bytes, write_json
 from export.half_spec import HALF_DTYPES, HALF_VERSION
 from export.manifest import EXPORTED
+from export.pixels_spec import pixels_key
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +87,11 @@ class EngineSet(Mapping[str, Engine]):
         """
         return self._backend.join(joined, [(part, self._files[part.name]) for part in parts])
 
+    def with_others(self, others: EngineSet) -> EngineSet:
+        """Return these engines with `others`, of the same backend, in the place of those of the same names."""
+        files = {**self._files, **others._files}
+        return EngineSet({**self._engines, **others._engines}, backend=self._backend, files=files)
+
     def fuse(self, network: NetworkSpec) -> Engine:
         """Return one engine of the whole network, policy included, with an `If` for each block."""
         from export.fused import fused_spec  # loads onnx, which a build with nothing to do can spare
@@ -111,16 +117,24 @@ class EngineStore:
 
     @cached_property
     def network(self) -> NetworkSpec:
-        """The bundle's network, its activations in the type that these engines have."""
+        """The bundle's network, its images and activations in the types that these engines have."""
         if self._converts:
-            return self._bundle.network.with_activation(HALF_DTYPES[self.precision])
-        return self._bundle.network_at(self.precision)
+            network = self._bundle.network.with_activation(HALF_DTYPES[self.precision])
+        else:
+            network = self._bundle.network_at(self.precision)
+        return network.with_pixels() if self.identity.takes_pixels else network
+
+    def for_prepared(self) -> EngineStore:
+        """Return the store of engines that take preprocessed images, in the same directory under names of their own."""
+        identity = replace(self.identity, takes_pixels=False)
+        return EngineStore(self._bundle, identity, precision=self.precision, directory=self.directory.parent)
 
     def build(
         self,
         open_backend: Callable[[], Backend],
         *,
         resume: bool = True,
+        parts: Sequence[PartSpec] | None = None,
         on_part: Callable[[PartStatus], None] = lambda status: None,
     ) -> list[PartStatus]:
         """Build whatever has no fitting engine; return each part's status. A part that fails does not stop the others.
@@ -128,13 +142,15 @@ class EngineStore:
         Args:
             open_backend: called only when there is something to build.
             resume: take up engines that fit; False builds every part again.
+            parts: of `network`, to build no others; None builds all.
 
         Raises:
             BundleError: the engines cannot be written.
         """
-        records = self.find() if resume else {}
-        if len(records) == len(self.network.parts):
-            statuses = [_cached(records[part.name]) for part in self.network.parts]
+        wanted = self.network.parts if parts is None else tuple(parts)
+        records = self.find(wanted) if resume else {}
+        if len(records) == len(wanted):
+            statuses = [_cached(records[part.name]) for part in wanted]
             for status in statuses:
                 on_part(status)
             return statuses
@@ -142,7 +158,7 @@ class EngineStore:
         backend = open_backend()  # first: one that is not to be had leaves no empty directory behind
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            return self._build_missing(backend, records, on_part)
+            return self._build_missing(backend, wanted, records, on_part)
         except OSError as exc:
             raise BundleError(
                 f"{self.directory}: engines cannot be written ({exc.strerror or exc}). The bundle and the finished "
@@ -204,24 +220,29 @@ class EngineStore:
         return EngineSet(engines, backend=backend, files=files)
 
     def _build_missing(
-        self, backend: Backend, records: dict[str, EngineRecord], on_part: Callable[[PartStatus], None]
+        self,
+        backend: Backend,
+        parts: Sequence[PartSpec],
+        records: Mapping[str, EngineRecord],
+        on_part: Callable[[PartStatus], None],
     ) -> list[PartStatus]:
         layout = backend.activation_layout(self.network)
         try:
-            return self._build_all(backend, records, layout, on_part)
+            return self._build_all(backend, parts, records, layout, on_part)
         except LayoutError as exc:
             logger.warning("%s; building every part with plain %s activations instead", exc, PLAIN_LAYOUT)
-            return self._build_all(backend, {}, PLAIN_LAYOUT, on_part)
+            return self._build_all(backend, parts, {}, PLAIN_LAYOUT, on_part)
 
     def _build_all(
         self,
         backend: Backend,
+        parts: Sequence[PartSpec],
         records: Mapping[str, EngineRecord],
         layout: str,
         on_part: Callable[[PartStatus], None],
     ) -> list[PartStatus]:
         statuses = []
-        for part in self.network.parts:
+        for part in parts:
             record = records.get(part.name)
             fits = record is not None and record.layout == layout
             statuses.append(_cached(record) if fits and record else self._build_part(backend, part, layout))
@@ -240,12 +261,21 @@ class EngineStore:
         return PartStatus(name=part.name, status="built", seconds=time.perf_counter() - start, record=record)
 
     def _model(self, part: PartSpec) -> bytes:
+        # what loads onnx is imported here: a build with nothing to do can spare it
         model = self._bundle.part_path(part, self._source).read_bytes()
-        if not self._converts:
-            return model
-        from export.half import half_from_fp32  # loads onnx, which a build with nothing to do can spare
+        if self._converts:
+            from export.half import half_from_fp32
 
-        return half_from_fp32(model, part, self.precision)
+            model = half_from_fp32(model, self._bundle.network.part(part.name), self.precision)
+        if self._normalises(part):
+            from export.pixels import pixels_from_prepared
+
+            model = pixels_from_prepared(model, part, self.network.preprocessing)
+        return model
+
+    def _normalises(self, part: PartSpec) -> bool:
+        """Say whether the part's engine takes pixels."""
+        return self.identity.takes_pixels and part.reads_image
 
     def _write(self, part: PartSpec, built: BuiltEngine) -> EngineRecord:
         record = EngineRecord(
@@ -257,7 +287,7 @@ class EngineStore:
             details=built.details,
             loadable=built.loadable,
         )
-        layers = self.directory / f"{part.name}.layers.json"
+        layers = self.directory / f"{self._stem(part)}.layers.json"
         if built.layers is None:
             layers.unlink(missing_ok=True)  # of an earlier engine
         else:
@@ -277,12 +307,18 @@ class EngineStore:
         return record if fits and own_file else None
 
     def _engine_name(self, part: PartSpec) -> str:
-        return f"{part.name}{self.identity.suffix}"
+        return f"{self._stem(part)}{self.identity.suffix}"
+
+    def _stem(self, part: PartSpec) -> str:
+        """Return what the names of the part's files begin with."""
+        return f"{part.name}.pixels" if self._normalises(part) else part.name
 
     def _key(self, part: PartSpec) -> dict[str, str]:
         """Return what must be equal for an engine to fit."""
         settings = {} if self.identity.settings is None else {"settings": self.identity.settings}
         converter = f"+half{HALF_VERSION}" if self._converts else ""
+        if self._normalises(part):
+            converter += f"+{pixels_key(self.network.preprocessing)}"
         return {
             **settings,
             "part": part.name,
@@ -294,7 +330,7 @@ class EngineStore:
         }
 
     def _record_path(self, part: PartSpec) -> Path:
-        return self.directory / f"{part.name}.engine.json"
+        return self.directory / f"{self._stem(part)}.engine.json"
 
 
 def _cached(record: EngineRecord) -> PartStatus:

@@ -168,6 +168,26 @@ def _integers(constant: Tensor | None) -> list[int]:
     return [int(value) for value in constant.tolist()]
 
 
+def _with_constant(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Function]:
+    """Return a maker of calls of two operands, the second of which may be a constant."""
+
+    def make(attributes: _Attributes, constants: list[Tensor | None], device: torch.device) -> Callable[..., Tensor]:
+        first, second = constants
+        if first is not None:
+            raise ValueError("the first operand is a constant")
+        if second is None:
+            return function
+        constant = second.to(device)
+        return lambda x: function(x, constant)
+
+    return make
+
+
+def _transpose(attributes: _Attributes, constants: list[Tensor | None], device: torch.device) -> Function:
+    order = tuple(attributes["perm"])
+    return lambda x: x.permute(order)  # no copy: pixels [N, H, W, 3] become [N, 3, H, W] channels-last
+
+
 def _plain(function: Callable[..., Tensor]) -> Callable[..., Callable[..., Tensor]]:
     def make(attributes: _Attributes, constants: list[Tensor | None], device: torch.device) -> Callable[..., Tensor]:
         if any(constant is not None for constant in constants):
@@ -180,7 +200,9 @@ def _plain(function: Callable[..., Tensor]) -> Callable[..., Callable[..., Tenso
 _OPERATORS: Mapping[str, Callable[..., Callable[..., Tensor]]] = {
     "Conv": _conv,
     "Relu": _plain(torch.relu),
-    "Add": _plain(torch.add),
+    "Add": _with_constant(torch.add),
+    "Mul": _with_constant(torch.mul),
+    "Transpose": _transpose,
     "Sigmoid": _plain(torch.sigmoid),
     "Gemm": _gemm,
     "AveragePool": _average_pool,

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from bdtool.errors import BackendError, DataError, EngineError, UsageError
-from bdtool.specs import NetworkSpec, PartSpec
+from bdtool.specs import PIXELS, NetworkSpec, PartSpec
 from engines.base import ENGINE_TOLERANCE, PLAIN_LAYOUT, Buffer, BuiltEngine, Call, Engine, PartEngine
+from engines.check import probe_values
 from engines.cuda_device import open_device
 from engines.device_array import DeviceArray
 from engines.device_timer import DeviceTimer
@@ -54,7 +55,7 @@ class TorchBackend:
     def build(self, part: PartSpec, model: bytes, *, layout: str) -> BuiltEngine:
         engine = self._open(part, model)
         rng = np.random.default_rng(0)
-        feeds = {t.name: rng.normal(size=t.shape_for(2)).astype(t.dtype) for t in part.inputs}
+        feeds = {t.name: probe_values(t, rng) for t in part.inputs}
         expected = OnnxReference(model).run(feeds)
         tolerance = _HALF_TOLERANCE if engine.computes_in_half else ENGINE_TOLERANCE
         worst = compare_outputs(expected, engine.run(feeds), tolerance=tolerance)
@@ -84,9 +85,8 @@ class TorchBackend:
         raise UsageError("the torch backend has no conditionals; use --backend onnxruntime for strategy 'fused'")
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
-        order = torch.channels_last if len(shape) == 4 else torch.contiguous_format
         tensor = torch.zeros(shape, dtype=getattr(torch, dtype), device=self.device)
-        return _TorchBuffer(tensor.contiguous(memory_format=order))
+        return _TorchBuffer(tensor.contiguous(memory_format=_memory_format(len(shape), dtype)))
 
     def check_device_array(self, values: DeviceArray) -> None:
         if self.device.type == "cpu":
@@ -137,7 +137,7 @@ class TorchEngine(PartEngine):
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         [source], [result] = self._part.inputs, self._part.outputs
-        order = torch.channels_last if len(source.shape) == 4 else torch.contiguous_format
+        order = _memory_format(len(source.shape), source.dtype)
         x = _host_tensor(feeds[source.name]).to(self._device, memory_format=order)
         return {result.name: np.ascontiguousarray(self._call(x).cpu().numpy())}
 
@@ -218,6 +218,11 @@ def _usable_device(device: str) -> torch.device:
                 f"device {device!r}: PyTorch sees {torch.cuda.device_count()} GPU(s), cuda:0 is the first"
             )
     return torch.device(device)
+
+
+def _memory_format(rank: int, dtype: str) -> torch.memory_format:
+    """Return how a tensor lies in memory: feature maps and images channels-last, as pixels do as they come."""
+    return torch.channels_last if rank == 4 and dtype != PIXELS else torch.contiguous_format
 
 
 def _host_tensor(values: np.ndarray) -> Tensor:

@@ -42,6 +42,7 @@ def tensorrt_identity(
         settings=settings,
         converts_fp16=True,
         lists_targets=backend == TENSORRT_RTX,
+        takes_pixels=True,
     )
     return identity, chosen
 

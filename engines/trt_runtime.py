@@ -22,7 +22,8 @@ from engines.graph_engine import Captured
 from engines.rtx_cache import RuntimeCache
 from engines.trt_library import TensorRTLibrary
 
-_TYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT8": "int8"}  # TensorRT's names
+# by TensorRT's names
+_TYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT8": "int8", "UINT8": "uint8"}
 
 
 class TensorRTRuntime:

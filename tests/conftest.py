@@ -139,6 +139,18 @@ def preprocessed() -> Callable[["BlockDropModel", int], np.ndarray]:
 
 
 @pytest.fixture(scope="session")
+def pixels() -> Callable[["BlockDropModel", int], np.ndarray]:
+    """Return a function that gives the n images uint8 [n, H, W, 3] which `preprocessed` gives preprocessed."""
+    from bdtool.data.synthetic import synthetic_images
+
+    def make(model: "BlockDropModel", n: int) -> np.ndarray:
+        size = model.spec.preprocessing
+        return synthetic_images(n, height=size.height, width=size.width)
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def torch_logits() -> Callable[..., np.ndarray]:
     """Return the oracle: logits of the masked forward in PyTorch, for images float32 [N, 3, H, W], keep bool [N, K]."""
     import torch

@@ -19,7 +19,8 @@ from export.check import OnnxReference
 from tests.fake_driver import FakeDriver
 
 CHANNELS_LAST = {1 << 2, 1 << 8, 1 << 11}  # HWC8, HWC, HWC16
-DType = enum.Enum("DataType", ["FLOAT", "HALF"])
+DType = enum.Enum("DataType", ["FLOAT", "HALF", "UINT8"])
+NUMPY_TYPES = {"FLOAT": np.dtype(np.float32), "HALF": np.dtype(np.float16), "UINT8": np.dtype(np.uint8)}
 LayerType = enum.Enum("LayerType", ["CONVOLUTION", "ACTIVATION"])
 
 
@@ -105,7 +106,7 @@ class OnnxParser:
 def _dtype(onnx_type):
     import onnx
 
-    return DType.HALF if onnx_type == onnx.TensorProto.FLOAT16 else DType.FLOAT
+    return {onnx.TensorProto.FLOAT16: DType.HALF, onnx.TensorProto.UINT8: DType.UINT8}.get(onnx_type, DType.FLOAT)
 
 
 def _layer(dtype):
@@ -278,7 +279,7 @@ class IExecutionContext:
             self.driver.view(addresses[name], values.nbytes)[:] = np.frombuffer(values.tobytes(), np.uint8)
 
     def _read(self, address, shape, name):
-        dtype = {"FLOAT": np.dtype(np.float32), "HALF": np.dtype(np.float16)}[self.engine.plan["types"][name]]
+        dtype = NUMPY_TYPES[self.engine.plan["types"][name]]
         values = self.driver.view(address, math.prod(shape) * dtype.itemsize).view(dtype)
         if self.engine.plan["formats"][name] not in CHANNELS_LAST:
             return values.reshape(shape)

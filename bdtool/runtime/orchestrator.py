@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import tempfile
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -19,13 +16,14 @@ import numpy.typing as npt
 from bdtool.errors import DataError, EngineError, PolicyError
 from bdtool.runtime.controllers import Controller, MaskController, all_finite
 from bdtool.runtime.factory import DEFAULT_STRATEGY, make_strategy, parts_for, require_strategy
+from bdtool.runtime.loading import Loaded, Loader
 from bdtool.runtime.masks import read_masks
 from bdtool.runtime.paths import PathOptions, PathStats, PathStrategy
 from bdtool.runtime.policies import PolicyRequest, keep_matrix_from, parse_policy
 from bdtool.runtime.preprocess import Preprocessor
 from bdtool.runtime.recommendation import AUTO, read_recommendation
 from bdtool.runtime.strategies import Strategy, WrapCall
-from bdtool.specs import NetworkSpec, PartSpec
+from bdtool.specs import PIXELS, NetworkSpec, PartSpec
 from engines.base import Backend, Engine
 from engines.device_array import DeviceArray, DeviceArrayBackend, Images, device_array
 from engines.device_timer import DeviceTimer, TimedBackend
@@ -33,7 +31,6 @@ from engines.registry import DEFAULT_BACKEND, DEFAULT_DEVICE, batch_options, ide
 from engines.store import EngineStore
 from export.bundle import Bundle
 
-logger = logging.getLogger(__name__)
 PolicyLike = str | npt.ArrayLike | None
 
 
@@ -62,6 +59,10 @@ class Orchestrator:
     """A bundle's engines, chained for each image by its policy vector.
 
     Not thread-safe: the buffers between engines are its own. Open one for each thread.
+
+    Args:
+        network: as `engines` take it, images as pixels or preprocessed.
+        prepared: gives engines for preprocessed images where `engines` take pixels, when such images first come.
     """
 
     def __init__(
@@ -74,14 +75,20 @@ class Orchestrator:
         max_batch: int,
         paths: PathOptions | None = None,
         wrap: WrapCall = lambda part, call: call,
+        prepared: Callable[[], Loaded] | None = None,
     ) -> None:
         self.network = network
         self.strategy_name = strategy
         self._backend = backend
         self._engines = engines
         self._max_batch = max_batch
-        self._strategy: Strategy | None = make_strategy(strategy, network, backend, engines, wrap=wrap, paths=paths)
+        self._paths = paths
+        self._wrap = wrap
+        self._strategy: Strategy | None = self._make_strategy(Loaded(network, engines))
+        self._load_prepared = prepared
+        self._prepared_strategy: Strategy | None = None
         self._preprocess = Preprocessor(network.preprocessing)
+        self._takes_pixels = network.takes_pixels  # once: `run` asks for each image
         self._input = np.empty((0, 3, network.preprocessing.height, network.preprocessing.width), dtype=np.float32)
         self._parse = lru_cache(maxsize=64)(self._parse_text)
 
@@ -126,31 +133,33 @@ class Orchestrator:
         identity = identify_backend(backend, device)
         options = batch_options(backend, opened.manifest.max_batch)
         library = open_backend(backend, device, threads=threads, tensorrt=options)
-        with ExitStack() as stack:
-            store = EngineStore(opened, identity, precision=precision)
-            network = store.network
-            if strategy == AUTO:
-                recorded = read_recommendation(store.directory, threads=library.threads, bundle=opened.path)
-                strategy = recorded.strategy
-            parts = parts_for(strategy, network)
-            found = store.find_complete(parts)
-            if found is None:
-                store = _build_missing(opened, store, library, precision, stack)
-                found = store, store.find(parts)
-            store, records = found
-            engines = store.load(library, records, joinable=strategy in ("path", "fused"))
+        store = EngineStore(opened, identity, precision=precision)
+        if strategy == AUTO:
+            recorded = read_recommendation(store.directory, threads=library.threads, bundle=opened.path)
+            strategy = recorded.strategy
+        loader = Loader(opened, store, library, strategy=strategy)
+        loaded = loader.load()
+        network = loaded.network
         if strategy == "path" and paths is None:
-            paths = PathOptions(ahead=read_masks(store.directory, network.n_blocks))
-        max_batch = opened.manifest.max_batch
-        return cls(network, library, engines, strategy=strategy, max_batch=max_batch, paths=paths)
+            paths = PathOptions(ahead=read_masks(loader.store.directory, network.n_blocks))
+        return cls(
+            network,
+            library,
+            loaded.engines,
+            strategy=strategy,
+            max_batch=opened.manifest.max_batch,
+            paths=paths,
+            prepared=loader.load_prepared,
+        )
 
     def run(self, images: Any, policy: PolicyLike = None) -> RunResult:
         """Classify a batch.
 
         Args:
             images: uint8 [N, H, W, 3], or float32 [N, 3, H, W] already preprocessed. A batch larger than the bundle's
-                `max_batch` runs in slices. On a GPU backend the latter may be on its device: any array with
-                `__cuda_array_interface__` or DLPack (PyCUDA, CuPy, PyTorch), which is copied there only.
+                `max_batch` runs in slices. On a GPU backend they may be on its device: any array with
+                `__cuda_array_interface__` or DLPack (PyCUDA, CuPy, PyTorch), which is copied there only. Engines of a
+                GPU take uint8; the parts that read images are built again when the first float32 ones come.
             policy: None for the policy network's own decision (every block, where the bundle has none), a POLICY text,
                 or zeros and ones [K] or [N, K].
 
@@ -173,9 +182,9 @@ class Orchestrator:
 
     def _run_slice(self, images: Images, controller: Controller, *, first: int) -> RunResult:
         """Run at most `max_batch` images, of which the first is number `first` of the caller's batch."""
-        strategy = self._require_open()
-        prepared = images if isinstance(images, DeviceArray) else self.prepare(images)
-        logits = strategy.run(prepared, controller)
+        taken = images if isinstance(images, DeviceArray) else self.prepare(images)
+        strategy = self._strategy_for(taken)
+        logits = strategy.run(taken, controller)
         if not all_finite(logits):
             bad = np.flatnonzero(~np.isfinite(logits).all(axis=1))
             raise EngineError(
@@ -185,13 +194,16 @@ class Orchestrator:
         return RunResult(logits=logits, policy=controller.matrix, hits=strategy.hits)
 
     def prepare(self, images: np.ndarray) -> np.ndarray:
-        """Return the network's input for a batch, float32 [N, 3, height, width]; valid until the next call.
+        """Return the network's input for a batch; valid until the next call. `run` does this, and takes it as it is.
 
-        `run` does this for images uint8 [N, height, width, 3], and takes what is prepared as it is.
+        It is float32 [N, 3, height, width]; pixels, uint8 [N, height, width, 3], stay what they are where the engines
+        normalise them (`network.takes_pixels`).
 
         Raises:
             DataError: the images have another shape or type.
         """
+        if self._takes_pixels:
+            return self._preprocess.checked(images)
         if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.ndim != 4:
             return self._preprocess(images)
         # The same memory each time: new memory costs page faults, for one 32 x 32 image five times the arithmetic.
@@ -208,15 +220,20 @@ class Orchestrator:
         part = self.network.find("policy")
         if part is None:
             raise PolicyError("the bundle has no policy network; give a POLICY")
-        pixels = self._preprocess(images)
-        slices = [pixels[i : i + self._max_batch] for i in range(0, len(pixels), self._max_batch)]
-        engine = self._engines[part.name]
+        taken = self.prepare(images)
+        slices = [taken[i : i + self._max_batch] for i in range(0, len(taken), self._max_batch)]
+        engines = self._prepared().engines if self._needs_prepared(taken) else self._engines
+        engine = engines[part.name]
         return np.concatenate([engine.run({part.inputs[0].name: s})[part.outputs[0].name] for s in slices])
 
     @property
     def path_stats(self) -> PathStats | None:
-        """What the path cache has done; None for other strategies."""
-        return self._strategy.cache.stats if isinstance(self._strategy, PathStrategy) else None
+        """What the path cache has done; None for other strategies. Preprocessed images may have one of their own."""
+        if not isinstance(self._strategy, PathStrategy):
+            return None
+        stats = self._strategy.cache.stats
+        other = self._prepared_strategy
+        return stats + other.cache.stats if isinstance(other, PathStrategy) else stats
 
     @property
     def threads(self) -> int:
@@ -245,13 +262,15 @@ class Orchestrator:
             max_batch=self._max_batch,
             paths=paths,
             wrap=wrap,
+            prepared=self._load_prepared,
         )
 
     def close(self) -> None:
         """Let go of engines and buffers, and stop what runs in the background."""
-        if self._strategy is not None:
-            self._strategy.close()
-        self._strategy = None
+        for strategy in (self._strategy, self._prepared_strategy):
+            if strategy is not None:
+                strategy.close()
+        self._strategy = self._prepared_strategy = self._load_prepared = None
         self._engines = {}
 
     def __enter__(self) -> Orchestrator:
@@ -286,7 +305,7 @@ class Orchestrator:
                 "images: got a GPU array, this backend takes host arrays. Open the bundle with --backend torch or "
                 "tensorrt on that GPU, or pass a numpy array"
             )
-        self._preprocess.check_prepared(found.shape, found.dtype)
+        self._preprocess.check_on_device(found.shape, found.dtype, pixels=self._takes_pixels)
         self._backend.check_device_array(found)
         return found
 
@@ -309,22 +328,29 @@ class Orchestrator:
     def _parse_text(self, policy: str | None) -> PolicyRequest:
         return parse_policy(policy, n_blocks=self.network.n_blocks, has_policy_network=self.network.has_policy)
 
-    def _require_open(self) -> Strategy:
+    def _make_strategy(self, loaded: Loaded) -> Strategy:
+        return make_strategy(
+            self.strategy_name, loaded.network, self._backend, loaded.engines, wrap=self._wrap, paths=self._paths
+        )
+
+    def _strategy_for(self, taken: Images) -> Strategy:
+        """Return what runs on such images."""
         if self._strategy is None:
             raise ValueError("this orchestrator was closed; open the bundle again")
-        return self._strategy
+        if not self._needs_prepared(taken):
+            return self._strategy
+        if self._prepared_strategy is None:
+            self._prepared_strategy = self._make_strategy(self._prepared())
+        return self._prepared_strategy
 
+    def _needs_prepared(self, taken: Images) -> bool:
+        """Say whether images are preprocessed and the engines take pixels."""
+        return self._takes_pixels and taken.dtype != PIXELS
 
-def _build_missing(
-    bundle: Bundle, store: EngineStore, backend: Backend, precision: str, stack: ExitStack
-) -> EngineStore:
-    """Build what the store lacks and return it; beside a read-only bundle, one in a temporary place."""
-    if not os.access(bundle.path, os.W_OK):
-        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bdtool-engines-")))
-        logger.warning("%s is read-only: its engines are built for this run only", bundle.path)
-        store = EngineStore(bundle, store.identity, precision=precision, directory=directory)
-    logger.info("building the engines that %s lacks for %s, once", bundle.path, store.identity.target)
-    failed = [status for status in store.build(lambda: backend) if status.status == "failed"]
-    if failed:
-        raise EngineError(f"{len(failed)} engines did not build; the first: {failed[0].message}")
-    return store
+    def _prepared(self) -> Loaded:
+        if self._load_prepared is None:
+            raise DataError(
+                "images: got preprocessed float32, these engines take pixels. Pass uint8 [N, H, W, 3], or open the "
+                "bundle with Orchestrator.open, which builds engines for both"
+            )
+        return self._load_prepared()

@@ -13,7 +13,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from weakref import WeakKeyDictionary
 
@@ -75,6 +75,10 @@ class PathStats:
         """Share of images that hit, 0 to 1; NaN before the first."""
         images = self.hits + self.misses
         return self.hits / images if images else float("nan")
+
+    def __add__(self, other: PathStats) -> PathStats:
+        """Return the figures of two caches together."""
+        return PathStats(**{item.name: getattr(self, item.name) + getattr(other, item.name) for item in fields(self)})
 
 
 @dataclass(kw_only=True)

@@ -23,7 +23,7 @@ WrapCall = Callable[[PartSpec, Call], Call]  # lets a profiler time each engine 
 
 
 class Strategy(Protocol):
-    """Runs batches: images float32 [N, 3, H, W] in, logits float32 [N, classes] out."""
+    """Runs batches: images in, as the network's engines take them, logits float32 [N, classes] out."""
 
     @property
     def hits(self) -> np.ndarray | None:

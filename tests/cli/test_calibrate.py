@@ -9,6 +9,7 @@ from bdtool import Orchestrator
 from bdtool.data.synthetic import synthetic_images
 from export.bundle import Bundle
 from export.files import sha256_of_file
+from tests.fake_onnxruntime import install_onnxruntime
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +94,20 @@ def test_precisions_live_side_by_side(calibrate, bundle_copy):
         with Orchestrator.open(bundle_copy, precision=precision) as runtime:
             logits[precision] = runtime.run(images, policy="all").logits
     assert 0 < np.abs(logits["fp32"] - logits["fp16"]).max() < 0.02 * np.abs(logits["fp32"]).max()
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp16"])
+def test_calibrated_parts_take_pixels_on_a_gpu(
+    calibrate, bdtool_json, bundle_copy, labelled, monkeypatch, tmp_path, precision
+):
+    """Against a stand-in for ONNX Runtime's sessions on CUDA."""
+    calibrate("--precision", precision)
+    ort = install_onnxruntime(monkeypatch, tmp_path)
+    words = ("verify", bundle_copy, "--data", labelled, "--precision", precision, "--device", "cuda:0")
+    assert bdtool_json(*words)["ok"] is True
+    assert ort.sessions
+    [stem] = (bundle_copy / "engines").glob(f"onnxruntime-*-cuda0-{precision}/stem.*.onnx")
+    assert stem.name == "stem.pixels.onnx"
 
 
 def test_bfloat16_on_the_cpu_says_what_to_do(calibrate, bdtool, bundle_copy, labelled):

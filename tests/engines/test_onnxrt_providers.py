@@ -129,12 +129,27 @@ def test_policy_of_a_half_precision_bundle_stays_fp32(ort, bundle_copy):
     assert "trt_fp16_enable" not in provider.listed(store.network.part("policy"), policy)[0][1]
 
 
-def test_logits_equal_pytorch(ort, tiny, bundle_copy, preprocessed, torch_logits, tmp_path):
-    images = preprocessed(tiny.model, len(KEEP))
-    for strategy in ("chain", "path"):
-        with Orchestrator.open(bundle_copy, backend=BACKEND, device="cuda:0", strategy=strategy) as runtime:
-            logits = runtime.run(images, policy=KEEP).logits
-        np.testing.assert_allclose(logits, torch_logits(tiny.model, images, KEEP), atol=1e-4)
+@pytest.mark.parametrize("form", ["pixels", "preprocessed"])
+@pytest.mark.parametrize(
+    ("backend", "strategy"),
+    [
+        (BACKEND, "chain"),
+        (BACKEND, "path"),
+        ("onnxruntime", "chain"),
+        ("onnxruntime", "path"),
+        ("onnxruntime", "fused"),
+    ],
+)
+def test_logits_equal_pytorch(ort, tiny, bundle_copy, request, form, preprocessed, torch_logits, backend, strategy):
+    images = request.getfixturevalue(form)(tiny.model, len(KEEP))
+    with Orchestrator.open(bundle_copy, backend=backend, device="cuda:0", strategy=strategy) as runtime:
+        assert runtime.network.takes_pixels
+        logits = runtime.run(images, policy=KEEP).logits
+    np.testing.assert_allclose(logits, torch_logits(tiny.model, preprocessed(tiny.model, len(KEEP)), KEEP), atol=1e-4)
+
+
+def test_opening_makes_the_cache_and_switches_tf32_off(ort, bundle_copy, tmp_path):
+    Orchestrator.open(bundle_copy, backend=BACKEND, device="cuda:0").close()
     assert (tmp_path / "cache" / "bdtool" / "engines").is_dir()
     assert os.environ["NVIDIA_TF32_OVERRIDE"] == "0"  # the provider has no option for it
 

@@ -91,6 +91,7 @@ def test_stand_in_has_no_name_that_the_real_classes_lack():
         assert hasattr(real.BuilderFlag, name)
     for name, value in FakeTensorRT.TensorFormat.__members__.items():
         assert int(getattr(real.TensorFormat, name)) >= 0, value
+    assert set(DType.__members__) <= set(real.DataType.__members__)
     assert hasattr(real.LayerInformationFormat, "JSON")
     assert {"cuda_graph_strategy", "dynamic_shapes_kernel_specialization_strategy"} <= set(vars(real.IRuntimeConfig))
     for names, wanted in RUNTIME_NAMES.items():

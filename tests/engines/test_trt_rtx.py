@@ -8,6 +8,7 @@ import pytest
 
 from bdtool.errors import BackendError, BundleError, EngineError, UsageError
 from bdtool.models.parts import network_spec, part_modules
+from bdtool.specs import Preprocessing
 from calibration.quantize import quantize_part, watched_tensors
 from engines.layouts import CHANNELS_LAST
 from engines.libcuda import Driver
@@ -20,6 +21,7 @@ from export.compose import compose_parts
 from export.half import half_from_fp32
 from export.half_spec import HALF_DTYPES
 from export.onnx_model import OnnxExporter, fold_batch_norm
+from export.pixels import pixels_from_prepared
 
 pytest.importorskip("tensorrt_rtx_bindings", reason="needs the extra 'rtx'")
 RTX = "tensorrt-rtx"
@@ -84,6 +86,41 @@ def test_every_int8_part_builds_with_integer_activations(parts):
         details = backend.build(part.with_activation("int8"), quantized, layout=CHANNELS_LAST).details
         assert details["architectures"] == ["sm86", "sm89", "sm120"]
         assert "int8" in details["kernel_types"] or part.kind in ("head", "shortcut"), part.name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_normalising_pixels_costs_no_kernel(parts, precision):
+    """The first kernel, which only changes the layout of preprocessed images, normalises pixels on the way."""
+    backend = open_backend(RTX, "cpu", tensorrt=TensorRTOptions(sms=(86, 89, 120), max_batch=1))
+    reading = [(part, model) for part, model in parts if part.reads_image]
+    assert [part.kind for part, _ in reading] == ["policy", "stem", "full"]
+    for part, model in reading:
+        _, _, height, width = part.inputs[0].shape
+        size = Preprocessing(height=height, width=width, mean=(0.5, 0.4, 0.45), std=(0.2, 0.25, 0.22))
+        if precision in HALF_DTYPES:
+            part, model = part.with_activation(HALF_DTYPES[precision]), half_from_fp32(model, part, precision)
+        of_pixels = pixels_from_prepared(model, part, size)
+        before = backend.build(part, model, layout=CHANNELS_LAST).details
+        after = backend.build(part.with_pixels(), of_pixels, layout=CHANNELS_LAST).details
+        assert len(after["kernels"]) == len(before["kernels"]), part.name
+        assert "Cast" in after["kernels"][0]
+        assert (after["convolutions"], after["capturable"]) == (before["convolutions"], True), part.name
+
+
+def test_integer_and_bfloat16_stems_take_pixels(tiny_bundle):
+    stem, size = tiny_bundle.network.part("stem"), tiny_bundle.network.preprocessing
+    model = tiny_bundle.part_path(stem).read_bytes()
+    ranges = dict.fromkeys((*watched_tensors(onnx.ModelProto.FromString(model)), "image"), 4.0)
+    backend = open_backend(RTX, "cpu", tensorrt=OPTIONS)
+    forms = {
+        "int8": quantize_part(model, stem, ranges, integer_activations=True),
+        "bfloat16": half_from_fp32(model, stem, "bf16"),
+    }
+    for dtype, lower in forms.items():
+        part = stem.with_activation(dtype).with_pixels()
+        built = backend.build(part, pixels_from_prepared(lower, stem, size), layout=CHANNELS_LAST)
+        assert sum(built.details["convolutions"].values()) == 1, dtype
 
 
 def test_bf16_parts_build_in_bfloat16(tiny_bundle):

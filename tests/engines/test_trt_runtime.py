@@ -8,6 +8,7 @@ import pytest
 
 from bdtool import Orchestrator
 from bdtool.errors import BackendError, EngineError, UsageError
+from bdtool.runtime.preprocess import preprocess
 from engines.cuda_buffer import DeviceBuffer
 from engines.cuda_device import CudaDevice, open_device
 from engines.registry import identify_backend, open_backend
@@ -34,32 +35,37 @@ def notes(driver):
     return FakeTensorRT.notes
 
 
-def test_logits_equal_pytorch_in_batches_and_alone(driver, tiny, bundle_copy, preprocessed, torch_logits):
-    images = preprocessed(tiny.model, len(KEEP))
-    expected = torch_logits(tiny.model, images, KEEP)
+@pytest.mark.parametrize("form", ["pixels", "preprocessed"])
+def test_logits_equal_pytorch_in_batches_and_alone(driver, tiny, bundle_copy, request, form, torch_logits):
+    images = request.getfixturevalue(form)(tiny.model, len(KEEP))
+    ready = preprocess(images, tiny.model.spec.preprocessing)
+    expected = torch_logits(tiny.model, ready, KEEP)
     with Orchestrator.open(bundle_copy, **TENSORRT) as runtime:
         np.testing.assert_allclose(runtime.run(images, policy=KEEP).logits, expected, atol=1e-4)
         for i, keep in enumerate(KEEP):
             alone = runtime.run(images[i : i + 1], policy=keep).logits
             np.testing.assert_allclose(alone[0], expected[i], atol=1e-4)
         learned = runtime.run(images)
-    np.testing.assert_allclose(learned.logits, torch_logits(tiny.model, images, learned.policy), atol=1e-4)
+    np.testing.assert_allclose(learned.logits, torch_logits(tiny.model, ready, learned.policy), atol=1e-4)
     with Orchestrator.open(bundle_copy, strategy="full", **TENSORRT) as runtime:
-        np.testing.assert_allclose(runtime.run(images).logits, torch_logits(tiny.model, images), atol=1e-4)
+        np.testing.assert_allclose(runtime.run(images).logits, torch_logits(tiny.model, ready), atol=1e-4)
 
 
-def test_half_precision_runs_channels_last(driver, tiny, bundle_copy, preprocessed, torch_logits):
-    images = preprocessed(tiny.model, 2)
+def test_half_precision_runs_channels_last(driver, tiny, bundle_copy, pixels, preprocessed, torch_logits):
+    images = pixels(tiny.model, 2)
     with Orchestrator.open(bundle_copy, precision="fp16", **TENSORRT) as runtime:
         assert runtime.engine(runtime.network.part("block_00")).layout == "NHWC"
         logits = runtime.run(images, policy="101").logits
-    np.testing.assert_allclose(logits, torch_logits(tiny.model, images, KEEP[[0, 0]]), atol=0.05)
+        prepared = runtime.run(preprocessed(tiny.model, 2), policy="101").logits
+    expected = torch_logits(tiny.model, preprocessed(tiny.model, 2), KEEP[[0, 0]])
+    np.testing.assert_allclose(logits, expected, atol=0.05)
+    np.testing.assert_allclose(prepared, expected, atol=0.05)
 
 
 @pytest.fixture
-def chain(driver, bundle_copy, tiny, preprocessed):
+def chain(driver, bundle_copy, tiny, pixels):
     """An orchestrator whose engines have run once, and one image."""
-    image = preprocessed(tiny.model, 1)
+    image = pixels(tiny.model, 1)
     with Orchestrator.open(bundle_copy, **TENSORRT) as runtime:
         runtime.run(image, policy="101")
         yield runtime, image
@@ -109,15 +115,15 @@ def test_copy_that_fails_is_an_error(chain, driver):
         runtime.run(image, policy="101")
 
 
-def test_batch_beyond_the_profile_is_refused(driver, bundle_copy, tiny, preprocessed):
+def test_batch_beyond_the_profile_is_refused(driver, bundle_copy, tiny, pixels):
     options = TensorRTOptions(max_batch=2)
     bundle = Bundle.open(bundle_copy)
     store = EngineStore(bundle, identify_backend("tensorrt", "cuda:0", tensorrt=options))
     store.build(lambda: open_backend("tensorrt", "cuda:0", tensorrt=options))
     with Orchestrator.open(bundle_copy, **TENSORRT) as runtime:
-        assert runtime.run(preprocessed(tiny.model, 2)).logits.shape == (2, 10)
+        assert runtime.run(pixels(tiny.model, 2)).logits.shape == (2, 10)
         with pytest.raises(EngineError, match=r"input 'image': got batch 3, its engine takes 1 to 2\. Build it again"):
-            runtime.run(preprocessed(tiny.model, 3))
+            runtime.run(pixels(tiny.model, 3))
 
 
 def test_engine_file_that_cannot_be_read_back_is_quoted(driver, tiny_bundle):
@@ -175,16 +181,16 @@ def test_rtx_compiles_at_once_and_keeps_what_it_compiled(rtx, bundle_copy, tiny,
         assert FakeTensorRT.notes["runtime_config"].cache.kernels > first  # it began with what was kept
 
 
-def test_engines_for_several_architectures_serve_each_of_them(rtx, bundle_copy, tiny, preprocessed):
+def test_engines_for_several_architectures_serve_each_of_them(rtx, bundle_copy, tiny, pixels):
     options = TensorRTOptions(sms=(89, 90))
     store = EngineStore(Bundle.open(bundle_copy), identify_backend("tensorrt-rtx", "cpu", tensorrt=options))
     store.build(lambda: open_backend("tensorrt-rtx", "cpu", tensorrt=options))
     with Orchestrator.open(bundle_copy, **RTX) as runtime:
-        assert runtime.run(preprocessed(tiny.model, 1)).logits.shape == (1, 10)
+        assert runtime.run(pixels(tiny.model, 1)).logits.shape == (1, 10)
     assert [path.name for path in (bundle_copy / "engines").iterdir()] == ["tensorrt-rtx-1.7.1-sm89-sm90-fp32"]
-    (store.directory / "stem.plan").write_bytes(b"")  # not whole any more: then they are built for this one alone
+    (store.directory / "block_00.plan").write_bytes(b"")  # not whole any more: then they are built for this one alone
     with Orchestrator.open(bundle_copy, **RTX):
-        assert (bundle_copy / "engines" / "tensorrt-rtx-1.7.1-sm89-fp32" / "stem.plan").is_file()
+        assert (bundle_copy / "engines" / "tensorrt-rtx-1.7.1-sm89-fp32" / "block_00.plan").is_file()
 
 
 def test_running_needs_a_device(rtx, bundle_copy):
@@ -262,4 +268,4 @@ def test_record_says_whether_an_engine_can_be_loaded(driver, bundle_copy):
         options = TensorRTOptions(strip_weights=strip)
         store = EngineStore(Bundle.open(bundle_copy), identify_backend("tensorrt", "cuda:0", tensorrt=options))
         store.build(lambda options=options: open_backend("tensorrt", "cuda:0", tensorrt=options))
-        assert json.loads((store.directory / "stem.engine.json").read_bytes())["loadable"] is loadable
+        assert json.loads((store.directory / "head.engine.json").read_bytes())["loadable"] is loadable

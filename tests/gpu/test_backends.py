@@ -20,23 +20,29 @@ def _open(place, bundle, strategy, **options):
     return Orchestrator.open(bundle, backend=place.backend, device=place.device, strategy=strategy, **options)
 
 
+@pytest.mark.parametrize("form", ["pixels", "preprocessed"])
 @pytest.mark.parametrize("strategy", ["chain", "graph"])
-def test_logits_equal_eager_pytorch_for_random_masks(place, tiny, bundle_copy, preprocessed, torch_logits, strategy):
-    images = np.resize(preprocessed(tiny.model, 8), (place.n_masks, 3, 32, 32))
+def test_logits_equal_eager_pytorch_for_random_masks(
+    place, tiny, bundle_copy, request, preprocessed, torch_logits, strategy, form
+):
+    rows = np.arange(place.n_masks) % 8
+    images = request.getfixturevalue(form)(tiny.model, 8)[rows]
     keep = np.random.default_rng(0).integers(0, 2, (place.n_masks, 3)).astype(bool)
     with _open(place, bundle_copy, strategy) as runtime:
         together = runtime.run(images, policy=keep).logits
         alone = np.concatenate([runtime.run(images[i : i + 1], policy=keep[i]).logits for i in range(8)])
-    expected = torch_logits(tiny.model, images, keep)
+    expected = torch_logits(tiny.model, preprocessed(tiny.model, 8)[rows], keep)
     np.testing.assert_allclose(together, expected, atol=place.tolerance, rtol=place.tolerance)
     np.testing.assert_allclose(alone, expected[:8], atol=place.tolerance, rtol=place.tolerance)
 
 
 @pytest.mark.parametrize("strategy", ["chain", "graph"])
-def test_learned_policy_decides_as_eager_pytorch(place, tiny, bundle_copy, preprocessed, torch_logits, strategy):
+def test_learned_policy_decides_as_eager_pytorch(
+    place, tiny, bundle_copy, pixels, preprocessed, torch_logits, strategy
+):
     images = preprocessed(tiny.model, 16)
     with _open(place, bundle_copy, strategy) as runtime:
-        result = runtime.run(images)
+        result = runtime.run(pixels(tiny.model, 16))
     with torch.inference_mode():
         probability = tiny.model.keep_probability(torch.from_numpy(images)).numpy()
     clear = np.abs(probability - 0.5) > place.tolerance  # another rounding may flip what lies on the threshold
@@ -46,15 +52,15 @@ def test_learned_policy_decides_as_eager_pytorch(place, tiny, bundle_copy, prepr
     np.testing.assert_allclose(result.logits, expected, atol=place.tolerance, rtol=place.tolerance)
 
 
-def test_full_and_half_precision_come_close(place, tiny, bundle_copy, preprocessed, torch_logits):
-    images = preprocessed(tiny.model, 4)
+def test_full_and_half_precision_come_close(place, tiny, bundle_copy, pixels, preprocessed, torch_logits):
+    images, ready = pixels(tiny.model, 4), preprocessed(tiny.model, 4)
     with _open(place, bundle_copy, "full") as runtime:
-        expected = torch_logits(tiny.model, images)
+        expected = torch_logits(tiny.model, ready)
         np.testing.assert_allclose(runtime.run(images).logits, expected, atol=place.tolerance, rtol=place.tolerance)
     keep = np.array([[1, 0, 1]] * 4, dtype=bool)
     with _open(place, bundle_copy, "chain", precision="fp16") as runtime:
         logits = runtime.run(images, policy=keep).logits
-    np.testing.assert_allclose(logits, torch_logits(tiny.model, images, keep), atol=0.05, rtol=0.05)
+    np.testing.assert_allclose(logits, torch_logits(tiny.model, ready, keep), atol=0.05, rtol=0.05)
 
 
 def test_graph_refuses_a_policy_that_is_not_finite(place, bundle_copy):
@@ -63,8 +69,8 @@ def test_graph_refuses_a_policy_that_is_not_finite(place, bundle_copy):
 
 
 @pytest.mark.parametrize("strategy", ["chain", "graph"])
-def test_running_takes_no_more_memory(place, tiny, bundle_copy, preprocessed, strategy):
-    image = preprocessed(tiny.model, 1)
+def test_running_takes_no_more_memory(place, tiny, bundle_copy, pixels, strategy):
+    image = pixels(tiny.model, 1)
     with _open(place, bundle_copy, strategy) as runtime:
         runtime.run(image)
         before = _device_memory()

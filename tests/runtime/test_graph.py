@@ -40,16 +40,16 @@ def opened(tiny, tmp_path_factory):
 
 @given(keep=st.lists(st.lists(st.booleans(), min_size=3, max_size=3), min_size=1, max_size=4))
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_given_bits_run_what_pytorch_runs(opened, tiny, preprocessed, torch_logits, keep):
+def test_given_bits_run_what_pytorch_runs(opened, tiny, pixels, preprocessed, torch_logits, keep):
     images = preprocessed(tiny.model, len(keep))
-    result = opened[1].run(images, policy=keep)
+    result = opened[1].run(pixels(tiny.model, len(keep)), policy=keep)
     np.testing.assert_array_equal(result.policy, keep)
     np.testing.assert_allclose(result.logits, torch_logits(tiny.model, images, np.array(keep)), atol=1e-4)
 
 
-def test_learned_policy_decides_as_pytorch(opened, tiny, preprocessed, torch_logits):
+def test_learned_policy_decides_as_pytorch(opened, tiny, pixels, preprocessed, torch_logits):
     images = preprocessed(tiny.model, 16)
-    result = opened[1].run(images)
+    result = opened[1].run(pixels(tiny.model, 16))
     with torch.inference_mode():
         probability = tiny.model.keep_probability(torch.from_numpy(images)).numpy()
     np.testing.assert_array_equal(result.policy, probability >= 0.5)
@@ -57,9 +57,9 @@ def test_learned_policy_decides_as_pytorch(opened, tiny, preprocessed, torch_log
     np.testing.assert_allclose(result.logits, torch_logits(tiny.model, images, result.policy), atol=1e-4)
 
 
-def test_image_is_one_launch_and_no_engine_call_of_the_host(opened, tiny, preprocessed):
+def test_image_is_one_launch_and_no_engine_call_of_the_host(opened, tiny, pixels):
     driver, runtime = opened
-    image = preprocessed(tiny.model, 1)
+    image = pixels(tiny.model, 1)
     runtime.run(image)
     driver.copies.clear()
     enqueued, launched = FakeTensorRT.notes["enqueued"], len(driver.launched)
@@ -82,10 +82,12 @@ def test_policy_has_scratch_memory_of_its_own(opened):
     assert len(scratch) == 2  # the policy runs beside the stem
 
 
-def test_probability_that_is_not_finite_is_refused(opened, tiny):
+def test_probability_that_is_not_finite_is_refused(monkeypatch, tmp_path, tiny):
+    install_gpu(monkeypatch, tmp_path)
     image = np.full((1, 3, 32, 32), np.nan, np.float32)
-    with pytest.raises(EngineError, match=r"probabilities are not finite \(block 0\)"):
-        opened[1].run(image)
+    refused = pytest.raises(EngineError, match=r"probabilities are not finite \(block 0\)")
+    with Orchestrator.open(tiny.bundle, **TENSORRT) as runtime, refused:
+        runtime.run(image)
 
 
 def test_controller_that_decides_on_the_way_is_refused(opened, tiny, preprocessed):
@@ -108,14 +110,17 @@ def test_network_without_a_policy_runs_given_bits(monkeypatch, tmp_path, export_
         np.testing.assert_array_equal(runtime.run(images).policy, np.ones((2, 6)))
 
 
-def test_closing_gives_everything_back(monkeypatch, tmp_path, tiny, preprocessed):
+def test_closing_gives_everything_back(monkeypatch, tmp_path, tiny, pixels, preprocessed):
     driver = install_gpu(monkeypatch, tmp_path)
     with Orchestrator.open(tiny.bundle, **TENSORRT) as runtime:
-        runtime.run(preprocessed(tiny.model, 1))
-        [whole] = driver.instantiated
+        runtime.run(pixels(tiny.model, 1))
+        assert len(driver.instantiated) == 1
+        runtime.run(preprocessed(tiny.model, 1))  # has a graph of its own
+        of_pixels, of_prepared = driver.instantiated
     del runtime
     gc.collect()
-    assert driver.destroyed.count(whole) == 2  # the graph, and what was made of it to launch
+    for whole in (of_pixels, of_prepared):
+        assert driver.destroyed.count(whole) == 2  # the graph, and what was made of it to launch
     assert driver.memory == {}
 
 

@@ -1,0 +1,90 @@
+"""A bundle's engines for one backend, loaded; what the bundle lacks for this machine is built first."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from bdtool.errors import EngineError
+from bdtool.runtime.factory import parts_for
+from bdtool.specs import NetworkSpec, PartSpec
+from engines.base import Backend, Engine
+from engines.store import EngineSet, EngineStore
+from export.bundle import Bundle
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Engines by part name, and the network as they take it: images as pixels, or preprocessed."""
+
+    network: NetworkSpec
+    engines: Mapping[str, Engine]
+
+
+class Loader:
+    """Loads the engines that one strategy needs; `store` is where they are, or are built."""
+
+    def __init__(self, bundle: Bundle, store: EngineStore, backend: Backend, *, strategy: str) -> None:
+        self.store = store  # after `load` the one that the engines are from
+        self._own = store  # of this target alone
+        self._bundle = bundle
+        self._backend = backend
+        self._strategy = strategy
+        self._loaded: EngineSet | None = None
+        self._prepared: Loaded | None = None
+
+    def load(self) -> Loaded:
+        """Load every engine of the strategy.
+
+        Raises:
+            EngineError: one does not build, or cannot be loaded.
+        """
+        parts = parts_for(self._strategy, self._own.network)
+        self.store, self._loaded = self._load(self._own, parts, build=self._own.network.parts)
+        return Loaded(self._own.network, self._loaded)
+
+    def load_prepared(self) -> Loaded:
+        """Load engines that take preprocessed images, beside those of `load`, with which they share all other parts.
+
+        Raises:
+            EngineError: one does not build, or cannot be loaded.
+        """
+        if self._prepared is None:
+            assert self._loaded is not None  # `load` comes first
+            store = self._own.for_prepared()
+            parts = [part for part in parts_for(self._strategy, store.network) if part.reads_image]
+            _, engines = self._load(store, parts, build=parts)
+            self._prepared = Loaded(store.network, self._loaded.with_others(engines))
+        return self._prepared
+
+    def _load(
+        self, store: EngineStore, parts: Sequence[PartSpec], *, build: Sequence[PartSpec]
+    ) -> tuple[EngineStore, EngineSet]:
+        """Load the engines of `parts`, from where they are; where one is missing, `build` is built first."""
+        with ExitStack() as stack:
+            found = store.find_complete(parts)
+            if found is None:
+                store = self._build(store, build, stack)
+                found = store, store.find(parts)
+            store, records = found
+            return store, store.load(self._backend, records, joinable=self._strategy in ("path", "fused"))
+
+    def _build(self, store: EngineStore, parts: Sequence[PartSpec], stack: ExitStack) -> EngineStore:
+        """Build what the store lacks and return it; beside a read-only bundle, one in a temporary place."""
+        path = self._bundle.path
+        if not os.access(path, os.W_OK):
+            directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bdtool-engines-")))
+            logger.warning("%s is read-only: its engines are built for this run only", path)
+            store = EngineStore(self._bundle, store.identity, precision=store.precision, directory=directory)
+        logger.info("building the engines that %s lacks for %s, once", path, store.identity.target)
+        failed = [status for status in store.build(lambda: self._backend, parts=parts) if status.status == "failed"]
+        if failed:
+            raise EngineError(f"{len(failed)} engines did not build; the first: {failed[0].message}")
+        return store
