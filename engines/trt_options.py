@@ -13,6 +13,11 @@ _RECIPE = 1  # of `engines.trt_build`: raise it when the same options come to bu
 TENSORRT, TENSORRT_RTX = "tensorrt", "tensorrt-rtx"
 ONNXRUNTIME_TENSORRT = "onnxruntime-tensorrt"  # ONNX Runtime with its TensorRT provider
 PROFILED = (TENSORRT, TENSORRT_RTX, ONNXRUNTIME_TENSORRT)  # backends whose engines have an optimization profile
+_FLAGS = {  # of fields whose option has another name
+    "sms": "--sm",
+    "optimization_level": "--builder-optimization-level",
+    "hardware_compatibility": "--hardware-compatibility-level",
+}
 _OF_PROVIDER = ("min_batch", "opt_batch", "max_batch", "optimization_level")  # what that provider has options for
 
 
@@ -56,8 +61,8 @@ class TensorRTOptions:
         """Raise UsageError where the library `backend` has no such option."""
         if backend == ONNXRUNTIME_TENSORRT and (lacking := self._beyond_provider()):
             raise UsageError(
-                f"{', '.join(lacking)}: ONNX Runtime's TensorRT provider has no such option; it takes "
-                f"{', '.join(_OF_PROVIDER)}. Use --backend {TENSORRT} for others"
+                f"{', '.join(map(flag_of, lacking))}: ONNX Runtime's TensorRT provider has no such option; it takes "
+                f"{', '.join(map(flag_of, _OF_PROVIDER))}. Use --backend {TENSORRT} for others"
             )
         if backend == TENSORRT and self.sms:
             raise UsageError("--sm is for --backend tensorrt-rtx; TensorRT builds for the GPU it runs on (--device)")
@@ -82,6 +87,11 @@ class TensorRTOptions:
         values = asdict(self)
         del values["sms"]
         return json.dumps({"recipe": _RECIPE, **values}, sort_keys=True)
+
+
+def flag_of(field_name: str) -> str:
+    """Return the command line's option for a field of `TensorRTOptions`."""
+    return _FLAGS.get(field_name, "--" + field_name.replace("_", "-"))
 
 
 def target_name(sms: tuple[int, ...]) -> str:

@@ -2,7 +2,7 @@
 
 For deployments that can hold only one file. It takes one image at a time, because an `If` has one condition:
 
-    image  float32 [1, 3, H, W]     preprocessed
+    image  float32 [1, 3, H, W]     preprocessed; uint8 [1, H, W, 3] of parts that take pixels
     force  uint8 [K], optional      0: the policy decides, 1: keep, 2: drop; zeros unless given
     logits float32 [1, classes]
     keep   bool [K]                 which blocks ran

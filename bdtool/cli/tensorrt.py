@@ -9,17 +9,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from bdtool.errors import UsageError
-from engines.trt_options import PROFILED, TENSORRT, TENSORRT_RTX, TensorRTOptions
+from engines.trt_options import PROFILED, TENSORRT, TENSORRT_RTX, TensorRTOptions, flag_of
 
 if TYPE_CHECKING:
     from engines.store import EngineRecord
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
-_FLAGS = {  # of options whose argument has another name
-    "sms": "--sm",
-    "optimization_level": "--builder-optimization-level",
-    "hardware_compatibility": "--hardware-compatibility-level",
-}
 _HARDWARE_COMPATIBILITY = click.Choice(["none", "ampere-plus", "same-compute-capability"])
 
 
@@ -82,8 +77,9 @@ def tensorrt_options_from(backend: str, given: dict[str, Any], *, default_max_ba
     chosen = {name: value for name, value in given.items() if value is not None}
     if backend not in PROFILED:
         if chosen:
-            flag = _FLAGS.get(next(iter(chosen)), "--" + next(iter(chosen)).replace("_", "-"))
-            raise UsageError(f"{flag} is for --backend {TENSORRT} or {TENSORRT_RTX}, not {backend}")
+            raise UsageError(
+                f"{flag_of(next(iter(chosen)))} is for --backend {TENSORRT} or {TENSORRT_RTX}, not {backend}"
+            )
         return None
     options = TensorRTOptions(**{"max_batch": default_max_batch, **chosen})
     options.check_for(backend)

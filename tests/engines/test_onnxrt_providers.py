@@ -234,9 +234,18 @@ def test_gpu_that_is_not_there_is_refused(ort):
         open_backend(BACKEND, "cuda:1")
 
 
-@pytest.mark.parametrize("options", [{"sms": (89,)}, {"tf32": True}, {"refit": True}, {"version_compatible": True}])
-def test_options_that_the_provider_lacks_are_refused(options):
-    with pytest.raises(UsageError, match=rf"{next(iter(options))}: ONNX Runtime's TensorRT provider has no such"):
+@pytest.mark.parametrize(
+    ("options", "flag"),
+    [
+        ({"sms": (89,)}, "--sm"),
+        ({"tf32": True}, "--tf32"),
+        ({"version_compatible": True}, "--version-compatible"),
+        ({"hardware_compatibility": "ampere-plus"}, "--hardware-compatibility-level"),
+    ],
+)
+def test_options_that_the_provider_lacks_are_refused(options, flag):
+    message = rf"{flag}: ONNX Runtime's TensorRT provider has no such option; it takes --min-batch, .*-level\. Use"
+    with pytest.raises(UsageError, match=message):
         identify_backend(BACKEND, "cuda:0", tensorrt=TensorRTOptions(**options))
 
 
