@@ -77,7 +77,13 @@ def random_model() -> Callable[..., "BlockDropModel"]:
     from bdtool.specs import Preprocessing
 
     def make(
-        arch: str, *, shortcut: str | None = None, has_policy: bool = True, size: int | None = None, seed: int = 0
+        arch: str,
+        *,
+        shortcut: str | None = None,
+        has_policy: bool = True,
+        policy_hidden: int = 0,
+        size: int | None = None,
+        seed: int = 0,
     ) -> BlockDropModel:
         layout = architecture(arch)
         side = size or layout.image_size
@@ -89,6 +95,7 @@ def random_model() -> Callable[..., "BlockDropModel"]:
             shortcut=shortcut or layout.default_shortcut,
             has_policy=has_policy,
             provenance={"created_by": "test"},
+            policy_hidden=policy_hidden,
         )
         model = build_model(spec, seed=seed)
         _stir_batch_norms(model, seed)

@@ -63,6 +63,12 @@ def test_whole_bundle_passes_every_rung_in_order(tiny: Any) -> None:
     assert "all, random:1:0, learned" in _rung(result, "logits").detail
 
 
+def test_policy_network_with_a_hidden_layer_passes_every_rung(export_random: Any) -> None:
+    hidden = export_random("resnet8", shortcut="average-pool", policy_hidden=16)
+    assert hidden.model.policy.hidden.out_features == 16
+    assert _verify(hidden.bundle).ok
+
+
 def test_limit_is_kept(tiny: Any) -> None:
     assert _verify(tiny.bundle, limit=5).n_images == 5
 

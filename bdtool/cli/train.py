@@ -14,12 +14,13 @@ import click
 
 from bdtool.cli.options import MODEL, NEW_FILE, FiniteRange, NumberList, json_option
 from bdtool.cli.output import emit, percent, progress
-from bdtool.training.options import CurriculumOptions, FinetuneOptions, PretrainOptions, TrainOptions
+from bdtool.training.options import CurriculumOptions, FinetuneOptions, ImitateOptions, PretrainOptions, StageOptions
 
 if TYPE_CHECKING:
     import torch
 
     from bdtool.data.batches import ImageSource
+    from bdtool.models.model import BlockDropModel
     from bdtool.models.model_spec import ModelSpec
     from bdtool.specs import NetworkSpec
     from bdtool.training.stages import Place, Trained
@@ -77,7 +78,7 @@ def _run_options(command: _Command) -> _Command:
     return command
 
 
-def _options_of(kind: type[TrainOptions], help_texts: dict[str, str]) -> Callable[[_Command], _Command]:
+def _options_of(kind: type[StageOptions], help_texts: dict[str, str]) -> Callable[[_Command], _Command]:
     """Make one command-line option of each field of a dataclass, with its default and type."""
 
     def decorate(command: _Command) -> _Command:
@@ -123,6 +124,14 @@ _POLICY_HELP = {
 }
 
 
+_TRUNK = click.option(
+    "--trunk",
+    type=MODEL,
+    metavar="MODEL",
+    help="A trained classifier for the policy network to start from: a resnet8 of pretrain (ImageNet: resnet10).",
+)
+
+
 @train_cmd.command("pretrain")
 @click.option("--arch", required=True, metavar="NAME", help="Architecture, for instance resnet32; see `bdtool models`.")
 @click.option(
@@ -159,12 +168,7 @@ def pretrain_cmd(arch: str, classes: int | None, mean: Any, std: Any, **given: A
         "stage_blocks": "How many more, from the last block to the first.",
     },
 )
-@click.option(
-    "--trunk",
-    type=MODEL,
-    metavar="MODEL",
-    help="A trained classifier for the policy network to start from: a resnet8 of pretrain (ImageNet: resnet10).",
-)
+@_TRUNK
 @_run_options
 def curriculum_cmd(base: Path, trunk: Path | None, **given: Any) -> None:
     """Train a policy network for the base of MODEL, which stays as it is.
@@ -174,15 +178,51 @@ def curriculum_cmd(base: Path, trunk: Path | None, **given: Any) -> None:
       bdtool train curriculum base.safetensors --data cifar10:data --val cifar10:data -o policy.safetensors
       bdtool train curriculum base.safetensors --trunk resnet8.safetensors --data cifar10:data -o policy.safetensors
     """
-    from bdtool.models.store import load_model
     from bdtool.training.stages import curriculum
-    from export.files import sha256_of_file
 
     options = _options_from(CurriculumOptions, given)
-    start = load_model(base)
-    first_trunk = load_model(trunk) if trunk else None
-    digests = " ".join(sha256_of_file(file) for file in (base, trunk) if file)
+    start, first_trunk, digests = _policy_start(base, trunk)
     _run(given, start.spec, digests, lambda place: curriculum(start, options, place, trunk=first_trunk))
+
+
+@train_cmd.command("imitate")
+@click.argument("base", type=MODEL, metavar="MODEL")
+@_options_of(
+    ImitateOptions,
+    {
+        **_SHARED_HELP,
+        "fewest": "Blocks of the easiest images; 0 is a third of the model's.",
+        "most": "Blocks of the hardest images; 0 is 0.6 of the model's.",
+        "hidden": "Width of a new policy network's hidden layer; 0 for none.",
+        "judges": "Training images on which the masks are compared.",
+    },
+)
+@_TRUNK
+@_run_options
+def imitate_cmd(base: Path, trunk: Path | None, **given: Any) -> None:
+    """Train a policy network for the base of MODEL to give harder images more blocks.
+
+    Which blocks are missed least, and which images are hard, the base's own losses on the training images show. Not in
+    the paper: minutes of this take the place of thousands of epochs of curriculum.
+
+    
+    Example:
+      bdtool train imitate tolerant.safetensors --trunk resnet8.safetensors --data cifar10:data -o policy.safetensors
+    """
+    from bdtool.training.stages import imitate
+
+    options = _options_from(ImitateOptions, given)
+    start, first_trunk, digests = _policy_start(base, trunk)
+    _run(given, start.spec, digests, lambda place: imitate(start, options, place, trunk=first_trunk))
+
+
+def _policy_start(base: Path, trunk: Path | None) -> tuple[BlockDropModel, BlockDropModel | None, str]:
+    """Return the model and the trunk that a policy network starts from, and their digests."""
+    from bdtool.models.store import load_model
+    from export.files import sha256_of_file
+
+    digests = " ".join(sha256_of_file(file) for file in (base, trunk) if file)
+    return load_model(base), load_model(trunk) if trunk else None, digests
 
 
 @train_cmd.command("finetune")
@@ -220,7 +260,7 @@ def finetune_cmd(start: Path, **given: Any) -> None:
     _run(given, model.spec, sha256_of_file(start), lambda place: finetune(model, options, place))
 
 
-_Options = TypeVar("_Options", bound=TrainOptions)
+_Options = TypeVar("_Options", bound=StageOptions)
 
 
 def _options_from(kind: type[_Options], given: dict[str, Any]) -> _Options:
@@ -240,7 +280,7 @@ def _run(given: dict[str, Any], spec: ModelSpec, start: str, stage: Callable[[Pl
         torch.set_num_threads(given["threads"])
     with open_group(device) as group, _logs(given["tensorboard"] if group.is_first else None) as log:
         train, val = _open(given, network)
-        with _show(enabled=group.is_first) as on_step:
+        with _show(enabled=group.is_first) as (on_step, on_progress):
             trained = stage(
                 Place(
                     train=train,
@@ -251,6 +291,7 @@ def _run(given: dict[str, Any], spec: ModelSpec, start: str, stage: Callable[[Pl
                     start=start,
                     save_every_s=given["save_every"],
                     on_step=on_step,
+                    on_progress=on_progress,
                     on_epoch=log,
                 )
             )
@@ -290,24 +331,26 @@ def _device(name: str) -> torch.device:
 
 
 @contextmanager
-def _show(*, enabled: bool) -> Iterator[Callable[[Report], None]]:
-    """A progress bar with accuracy, mean blocks, reward and the time left."""
+def _show(*, enabled: bool) -> Iterator[tuple[Callable[[Report], None], Callable[[float, str], None]]]:
+    """A progress bar for steps, with accuracy, mean blocks, reward and the time left, or for any share of the work."""
     if not enabled:
-        yield lambda report: None
+        yield lambda report: None, lambda share, text: None
         return
     with progress("training", 1) as advance:
         shown = 0.0
 
-        def on_step(report: Report) -> None:
+        def on_progress(share: float, text: str) -> None:
             nonlocal shown
-            done = report.step / report.n_steps
+            advance(share - shown, text)
+            shown = share
+
+        def on_step(report: Report) -> None:
             figures = (
                 f"accuracy {percent(report.accuracy)}, blocks {report.blocks_mean:.2f}, reward {report.reward:.3f}"
             )
-            advance(done - shown, ", ".join(filter(None, [figures, report.note])))
-            shown = done
+            on_progress(report.step / report.n_steps, ", ".join(filter(None, [figures, report.note])))
 
-        yield on_step
+        yield on_step, on_progress
 
 
 @contextmanager

@@ -26,7 +26,9 @@ class BlockDropModel(nn.Module):
         arch = spec.architecture
         self.spec = spec
         self.base = ResNet(arch, shortcut=spec.shortcut, n_classes=spec.n_classes)
-        self.policy = PolicyNetwork(arch.family, n_blocks=arch.n_blocks) if spec.has_policy else None
+        self.policy = None
+        if spec.has_policy:
+            self.policy = PolicyNetwork(arch.family, n_blocks=arch.n_blocks, n_hidden=spec.policy_hidden)
 
     @property
     def n_blocks(self) -> int:

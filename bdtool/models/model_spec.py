@@ -15,8 +15,8 @@ from bdtool.specs import Preprocessing
 class ModelSpec:
     """Everything about a model but its weights.
 
-    `provenance` says how the weights came to be, as JSON values; it holds no time stamps, so that equal input gives
-    equal files.
+    `policy_hidden` is the width of the policy network's hidden layer, 0 for none. `provenance` says how the weights
+    came to be, as JSON values; it holds no time stamps, so that equal input gives equal files.
     """
 
     arch: str
@@ -26,11 +26,14 @@ class ModelSpec:
     shortcut: ShortcutKind
     has_policy: bool
     provenance: Mapping[str, Any]
+    policy_hidden: int = 0
 
     def __post_init__(self) -> None:
         architecture(self.arch)
         if self.n_classes < 1:
             raise UsageError(f"{self.arch}: {self.n_classes} classes; a model needs at least one")
+        if self.policy_hidden < 0:
+            raise UsageError(f"{self.arch}: policy_hidden {self.policy_hidden}; give a width, or 0 for no hidden layer")
         if self.labels is not None and len(self.labels) != self.n_classes:
             raise UsageError(f"{self.arch}: {len(self.labels)} labels for {self.n_classes} classes; give one for each")
         if self.shortcut not in get_args(ShortcutKind):

@@ -21,17 +21,30 @@ class PolicyNetwork(nn.Module):
     Source: Wu et al., CVPR 2018, section 3.2 and equations 1 and 2. The authors' code has a value head beside `logit`;
     it is only a baseline that lowers the variance of their policy gradient, no answer depends on it, so it is
     left out here.
+
+    Args:
+        n_hidden: width of a fully connected layer with ReLU between trunk and `logit`; 0, as in the paper, has none. Of
+            pooled features, a linear layer can say which class an image looks like; how hard it is takes a hidden one.
     """
 
-    def __init__(self, family: Family, *, n_blocks: int) -> None:
+    def __init__(self, family: Family, *, n_blocks: int, n_hidden: int = 0) -> None:
         super().__init__()
         trunk = policy_trunk(family)
         self.halve_image = family == "imagenet"
         self.trunk = ResNet(trunk, shortcut=trunk.default_shortcut, n_classes=None)
-        self.logit = nn.Linear(self.trunk.n_features, n_blocks)
+        self.hidden = nn.Linear(self.trunk.n_features, n_hidden) if n_hidden else None
+        self.logit = nn.Linear(n_hidden or self.trunk.n_features, n_blocks)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return keep probabilities float32 [N, K] in (0, 1) of preprocessed images float32 [N, 3, H, W]."""
+        features = self.features(images)
+        if self.hidden is not None:
+            features = F.relu(self.hidden(features))
+        return torch.sigmoid(self.logit(features))
+
+    def features(self, images: Tensor) -> Tensor:
+        """Return what the trunk makes of the images, float32 [N, n_features]; arguments as for `forward`."""
         if self.halve_image:  # 112 x 112 is enough to decide, at a quarter of the cost (section 4.1)
             images = F.avg_pool2d(images, 2)
-        return torch.sigmoid(self.logit(self.trunk(images)))
+        pooled: Tensor = self.trunk(images)
+        return pooled

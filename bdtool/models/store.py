@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from bdtool.models.model import BlockDropModel
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: policy networks with a hidden layer
 _METADATA_KEY = (
     "bdtool"  # one key only: safetensors does not keep the order of several, and equal input gives equal bytes
 )
@@ -102,8 +102,8 @@ def read_spec(path: Path) -> ModelSpec:
 
 
 def _header_from_spec(spec: ModelSpec) -> dict[str, Any]:
-    return {
-        "format_version": FORMAT_VERSION,
+    header = {
+        "format_version": FORMAT_VERSION if spec.policy_hidden else 1,  # so that an older bdtool reads what it can
         "arch": spec.arch,
         "n_classes": spec.n_classes,
         "labels": spec.labels,
@@ -113,6 +113,7 @@ def _header_from_spec(spec: ModelSpec) -> dict[str, Any]:
         "stages": spec.architecture.stages,
         "provenance": dict(spec.provenance),
     }
+    return {**header, "policy_hidden": spec.policy_hidden} if spec.policy_hidden else header
 
 
 def _spec_from_header(header: Mapping[str, Any]) -> ModelSpec:
@@ -124,6 +125,7 @@ def _spec_from_header(header: Mapping[str, Any]) -> ModelSpec:
         shortcut=header["shortcut"],
         has_policy=bool(header["has_policy"]),
         provenance=dict(header["provenance"]),
+        policy_hidden=int(header.get("policy_hidden", 0)),
     )
     if tuple(header["stages"]) != spec.architecture.stages:
         raise ValueError(f"stages {header['stages']} are not those of {spec.arch}, {list(spec.architecture.stages)}")

@@ -17,8 +17,8 @@ Augment = Literal["crop", "flip"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainOptions:
-    """What all three stages share.
+class StageOptions:
+    """What all stages share.
 
     Attributes:
         epochs: passes over the data set; an image more or less than a whole number of batches is left out each epoch.
@@ -27,9 +27,6 @@ class TrainOptions:
         schedule: one-cycle warms up and falls to almost 0; cosine falls to 0; step divides by 10 at half and at three
             quarters of the run.
         seed: of every draw: shuffling, augmentation and keep bits.
-        amp: bfloat16 autocast; auto takes it where that is faster (CUDA, and CPUs with AMX).
-        augment: crop shifts small images, black moving in, or takes a part of large ones, and flips half of them (He et
-            al., CVPR 2016, section 4.2); flip only flips, and otherwise trains on the images as they will be deployed.
         limit: train on the first images only.
     """
 
@@ -38,8 +35,6 @@ class TrainOptions:
     lr: float
     schedule: Schedule = "constant"
     seed: int = 0
-    amp: Amp = "auto"
-    augment: Augment = "crop"
     limit: int | None = None
 
     def __post_init__(self) -> None:
@@ -48,6 +43,20 @@ class TrainOptions:
                 f"epochs {self.epochs}, batch {self.batch}, lr {self.lr}: expected more than 0 epochs, a batch of at "
                 "least 2 and a finite lr above 0"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions(StageOptions):
+    """What the stages share that learn from augmented images, step by step.
+
+    Attributes:
+        amp: bfloat16 autocast; auto takes it where that is faster (CUDA, and CPUs with AMX).
+        augment: crop shifts small images, black moving in, or takes a part of large ones, and flips half of them (He et
+            al., CVPR 2016, section 4.2); flip only flips, and otherwise trains on the images as they will be deployed.
+    """
+
+    amp: Amp = "auto"
+    augment: Augment = "crop"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +100,41 @@ class CurriculumOptions(TrainOptions):
                 f"stage_epochs {self.stage_epochs}, stage_blocks {self.stage_blocks}: expected more than 0 epochs, and "
                 "at least 1 block"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImitateOptions(StageOptions):
+    """The policy network alone, by what the base's own losses show: more blocks for harder images. Not in the paper.
+
+    Attributes:
+        fewest, most: blocks of the easiest and of the hardest two fifths of the images; the others get the mean of
+            both. 0 takes a third and 0.6 of the model's blocks.
+        hidden: width of a hidden layer of a new policy network; 0, as in the paper, for none.
+        judges: training images on which nested masks are compared.
+    """
+
+    epochs: float = 16
+    batch: int = 512
+    lr: float = 3e-3
+    schedule: Schedule = "cosine"
+    fewest: int = 0
+    most: int = 0
+    hidden: int = 64
+    judges: int = 1200
+
+    def blocks_of(self, n_blocks: int) -> tuple[int, int]:
+        """Return `fewest` and `most` for a model of `n_blocks` blocks.
+
+        Raises:
+            UsageError: they do not fit it.
+        """
+        fewest, most = self.fewest or max(1, round(n_blocks / 3)), self.most or max(1, round(0.6 * n_blocks))
+        if not fewest <= most <= n_blocks:
+            raise UsageError(
+                f"fewest {fewest}, most {most}: expected no more at the first than at the second, and at most the "
+                f"model's {n_blocks} blocks"
+            )
+        return fewest, most
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,7 +36,16 @@ from bdtool.torch_classifier import TorchClassifier
 from bdtool.training.budget import shift_policy
 from bdtool.training.distributed import Group, synchronize_batch_norms
 from bdtool.training.images import data_name, training_images
-from bdtool.training.options import Amp, CurriculumOptions, FinetuneOptions, PretrainOptions, TrainOptions
+from bdtool.training.imitation import imitate_losses
+from bdtool.training.options import (
+    Amp,
+    CurriculumOptions,
+    FinetuneOptions,
+    ImitateOptions,
+    PretrainOptions,
+    StageOptions,
+    TrainOptions,
+)
 from bdtool.training.paths import deployed_paths, heuristic_paths
 from bdtool.training.tasks import CurriculumTask, FinetuneTask, Paths, PretrainTask, Task
 from bdtool.training.trainer import Epoch, Report, Trainer
@@ -64,6 +73,7 @@ class Place:
     save_every_s: float = 120
     on_step: Callable[[Report], None] = lambda report: None
     on_epoch: Callable[[Epoch], None] = lambda epoch: None
+    on_progress: Callable[[float, str], None] = lambda share, text: None
 
     @property
     def checkpoint(self) -> Path:
@@ -138,6 +148,33 @@ def curriculum(
     return _train(model, "curriculum", options, place, lambda m, amp: CurriculumTask(m, options, amp=amp))
 
 
+def imitate(
+    start: BlockDropModel, options: ImitateOptions, place: Place, *, trunk: BlockDropModel | None = None
+) -> Trained:
+    """Train a policy network for the base of `start` to give harder images more blocks: `bdtool.training.imitation`.
+
+    It takes minutes, so it is not resumed: an unfinished run leaves nothing behind.
+
+    Args:
+        trunk: as for `curriculum`.
+
+    Raises:
+        UsageError: `trunk` does not fit, the model has not so many blocks, or several processes were started.
+    """
+    if place.group.size > 1:
+        raise UsageError(f"imitate: got {place.group.size} processes, expected one; start it without torchrun")
+    model = with_policy(start, seed=options.seed, n_hidden=options.hidden)
+    if trunk is not None:
+        start_from_trunk(model, trunk)
+    model.to(device=place.group.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    images = training_images(place.train, model.spec.preprocessing, device=torch.device("cpu"), limit=options.limit)
+    imitate_losses(model, place.train, options, on_progress=place.on_progress)
+    figures = _measure(model, options, place.val)
+    finished = _finished(model, "imitate", options, images.facts, place.val, figures)
+    save_model(finished, place.output)
+    return Trained(model=finished, figures=figures, epochs=[])
+
+
 def finetune(start: BlockDropModel, options: FinetuneOptions, place: Place) -> Trained:
     """Train base and policy network of `start` together, or its base alone under the heuristic `options.policy`.
 
@@ -166,7 +203,7 @@ def _fixed_paths(model: BlockDropModel, request: PolicyRequest, options: Finetun
     return deployed_paths(model, place.train, n_images=n_images, group=place.group)
 
 
-def with_policy(model: BlockDropModel, *, seed: int) -> BlockDropModel:
+def with_policy(model: BlockDropModel, *, seed: int, n_hidden: int = 0) -> BlockDropModel:
     """Return a model with the base of `model` and a policy network: its own, or a new one that keeps most blocks.
 
     A new one starts at P(keep) of about 0.8, where the authors' starts at 0.5: a block that the curriculum reaches then
@@ -174,7 +211,7 @@ def with_policy(model: BlockDropModel, *, seed: int) -> BlockDropModel:
     """
     if model.policy is not None:
         return model
-    grown = build_model(dataclasses.replace(model.spec, has_policy=True), seed=seed)
+    grown = build_model(dataclasses.replace(model.spec, has_policy=True, policy_hidden=n_hidden), seed=seed)
     grown.base.load_state_dict(model.base.state_dict())
     assert grown.policy is not None
     nn.init.constant_(grown.policy.logit.bias, _FIRST_LOGIT)
@@ -198,7 +235,7 @@ def start_from_trunk(model: BlockDropModel, trunk: BlockDropModel) -> None:
 
 
 def without_policy(model: BlockDropModel) -> BlockDropModel:
-    bare = build_model(dataclasses.replace(model.spec, has_policy=False))
+    bare = build_model(dataclasses.replace(model.spec, has_policy=False, policy_hidden=0))
     bare.base.load_state_dict(model.base.state_dict())
     return bare
 
@@ -266,7 +303,7 @@ def _train(
     return Trained(model=finished, figures=figures, epochs=epochs)
 
 
-def _measure(model: BlockDropModel, options: TrainOptions, val: ImageSource | None) -> dict[str, float]:
+def _measure(model: BlockDropModel, options: StageOptions, val: ImageSource | None) -> dict[str, float]:
     """Return accuracy and blocks on `val` in float32: of the greedy policy, or of the heuristic that is trained."""
     if val is None:
         return {}
@@ -290,7 +327,7 @@ def _measure(model: BlockDropModel, options: TrainOptions, val: ImageSource | No
 def _finished(
     model: BlockDropModel,
     stage: str,
-    options: TrainOptions,
+    options: StageOptions,
     data: Mapping[str, str | int],
     val: ImageSource | None,
     figures: Mapping[str, float],

@@ -1,5 +1,6 @@
 """`bdtool train` from the command line: the three stages in a row, and what users get wrong."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,18 @@ def test_curriculum_leaves_the_base_alone(bdtool: Callable[..., Result], base: P
     bdtool("train", "curriculum", base, "--data", npz, *_QUICK, "-o", policy)
     before, after = load_model(base).base.state_dict(), load_model(policy).base.state_dict()
     assert all(np.array_equal(before[name].numpy(), after[name].numpy()) for name in before)
+
+
+def test_imitate_makes_a_model_that_finetune_goes_on_with(
+    bdtool: Callable[..., Result], base: Path, npz: Path, tmp_path: Path
+) -> None:
+    policy, model, figures = (tmp_path / name for name in ("policy.safetensors", "model.safetensors", "figures.json"))
+    words = ["--fewest", 1, "--most", 3, "--judges", 32, "--data", npz, "--val", npz]
+    done = bdtool("train", "imitate", base, "--trunk", base, *words, "--json", figures, "-o", policy)
+    assert "blocks on" in done.stdout
+    assert 1 <= json.loads(figures.read_text())["figures"]["blocks_mean"] <= 3
+    bdtool("train", "finetune", policy, "--freeze-policy", "--data", npz, *_QUICK, "-o", model)
+    assert load_model(model).spec.provenance["start"]["created_by"] == "bdtool train imitate"
 
 
 def test_curriculum_starts_from_a_trained_classifier(

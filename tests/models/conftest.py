@@ -42,6 +42,7 @@ def make_model() -> MakeModel:
         shortcut: ShortcutKind | None = None,
         n_classes: int = 10,
         has_policy: bool = True,
+        policy_hidden: int = 0,
         seed: int = 0,
         size: int | None = None,
     ) -> BlockDropModel:
@@ -55,6 +56,7 @@ def make_model() -> MakeModel:
             shortcut=shortcut or layout.default_shortcut,
             has_policy=has_policy,
             provenance={"created_by": "test"},
+            policy_hidden=policy_hidden,
         )
         model = build_model(spec, seed=seed)
         stir_batch_norms(model)

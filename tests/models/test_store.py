@@ -41,6 +41,21 @@ def test_round_trip_gives_the_same_model_in_eval_mode(make_model, tmp_path, has_
     assert not loaded.training
 
 
+@pytest.mark.parametrize(("policy_hidden", "version"), [(0, 1), (16, 2)])
+def test_hidden_layer_of_the_policy_network_is_stored(make_model, tmp_path, policy_hidden, version):
+    """A file without one can still be read by the versions of bdtool that know of none."""
+    model = make_model("resnet8", policy_hidden=policy_hidden)
+    path = tmp_path / "m.safetensors"
+    save_model(model, path)
+    with safe_open(path, framework="numpy") as file:
+        header = json.loads(file.metadata()["bdtool"])
+    assert header["format_version"] == version
+    assert header.get("policy_hidden", 0) == load_model(path).spec.policy_hidden == policy_hidden
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(load_model(path).keep_probability(images), model.keep_probability(images))
+
+
 def test_equal_models_give_equal_bytes(make_model, saved, tmp_path):
     save_model(make_model("resnet8"), tmp_path / "again.safetensors")
     save_model(load_model(saved), tmp_path / "reloaded.safetensors")

@@ -1,0 +1,125 @@
+"""A policy network that gives harder images more blocks, from what the base's own losses show."""
+
+import copy
+import itertools
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from bdtool.errors import UsageError
+from bdtool.models.model import BlockDropModel
+from bdtool.models.policy import PolicyNetwork
+from bdtool.models.store import load_model
+from bdtool.training.distributed import Group
+from bdtool.training.imitation import fit_head
+from bdtool.training.nested import blocks_by_rank, nested_masks, path_losses
+from bdtool.training.options import ImitateOptions
+from bdtool.training.stages import Place, imitate
+
+
+def test_the_block_missed_least_is_dropped_next(
+    random_model: Callable[..., BlockDropModel], preprocessed: Callable[..., np.ndarray]
+) -> None:
+    model = random_model("resnet14")
+    images, labels = torch.from_numpy(preprocessed(model, 12)), torch.arange(12) % 10
+    masks = nested_masks(model.base, images, labels, fewest=3)
+    assert masks.sum(dim=1).tolist() == [6, 5, 4, 3]
+    for larger, smaller in itertools.pairwise(masks):
+        assert not (smaller & ~larger).any()
+        losses = {}
+        for k in larger.nonzero().flatten().tolist():
+            keep = larger.clone()
+            keep[k] = False
+            with torch.no_grad():
+                losses[k] = float(F.cross_entropy(model(images, keep.expand(12, -1)), labels))
+        assert (larger & ~smaller).nonzero().item() == min(losses, key=lambda k: losses[k])
+
+
+def test_losses_are_those_of_each_image_alone(
+    random_model: Callable[..., BlockDropModel], preprocessed: Callable[..., np.ndarray]
+) -> None:
+    model = random_model("resnet8")
+    images, labels = torch.from_numpy(preprocessed(model, 5)), torch.tensor([3, 1, 4, 1, 5])
+    mask = torch.tensor([True, False, True])
+    with torch.no_grad():
+        alone = [F.cross_entropy(model(x[None], mask[None]), y[None]) for x, y in zip(images, labels, strict=True)]
+    torch.testing.assert_close(path_losses(model.base, images, labels, mask), torch.stack(alone))
+
+
+def test_harder_images_get_more_blocks() -> None:
+    losses = np.array([0.9, 0.1, 0.5, 0.3, 0.2, 0.8, 0.4, 0.6, 0.7, 0.0])
+    assert blocks_by_rank(losses, fewest=5, most=9).tolist() == [9, 5, 7, 5, 5, 9, 7, 9, 9, 5]
+
+
+def test_a_hidden_layer_learns_what_a_linear_one_cannot() -> None:
+    """A picture is hard where two features are alike, as two classes are: no linear function of both says so."""
+    generator = torch.Generator().manual_seed(0)
+    features = 3 + torch.randn(2, 4000, 64, generator=generator)
+    features[1] = features[0]
+    hard = ((features[0, :, 0] - 3) * (features[0, :, 1] - 3) > 0).float()
+    targets = torch.stack([torch.ones(4000), hard], dim=1)
+    correct = {}
+    for n_hidden in (0, 32):
+        policy = PolicyNetwork("cifar", n_blocks=2, n_hidden=n_hidden)
+        fit_head(policy, features, targets, ImitateOptions(epochs=30, batch=200, hidden=n_hidden))
+        with torch.no_grad():
+            hidden = features[0] if policy.hidden is None else F.relu(policy.hidden(features[0]))
+            keep = policy.logit(hidden) > 0
+        assert keep[:, 0].all()
+        correct[n_hidden] = float((keep[:, 1] == hard.bool()).float().mean())
+    assert correct[32] > 0.9
+    assert correct[0] < 0.6
+
+
+def test_only_the_layers_behind_the_trunk_learn(
+    random_model: Callable[..., BlockDropModel], place: Callable[..., Place]
+) -> None:
+    start, where = random_model("resnet14", has_policy=False), place()
+    before = copy.deepcopy(start.base.state_dict())
+    trunk = random_model("resnet8", has_policy=False)
+    options = ImitateOptions(epochs=20, batch=64, fewest=2, most=5, hidden=16, judges=64)
+    trained = imitate(start, options, where, trunk=trunk)
+    model = load_model(where.output)
+    assert model.spec == trained.model.spec
+    assert model.spec.policy_hidden == 16
+    assert model.spec.provenance["created_by"] == "bdtool train imitate"
+    assert model.policy is not None
+    for name, tensor in model.base.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    for name, tensor in model.policy.trunk.state_dict().items():
+        assert torch.equal(tensor, trunk.base.state_dict()[name]), name
+    assert 2 <= trained.figures["blocks_mean"] <= 5
+    assert trained.figures["blocks_std"] > 0.5
+
+
+def test_a_policy_without_hidden_layer_is_fitted_too(
+    random_model: Callable[..., BlockDropModel], place: Callable[..., Place]
+) -> None:
+    options = ImitateOptions(epochs=2, batch=64, fewest=1, most=3, hidden=0, judges=32, limit=128)
+    trained = imitate(random_model("resnet8", has_policy=False), options, place())
+    assert trained.model.spec.policy_hidden == 0
+    assert trained.model.spec.provenance["data"]["n_images"] == 128
+
+
+@pytest.mark.parametrize(("fewest", "most"), [(3, 2), (1, 4)])
+def test_blocks_that_the_model_lacks_are_refused(
+    fewest: int, most: int, random_model: Callable[..., BlockDropModel], place: Callable[..., Place]
+) -> None:
+    with pytest.raises(UsageError, match=f"fewest {fewest}, most {most}: expected .* model's 3 blocks"):
+        imitate(random_model("resnet8"), ImitateOptions(fewest=fewest, most=most), place())
+
+
+@pytest.mark.parametrize(("n_blocks", "expected"), [(15, (5, 9)), (54, (18, 32)), (3, (1, 2))])
+def test_blocks_by_default(n_blocks: int, expected: tuple[int, int]) -> None:
+    assert ImitateOptions().blocks_of(n_blocks) == expected
+
+
+def test_several_processes_are_refused(
+    random_model: Callable[..., BlockDropModel], place: Callable[..., Place]
+) -> None:
+    group = Group(rank=0, size=2, device=torch.device("cpu"))
+    with pytest.raises(UsageError, match="got 2 processes, expected one"):
+        imitate(random_model("resnet8"), ImitateOptions(), place(group=group))
