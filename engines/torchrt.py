@@ -18,7 +18,7 @@ from bdtool.specs import NetworkSpec, PartSpec
 from engines.base import ENGINE_TOLERANCE, PLAIN_LAYOUT, Buffer, BuiltEngine, Call, Engine, PartEngine
 from engines.cuda_device import open_device
 from engines.device_array import DeviceArray
-from engines.device_timer import DeviceTimer
+from engines.device_timer import CopyWatch, DeviceTimer
 from engines.graph_engine import Capturer
 from engines.torch_graph import TorchCapturer
 from engines.torch_onnx import Function, OnnxFunction
@@ -42,6 +42,7 @@ class TorchBackend:
             raise ValueError(f"threads must be at least 1, got {threads}")
         self.device = _usable_device(device)
         self.threads = default_threads() if threads is None else threads
+        self._copies = CopyWatch()  # between host and device
         self._functions: WeakValueDictionary[tuple[str, str], OnnxFunction] = WeakValueDictionary()
         if self.device.type == "cpu":
             torch.set_num_threads(self.threads)
@@ -86,7 +87,7 @@ class TorchBackend:
     def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
         order = torch.channels_last if len(shape) == 4 else torch.contiguous_format
         tensor = torch.zeros(shape, dtype=getattr(torch, dtype), device=self.device)
-        return _TorchBuffer(tensor.contiguous(memory_format=order))
+        return _TorchBuffer(tensor.contiguous(memory_format=order), self._copies)
 
     def check_device_array(self, values: DeviceArray) -> None:
         if self.device.type == "cpu":
@@ -102,7 +103,7 @@ class TorchBackend:
     def timer(self) -> DeviceTimer | None:
         if self.device.type == "cpu":
             return None
-        return DeviceTimer(_timing_event, lambda: torch.cuda.synchronize(self.device))
+        return DeviceTimer(_timing_event, lambda: torch.cuda.synchronize(self.device), self._copies)
 
     def capturer(self) -> Capturer:
         with torch.cuda.device(self.device):
@@ -161,11 +162,13 @@ class TorchEngine(PartEngine):
 class _TorchBuffer:
     """A tensor; `first` shares its memory."""
 
-    def __init__(self, tensor: Tensor) -> None:
+    def __init__(self, tensor: Tensor, copies: CopyWatch) -> None:
         self.tensor = tensor
+        self._copies = copies
 
     def write(self, values: np.ndarray) -> None:
-        self.tensor.copy_(_host_tensor(values))
+        source = _host_tensor(values)
+        self._copies.run("h2d", lambda: self.tensor.copy_(source))
 
     def copy_from(self, values: DeviceArray) -> None:
         made_on = torch.cuda.ExternalStream(values.stream, device=self.tensor.device)  # type: ignore[no-untyped-call]
@@ -173,11 +176,11 @@ class _TorchBuffer:
         self.tensor.copy_(torch.as_tensor(_Interface(values), device=self.tensor.device))
 
     def read(self) -> np.ndarray:
-        array: np.ndarray = self.tensor.cpu().numpy()
+        array: np.ndarray = self._copies.run("d2h", self.tensor.cpu).numpy()
         return array
 
     def first(self, n_rows: int) -> Buffer:
-        return _TorchBuffer(self.tensor[:n_rows])
+        return _TorchBuffer(self.tensor[:n_rows], self._copies)
 
     def gather(self, source: Buffer, rows: np.ndarray) -> None:
         self.tensor.copy_(_tensor(source)[_host_tensor(rows).to(self.tensor.device)])

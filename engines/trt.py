@@ -115,7 +115,7 @@ class TensorRTBackend:
 
     def timer(self) -> DeviceTimer:
         device = self._runtime.device
-        return DeviceTimer(lambda: CudaEvent(device), device.synchronize)
+        return DeviceTimer(lambda: CudaEvent(device), device.synchronize, device.copies)
 
     def capturer(self) -> Capturer:
         return TensorRTCapturer(self._runtime.device)

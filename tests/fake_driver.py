@@ -32,7 +32,8 @@ class FakeDriver:
         self.graphs, self.handles, self.values = {}, [], {}
         self.kinds, self.instantiated, self.launched, self.destroyed = {}, [], [], []
         self.owners = {}  # address: the context that it belongs to, where it is not the primary one
-        self.events, self.time_ms = [], 0.0  # each piece of enqueued work takes a millisecond
+        self.events, self.time_ms = [], 0.0  # each piece of work takes a millisecond
+        self.copy_ms = {"HtoD": 0.0, "DtoH": 0.0, "DtoD": 0.0}
         self.recorded_on, self.waited_for = {}, []  # streams
         self._capturing = None
         self._keep = []
@@ -128,28 +129,33 @@ class FakeDriver:
 
     def cuMemcpyHtoDAsync(self, target, source, n_bytes, stream):
         self.view(target, n_bytes)[:] = np.frombuffer(ctypes.string_at(source, n_bytes), np.uint8)
-        self.copies.append("HtoD")
-        return self._done("cuMemcpyHtoDAsync")
+        return self._copied("HtoD")
 
     def cuMemcpyDtoHAsync(self, target, source, n_bytes, stream):
         ctypes.memmove(target, self.view(source, n_bytes).ctypes.data, n_bytes)
-        self.copies.append("DtoH")
-        return self._done("cuMemcpyDtoHAsync")
+        return self._copied("DtoH")
 
     def cuMemcpyDtoDAsync(self, target, source, n_bytes, stream):
         self.view(target, n_bytes)[:] = self.view(source, n_bytes)
-        self.copies.append("DtoD")
-        return self._done("cuMemcpyDtoDAsync")
+        return self._copied("DtoD")
+
+    def _copied(self, direction):
+        self.copies.append(direction)
+        self.time_ms += self.copy_ms[direction]
+        return self._done(f"cuMemcpy{direction}Async")
 
     # --- captured work ------------------------------------------------------------------------------------------------
 
     def enqueue(self, work):
         """Do what an engine does when it puts work on the stream."""
         if self._capturing is None:
-            work()
-            self.time_ms += 1
+            self._work(work)
         else:
             self._note(self._capturing, None, 0, ("work", work))
+
+    def _work(self, work):
+        work()
+        self.time_ms += 1
 
     def cuStreamBeginCapture(self, stream, mode):
         assert mode == self.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
@@ -236,7 +242,7 @@ class FakeDriver:
         for entry, _ in self.graphs[graph]:
             match entry:
                 case ("work", work):
-                    work()
+                    self._work(work)
                 case ("child", child):
                     self._run(child)
                 case ("kernel", arguments):

@@ -113,6 +113,23 @@ def _print_split(split: dict[str, Any]) -> None:
         rows.append([name, *cells, f"{row['total_ms']:.3f}", _range(row["total_ms_iqr"])])
     print_table(["strategy", *columns, "total", "IQR"], rows, title="Where the time goes, milliseconds an image")
     click.echo(split["pass"])
+    _print_device({name: row["device"] for name, row in strategies.items() if row.get("device")})
+
+
+def _print_device(rows: dict[str, Any]) -> None:
+    """Print what trtexec calls its performance summary; nothing where engine calls are done when they return."""
+    if not rows:
+        return
+    columns = ["strategy", "H2D", "compute", "D2H", "enqueue", "host", "compute CoV"]
+    cells = []
+    for name, row in rows.items():
+        variation = row["compute_coefficient_of_variation"]
+        medians = [f"{row[f'{part}_ms']['median']:.3f}" for part in ("h2d", "compute", "d2h", "enqueue", "host")]
+        cells.append([name, *medians, "-" if variation is None else percent(variation)])
+    title = (
+        "On the device, median milliseconds a request (H2D, compute, D2H by events; enqueue, host by the host's clock)"
+    )
+    print_table(columns, cells, title=title)
 
 
 def _print_lines(lines: dict[str, Any]) -> None:

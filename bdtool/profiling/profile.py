@@ -10,6 +10,7 @@ from typing import Any
 
 from bdtool.data.batches import ImageSource
 from bdtool.evaluation import keep_for
+from bdtool.profiling.device_times import THRESHOLDS, device_warnings
 from bdtool.profiling.environment import clock_warnings, describe_environment, describe_gpu
 from bdtool.profiling.instrumented import DEVICE_NOTE, PASS_NOTE, InstrumentedPass, run_instrumented
 from bdtool.profiling.line import BlocksLine, fit_lines
@@ -74,7 +75,13 @@ class Profile:
             "input_source": self.input_source,
             "is_real_input": self.is_real_input,
             "strategies": _strategies_json(self.samples, settings, self.paths),
-            "split": {"pass": self.pass_note, "unit": "ms an image", "strategies": self.splits},
+            "split": {
+                "pass": self.pass_note,
+                "unit": "ms an image",
+                "strategies": self.splits,
+                "device_unit": "ms a request",
+                "device_thresholds": THRESHOLDS,
+            },
             "latency_against_blocks": {name: asdict(line) for name, line in self.lines.items()},
             "sweep": {str(batch): _strategies_json(found, settings, {}) for batch, found in self.sweep.items()},
             "parts": self.parts,
@@ -134,6 +141,8 @@ def profile(
         steps.next()
         swept = _sweep(opened.runtimes, workload, settings, batches, steps)
         n_threads = opened.runtimes[BASELINE].threads
+    splits = {name: one.split() for name, one in passes.items()}
+    on_device = {name: row["device"] for name, row in splits.items() if row["device"] is not None}
     version = identify_backend(backend, device).version
     result = Profile(
         bundle=bundle.path.name,
@@ -150,6 +159,7 @@ def profile(
         warnings=[
             *_input_warnings(data, request.is_learned),
             *stability_warnings(samples),
+            *device_warnings(on_device),
             *clock_warnings(gpu),
             *_sweep_warnings(sweep, bundle.manifest.max_batch),
         ],
@@ -158,7 +168,7 @@ def profile(
             **gpu,
             **{f"{name}_before": value for name, value in before.items() if name in _CHANGING},
         },
-        splits={name: one.split() for name, one in passes.items()},
+        splits=splits,
         lines=lines,
         sweep=swept,
         paths=paths,

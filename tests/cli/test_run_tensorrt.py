@@ -33,7 +33,14 @@ def test_profile_times_parts_on_the_device(monkeypatch, tmp_path, bdtool, bdtool
     assert {part["mean_ms"] for part in parts.values()} == {1.0}
     assert all(part["enqueue_ms"] > 0 for part in parts.values())
     assert "events on the device's stream" in profile["parts_pass"]
+    split = profile["split"]
+    assert split["device_thresholds"]["enqueue_to_compute"] == 0.8
+    device = split["strategies"]["chain"]["device"]
+    assert device["compute_ms"]["median"] == 6  # policy, stem, three blocks or shortcuts, head
+    assert device["enqueue_ms"]["median"] > 0
+    assert set(split["strategies"]["full"]["components"]) == {"preprocess", "one_engine", "h2d", "d2h", "dispatch"}
     text = bdtool("profile", bundle_copy, *quick).stdout
+    assert "On the device, median milliseconds a request" in text
     assert "GPU: NVIDIA H200, compute capability 9.0" in text
     assert "us to enqueue" in text
 
