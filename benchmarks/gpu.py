@@ -40,8 +40,9 @@ from bdtool.runtime.paths import parts_of_path
 from bdtool.runtime.policies import parse_policy
 from benchmarks.latency import make_bundle
 from engines.base import Backend, Buffer, Call, Engine
+from engines.capture import CapturingBackend
 from engines.cuda_graph import GraphBuilder
-from engines.graph_engine import CapturingBackend, GraphEngine
+from engines.graph_engine import GraphEngine
 from engines.libcuda import driver_from_libcuda
 from engines.registry import batch_options, identify_backend, open_backend
 from engines.store import EngineStore

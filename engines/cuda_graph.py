@@ -81,7 +81,7 @@ class GraphBuilder:
         for k, (handle, bodies) in enumerate(zip(handles, network.blocks, strict=True)):
             last = [self._switch(graph, last, handle, bodies, f"block {k}")]
         self._switch(graph, last, head_handle, network.heads, "head")
-        return graph, self._instantiate(graph)
+        return graph, self.instantiate(graph)
 
     def flat_graph(self, parts: Sequence[Any]) -> tuple[Any, Any]:
         """Return (CUgraph, CUgraphExec) of captured graphs one after the other: a path that is known in advance."""
@@ -89,7 +89,7 @@ class GraphBuilder:
         last: list[Any] = []
         for index, part in enumerate(parts):
             last = [self._child(graph, last, part, f"part {index}")]
-        return graph, self._instantiate(graph)
+        return graph, self.instantiate(graph)
 
     def _handle(self, graph: Any) -> Any:
         """Make a conditional handle that every launch resets to 0: skip."""
@@ -146,7 +146,8 @@ class GraphBuilder:
                 "Let the engine allocate nothing and record no events while it is captured"
             )
 
-    def _instantiate(self, graph: Any) -> Any:
+    def instantiate(self, graph: Any) -> Any:
+        """Return the CUgraphExec of a CUgraph, which may be destroyed then."""
         params = self._cu.CUDA_GRAPH_INSTANTIATE_PARAMS()
         return self._call(self._cu.cuGraphInstantiateWithParams(graph, params))
 

@@ -6,62 +6,19 @@ moves, and the work of each part in both directions. One image at a time, since 
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from bdtool.errors import UsageError
 from bdtool.specs import NetworkSpec, PartSpec, TensorSpec
 from engines.base import PLAIN_LAYOUT, Backend, Buffer, Call, Engine, PartEngine, run_through_buffers
-from engines.cuda_device import CudaDevice, checked
+from engines.capture import Captured, Capturer, CapturingBackend, launch_call
 from engines.cuda_graph import CapturedNetwork, DispatchMemory, GraphBuilder
 from engines.dispatch_kernel import KERNEL_NAME, SOURCE, cubin_from_source
 from export.fused import fused_spec
-
-
-@dataclass(frozen=True, kw_only=True)
-class Captured:
-    """The captured work of one engine call.
-
-    `keep_alive` holds whatever the work uses; `release` gives the graph back once it was copied into another.
-    """
-
-    graph: Any  # CUgraph
-    keep_alive: object
-    release: Callable[[], object] = lambda: None
-
-
-class Capturer(Protocol):
-    """How a backend's engine calls become parts of a CUDA graph."""
-
-    @property
-    def device(self) -> CudaDevice:
-        """The device, whose stream is the one that the backend's buffers are written and read on."""
-
-    def address(self, buffer: Buffer) -> int:
-        """Return the device address of a buffer of this backend."""
-
-    def capture(
-        self, engine: Engine, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer], *, beside: bool
-    ) -> Captured:
-        """Capture one call from and into these buffers.
-
-        Args:
-            beside: it will run beside other captured work, so it must share no scratch memory with that.
-
-        Raises:
-            EngineError: it cannot be captured.
-        """
-
-
-@runtime_checkable
-class CapturingBackend(Protocol):
-    """A backend whose engines can be captured."""
-
-    def capturer(self) -> Capturer: ...
 
 
 def graph_spec(network: NetworkSpec) -> PartSpec:
@@ -116,13 +73,8 @@ class GraphEngine(PartEngine):
         graph, executable = builder.dispatch_graph(captured, kernel, memory, threshold=network.threshold)
         captures.release()
 
-        def call() -> None:
-            device.launch(executable)
-
         used = (captures, inputs, outputs, probability, has_shortcut, side)
-        call.keep_alive = used  # type: ignore[attr-defined]  # the graph has only their addresses
-        weakref.finalize(call, _destroy, device.cu, graph, executable)
-        return call
+        return launch_call(device, executable, keep_alive=used, graph=graph)
 
     def _decision_buffers(self) -> tuple[Buffer, Buffer, Buffer]:
         """Return P(keep), where there are shortcut parts, and the side of the head; without a policy all are kept."""
@@ -181,8 +133,3 @@ class _Captures:
         """Give the captured graphs back: the graph that they went into has copies of them."""
         for captured in self._captured:
             captured.release()
-
-
-def _destroy(cu: Any, graph: Any, executable: Any) -> None:
-    checked(cu, cu.cuGraphExecDestroy(executable), "to give a graph back")
-    checked(cu, cu.cuGraphDestroy(graph), "to give a graph back")

@@ -16,10 +16,10 @@ from torch import Tensor
 from bdtool.errors import BackendError, DataError, EngineError, UsageError
 from bdtool.specs import NetworkSpec, PartSpec
 from engines.base import ENGINE_TOLERANCE, PLAIN_LAYOUT, Buffer, BuiltEngine, Call, Engine, PartEngine
+from engines.capture import Capturer
 from engines.cuda_device import open_device
 from engines.device_array import DeviceArray
 from engines.device_timer import CopyWatch, DeviceTimer
-from engines.graph_engine import Capturer
 from engines.torch_graph import TorchCapturer
 from engines.torch_onnx import Function, OnnxFunction
 from export.check import OnnxReference, compare_outputs

@@ -31,6 +31,7 @@ class FakeDriver:
         self.copies = []  # "HtoD", "DtoH" and "DtoD", in order
         self.graphs, self.handles, self.values = {}, [], {}
         self.kinds, self.instantiated, self.launched, self.destroyed = {}, [], [], []
+        self.ended = []  # executables that were destroyed; they share the address of their graph
         self.owners = {}  # address: the context that it belongs to, where it is not the primary one
         self.events, self.time_ms = [], 0.0  # each piece of work takes a millisecond
         self.copy_ms = {"HtoD": 0.0, "DtoH": 0.0, "DtoD": 0.0}
@@ -229,10 +230,11 @@ class FakeDriver:
 
     def cuGraphExecDestroy(self, executable):
         self.destroyed.append(int(executable))
+        self.ended.append(int(executable))
         return self._done("cuGraphExecDestroy")
 
     def cuGraphLaunch(self, executable, stream):
-        assert int(executable) not in self.destroyed
+        assert int(executable) not in self.ended
         self.launched.append(int(executable))
         self.values = dict.fromkeys(self.handles, 0)  # each launch begins with the default value
         self._run(int(executable))

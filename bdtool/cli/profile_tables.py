@@ -22,6 +22,9 @@ def print_profile(data: dict[str, Any]) -> None:
     click.echo(f"input: {data['n_images']} images of {data['input_source']}; batch {data['batch']}")
     click.echo(f"clock: {data['boundary']}")
     print_strategies(data["strategies"])
+    for name, row in data["strategies"].items():
+        if "cuda_graph" in row:
+            click.echo(f"{name}: CUDA graph {row['cuda_graph']['mode']} ({row['cuda_graph']['reason']})")
     if "path" in data["strategies"]:
         _print_paths(data["strategies"]["path"])
     if data["split"]["strategies"]:

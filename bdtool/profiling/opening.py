@@ -17,6 +17,8 @@ from bdtool.runtime.orchestrator import Orchestrator
 from bdtool.runtime.paths import PathOptions
 from bdtool.runtime.recommendation import AUTO, CANDIDATES
 from bdtool.specs import NetworkSpec
+from engines.graph_modes import AUTO as AUTO_GRAPH
+from engines.graph_modes import GraphChoice
 from engines.registry import identify_backend
 from engines.store import EngineStore
 from export.bundle import Bundle
@@ -34,6 +36,7 @@ class Place:
     device: str
     threads: int | None
     precision: str
+    cuda_graph: str = AUTO_GRAPH
 
     def open(self, bundle: Bundle, strategy: str, *, paths: PathOptions | None = None) -> Orchestrator:
         return Orchestrator.open(
@@ -44,6 +47,7 @@ class Place:
             threads=self.threads,
             precision=self.precision,
             paths=paths,
+            cuda_graph=self.cuda_graph,
         )
 
     def store(self, bundle: Bundle) -> EngineStore:
@@ -62,6 +66,11 @@ class Opened:
     def of_bundle(self) -> dict[str, Orchestrator]:
         """The runtimes of the bundle itself."""
         return {name: runtime for name, runtime in self.runtimes.items() if ":" not in name}
+
+    def graph_choices(self) -> dict[str, GraphChoice]:
+        """Return how each strategy that has CUDA graphs uses them."""
+        choices = {name: runtime.graph_choice for name, runtime in self.runtimes.items()}
+        return {name: choice for name, choice in choices.items() if choice is not None}
 
     def path_figures(self) -> dict[str, Any]:
         """Return what the path cache holds; nothing without a `path` strategy."""

@@ -17,9 +17,12 @@ from bdtool.profiling.line import BlocksLine, fit_lines
 from bdtool.profiling.measure import BASELINE, BOUNDARY, Settings, Workload, measure, stability_warnings
 from bdtool.profiling.opening import Opened, Place, open_all, strategy_names
 from bdtool.profiling.statistics import Samples
+from bdtool.profiling.workload import is_static
 from bdtool.runtime.orchestrator import Orchestrator
 from bdtool.runtime.policies import parse_policy
 from bdtool.runtime.recommendation import AUTO, CANDIDATES, Recommendation, choose_strategy, write_recommendation
+from engines.graph_modes import AUTO as AUTO_GRAPH
+from engines.graph_modes import OFF, GraphChoice
 from engines.registry import identify_backend
 from export.bundle import Bundle
 
@@ -50,6 +53,7 @@ class Profile:
     lines: dict[str, BlocksLine] = field(default_factory=dict)
     sweep: dict[int, dict[str, Samples]] = field(default_factory=dict)  # by batch
     paths: dict[str, Any] = field(default_factory=dict)  # what the path cache held
+    graphs: dict[str, GraphChoice] = field(default_factory=dict)  # how strategies use CUDA graphs, on a GPU
     peak_memory_mib: float | None = None
     recommendation: Recommendation | None = None
 
@@ -74,7 +78,7 @@ class Profile:
             "n_images": self.n_images,
             "input_source": self.input_source,
             "is_real_input": self.is_real_input,
-            "strategies": _strategies_json(self.samples, settings, self.paths),
+            "strategies": _strategies_json(self.samples, settings, self.paths, self.graphs),
             "split": {
                 "pass": self.pass_note,
                 "unit": "ms an image",
@@ -83,7 +87,7 @@ class Profile:
                 "device_thresholds": THRESHOLDS,
             },
             "latency_against_blocks": {name: asdict(line) for name, line in self.lines.items()},
-            "sweep": {str(batch): _strategies_json(found, settings, {}) for batch, found in self.sweep.items()},
+            "sweep": {str(batch): _strategies_json(found, settings, {}, {}) for batch, found in self.sweep.items()},
             "parts": self.parts,
             "parts_pass": f"engine calls of chain at batch {settings.batch}; {self.pass_note}",
             "peak_memory_mib": self.peak_memory_mib,
@@ -107,6 +111,7 @@ def profile(
     precision: str = "fp32",
     baseline: Bundle | None = None,
     sweep: Sequence[int] = (),
+    cuda_graph: str = AUTO_GRAPH,
     on_progress: Callable[[float], None] = lambda share_done: None,
 ) -> Profile:
     """Measure `strategies` and the baseline `full` on the first images of `data`, in one run.
@@ -115,6 +120,7 @@ def profile(
         strategies: names; "auto" stands for all that take a policy, and records the fastest beside the engines.
         baseline: another static ResNet, whose `full` engine takes turns under the name `full:<arch>`.
         sweep: batch sizes whose throughput is measured as well.
+        cuda_graph: as for `Orchestrator.open`.
 
     Raises:
         PolicyError: the policy does not fit the network.
@@ -125,7 +131,7 @@ def profile(
     request = parse_policy(policy, n_blocks=network.n_blocks, has_policy_network=network.has_policy)
     images = data.take(MAX_IMAGES).images
     workload = Workload(images=images, keep=keep_for(request, len(images), 0))
-    place = Place(backend=backend, device=device, threads=threads, precision=precision)
+    place = Place(backend=backend, device=device, threads=threads, precision=precision, cuda_graph=cuda_graph)
     names = strategy_names(strategies, network, place)
     batches = [batch for batch in sweep if batch <= bundle.manifest.max_batch]
     steps = _Steps(2 + len(batches), on_progress)
@@ -134,7 +140,7 @@ def profile(
         before = describe_gpu(device)
         samples = measure(opened.runtimes, workload, settings, on_round=steps.share)
         gpu = describe_gpu(device)
-        peak_memory_mib, paths = _peak_memory_mib(), opened.path_figures()
+        peak_memory_mib, paths, graphs = _peak_memory_mib(), opened.path_figures(), opened.graph_choices()
         steps.next()
         passes = _instrumented(opened, workload, settings)
         lines = fit_lines(opened.of_bundle, samples, workload, settings, on_round=steps.share)
@@ -160,6 +166,7 @@ def profile(
             *_input_warnings(data, request.is_learned),
             *stability_warnings(samples),
             *device_warnings(on_device),
+            *_baseline_warnings(graphs),
             *clock_warnings(gpu),
             *_sweep_warnings(sweep, bundle.manifest.max_batch),
         ],
@@ -172,6 +179,7 @@ def profile(
         lines=lines,
         sweep=swept,
         paths=paths,
+        graphs=graphs,
         peak_memory_mib=peak_memory_mib,
     )
     return _recommended(result, bundle, place) if AUTO in strategies else result
@@ -212,11 +220,15 @@ def _sweep(
     return found
 
 
-def _strategies_json(samples: dict[str, Samples], settings: Settings, paths: dict[str, Any]) -> dict[str, Any]:
+def _strategies_json(
+    samples: dict[str, Samples], settings: Settings, paths: dict[str, Any], graphs: dict[str, GraphChoice]
+) -> dict[str, Any]:
     full = samples[BASELINE]
     rows = {name: one.to_json(full, settings.percentiles) for name, one in samples.items()}
     if "path" in rows:
         rows["path"] |= {"hit_rate": samples["path"].hit_rate, **paths}
+    for name, choice in graphs.items():
+        rows[name]["cuda_graph"] = asdict(choice)
     return rows
 
 
@@ -260,6 +272,14 @@ def _input_warnings(data: ImageSource, is_learned: bool) -> list[str]:
         return []
     learned = "; what a policy network keeps on them means nothing" if is_learned else ""
     return [f"the input is {data.description}{learned}. Give real ones with --data"]
+
+
+def _baseline_warnings(graphs: dict[str, GraphChoice]) -> list[str]:
+    return [
+        f"{name} runs without a CUDA graph ({choice.reason}): a weaker baseline than a user would take"
+        for name, choice in graphs.items()
+        if is_static(name) and choice.mode == OFF
+    ]
 
 
 def _sweep_warnings(sweep: Sequence[int], max_batch: int) -> list[str]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from bdtool.errors import BdtoolError, UsageError
+from bdtool.runtime.full import FullStrategy
 from bdtool.runtime.one_call import fused_strategy, graph_strategy
 from bdtool.runtime.paths import PathOptions, PathStrategy
-from bdtool.runtime.strategies import ChainStrategy, FullStrategy, Strategy, WrapCall
+from bdtool.runtime.strategies import ChainStrategy, Strategy, WrapCall
 from bdtool.specs import NetworkSpec, PartSpec
 from engines.base import Backend, Engine
+from engines.graph_modes import GraphPlan
 from engines.registry import fuses, joins, require_graphs
 
 STRATEGIES = ("chain", "path", "fused", "graph", "full")
@@ -68,8 +70,14 @@ def make_strategy(
     *,
     wrap: WrapCall = lambda part, call: call,
     paths: PathOptions | None = None,
+    graphs: GraphPlan | None = None,
 ) -> Strategy:
-    """Return the strategy on loaded engines; `wrap` goes around each engine call, for profiling."""
+    """Return the strategy on loaded engines.
+
+    Args:
+        wrap: goes around each engine call, for profiling.
+        graphs: the CUDA graphs that `graph` and `full` may use.
+    """
     if strategy == "path":
         return PathStrategy(network, backend, engines, wrap=wrap, options=paths)
     if strategy == "fused":
@@ -77,5 +85,5 @@ def make_strategy(
     if strategy == "graph":
         return graph_strategy(network, backend, engines, wrap=wrap)
     if strategy == "full":
-        return FullStrategy(network, backend, engines, wrap=wrap)
+        return FullStrategy(network, backend, engines, wrap=wrap, graphs=graphs)
     return ChainStrategy(network, backend, engines, wrap=wrap)

@@ -12,6 +12,7 @@ from bdtool.runtime.strategies import Strategy, WrapCall, fill
 from bdtool.specs import NetworkSpec, PartSpec
 from engines.base import Backend, Engine
 from engines.device_array import Images
+from engines.graph_modes import GraphChoice
 from engines.store import EngineSet
 from export.fused import FORCE_DROP, FORCE_KEEP, fused_spec
 
@@ -44,6 +45,7 @@ class OneCallStrategy:
     """
 
     hits: np.ndarray | None = None
+    graph: GraphChoice | None = None
 
     def __init__(self, spec: PartSpec, engine: Engine, backend: Backend, *, wrap: WrapCall) -> None:
         self._name = spec.name

@@ -29,7 +29,16 @@ from bdtool.specs import NetworkSpec, PartSpec
 from engines.base import Backend, Engine
 from engines.device_array import DeviceArray, DeviceArrayBackend, Images, device_array
 from engines.device_timer import DeviceTimer, TimedBackend
-from engines.registry import DEFAULT_BACKEND, DEFAULT_DEVICE, batch_options, identify_backend, open_backend
+from engines.graph_modes import AUTO as AUTO_GRAPH
+from engines.graph_modes import GraphChoice, GraphPlan
+from engines.registry import (
+    DEFAULT_BACKEND,
+    DEFAULT_DEVICE,
+    batch_options,
+    identify_backend,
+    open_backend,
+    plan_graphs,
+)
 from engines.store import EngineStore
 from export.bundle import Bundle
 
@@ -73,6 +82,7 @@ class Orchestrator:
         strategy: str,
         max_batch: int,
         paths: PathOptions | None = None,
+        graphs: GraphPlan | None = None,
         wrap: WrapCall = lambda part, call: call,
     ) -> None:
         self.network = network
@@ -80,7 +90,10 @@ class Orchestrator:
         self._backend = backend
         self._engines = engines
         self._max_batch = max_batch
-        self._strategy: Strategy | None = make_strategy(strategy, network, backend, engines, wrap=wrap, paths=paths)
+        self._graphs = graphs
+        self._strategy: Strategy | None = make_strategy(
+            strategy, network, backend, engines, wrap=wrap, paths=paths, graphs=graphs
+        )
         self._preprocess = Preprocessor(network.preprocessing)
         self._input = np.empty((0, 3, network.preprocessing.height, network.preprocessing.width), dtype=np.float32)
         self._parse = lru_cache(maxsize=64)(self._parse_text)
@@ -96,6 +109,7 @@ class Orchestrator:
         threads: int | None = None,
         precision: str = "fp32",
         paths: PathOptions | None = None,
+        cuda_graph: str = AUTO_GRAPH,
     ) -> Orchestrator:
         """Open a bundle. Engines that it lacks for this machine are built first, as `bdtool build` does.
 
@@ -112,6 +126,8 @@ class Orchestrator:
                 one come from a pool that ONNX Runtime makes once in a process.
             precision: which parts to run: "fp32", or one that `bdtool calibrate` has added to the bundle.
             paths: bounds of the path cache; None takes the defaults, with the masks that `bdtool build --paths` found.
+            cuda_graph: "off" launches the work of "full" on a GPU plainly, "auto" replays it as a CUDA graph where the
+                driver and the installed packages allow it; `graph_choice` says which, and why.
 
         Raises:
             BundleError: the bundle is damaged, incomplete or too new, or has no recommendation for "auto".
@@ -125,6 +141,7 @@ class Orchestrator:
         identity = identify_backend(backend, device)
         options = batch_options(backend, opened.manifest.max_batch)
         library = open_backend(backend, device, threads=threads, tensorrt=options)
+        graphs = plan_graphs(backend, device, cuda_graph)
         with ExitStack() as stack:
             store = EngineStore(opened, identity, precision=precision)
             network = store.network
@@ -141,7 +158,7 @@ class Orchestrator:
         if strategy == "path" and paths is None:
             paths = PathOptions(ahead=read_masks(store.directory, network.n_blocks))
         max_batch = opened.manifest.max_batch
-        return cls(network, library, engines, strategy=strategy, max_batch=max_batch, paths=paths)
+        return cls(network, library, engines, strategy=strategy, max_batch=max_batch, paths=paths, graphs=graphs)
 
     def run(self, images: Any, policy: PolicyLike = None) -> RunResult:
         """Classify a batch.
@@ -218,6 +235,11 @@ class Orchestrator:
         return self._strategy.cache.stats if isinstance(self._strategy, PathStrategy) else None
 
     @property
+    def graph_choice(self) -> GraphChoice | None:
+        """How CUDA graphs are used, and why so; None where this strategy and backend have none."""
+        return self._require_open().graph
+
+    @property
     def threads(self) -> int:
         """CPU threads of one engine call."""
         return self._backend.threads
@@ -243,6 +265,7 @@ class Orchestrator:
             strategy=self.strategy_name,
             max_batch=self._max_batch,
             paths=paths,
+            graphs=self._graphs,
             wrap=wrap,
         )
 

@@ -25,6 +25,7 @@ from bdtool.runtime.strategies import ChainStrategy, Lane, WrapCall
 from bdtool.specs import NetworkSpec, PartSpec
 from engines.base import Backend, Call, Engine
 from engines.device_array import DeviceArray, Images
+from engines.graph_modes import GraphChoice
 from engines.store import EngineSet
 
 logger = logging.getLogger(__name__)
@@ -191,6 +192,8 @@ class PathCache:
 
 class PathStrategy:
     """Two engine calls an image, policy and path, for masks that have a path engine; the chain for the others."""
+
+    graph: GraphChoice | None = None
 
     def __init__(
         self,

@@ -16,6 +16,7 @@ from bdtool.runtime.controllers import Controller, Decision
 from bdtool.specs import NetworkSpec, PartSpec, TensorSpec
 from engines.base import Backend, Buffer, Call, Engine
 from engines.device_array import DeviceArray, DeviceFilled, Images
+from engines.graph_modes import GraphChoice
 
 MAX_LANES = 8  # batch sizes whose buffers are kept; a choice that bounds memory
 MAX_ROW_CALLS = 4096  # bindings of parts to some rows of a batch that are kept; each takes a few kB
@@ -28,6 +29,10 @@ class Strategy(Protocol):
     @property
     def hits(self) -> np.ndarray | None:
         """Which images of the last batch ran as one specialised engine, bool [N]; None where there are none such."""
+
+    @property
+    def graph(self) -> GraphChoice | None:
+        """How CUDA graphs are used; None where no strategy of the backend has them."""
 
     def run(self, images: Images, controller: Controller) -> np.ndarray: ...
 
@@ -62,6 +67,7 @@ class ChainStrategy:
     """One engine call for each kept block. Buffers are allocated and bound once for each batch size."""
 
     hits: np.ndarray | None = None
+    graph: GraphChoice | None = None
 
     def __init__(
         self,
@@ -93,57 +99,12 @@ class ChainStrategy:
         return lane
 
 
-class FullStrategy:
-    """The baseline: the whole static ResNet as one engine. It runs every block and asks no controller."""
-
-    hits: np.ndarray | None = None
-
-    def __init__(
-        self,
-        network: NetworkSpec,
-        backend: Backend,
-        engines: Mapping[str, Engine],
-        *,
-        wrap: WrapCall = lambda part, call: call,
-    ) -> None:
-        self._part = network.require("full")
-        self._backend = backend
-        self._engine = engines[self._part.name]
-        self._wrap = wrap
-        self._bound: OrderedDict[int, tuple[Buffer, Call, Buffer]] = OrderedDict()
-
-    def close(self) -> None:
-        """Nothing runs in the background."""
-
-    def run(self, images: Images, controller: Controller) -> np.ndarray:
-        if len(images) not in self._bound:
-            self._bound[len(images)] = self._bind(len(images))
-            if len(self._bound) > MAX_LANES:
-                self._bound.popitem(last=False)
-        image, call, logits = self._bound[len(images)]
-        controller.begin(len(images), _no_policy)
-        fill(image, images)
-        call()
-        return logits.read().copy()
-
-    def _bind(self, n_images: int) -> tuple[Buffer, Call, Buffer]:
-        source, result = self._part.inputs[0], self._part.outputs[0]
-        image = self._backend.allocate(source.shape_for(n_images), source.dtype)
-        logits = self._backend.allocate(result.shape_for(n_images), result.dtype)
-        call = self._engine.bind({source.name: image}, {result.name: logits})
-        return image, self._wrap(self._part, call), logits
-
-
 def fill(buffer: Buffer, images: Images) -> None:
     """Put images into a buffer, from the host or from the buffer's own device."""
     if isinstance(images, DeviceArray):
         cast(DeviceFilled, buffer).copy_from(images)  # the orchestrator has asked the backend
     else:
         buffer.write(images)
-
-
-def _no_policy() -> np.ndarray:
-    raise UsageError("strategy 'full' runs every block and has no policy; open the bundle with strategy='chain'")
 
 
 def _fastest(action: Callable[[], object], *, n_runs: int = 3) -> float:

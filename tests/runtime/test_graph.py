@@ -151,7 +151,7 @@ def test_work_that_no_graph_may_hold_is_named(monkeypatch, tmp_path, tiny):
             "torch",
             "cuda:0",
             Driver((12, 4), (Gpu("A", (8, 0)),)),
-            r"supports CUDA up to 12\.4.*needs 12\.8\. Update the",
+            r"supports CUDA up to 12\.4.*needs 12\.8; update the",
         ),
     ],
 )
