@@ -84,6 +84,11 @@ def plan_for(mode: str, there: GraphPlan) -> GraphPlan:
     return GraphPlan(modes=(mode,), missing=there.missing, is_forced=True)
 
 
+def chosen(plan: GraphPlan | None, choice: GraphChoice) -> GraphPlan:
+    """Return the plan that leads to the same choice again, without comparing."""
+    return GraphPlan(modes=(choice.mode,), missing={} if plan is None else plan.missing, is_forced=True)
+
+
 def _lacks(
     driver: Driver, since: tuple[int, int], packages: Sequence[str], what: str, is_installed: Callable[[str], bool]
 ) -> str | None:

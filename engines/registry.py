@@ -7,7 +7,7 @@ from importlib import metadata
 from bdtool.errors import BackendError, UsageError
 from engines.base import Backend, BackendIdentity
 from engines.cpu import instruction_set
-from engines.graph_modes import AUTO, OFF, SWITCH, GraphPlan, graphs_of_machine, plan_for
+from engines.graph_modes import AUTO, OFF, GraphPlan, graphs_of_machine, plan_for
 from engines.libcuda import driver_from_libcuda
 from engines.trt_identity import tensorrt_identity
 from engines.trt_options import TENSORRT, TENSORRT_RTX, TensorRTOptions
@@ -94,7 +94,6 @@ def require_graphs(name: str, device: str) -> None:
     driver = driver_from_libcuda()
     if not driver.usable:
         raise BackendError(f"strategy 'graph': {driver.error or 'no GPU'}. See `bdtool doctor`")
-    plan_graphs(name, device, SWITCH)
 
 
 def _is_installed(distribution: str) -> bool:

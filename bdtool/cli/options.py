@@ -86,7 +86,10 @@ class NumberList(click.ParamType):  # type: ignore[type-arg]  # generic only in 
 
 
 def cuda_graph_option(command: _Command) -> _Command:
-    help_text = "On a GPU, whether `full` is replayed as a CUDA graph: auto (where it can be) or off (plain launches)."
+    help_text = (
+        "CUDA graphs of strategies graph and full on a GPU: policy-cache, switch, path-cache, off (plain launches), or "
+        "auto (the fastest of those that driver and packages allow)."
+    )
     return click.option("--cuda-graph", default="auto", show_default=True, metavar="MODE", help=help_text)(command)
 
 

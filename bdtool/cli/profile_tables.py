@@ -24,7 +24,8 @@ def print_profile(data: dict[str, Any]) -> None:
     print_strategies(data["strategies"])
     for name, row in data["strategies"].items():
         if "cuda_graph" in row:
-            click.echo(f"{name}: CUDA graph {row['cuda_graph']['mode']} ({row['cuda_graph']['reason']})")
+            hits = f"; {percent(row['hit_rate'])} of the images hit" if "hit_rate" in row else ""
+            click.echo(f"{name}: CUDA graph {row['cuda_graph']['mode']} ({row['cuda_graph']['reason']}){hits}")
     if "path" in data["strategies"]:
         _print_paths(data["strategies"]["path"])
     if data["split"]["strategies"]:

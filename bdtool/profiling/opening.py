@@ -25,6 +25,7 @@ from export.bundle import Bundle
 
 STORED = "stored by `bdtool build --paths`"
 COUNTED = "counted on the measured images before the clock started"
+KNOW_MASKS = {"path", "graph"}  # strategies that prepare for frequent masks
 _COUNT_BATCH = 64
 
 
@@ -59,7 +60,7 @@ class Opened:
     """Everything that takes turns: `full` first, the strategies, then another bundle's `full:<arch>`."""
 
     runtimes: dict[str, Orchestrator]
-    paths: PathOptions | None  # of `path`, where it is among them
+    paths: PathOptions | None  # of `path` and `graph`, where they are among them
     path_masks: str  # where its masks come from
 
     @property
@@ -121,9 +122,10 @@ def open_all(
     """
     if baseline is not None:
         _check_size(bundle, baseline)
-    paths, source = path_options(bundle, workload, place) if "path" in names else (None, "")
+    paths, source = path_options(bundle, workload, place) if KNOW_MASKS & set(names) else (None, "")
     runtimes = {
-        name: stack.enter_context(place.open(bundle, name, paths=paths if name == "path" else None)) for name in names
+        name: stack.enter_context(place.open(bundle, name, paths=paths if name in KNOW_MASKS else None))
+        for name in names
     }
     if baseline is not None:
         runtimes[f"{BASELINE}:{baseline.network.arch}"] = stack.enter_context(place.open(baseline, BASELINE))

@@ -15,7 +15,7 @@ from bdtool.profiling.environment import clock_warnings, describe_environment, d
 from bdtool.profiling.instrumented import DEVICE_NOTE, PASS_NOTE, InstrumentedPass, run_instrumented
 from bdtool.profiling.line import BlocksLine, fit_lines
 from bdtool.profiling.measure import BASELINE, BOUNDARY, Settings, Workload, measure, stability_warnings
-from bdtool.profiling.opening import Opened, Place, open_all, strategy_names
+from bdtool.profiling.opening import KNOW_MASKS, Opened, Place, open_all, strategy_names
 from bdtool.profiling.statistics import Samples
 from bdtool.profiling.workload import is_static
 from bdtool.runtime.orchestrator import Orchestrator
@@ -202,7 +202,7 @@ class _Steps:
 def _instrumented(opened: Opened, workload: Workload, settings: Settings) -> dict[str, InstrumentedPass]:
     return {
         name: run_instrumented(
-            name, runtime, workload, batch=settings.batch, paths=opened.paths if name == "path" else None
+            name, runtime, workload, batch=settings.batch, paths=opened.paths if name in KNOW_MASKS else None
         )
         for name, runtime in opened.of_bundle.items()
     }
@@ -229,6 +229,8 @@ def _strategies_json(
         rows["path"] |= {"hit_rate": samples["path"].hit_rate, **paths}
     for name, choice in graphs.items():
         rows[name]["cuda_graph"] = asdict(choice)
+        if samples[name].hits is not None:  # of masks that have a graph
+            rows[name]["hit_rate"] = samples[name].hit_rate
     return rows
 
 

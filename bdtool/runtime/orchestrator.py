@@ -30,7 +30,7 @@ from engines.base import Backend, Engine
 from engines.device_array import DeviceArray, DeviceArrayBackend, Images, device_array
 from engines.device_timer import DeviceTimer, TimedBackend
 from engines.graph_modes import AUTO as AUTO_GRAPH
-from engines.graph_modes import GraphChoice, GraphPlan
+from engines.graph_modes import GraphChoice, GraphPlan, chosen
 from engines.registry import (
     DEFAULT_BACKEND,
     DEFAULT_DEVICE,
@@ -90,7 +90,7 @@ class Orchestrator:
         self._backend = backend
         self._engines = engines
         self._max_batch = max_batch
-        self._graphs = graphs
+        self._graphs, self._paths = graphs, paths
         self._strategy: Strategy | None = make_strategy(
             strategy, network, backend, engines, wrap=wrap, paths=paths, graphs=graphs
         )
@@ -119,15 +119,17 @@ class Orchestrator:
             device: "cpu", or "cuda:N" where the backend has it; never exchanged for another in silence.
             strategy: "chain" (one engine call for each kept block), "path" (one engine for each frequent keep mask,
                 the chain for the others), "fused" (the whole network as one engine with an `If` for each block),
-                "graph" (likewise as one CUDA graph, whose decision stays on the device), "full" (the whole ResNet as
-                one engine) or "auto" (what `bdtool profile --strategy auto` recommended for this target and number of
-                threads).
+                "graph" (likewise by CUDA graphs, for single images on a GPU), "full" (the whole ResNet as one engine)
+                or "auto" (what `bdtool profile --strategy auto` recommended for this target and number of threads).
             threads: CPU threads of one engine call; None takes the processors that are there, at most 4. More than
                 one come from a pool that ONNX Runtime makes once in a process.
             precision: which parts to run: "fp32", or one that `bdtool calibrate` has added to the bundle.
             paths: bounds of the path cache; None takes the defaults, with the masks that `bdtool build --paths` found.
-            cuda_graph: "off" launches the work of "full" on a GPU plainly, "auto" replays it as a CUDA graph where the
-                driver and the installed packages allow it; `graph_choice` says which, and why.
+            cuda_graph: how "graph" and "full" use CUDA graphs on a GPU. "auto" takes of what driver and packages
+                allow what is measured to be the fastest when the bundle is opened; for "graph" one of "policy-cache"
+                (the decision stays on the device: one SWITCH over the paths of the frequent masks in `paths`),
+                "switch" (likewise with a SWITCH for each block), "path-cache" (the policy is read back, a graph for
+                each mask), or "off" (plain launches, for "full", too). `graph_choice` says which, and why.
 
         Raises:
             BundleError: the bundle is damaged, incomplete or too new, or has no recommendation for "auto".
@@ -155,10 +157,13 @@ class Orchestrator:
                 found = store, store.find(parts)
             store, records = found
             engines = store.load(library, records, joinable=strategy in ("path", "fused"))
-        if strategy == "path" and paths is None:
+        if strategy in ("path", "graph") and paths is None:
             paths = PathOptions(ahead=read_masks(store.directory, network.n_blocks))
         max_batch = opened.manifest.max_batch
-        return cls(network, library, engines, strategy=strategy, max_batch=max_batch, paths=paths, graphs=graphs)
+        runtime = cls(network, library, engines, strategy=strategy, max_batch=max_batch, paths=paths, graphs=graphs)
+        if (choice := runtime.graph_choice) is not None:
+            logger.info("strategy %s: CUDA graph mode %s (%s)", strategy, choice.mode, choice.reason)
+        return runtime
 
     def run(self, images: Any, policy: PolicyLike = None) -> RunResult:
         """Classify a batch.
@@ -258,14 +263,15 @@ class Orchestrator:
 
         Its path cache is its own, of `paths`. Close it when done.
         """
+        choice = self.graph_choice if self.strategy_name == "graph" else None  # modes are not compared again
         return Orchestrator(
             self.network,
             self._backend,
             self._engines,
             strategy=self.strategy_name,
             max_batch=self._max_batch,
-            paths=paths,
-            graphs=self._graphs,
+            paths=paths or self._paths,
+            graphs=self._graphs if choice is None else chosen(self._graphs, choice),
             wrap=wrap,
         )
 

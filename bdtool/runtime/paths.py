@@ -21,7 +21,7 @@ import numpy as np
 
 from bdtool.errors import BdtoolError, UsageError
 from bdtool.runtime.controllers import Controller, MaskController
-from bdtool.runtime.strategies import ChainStrategy, Lane, WrapCall
+from bdtool.runtime.strategies import ChainStrategy, Lane, Strategy, WrapCall
 from bdtool.specs import NetworkSpec, PartSpec
 from engines.base import Backend, Call, Engine
 from engines.device_array import DeviceArray, Images
@@ -190,7 +190,7 @@ class PathCache:
                 self._seen[mask.tobytes()] = -math.inf
 
 
-class PathStrategy:
+class PathStrategy(Strategy):
     """Two engine calls an image, policy and path, for masks that have a path engine; the chain for the others."""
 
     graph: GraphChoice | None = None

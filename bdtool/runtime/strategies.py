@@ -26,13 +26,10 @@ WrapCall = Callable[[PartSpec, Call], Call]  # lets a profiler time each engine 
 class Strategy(Protocol):
     """Runs batches: images float32 [N, 3, H, W] in, logits float32 [N, classes] out."""
 
-    @property
-    def hits(self) -> np.ndarray | None:
-        """Which images of the last batch ran as one specialised engine, bool [N]; None where there are none such."""
-
-    @property
-    def graph(self) -> GraphChoice | None:
-        """How CUDA graphs are used; None where no strategy of the backend has them."""
+    # Which images of the last batch ran as one specialised engine, bool [N]; None where there are none such.
+    hits: np.ndarray | None
+    # How CUDA graphs are used; None where the strategy has none.
+    graph: GraphChoice | None
 
     def run(self, images: Images, controller: Controller) -> np.ndarray: ...
 
@@ -63,7 +60,7 @@ class _RowCall:
     emitted: Mapping[str, Buffer]
 
 
-class ChainStrategy:
+class ChainStrategy(Strategy):
     """One engine call for each kept block. Buffers are allocated and bound once for each batch size."""
 
     hits: np.ndarray | None = None

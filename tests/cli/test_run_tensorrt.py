@@ -33,6 +33,9 @@ def test_profile_times_parts_on_the_device(monkeypatch, tmp_path, bdtool, bdtool
     profile = bdtool_json("profile", bundle_copy, *quick, "--strategy", "auto")
     assert set(profile["strategies"]) == {"full", "chain", "graph"}
     assert profile["strategies"]["full"]["cuda_graph"]["mode"] == "replay"
+    graph = profile["strategies"]["graph"]
+    assert set(graph["cuda_graph"]["measured_ms"]) == {"policy-cache", "switch", "path-cache", "off"}
+    assert graph["hit_rate"] == 1  # the one mask of the images is counted before
     plain = bdtool("profile", bundle_copy, *quick, "--cuda-graph", "off")
     assert "warning: full runs without a CUDA graph (asked for): a weaker baseline" in plain.stderr
     environment = profile["environment"]
