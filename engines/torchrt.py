@@ -100,6 +100,9 @@ class TorchBackend:
                 "pycuda.autoprimaryctx instead of pycuda.autoinit"
             ) from exc
 
+    def concatenate(self, values: Sequence[DeviceArray]) -> DeviceArray:
+        return _device_array(torch.cat([_owned(one) for one in values]))
+
     def timer(self) -> DeviceTimer | None:
         if self.device.type == "cpu":
             return None
@@ -173,7 +176,10 @@ class _TorchBuffer:
     def copy_from(self, values: DeviceArray) -> None:
         made_on = torch.cuda.ExternalStream(values.stream, device=self.tensor.device)  # type: ignore[no-untyped-call]
         torch.cuda.current_stream(self.tensor.device).wait_stream(made_on)
-        self.tensor.copy_(torch.as_tensor(_Interface(values), device=self.tensor.device))
+        self.tensor.copy_(torch.as_tensor(values, device=self.tensor.device))
+
+    def copy_out(self) -> DeviceArray:
+        return _device_array(self.tensor.clone(memory_format=torch.contiguous_format))
 
     def read(self) -> np.ndarray:
         array: np.ndarray = self._copies.run("d2h", self.tensor.cpu).numpy()
@@ -189,17 +195,16 @@ class _TorchBuffer:
         self.tensor[_host_tensor(rows).to(self.tensor.device)] = _tensor(source)
 
 
-class _Interface:
-    """A device array, or some of its rows, for PyTorch to look at."""
+def _device_array(tensor: Tensor) -> DeviceArray:
+    """Return a contiguous tensor as an array on its device, made on PyTorch's current stream."""
+    stream = torch.cuda.current_stream(tensor.device).cuda_stream
+    dtype = np.dtype(str(tensor.dtype).removeprefix("torch."))
+    return DeviceArray(address=tensor.data_ptr(), shape=tuple(tensor.shape), dtype=dtype, stream=stream, owner=tensor)
 
-    def __init__(self, values: DeviceArray) -> None:
-        self._values = values
-        self.__cuda_array_interface__ = {
-            "shape": values.shape,
-            "typestr": values.dtype.str,
-            "data": (values.address, False),
-            "version": 3,
-        }
+
+def _owned(values: DeviceArray) -> Tensor:
+    assert isinstance(values.owner, Tensor)  # this backend made it
+    return values.owner
 
 
 def _timing_event() -> torch.cuda.Event:

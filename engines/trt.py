@@ -12,7 +12,7 @@ from bdtool.specs import NetworkSpec, PartSpec
 from engines.base import PLAIN_LAYOUT, BackendIdentity, Buffer, BuiltEngine, Engine
 from engines.capture import Capturer
 from engines.check import check_engine
-from engines.cuda_buffer import DeviceBuffer
+from engines.cuda_buffer import DeviceBuffer, concatenate
 from engines.cuda_device import CudaDevice, CudaEvent, open_device
 from engines.device_array import DeviceArray
 from engines.device_timer import DeviceTimer
@@ -112,6 +112,9 @@ class TensorRTBackend:
                 f"images: their memory belongs to another CUDA context than the primary one of cuda:{device.index}, as "
                 "pycuda.autoinit makes it. Import pycuda.autoprimaryctx instead, and make the array again"
             )
+
+    def concatenate(self, values: Sequence[DeviceArray]) -> DeviceArray:
+        return concatenate(self._runtime.device, values)
 
     def timer(self) -> DeviceTimer:
         device = self._runtime.device

@@ -18,10 +18,10 @@ from bdtool.runtime.controllers import Controller, MaskController
 from bdtool.runtime.one_call import BoundNetwork, OneCallStrategy
 from bdtool.runtime.paths import PathOptions
 from bdtool.runtime.policies import parse_policy
-from bdtool.runtime.strategies import ChainStrategy, Strategy, WrapCall, fill
+from bdtool.runtime.strategies import ChainStrategy, Strategy, WrapCall, fill, joined, take
 from bdtool.specs import NetworkSpec
 from engines.base import Backend, Call, Engine
-from engines.device_array import Images
+from engines.device_array import Images, Logits
 from engines.device_timer import DeviceTimer, TimedBackend
 from engines.graph_modes import OFF, PATH_CACHE, POLICY_CACHE, SWITCH, GraphChoice, GraphPlan
 from engines.network_graphs import NetworkGraphs, graph_spec
@@ -111,6 +111,7 @@ class PathCacheStrategy(Strategy):
 
     hits: np.ndarray | None = None
     graph: GraphChoice | None = None
+    max_device_images = 1
 
     def __init__(self, network: NetworkSpec, graphs: NetworkGraphs, *, wrap: WrapCall, options: PathOptions) -> None:
         self._part = network.whole("path", flops=0)  # its FLOPs depend on the mask
@@ -123,7 +124,7 @@ class PathCacheStrategy(Strategy):
         for mask in reversed(_known(options)):  # the most frequent one is dropped last
             self._path(mask)
 
-    def run(self, images: Images, controller: Controller) -> np.ndarray:
+    def run(self, images: Images, controller: Controller) -> Logits:
         if not isinstance(controller, MaskController):
             raise UsageError(
                 "strategy 'graph' needs every keep bit before block 0; this controller finds them on the way"
@@ -132,12 +133,12 @@ class PathCacheStrategy(Strategy):
         probabilities = [probability for probability, _, _ in rows]
         controller.begin(len(images), lambda: np.concatenate([p for p in probabilities if p is not None]))
         self.hits = np.array([hit for _, hit, _ in rows])
-        return np.concatenate([logits for _, _, logits in rows])
+        return joined([logits for _, _, logits in rows])
 
     def close(self) -> None:
         self._paths.clear()
 
-    def _run_one(self, image: Images, controller: MaskController) -> tuple[np.ndarray | None, bool, np.ndarray]:
+    def _run_one(self, image: Images, controller: MaskController) -> tuple[np.ndarray | None, bool, Logits]:
         """Return P(keep) where the policy ran, whether the mask's graph was there, and the logits."""
         read: list[np.ndarray] = []
 
@@ -152,7 +153,7 @@ class PathCacheStrategy(Strategy):
         controller.begin(1, probabilities)
         path, hit = self._path(controller.matrix[0])
         path()
-        return (read[0] if read else None), hit, self._graphs.logits.read().copy()
+        return (read[0] if read else None), hit, take(self._graphs.logits, image)
 
     def _path(self, mask: np.ndarray) -> tuple[Call, bool]:
         """Return the launch of a mask's graph, and whether it was there already."""

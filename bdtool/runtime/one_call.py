@@ -9,10 +9,10 @@ import numpy as np
 
 from bdtool.errors import EngineError, UsageError
 from bdtool.runtime.controllers import Controller, MaskController
-from bdtool.runtime.strategies import Strategy, WrapCall, fill
+from bdtool.runtime.strategies import Strategy, WrapCall, fill, joined, take
 from bdtool.specs import NetworkSpec, PartSpec
 from engines.base import Backend, Buffer, Call, Engine
-from engines.device_array import Images
+from engines.device_array import Images, Logits
 from engines.graph_modes import GraphChoice
 from engines.store import EngineSet
 from export.fused import FORCE_DROP, FORCE_KEEP, fused_spec
@@ -59,6 +59,7 @@ class OneCallStrategy(Strategy):
 
     hits: np.ndarray | None = None
     graph: GraphChoice | None = None
+    max_device_images = 1
 
     def __init__(
         self, spec: PartSpec, bound: BoundNetwork, *, wrap: WrapCall, known: frozenset[bytes] | None = None
@@ -70,7 +71,7 @@ class OneCallStrategy(Strategy):
         self._free = np.zeros(spec.inputs[1].shape_for(1), dtype=np.uint8)
         self._written: np.ndarray | None = None  # what `force` holds
 
-    def run(self, images: Images, controller: Controller) -> np.ndarray:
+    def run(self, images: Images, controller: Controller) -> Logits:
         if not isinstance(controller, MaskController):
             raise UsageError(
                 f"strategy {self._name!r} decides inside its engine: it takes the learned policy or given bits only"
@@ -80,12 +81,12 @@ class OneCallStrategy(Strategy):
         controller.begin(len(images), lambda: kept.astype(np.float32))
         if self._known is not None:
             self.hits = np.array([keep.tobytes() in self._known for keep in kept])
-        return np.concatenate([logits for logits, _ in rows])
+        return joined([logits for logits, _ in rows])
 
     def close(self) -> None:
         """Nothing runs in the background."""
 
-    def _run_one(self, image: Images, given: np.ndarray | None, row: int) -> tuple[np.ndarray, np.ndarray]:
+    def _run_one(self, image: Images, given: np.ndarray | None, row: int) -> tuple[Logits, np.ndarray]:
         fill(self._bound.image, image)
         force = self._free if given is None else _forced(given[row])
         if force is not self._written:  # on a GPU each copy costs as much as a small kernel
@@ -98,7 +99,7 @@ class OneCallStrategy(Strategy):
                 f"the policy network's probabilities are not finite (block {int(keep.argmax())}); run `bdtool verify` "
                 "on the bundle, and check the input"
             )
-        return self._bound.logits.read().copy(), keep.astype(bool)
+        return take(self._bound.logits, image), keep.astype(bool)
 
 
 def _forced(keep: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +27,7 @@ from bdtool.runtime.recommendation import AUTO, read_recommendation
 from bdtool.runtime.strategies import Strategy, WrapCall
 from bdtool.specs import NetworkSpec, PartSpec
 from engines.base import Backend, Engine
-from engines.device_array import DeviceArray, DeviceArrayBackend, Images, device_array
+from engines.device_array import DeviceArray, DeviceArrayBackend, Images, Logits, device_array
 from engines.device_timer import DeviceTimer, TimedBackend
 from engines.graph_modes import AUTO as AUTO_GRAPH
 from engines.graph_modes import GraphChoice, GraphPlan, chosen
@@ -50,7 +50,7 @@ PolicyLike = str | npt.ArrayLike | None
 class RunResult:
     """What came out for N images."""
 
-    logits: np.ndarray  # float32 [N, classes]
+    logits: Any  # float32 [N, classes]: a numpy array, or a `DeviceArray` where the images were on a GPU
     policy: np.ndarray  # bool [N, K], True = kept
     hits: np.ndarray | None = None  # bool [N], ran as one path engine; None for strategies without them
 
@@ -62,7 +62,13 @@ class RunResult:
 
     @property
     def classes(self) -> np.ndarray:
-        """The class with the largest logit, int [N]."""
+        """The class with the largest logit, int [N].
+
+        Raises:
+            TypeError: the logits are on a GPU.
+        """
+        if isinstance(self.logits, DeviceArray):
+            raise TypeError("the logits are on the GPU, like the images: take their argmax there, or pass numpy images")
         classes: np.ndarray = self.logits.argmax(axis=1)
         return classes
 
@@ -171,16 +177,18 @@ class Orchestrator:
         Args:
             images: uint8 [N, H, W, 3], or float32 [N, 3, H, W] already preprocessed. A batch larger than the bundle's
                 `max_batch` runs in slices. On a GPU backend the latter may be on its device: any array with
-                `__cuda_array_interface__` or DLPack (PyCUDA, CuPy, PyTorch), which is copied there only.
+                `__cuda_array_interface__` or DLPack (PyCUDA, CuPy, PyTorch). Nothing of it passes through the host,
+                and the logits come back likewise: as an array on the device with `__cuda_array_interface__`, the
+                caller's to keep, whose values nobody has looked at.
             policy: None for the policy network's own decision (every block, where the bundle has none), a POLICY text,
                 or zeros and ones [K] or [N, K].
 
         Raises:
             DataError: the images have another shape or type.
             PolicyError: the policy does not fit.
-            EngineError: an engine fails, or a result is not finite.
+            EngineError: an engine fails, or a result on the host is not finite.
         """
-        taken = images if isinstance(images, np.ndarray | DeviceArray) else self._from_device(images)
+        taken = images if isinstance(images, np.ndarray) else self._from_device(images)
         request = self._request(policy, len(taken))
         return self._run_slices(taken, request, run_policy=False)
 
@@ -197,7 +205,7 @@ class Orchestrator:
         strategy = self._require_open()
         prepared = images if isinstance(images, DeviceArray) else self.prepare(images)
         logits = strategy.run(prepared, controller)
-        if not all_finite(logits):
+        if isinstance(logits, np.ndarray) and not all_finite(logits):
             bad = np.flatnonzero(~np.isfinite(logits).all(axis=1))
             raise EngineError(
                 f"the logits of image {first + bad[0]} are not finite ({len(bad)} of {len(logits)} images). "
@@ -291,18 +299,29 @@ class Orchestrator:
         self.close()
 
     def _run_slices(self, images: Images, keep: np.ndarray | None, *, run_policy: bool) -> RunResult:
-        if len(images) <= self._max_batch:
+        at_once = self._at_once(images)
+        if len(images) <= at_once:
             return self.run_with(images, self._controller(keep, run_policy))
         results = []
-        for start in range(0, len(images), self._max_batch):
-            piece = slice(start, start + self._max_batch)
+        for start in range(0, len(images), at_once):
+            piece = slice(start, start + at_once)
             bits = None if keep is None else keep[piece]
             results.append(self._run_slice(images[piece], self._controller(bits, run_policy), first=start))
         return RunResult(
-            logits=np.concatenate([result.logits for result in results]),
+            logits=self._joined([result.logits for result in results]),
             policy=np.concatenate([result.policy for result in results]),
             hits=None if results[0].hits is None else np.concatenate([r.hits for r in results if r.hits is not None]),
         )
+
+    def _at_once(self, images: Images) -> int:
+        """Return how many of these images one call of the strategy takes."""
+        limit = self._require_open().max_device_images
+        return self._max_batch if limit is None or isinstance(images, np.ndarray) else min(limit, self._max_batch)
+
+    def _joined(self, logits: list[Any]) -> Logits:
+        if isinstance(logits[0], np.ndarray):
+            return np.concatenate(logits)
+        return cast(DeviceArrayBackend, self._backend).concatenate(logits)
 
     def _from_device(self, images: Any) -> DeviceArray:
         """Return images that are on a GPU; raise TypeError or DataError where they are not, or not on the backend's."""
