@@ -19,6 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
+from engines.graph_modes import OFF, PATH_CACHE, SWITCH, graphs_of_machine
 from engines.libcuda import Driver, driver_from_libcuda
 
 Status = Literal["ok", "missing", "problem"]
@@ -48,6 +49,7 @@ ABILITIES: dict[str, tuple[str, ...]] = {
     "build TensorRT-RTX engines (without a GPU)": ("onnx", "TensorRT-RTX"),
     "run TensorRT-RTX engines": ("TensorRT-RTX", "NVIDIA driver", "cuda-bindings"),
     "build and run TensorRT engines": ("onnx", "TensorRT", "NVIDIA driver", "cuda-bindings"),
+    "CUDA graphs that decide on the device (strategy graph)": ("NVIDIA driver", "cuda-bindings", "CUDA graphs"),
     "report": ("onnxruntime", "plotly"),
     "demo": ("torch", "onnx", "onnxscript", "onnxruntime", "plotly"),
 }
@@ -68,6 +70,7 @@ def examine() -> list[Finding]:
         ("onnxruntime on TensorRT", partial(_onnxruntime_gpu, "TensorRT", driver)),
         ("onnxruntime packages", _onnxruntime_packages),
         ("NVIDIA driver", partial(_nvidia_driver, driver)),
+        ("CUDA graphs", partial(_cuda_graphs, driver)),
         *((name, partial(_extra_package, name, driver)) for name in _EXTRAS),
     ]
     return [_guarded(name, probe) for name, probe in probes]
@@ -403,3 +406,19 @@ def _driver_remedy(driver: Driver) -> str:
     if driver.installed:
         return "make a GPU visible (CUDA_VISIBLE_DEVICES, the container's --gpus), or restart after a driver update"
     return "install the NVIDIA driver with the operating system's package manager, if there is an NVIDIA GPU"
+
+
+def _cuda_graphs(driver: Driver) -> Finding:
+    """Say how strategy `graph` can run here; see `engines.graph_modes`."""
+    name = "CUDA graphs"
+    if not driver.usable:
+        return Finding(name, "missing", f"{_driver_detail(driver)}; only a GPU has them", _driver_remedy(driver))
+    there = graphs_of_machine(driver, lambda distribution: _installed_version(distribution) is not None)
+    if not there.missing:
+        modes = ", ".join(mode for mode in there.modes if mode != OFF)
+        return Finding(name, "ok", f"strategy 'graph' decides on the device; it takes the fastest of {modes}")
+    best = there.modes[0]
+    how = "reads the policy back for each image" if best == PATH_CACHE else "launches each part"
+    reason, _, remedy = there.missing[SWITCH].partition("; ")
+    detail = f"{reason}; strategy 'graph' {how} (mode {best})"
+    return Finding(name, "problem", detail, remedy.removeprefix("add it with: "))

@@ -6,7 +6,7 @@ Makes a ResNet-110 with a policy network and random weights, opens it with each 
 
     compares the logits of every strategy with eager PyTorch for random masks and for the learned policy,
     runs `bdtool profile` with 17 of 54 blocks kept,
-    times one launch of strategy `graph` against CUDA graphs that know the mask, and the whole ResNet as one,
+    times an image in each mode of strategy `graph` against CUDA graphs that know the mask, and the whole ResNet as one,
     runs many images and compares the device memory in use before and after.
 
 Prints a table, and writes `benchmarks/results/gpu-<name>.json`. A backend that does not work here is named with the
@@ -36,14 +36,13 @@ from bdtool.profiling.measure import Settings
 from bdtool.profiling.profile import profile
 from bdtool.runtime.factory import strategies_for
 from bdtool.runtime.orchestrator import Orchestrator
-from bdtool.runtime.paths import parts_of_path
 from bdtool.runtime.policies import parse_policy
 from bdtool.runtime.preprocess import preprocess
 from benchmarks.latency import make_bundle
-from engines.base import Backend, Buffer, Call, Engine
-from engines.cuda_graph import GraphBuilder
-from engines.graph_engine import CapturingBackend, GraphEngine
+from engines.base import Backend, Call, Engine
+from engines.capture import CapturingBackend
 from engines.libcuda import driver_from_libcuda
+from engines.network_graphs import NetworkGraphs
 from engines.registry import batch_options, identify_backend, open_backend
 from engines.store import EngineStore
 from export.bundle import Bundle
@@ -149,26 +148,25 @@ class GraphBench:
         self._engines: dict[str, Engine] = dict(store.load(self._backend, store.find()))
         assert isinstance(self._backend, CapturingBackend)
         self._capturer = self._backend.capturer()
-        self._kept_alive: list[object] = []
-        stem, head = self._network.require("stem"), self._network.require("head")
-        self._image, self._logits = (
-            self._backend.allocate(t.shape_for(1), t.dtype) for t in (stem.inputs[0], head.outputs[0])
-        )
+        self._graphs = NetworkGraphs(self._network, self._backend, self._engines)
         rng = np.random.default_rng(0)
+        stem = self._network.require("stem")
         self._pixels = rng.integers(0, 256, size=stem.inputs[0].shape_for(1), dtype=np.uint8)
 
     def measure(self, n_images: int) -> dict[str, Any]:
         """Return median milliseconds, their ratios beside the aims, the cost of a SWITCH, and the growth of memory."""
         n_blocks = self._network.n_blocks
-        decide = self._deciding()
         bits = parse_policy(f"distribute:{min(N_KEPT, n_blocks)}", n_blocks=n_blocks, has_policy_network=False)
         masks = {"17 kept": bits.matrix(1)[0], "none": np.zeros(n_blocks, bool), "all": np.ones(n_blocks, bool)}
+        switch, cache = self._graphs.deciding(), self._graphs.deciding([masks["17 kept"]])
         runs: dict[str, Callable[[], object]] = {}
         for name, mask in masks.items():
-            runs[f"graph, {name}"] = decide(mask)
-            runs[f"known path, {name}"] = self._request(self._known(mask, with_policy=False))
-            runs[f"known path and policy, {name}"] = self._request(self._known(mask, with_policy=True))
-        runs["full graph"] = self._request(self._flat([("full", self._image, self._logits)]))
+            runs[f"graph, {name}"] = self._deciding(switch, mask)
+            runs[f"policy cache, {name}"] = self._deciding(cache, mask)  # "17 kept" hits
+            runs[f"path cache, {name}"] = self._reading_back(mask)
+            runs[f"known path, {name}"] = self._request(self._graphs.path(mask))
+            runs[f"known path and policy, {name}"] = self._request(self._known_with_policy(mask))
+        runs["full graph"] = self._request(self._graphs.whole())
         ms = alternate_ms(runs)
         ratios = {
             "graph to known path": ms["graph, 17 kept"] / ms["known path, 17 kept"],
@@ -181,60 +179,49 @@ class GraphBench:
         growth = self._growth(runs["graph, 17 kept"], n_images)
         return {"median_ms": ms, "ratios": ratios, "aims": AIMS, "switch_us": switch_us, "memory": growth}
 
-    def _deciding(self) -> Callable[[np.ndarray], Callable[[], object]]:
-        """Return a function from a mask to a request of the graph that decides, the bits given."""
-        engine = GraphEngine(self._network, self._backend, self._engines)
-        (_, force_spec), (_, keep_spec) = engine.inputs, engine.outputs
-        force, keep = (self._backend.allocate(t.shape_for(1), t.dtype) for t in (force_spec, keep_spec))
-        inputs = {engine.inputs[0].name: self._image, force_spec.name: force}
-        call = engine.bind(inputs, {engine.outputs[0].name: self._logits, keep_spec.name: keep})
+    def _deciding(self, call: Call, mask: np.ndarray) -> Callable[[], object]:
+        """Return a request of a graph that decides, the bits given."""
+        forced = np.where(mask, 1, 2).astype(np.uint8)
 
-        def for_mask(mask: np.ndarray) -> Callable[[], object]:
-            bits = np.where(mask, 1, 2).astype(np.uint8)
+        def request() -> None:
+            self._graphs.image.write(self._pixels)
+            call()
+            self._graphs.kept.read()
+            self._graphs.logits.read()
 
-            def request() -> None:
-                self._image.write(self._pixels)
-                call()
-                keep.read()
-                self._logits.read()
+        # the bits stay where they are while one mask is timed, as those of a learned policy do
+        request.prepare = lambda: self._graphs.force.write(forced)  # type: ignore[attr-defined]
+        return request
 
-            # the bits stay where they are while one mask is timed, as those of a learned policy do
-            request.prepare = lambda: force.write(bits)  # type: ignore[attr-defined]
-            return request
+    def _known_with_policy(self, mask: np.ndarray) -> Call:
+        policy, path = self._graphs.policy(), self._graphs.path(mask)
+        assert policy is not None
 
-        return for_mask
+        def call() -> None:
+            policy()
+            path()
 
-    def _known(self, mask: np.ndarray, *, with_policy: bool) -> Call:
-        """Return a launch of the parts that a mask keeps, one after the other."""
-        parts = parts_of_path(self._network, mask)
-        steps: list[tuple[str, Buffer, Buffer]] = []
-        source = self._image
-        for part in parts:
-            tensor = part.outputs[0]
-            target = self._logits if part.kind == "head" else self._backend.allocate(tensor.shape_for(1), tensor.dtype)
-            steps.append((part.name, source, target))
-            source = target
-        if with_policy:
-            policy = self._network.require("policy").outputs[0]
-            steps.insert(0, ("policy", self._image, self._backend.allocate(policy.shape_for(1), policy.dtype)))
-        return self._flat(steps)
+        return call
 
-    def _flat(self, steps: list[tuple[str, Buffer, Buffer]]) -> Call:
-        captured = []
-        for name, source, target in steps:
-            part = self._network.part(name)
-            inputs, outputs = {part.inputs[0].name: source}, {part.outputs[0].name: target}
-            captured.append(self._capturer.capture(self._engines[name], inputs, outputs, beside=False))
-        device = self._capturer.device
-        _, executable = GraphBuilder(device.cu, device.context).flat_graph([one.graph for one in captured])
-        self._kept_alive.append((captured, steps))
-        return lambda: device.launch(executable)
+    def _reading_back(self, mask: np.ndarray) -> Callable[[], object]:
+        """Return a request that waits for the policy before it launches the graph of the mask."""
+        policy, path = self._graphs.policy(), self._graphs.path(mask)
+        assert policy is not None
+
+        def request() -> None:
+            self._graphs.image.write(self._pixels)
+            policy()
+            self._graphs.probability.read()
+            path()
+            self._graphs.logits.read()
+
+        return request
 
     def _request(self, call: Call) -> Callable[[], object]:
         def request() -> None:
-            self._image.write(self._pixels)
+            self._graphs.image.write(self._pixels)
             call()
-            self._logits.read()
+            self._graphs.logits.read()
 
         return request
 

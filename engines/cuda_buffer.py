@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from math import prod
 
@@ -46,6 +47,17 @@ class DeviceBuffer:
         self._device.wait_for(values.stream)
         self._device.copy(self.address, values.address, values.n_bytes)
 
+    def copy_out(self) -> DeviceArray:
+        self._device.make_current()
+        copy = DeviceBuffer(self._device, self.shape, self._dtype)
+        self._device.copy(copy.address, self.address, self.shape[0] * self._row_bytes)
+        return copy.device_array()
+
+    def device_array(self) -> DeviceArray:
+        """Return this buffer's own memory as an array, which keeps the buffer alive."""
+        stream = int(self._device.stream)
+        return DeviceArray(address=self.address, shape=self.shape, dtype=self._host_dtype, stream=stream, owner=self)
+
     def read(self) -> np.ndarray:
         if self._host is None:
             self._host = np.empty(self.shape, self._host_dtype)
@@ -70,6 +82,17 @@ class DeviceBuffer:
             packed, spread = begin * self._row_bytes, int(rows[begin]) * self._row_bytes
             here, there = (packed, spread) if gather else (spread, packed)
             self._device.copy(self.address + here, source + there, (end - begin) * self._row_bytes)
+
+
+def concatenate(device: CudaDevice, values: Sequence[DeviceArray]) -> DeviceArray:
+    """Return arrays that were made on the device's stream as one, rows of one after those of the other."""
+    first, n_rows = values[0], sum(len(one) for one in values)
+    result = DeviceBuffer(device, (n_rows, *first.shape[1:]), first.dtype.name)
+    target = result.address
+    for one in values:
+        device.copy(target, one.address, one.n_bytes)
+        target += one.n_bytes
+    return result.device_array()
 
 
 def device_buffer(buffer: Buffer) -> DeviceBuffer:

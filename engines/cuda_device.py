@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from bdtool.errors import BackendError, EngineError
+from engines.device_timer import CopyWatch
 
 _INSTALL = 'pip install "bdtool[cuda]"'
 
@@ -81,6 +82,7 @@ class CudaDevice:
     def __init__(self, cu: Any, index: int, *, stream: int | None = None) -> None:
         self.cu = cu
         self.index = index
+        self.copies = CopyWatch()  # between host and device
         checked(cu, cu.cuInit(0), "to start")
         self._device = checked(cu, cu.cuDeviceGet(index), f"device cuda:{index}")
         self.context = checked(cu, cu.cuDevicePrimaryCtxRetain(self._device), "its primary context")
@@ -108,13 +110,15 @@ class CudaDevice:
     def upload(self, address: int, values: np.ndarray) -> None:
         """Enqueue a copy to the device; `values`, C-contiguous, may be changed as soon as this returns."""
         # The driver stages pageable memory before it returns (CUDA driver API, "API synchronization behavior").
-        call = self.cu.cuMemcpyHtoDAsync(address, values.ctypes.data, values.nbytes, self.stream)
-        checked(self.cu, call, f"a copy of {values.nbytes} bytes to the device")
+        copy, size = self.cu.cuMemcpyHtoDAsync, values.nbytes
+        status = self.copies.run("h2d", lambda: copy(address, values.ctypes.data, size, self.stream))
+        checked(self.cu, status, f"a copy of {size} bytes to the device")
 
     def download(self, values: np.ndarray, address: int) -> None:
         """Fill `values`, C-contiguous, from the device; returns when they are there."""
-        call = self.cu.cuMemcpyDtoHAsync(values.ctypes.data, address, values.nbytes, self.stream)
-        checked(self.cu, call, f"a copy of {values.nbytes} bytes from the device")
+        copy, size = self.cu.cuMemcpyDtoHAsync, values.nbytes
+        status = self.copies.run("d2h", lambda: copy(values.ctypes.data, address, size, self.stream))
+        checked(self.cu, status, f"a copy of {size} bytes from the device")
         self.synchronize()
 
     def copy(self, target: int, source: int, n_bytes: int) -> None:

@@ -2,7 +2,9 @@
 
 The graph is built node by node. Each engine's work is captured once for each direction into a graph of its own,
 checked, and put as a child graph into the bodies. One launch runs an image; nothing of the policy comes back to the
-host before the logits do. Source: CUDA programming guide, "Conditional Graph Nodes", which lists what a body may hold.
+host before the logits do. With frequent masks known, one SWITCH over their flat paths goes first, and the others are
+decided block by block within its last body. Source: CUDA programming guide, "Conditional Graph Nodes", which lists
+what a body may hold.
 
 Needs a driver of CUDA 12.8 or newer (SWITCH). Written against cuda-bindings 12.9 to 13.x and tested against a stand-in
 for the driver: not yet run on a GPU.
@@ -55,6 +57,22 @@ class DispatchMemory:
     head_side: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class LookupMemory:
+    """Device address of the masks that the lookup kernel knows, rows of `engines.dispatch.mask_table`."""
+
+    masks: int
+    n_masks: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernels:
+    """The kernels of `engines.dispatch_kernel`, loaded (CUfunction)."""
+
+    dispatch: Any
+    lookup: Any
+
+
 class GraphBuilder:
     """Builds graphs through `driver`: the module `cuda.bindings.driver`, or a stand-in with its functions."""
 
@@ -63,7 +81,7 @@ class GraphBuilder:
         self._context = context
 
     def dispatch_graph(
-        self, network: CapturedNetwork, kernel: Any, memory: DispatchMemory, *, threshold: float
+        self, network: CapturedNetwork, kernels: Kernels, memory: DispatchMemory, *, threshold: float
     ) -> tuple[Any, Any]:
         """Return (CUgraph, CUgraphExec) of the whole network. Keep everything it was made of alive as long as it.
 
@@ -73,23 +91,75 @@ class GraphBuilder:
         """
         _check_bodies(network)
         graph = self._call(self._cu.cuGraphCreate(0))
-        handles = [self._handle(graph) for _ in network.blocks]
-        head_handle = self._handle(graph)
-        arguments = _kernel_arguments(memory, handles, head_handle, threshold)
-        policy = [] if network.policy is None else [self._child(graph, [], network.policy, "policy")]
-        last = [self._kernel(graph, policy, kernel, arguments), self._child(graph, [], network.stem, "stem")]
-        for k, (handle, bodies) in enumerate(zip(handles, network.blocks, strict=True)):
-            last = [self._switch(graph, last, handle, bodies, f"block {k}")]
-        self._switch(graph, last, head_handle, network.heads, "head")
-        return graph, self._instantiate(graph)
+        policy = self._policy(graph, network)
+        stem = self._child(graph, [], network.stem, "stem")
+        self._decide(graph, policy, [stem], network, kernels.dispatch, memory, threshold)
+        return graph, self.instantiate(graph)
+
+    def cached_graph(
+        self,
+        network: CapturedNetwork,
+        kernels: Kernels,
+        memory: DispatchMemory,
+        lookup: LookupMemory,
+        *,
+        paths: Sequence[Sequence[Any]],
+        threshold: float,
+    ) -> tuple[Any, Any]:
+        """Return (CUgraph, CUgraphExec) with one SWITCH: a body for each known mask, `dispatch_graph`'s as the last.
+
+        Args:
+            paths: for each row of the table the captured graphs behind the stem, in order.
+
+        Raises:
+            EngineError, ValueError: as `dispatch_graph`; or there are not as many paths as masks.
+        """
+        _check_bodies(network)
+        if len(paths) != lookup.n_masks:
+            raise ValueError(f"{len(paths)} paths for {lookup.n_masks} masks; expected as many")
+        graph = self._call(self._cu.cuGraphCreate(0))
+        handle = self._handle(graph)
+        arguments = _lookup_arguments(memory, lookup, handle, len(network.blocks), threshold)
+        found = self._kernel(graph, self._policy(graph, network), kernels.lookup, arguments)
+        stem = self._child(graph, [], network.stem, "stem")
+        _, bodies = self._conditional(graph, [found, stem], handle, len(paths) + 1)
+        for index, path in enumerate(paths):
+            self._chain(bodies[index], path, f"path {index}")
+        self._decide(bodies[-1], [], [], network, kernels.dispatch, memory, threshold)
+        return graph, self.instantiate(graph)
 
     def flat_graph(self, parts: Sequence[Any]) -> tuple[Any, Any]:
         """Return (CUgraph, CUgraphExec) of captured graphs one after the other: a path that is known in advance."""
         graph = self._call(self._cu.cuGraphCreate(0))
+        self._chain(graph, parts, "path")
+        return graph, self.instantiate(graph)
+
+    def _policy(self, graph: Any, network: CapturedNetwork) -> list[Any]:
+        return [] if network.policy is None else [self._child(graph, [], network.policy, "policy")]
+
+    def _decide(
+        self,
+        graph: Any,
+        policy: list[Any],
+        stem: list[Any],
+        network: CapturedNetwork,
+        kernel: Any,
+        memory: DispatchMemory,
+        threshold: float,
+    ) -> None:
+        """Add the dispatch kernel after `policy`, and after it and `stem` a SWITCH for each block, and the head."""
+        handles = [self._handle(graph) for _ in network.blocks]
+        head = self._handle(graph)
+        decided = self._kernel(graph, policy, kernel, _kernel_arguments(memory, handles, head, threshold))
+        last = [decided, *stem]
+        for k, (handle, bodies) in enumerate(zip(handles, network.blocks, strict=True)):
+            last = [self._switch(graph, last, handle, bodies, f"block {k}")]
+        self._switch(graph, last, head, network.heads, "head")
+
+    def _chain(self, graph: Any, parts: Sequence[Any], what: str) -> None:
         last: list[Any] = []
         for index, part in enumerate(parts):
-            last = [self._child(graph, last, part, f"part {index}")]
-        return graph, self._instantiate(graph)
+            last = [self._child(graph, last, part, f"{what}, part {index}")]
 
     def _handle(self, graph: Any) -> Any:
         """Make a conditional handle that every launch resets to 0: skip."""
@@ -114,19 +184,24 @@ class GraphBuilder:
         return self._add(graph, after, params)
 
     def _switch(self, graph: Any, after: list[Any], handle: Any, bodies: Sequence[Any | None], what: str) -> Any:
+        node, graphs = self._conditional(graph, after, handle, len(bodies))
+        for body, content in zip(graphs, bodies, strict=True):
+            if content is not None:
+                self._child(body, [], content, what)
+        return node
+
+    def _conditional(self, graph: Any, after: list[Any], handle: Any, n_bodies: int) -> tuple[Any, list[Any]]:
+        """Add a SWITCH; return its node, and the graphs of its bodies, which are empty and belong to it."""
         cu = self._cu
         params = cu.CUgraphNodeParams()
         params.type = cu.CUgraphNodeType.CU_GRAPH_NODE_TYPE_CONDITIONAL
         conditional = params.conditional
         conditional.handle = handle
         conditional.ctx = self._context
-        conditional.size = len(bodies)
+        conditional.size = n_bodies
         conditional.type = cu.CUgraphConditionalNodeType.CU_GRAPH_COND_TYPE_SWITCH
         node = self._add(graph, after, params)
-        for index, body in enumerate(bodies):
-            if body is not None:
-                self._child(cu.CUgraph(int(params.conditional.phGraph_out[index])), [], body, what)
-        return node
+        return node, [cu.CUgraph(int(params.conditional.phGraph_out[index])) for index in range(n_bodies)]
 
     def _add(self, graph: Any, after: list[Any], params: Any) -> Any:
         cu, dependencies = self._cu, after or None
@@ -146,7 +221,8 @@ class GraphBuilder:
                 "Let the engine allocate nothing and record no events while it is captured"
             )
 
-    def _instantiate(self, graph: Any) -> Any:
+    def instantiate(self, graph: Any) -> Any:
+        """Return the CUgraphExec of a CUgraph, which may be destroyed then."""
         params = self._cu.CUDA_GRAPH_INSTANTIATE_PARAMS()
         return self._call(self._cu.cuGraphInstantiateWithParams(graph, params))
 
@@ -161,6 +237,15 @@ def _kernel_arguments(memory: DispatchMemory, handles: Sequence[Any], head: Any,
     results = [ctypes.c_void_p(memory.kept), ctypes.c_void_p(memory.head_side)]
     sizes = [ctypes.c_int(len(handles)), ctypes.c_float(threshold)]
     return [*pointers, *sizes, *results, ctypes.c_uint64(int(head)), blocks]
+
+
+def _lookup_arguments(
+    memory: DispatchMemory, lookup: LookupMemory, handle: Any, n_blocks: int, threshold: float
+) -> list[Any]:
+    pointers = [ctypes.c_void_p(address) for address in (memory.probability, memory.force)]
+    known = [ctypes.c_void_p(lookup.masks), ctypes.c_int(lookup.n_masks)]
+    sizes = [ctypes.c_int(n_blocks), ctypes.c_float(threshold)]
+    return [*pointers, *sizes, *known, ctypes.c_void_p(memory.kept), ctypes.c_uint64(int(handle))]
 
 
 def _check_bodies(network: CapturedNetwork) -> None:

@@ -1,4 +1,4 @@
-"""Arrays on the GPU that somebody else made: PyCUDA, CuPy, PyTorch or Numba, taken as they are.
+"""Arrays on the GPU: taken as PyCUDA, CuPy, PyTorch or Numba made them, and given to them.
 
 PyCUDA's `GPUArray`, and most others, say where their memory is by `__cuda_array_interface__` (version 3, documented by
 Numba); the rest by DLPack, which PyTorch reads.
@@ -6,7 +6,7 @@ Numba); the rest by DLPack, which PyTorch reads.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any, Protocol, runtime_checkable
@@ -16,14 +16,15 @@ import numpy as np
 from bdtool.errors import DataError
 
 _DLPACK_CUDA = 2  # DLDeviceType.kDLCUDA
-_LEGACY_STREAM = 1  # what the interface, and the driver, call the default stream
+LEGACY_STREAM = 1  # what the interface, and the driver, call the default stream
 
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceArray:
     """A C-contiguous array in GPU memory, which `owner` keeps alive.
 
-    `stream` is the one on which its values were, or are being, made.
+    `stream` is the one on which its values were, or are being, made. It has `__cuda_array_interface__`, by which
+    PyTorch (`torch.as_tensor`), CuPy (`cupy.asarray`), Numba and PyCUDA's kernels take it where it is.
     """
 
     address: int
@@ -35,6 +36,17 @@ class DeviceArray:
     @property
     def n_bytes(self) -> int:
         return prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        return {
+            "shape": self.shape,
+            "typestr": self.dtype.str,
+            "data": (self.address, False),
+            "version": 3,
+            "strides": None,
+            "stream": self.stream or LEGACY_STREAM,  # the interface gives 0 no meaning
+        }
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -55,21 +67,28 @@ class DeviceArray:
 
 
 Images = np.ndarray | DeviceArray
+Logits = np.ndarray | DeviceArray  # where the images were
 
 
-class DeviceFilled(Protocol):
-    """A buffer that takes values which are on its device."""
+class DeviceBufferLike(Protocol):
+    """A buffer that takes values which are on its device, and gives its own there."""
 
     def copy_from(self, values: DeviceArray) -> None:
         """Enqueue a copy of `values`, of the buffer's shape and dtype, after what makes them."""
 
+    def copy_out(self) -> DeviceArray:
+        """Return a copy of the content, in memory of its own on the same device; the host does not wait for it."""
+
 
 @runtime_checkable
 class DeviceArrayBackend(Protocol):
-    """A backend whose buffers are `DeviceFilled`."""
+    """A backend whose buffers are `DeviceBufferLike`."""
 
     def check_device_array(self, values: DeviceArray) -> None:
         """Raise DataError unless its device can read the array where it is."""
+
+    def concatenate(self, values: Sequence[DeviceArray]) -> DeviceArray:
+        """Return arrays of this backend, rows of one after those of the other, on the device."""
 
 
 def device_array(values: Any) -> DeviceArray | None:
@@ -106,7 +125,7 @@ def _from_interface(interface: Mapping[str, Any], owner: object) -> DeviceArray:
         address=int(interface["data"][0]),
         shape=shape,
         dtype=dtype,
-        stream=_LEGACY_STREAM if stream is None else int(stream),
+        stream=LEGACY_STREAM if stream is None else int(stream),
         owner=owner,
     )
 

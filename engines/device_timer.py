@@ -1,11 +1,15 @@
-"""Time of engine calls on the device, where a call only enqueues: events on the stream before and after it."""
+"""Time of calls and copies on the device, where they only enqueue: events on the stream before and after each."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 from engines.base import Call
+
+_Result = TypeVar("_Result")
+Direction = Literal["h2d", "d2h"]  # host to device, and device to host, as trtexec has them
 
 
 class Event(Protocol):
@@ -18,29 +22,50 @@ class Event(Protocol):
         """Return the milliseconds from here to `end`, an event of the same kind, both of them passed."""
 
 
+class CopyWatch:
+    """What a backend's copies between host and device go through, for a timer to look at."""
+
+    def __init__(self) -> None:
+        self.timer: Callable[[Direction, Callable[[], Any]], Any] | None = None
+
+    def run(self, direction: Direction, copy: Callable[[], _Result]) -> _Result:
+        if self.timer is None:
+            return copy()
+        result: _Result = self.timer(direction, copy)
+        return result
+
+
 class DeviceTimer:
     """Times calls that enqueue. Their times are known once the device is done: at `collect`.
 
     Where the device waits for the host to enqueue the next call, that wait is part of a call's time.
+
+    Args:
+        copies: what the device's copies go through.
     """
 
-    def __init__(self, new_event: Callable[[], Event], synchronize: Callable[[], None]) -> None:
+    def __init__(
+        self, new_event: Callable[[], Event], synchronize: Callable[[], None], copies: CopyWatch | None = None
+    ) -> None:
         self._new_event = new_event
         self._synchronize = synchronize
+        self._copies = CopyWatch() if copies is None else copies
         self._free: list[Event] = []
         self._pending: list[tuple[Event, Event, Callable[[float], None]]] = []
 
     def timed(self, call: Call, on_ms: Callable[[float], None]) -> Call:
         """Return `call` with an event on either side; `collect` hands its milliseconds to `on_ms`."""
 
-        def timed_call() -> None:
-            start, end = self._event(), self._event()
-            start.record()
-            call()
-            end.record()
-            self._pending.append((start, end, on_ms))
+        return lambda: self._time(call, on_ms)
 
-        return timed_call
+    @contextmanager
+    def timing_copies(self, on_ms: Callable[[Direction, float], None]) -> Iterator[None]:
+        """Within it the device's copies are timed, too; `collect` hands each one's milliseconds to `on_ms`."""
+        self._copies.timer = lambda direction, copy: self._time(copy, lambda ms: on_ms(direction, ms))
+        try:
+            yield
+        finally:
+            self._copies.timer = None
 
     def collect(self) -> None:
         """Wait for the device and hand out the times of all calls since the last time."""
@@ -49,6 +74,14 @@ class DeviceTimer:
             on_ms(start.elapsed_time(end))
             self._free += start, end
         self._pending.clear()
+
+    def _time(self, action: Callable[[], _Result], on_ms: Callable[[float], None]) -> _Result:
+        start, end = self._event(), self._event()
+        start.record()
+        result = action()
+        end.record()
+        self._pending.append((start, end, on_ms))
+        return result
 
     def _event(self) -> Event:
         return self._free.pop() if self._free else self._new_event()

@@ -1,8 +1,9 @@
 """How a policy becomes branches of a CUDA graph: the arithmetic of `engines.dispatch_kernel`, in Python.
 
 A graph holds one SWITCH for each block, whose bodies are the block's captured work for both directions between the two
-activation buffers. Which body runs depends on the keep bit and on where the activation is by then. On the device one
-thread works that out; here is the same, to test against and to lay out the bodies by.
+activation buffers. Which body runs depends on the keep bit and on where the activation is by then. A graph that knows
+the frequent keep masks looks the image's mask up first: one SWITCH over their paths, and what was said above as its
+last body. On the device one thread works that out; here is the same, to test against and to lay out the bodies by.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from dataclasses import dataclass
 MAX_BLOCKS = 128  # handles that the kernel takes by value: 1 KiB of its parameters
 FROM_POLICY, FORCE_KEEP, FORCE_DROP = 0, 1, 2  # as `export.fused` has them
 NOT_FINITE = 2  # in the place of a keep bit: the policy gave NaN, which compares as drop
+
+_WORD_BITS = 64
 
 # Bodies of a block's SWITCH, by the value its handle is set to. Without a shortcut part there are only the first three.
 SKIP, BLOCK_AB, BLOCK_BA, SHORTCUT_AB, SHORTCUT_BA = range(5)
@@ -49,15 +52,72 @@ def dispatch(
         raise ValueError(
             f"{len(probabilities)} probabilities for {n_blocks} blocks; expected as many, and at most {MAX_BLOCKS}"
         )
-    side, kept, switches = 0, [], []
-    for k, probability in enumerate(probabilities):
-        keep = probability >= threshold
-        forced = FROM_POLICY if force is None else force[k]
-        if forced != FROM_POLICY:
-            keep = forced == FORCE_KEEP
-        value = BLOCK_AB + side if keep else SHORTCUT_AB + side if has_shortcut[k] else SKIP
+    side, kept, switches = 0, _kept(probabilities, threshold, force), []
+    for k, keep in enumerate(kept):
+        value = BLOCK_AB + side if keep == 1 else SHORTCUT_AB + side if has_shortcut[k] else SKIP
         if value != SKIP:
             side ^= 1
-        kept.append(NOT_FINITE if forced == FROM_POLICY and probability != probability else int(keep))
         switches.append(value)
-    return Dispatch(tuple(kept), tuple(switches), side)
+    return Dispatch(kept, tuple(switches), side)
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """What one image's policy comes to: `path` is the row of its mask in the table, or the number of rows."""
+
+    kept: tuple[int, ...]  # as in `Dispatch`
+    path: int
+
+
+def mask_table(masks: Sequence[Sequence[bool]]) -> tuple[tuple[int, int], ...]:
+    """Return different keep masks [K] as rows of two 64-bit words, block 0 in the lowest bit, in ascending order."""
+    return tuple(sorted({_words([int(bit) for bit in mask]) for mask in masks}))
+
+
+def bits_from_words(words: tuple[int, int], n_blocks: int) -> list[bool]:
+    """Return the keep bits [K] of a row of `mask_table`."""
+    return [bool(words[k // _WORD_BITS] >> k % _WORD_BITS & 1) for k in range(n_blocks)]
+
+
+def lookup(
+    probabilities: Sequence[float],
+    table: Sequence[tuple[int, int]],
+    *,
+    threshold: float,
+    force: Sequence[int] | None = None,
+) -> Lookup:
+    """Return which path runs: that of the image's mask in a `mask_table`, by bisection as on the device.
+
+    Raises:
+        ValueError: more than `MAX_BLOCKS` blocks, or lengths that differ.
+    """
+    n_blocks = len(probabilities)
+    if n_blocks > MAX_BLOCKS or (force is not None and len(force) != n_blocks):
+        raise ValueError(f"{n_blocks} probabilities; expected as many overrides, and at most {MAX_BLOCKS}")
+    kept = _kept(probabilities, threshold, force)
+    mask = _words(kept)
+    first, end = 0, len(table)
+    while first < end:
+        middle = (first + end) // 2
+        first, end = (middle + 1, end) if tuple(table[middle]) < mask else (first, middle)
+    found = first < len(table) and tuple(table[first]) == mask
+    return Lookup(kept, first if found else len(table))
+
+
+def _kept(probabilities: Sequence[float], threshold: float, force: Sequence[int] | None) -> tuple[int, ...]:
+    """Return 0, 1, or NOT_FINITE, which drops, for each block."""
+    kept = []
+    for k, probability in enumerate(probabilities):
+        forced = FROM_POLICY if force is None else force[k]
+        if forced != FROM_POLICY:
+            kept.append(int(forced == FORCE_KEEP))
+        else:
+            kept.append(NOT_FINITE if probability != probability else int(probability >= threshold))
+    return tuple(kept)
+
+
+def _words(kept: Sequence[int]) -> tuple[int, int]:
+    words = [0, 0]
+    for k, keep in enumerate(kept):
+        words[k // _WORD_BITS] |= (keep == 1) << k % _WORD_BITS
+    return words[0], words[1]

@@ -1,4 +1,4 @@
-"""The kernel that turns policy outputs into SWITCH values on the device, compiled by NVRTC to machine code.
+"""The kernels that turn policy outputs into SWITCH values on the device, compiled by NVRTC to machine code.
 
 Machine code (CUBIN) for the exact architecture, never PTX: a driver refuses PTX of a newer CUDA minor version, while
 CUBIN loads across the minor versions of one major. Compiling needs no driver; `cudaGraphSetConditional` stays
@@ -12,7 +12,7 @@ from typing import Any
 from bdtool.errors import BackendError
 from engines.dispatch import MAX_BLOCKS
 
-KERNEL_NAME = "bd_dispatch"
+KERNEL_NAME, LOOKUP_NAME = "bd_dispatch", "bd_lookup"
 _INSTALL = 'pip install "bdtool[cuda]"'
 
 # Declared by hand: including cuda_device_runtime_api.h would need the toolkit's headers and relocatable device code.
@@ -21,6 +21,13 @@ SOURCE = """
 typedef unsigned long long u64;
 extern "C" __device__ void cudaGraphSetConditional(u64 handle, unsigned int value);
 struct Handles { u64 h[MAX_BLOCKS]; };
+
+// 0, 1, or 2 where the probability is NaN, which drops
+static __device__ unsigned int keep_of(float p, unsigned int forced, float threshold)
+{
+    if (forced) return forced == 1u;
+    return p != p ? 2u : p >= threshold;
+}
 
 extern "C" __global__ void bd_dispatch(
     const float* __restrict__ probability,           // [n_blocks], of one image
@@ -34,16 +41,41 @@ extern "C" __global__ void bd_dispatch(
     if (blockIdx.x | threadIdx.x) return;
     unsigned int side = 0;
     for (int k = 0; k < n_blocks; ++k) {
-        const float p = probability[k];
-        const unsigned int forced = force ? force[k] : 0u;
-        const bool keep = forced ? forced == 1u : p >= threshold;
-        const unsigned int value = keep ? 1u + side : (has_shortcut[k] ? 3u + side : 0u);
+        const unsigned int keep = keep_of(probability[k], force ? force[k] : 0u, threshold);
+        const unsigned int value = keep == 1u ? 1u + side : (has_shortcut[k] ? 3u + side : 0u);
         if (value) side ^= 1u;
-        kept[k] = !forced && p != p ? 2 : keep;
+        kept[k] = keep;
         cudaGraphSetConditional(blocks.h[k], value);
     }
     *head_side = (int)side;
     cudaGraphSetConditional(head, side);
+}
+
+extern "C" __global__ void bd_lookup(
+    const float* __restrict__ probability,           // [n_blocks], of one image
+    const unsigned char* __restrict__ force,         // [n_blocks], 0 policy, 1 keep, 2 drop; may be null
+    int n_blocks, float threshold,
+    const u64* __restrict__ masks,                   // [n_masks][2], ascending; block 0 is the lowest bit
+    int n_masks,
+    unsigned char* __restrict__ kept,                // [n_blocks], out: 0, 1, or 2 where the probability is NaN
+    u64 path)                                        // set to the row of the image's mask, or to n_masks
+{
+    if (blockIdx.x | threadIdx.x) return;
+    u64 mask[2] = {0, 0};
+    for (int k = 0; k < n_blocks; ++k) {
+        const unsigned int keep = keep_of(probability[k], force ? force[k] : 0u, threshold);
+        if (keep == 1u) mask[k / 64] |= 1ull << (k % 64);
+        kept[k] = keep;
+    }
+    int first = 0, end = n_masks;
+    while (first < end) {
+        const int middle = (first + end) / 2;
+        const u64 low = masks[2 * middle], high = masks[2 * middle + 1];
+        if (low < mask[0] || (low == mask[0] && high < mask[1])) first = middle + 1;
+        else end = middle;
+    }
+    const bool found = first < n_masks && masks[2 * first] == mask[0] && masks[2 * first + 1] == mask[1];
+    cudaGraphSetConditional(path, found ? first : n_masks);
 }
 """.replace("MAX_BLOCKS", str(MAX_BLOCKS))
 

@@ -8,13 +8,13 @@ from importlib import metadata
 from bdtool.errors import BackendError, UsageError
 from engines.base import Backend, BackendIdentity
 from engines.cpu import instruction_set
+from engines.graph_modes import AUTO, OFF, GraphPlan, graphs_of_machine, plan_for
 from engines.libcuda import driver_from_libcuda
 from engines.trt_identity import tensorrt_identity
 from engines.trt_options import ONNXRUNTIME_TENSORRT, PROFILED, TENSORRT, TENSORRT_RTX, TensorRTOptions
 
 BACKENDS = ("onnxruntime", "torch", TENSORRT, TENSORRT_RTX, ONNXRUNTIME_TENSORRT, "fake")
 _CAPTURED = ("torch", TENSORRT, TENSORRT_RTX)  # whose work can become part of a CUDA graph
-_SWITCH_SINCE = (12, 8)  # CUDA programming guide, "Conditional Graph Nodes"
 DEFAULT_BACKEND = "onnxruntime"
 DEFAULT_DEVICE = "cpu"
 
@@ -59,14 +59,42 @@ def fuses(name: str) -> bool:
     return name == "onnxruntime"
 
 
+def captures(name: str, device: str) -> bool:
+    """Say whether engines of this backend on this device can be captured in CUDA graphs, given driver and packages."""
+    return name in _CAPTURED and device != "cpu"
+
+
+def plan_graphs(name: str, device: str, mode: str = AUTO) -> GraphPlan | None:
+    """Return which CUDA graphs this backend may use on this device, here; None where it never uses any.
+
+    Args:
+        mode: "auto" for all that are there, or one of them; see `engines.graph_modes`.
+
+    Raises:
+        UsageError: no such mode, or a graph where the backend's work is never part of one.
+        BackendError: no usable GPU, or that mode is not to be had: an old driver, or a package is missing.
+    """
+    if not captures(name, device):
+        if mode in (AUTO, OFF):
+            return None
+        raise UsageError(
+            f"CUDA graph mode {mode!r} runs on --backend {', '.join(_CAPTURED)} with --device cuda:N; got backend "
+            f"{name!r} on device {device!r}"
+        )
+    driver = driver_from_libcuda()
+    if not driver.usable:
+        raise BackendError(f"device {device!r}: {driver.error or 'no GPU'}. See `bdtool doctor`")
+    return plan_for(mode, graphs_of_machine(driver, _is_installed))
+
+
 def require_graphs(name: str, device: str) -> None:
-    """Raise unless a backend's engines can go into a CUDA graph that decides by itself, which `graph` needs.
+    """Raise unless strategy `graph` is to be had: on a GPU, by a backend whose engines can be captured.
 
     Raises:
         UsageError: another backend, or not on a GPU.
-        BackendError: no driver, one that is too old, or no cuda-bindings.
+        BackendError: no usable GPU.
     """
-    if name not in _CAPTURED or device == "cpu":
+    if not captures(name, device):
         raise UsageError(
             f"strategy 'graph' runs on --backend {', '.join(_CAPTURED)} with --device cuda:N; got backend {name!r} on "
             f"device {device!r}"
@@ -74,19 +102,14 @@ def require_graphs(name: str, device: str) -> None:
     driver = driver_from_libcuda()
     if not driver.usable:
         raise BackendError(f"strategy 'graph': {driver.error or 'no GPU'}. See `bdtool doctor`")
-    if driver.cuda_version < _SWITCH_SINCE:
-        needed = ".".join(map(str, _SWITCH_SINCE))
-        raise BackendError(
-            f"strategy 'graph': the driver supports CUDA up to {driver.cuda_text}, a SWITCH in a CUDA graph needs "
-            f"{needed}. Update the driver, or use --strategy chain"
-        )
-    for distribution in ("cuda-bindings", "nvidia-cuda-nvrtc"):
-        try:
-            metadata.version(distribution)
-        except metadata.PackageNotFoundError as exc:
-            raise BackendError(
-                f"strategy 'graph' needs {distribution}; add it with: pip install \"bdtool[cuda]\""
-            ) from exc
+
+
+def _is_installed(distribution: str) -> bool:
+    try:
+        metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def batch_options(name: str, max_batch: int) -> TensorRTOptions | None:

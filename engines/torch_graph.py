@@ -9,8 +9,8 @@ import torch
 
 from bdtool.errors import EngineError
 from engines.base import Buffer, Engine
+from engines.capture import Captured
 from engines.cuda_device import CudaDevice
-from engines.graph_engine import Captured
 
 _WARM_UP_CALLS = 3  # cuDNN chooses its kernels and cuBLAS makes its workspace before anything is captured
 

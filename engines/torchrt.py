@@ -16,11 +16,11 @@ from torch import Tensor
 from bdtool.errors import BackendError, DataError, EngineError, UsageError
 from bdtool.specs import PIXELS, NetworkSpec, PartSpec
 from engines.base import ENGINE_TOLERANCE, PLAIN_LAYOUT, Buffer, BuiltEngine, Call, Engine, PartEngine
+from engines.capture import Capturer
 from engines.check import probe_values
 from engines.cuda_device import open_device
 from engines.device_array import DeviceArray
-from engines.device_timer import DeviceTimer
-from engines.graph_engine import Capturer
+from engines.device_timer import CopyWatch, DeviceTimer
 from engines.torch_graph import TorchCapturer
 from engines.torch_onnx import Function, OnnxFunction
 from export.check import OnnxReference, compare_outputs
@@ -43,6 +43,7 @@ class TorchBackend:
             raise ValueError(f"threads must be at least 1, got {threads}")
         self.device = _usable_device(device)
         self.threads = default_threads() if threads is None else threads
+        self._copies = CopyWatch()  # between host and device
         self._functions: WeakValueDictionary[tuple[str, str], OnnxFunction] = WeakValueDictionary()
         if self.device.type == "cpu":
             torch.set_num_threads(self.threads)
@@ -86,7 +87,7 @@ class TorchBackend:
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
         tensor = torch.zeros(shape, dtype=getattr(torch, dtype), device=self.device)
-        return _TorchBuffer(tensor.contiguous(memory_format=_memory_format(len(shape), dtype)))
+        return _TorchBuffer(tensor.contiguous(memory_format=_memory_format(len(shape), dtype)), self._copies)
 
     def check_device_array(self, values: DeviceArray) -> None:
         if self.device.type == "cpu":
@@ -99,10 +100,13 @@ class TorchBackend:
                 "pycuda.autoprimaryctx instead of pycuda.autoinit"
             ) from exc
 
+    def concatenate(self, values: Sequence[DeviceArray]) -> DeviceArray:
+        return _device_array(torch.cat([_owned(one) for one in values]))
+
     def timer(self) -> DeviceTimer | None:
         if self.device.type == "cpu":
             return None
-        return DeviceTimer(_timing_event, lambda: torch.cuda.synchronize(self.device))
+        return DeviceTimer(_timing_event, lambda: torch.cuda.synchronize(self.device), self._copies)
 
     def capturer(self) -> Capturer:
         with torch.cuda.device(self.device):
@@ -161,23 +165,28 @@ class TorchEngine(PartEngine):
 class _TorchBuffer:
     """A tensor; `first` shares its memory."""
 
-    def __init__(self, tensor: Tensor) -> None:
+    def __init__(self, tensor: Tensor, copies: CopyWatch) -> None:
         self.tensor = tensor
+        self._copies = copies
 
     def write(self, values: np.ndarray) -> None:
-        self.tensor.copy_(_host_tensor(values))
+        source = _host_tensor(values)
+        self._copies.run("h2d", lambda: self.tensor.copy_(source))
 
     def copy_from(self, values: DeviceArray) -> None:
         made_on = torch.cuda.ExternalStream(values.stream, device=self.tensor.device)  # type: ignore[no-untyped-call]
         torch.cuda.current_stream(self.tensor.device).wait_stream(made_on)
-        self.tensor.copy_(torch.as_tensor(_Interface(values), device=self.tensor.device))
+        self.tensor.copy_(torch.as_tensor(values, device=self.tensor.device))
+
+    def copy_out(self) -> DeviceArray:
+        return _device_array(self.tensor.clone(memory_format=torch.contiguous_format))
 
     def read(self) -> np.ndarray:
-        array: np.ndarray = self.tensor.cpu().numpy()
+        array: np.ndarray = self._copies.run("d2h", self.tensor.cpu).numpy()
         return array
 
     def first(self, n_rows: int) -> Buffer:
-        return _TorchBuffer(self.tensor[:n_rows])
+        return _TorchBuffer(self.tensor[:n_rows], self._copies)
 
     def gather(self, source: Buffer, rows: np.ndarray) -> None:
         self.tensor.copy_(_tensor(source)[_host_tensor(rows).to(self.tensor.device)])
@@ -186,17 +195,16 @@ class _TorchBuffer:
         self.tensor[_host_tensor(rows).to(self.tensor.device)] = _tensor(source)
 
 
-class _Interface:
-    """A device array, or some of its rows, for PyTorch to look at."""
+def _device_array(tensor: Tensor) -> DeviceArray:
+    """Return a contiguous tensor as an array on its device, made on PyTorch's current stream."""
+    stream = torch.cuda.current_stream(tensor.device).cuda_stream
+    dtype = np.dtype(str(tensor.dtype).removeprefix("torch."))
+    return DeviceArray(address=tensor.data_ptr(), shape=tuple(tensor.shape), dtype=dtype, stream=stream, owner=tensor)
 
-    def __init__(self, values: DeviceArray) -> None:
-        self._values = values
-        self.__cuda_array_interface__ = {
-            "shape": values.shape,
-            "typestr": values.dtype.str,
-            "data": (values.address, False),
-            "version": 3,
-        }
+
+def _owned(values: DeviceArray) -> Tensor:
+    assert isinstance(values.owner, Tensor)  # this backend made it
+    return values.owner
 
 
 def _timing_event() -> torch.cuda.Event:

@@ -10,13 +10,13 @@ from typing import Any
 from bdtool.errors import BackendError, DataError, EngineError
 from bdtool.specs import NetworkSpec, PartSpec
 from engines.base import PLAIN_LAYOUT, BackendIdentity, Buffer, BuiltEngine, Engine
+from engines.capture import Capturer
 from engines.check import check_engine
-from engines.cuda_buffer import DeviceBuffer
+from engines.cuda_buffer import DeviceBuffer, concatenate
 from engines.cuda_device import CudaDevice, CudaEvent, open_device
 from engines.device_array import DeviceArray
 from engines.device_timer import DeviceTimer
 from engines.gpu_cache import gpu_cache_path
-from engines.graph_engine import Capturer
 from engines.layouts import CHANNELS_LAST, feature_maps
 from engines.libcuda import Driver, Gpu, driver_from_libcuda
 from engines.rtx_cache import RuntimeCache
@@ -113,9 +113,12 @@ class TensorRTBackend:
                 "pycuda.autoinit makes it. Import pycuda.autoprimaryctx instead, and make the array again"
             )
 
+    def concatenate(self, values: Sequence[DeviceArray]) -> DeviceArray:
+        return concatenate(self._runtime.device, values)
+
     def timer(self) -> DeviceTimer:
         device = self._runtime.device
-        return DeviceTimer(lambda: CudaEvent(device), device.synchronize)
+        return DeviceTimer(lambda: CudaEvent(device), device.synchronize, device.copies)
 
     def capturer(self) -> Capturer:
         return TensorRTCapturer(self._runtime.device)

@@ -16,9 +16,9 @@ import numpy as np
 from bdtool.errors import EngineError
 from bdtool.specs import PartSpec
 from engines.base import Buffer, Call, Engine, PartEngine, run_through_buffers
+from engines.capture import Captured
 from engines.cuda_buffer import DeviceBuffer, device_buffer
 from engines.cuda_device import CudaDevice, DeviceMemory
-from engines.graph_engine import Captured
 from engines.rtx_cache import RuntimeCache
 from engines.trt_library import TensorRTLibrary
 
@@ -121,7 +121,7 @@ class TensorRTEngine(PartEngine):
         return self._context.call(inputs, outputs)
 
     def capture(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer], *, beside: bool) -> Captured:
-        """Capture one call, in an execution context that nothing else uses; see `engines.graph_engine.Capturer`."""
+        """Capture one call, in an execution context that nothing else uses; see `engines.capture.Capturer`."""
         device = self._runtime.device
         context = _Context(self._part, self._engine, self._runtime, beside=beside)
         call = context.call(inputs, outputs)

@@ -1,9 +1,9 @@
 """A stand-in for `cuda.bindings.driver` that notes what it is told and does it, on host memory.
 
 Device addresses are addresses of numpy arrays, and a copy outside of what was allocated fails. Work that is enqueued
-runs at once, or, while the stream is captured, becomes a node of a graph; a launch runs the graph's nodes. The dispatch
-kernel runs as its Python twin. Structures and enumerations are the real ones: what reaches the driver is read back from
-their memory, at the offsets that cuda.h gives them.
+runs at once, or, while the stream is captured, becomes a node of a graph; a launch runs the graph's nodes. The kernels
+run as their Python twins. What copies, launches and conditional nodes take can be set. Structures and enumerations are
+the real ones: what reaches the driver is read back from their memory, at the offsets that cuda.h gives them.
 """
 
 import ctypes
@@ -12,11 +12,18 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from engines.dispatch import MAX_BLOCKS, dispatch
+from engines.dispatch import MAX_BLOCKS, dispatch, lookup
 
 
 class Handles(ctypes.Structure):
     _fields_ = [("h", ctypes.c_uint64 * MAX_BLOCKS)]
+
+
+POINTER, HANDLE = ctypes.c_uint64, ctypes.c_uint64
+KERNELS = {  # by the address of the function: what its node is noted as, and the types of its arguments
+    0xF: ("kernel", [POINTER] * 3 + [ctypes.c_int, ctypes.c_float] + [POINTER] * 2 + [HANDLE, Handles]),
+    0x10: ("lookup", [POINTER] * 2 + [ctypes.c_int, ctypes.c_float, POINTER, ctypes.c_int, POINTER, HANDLE]),
+}
 
 
 class FakeDriver:
@@ -30,9 +37,13 @@ class FakeDriver:
         self.memory = {}  # address: array
         self.copies = []  # "HtoD", "DtoH" and "DtoD", in order
         self.graphs, self.handles, self.values = {}, [], {}
+        self.owner_of_handle = {}
         self.kinds, self.instantiated, self.launched, self.destroyed = {}, [], [], []
+        self.ended = []  # executables that were destroyed; they share the address of their graph
         self.owners = {}  # address: the context that it belongs to, where it is not the primary one
-        self.events, self.time_ms = [], 0.0  # each piece of enqueued work takes a millisecond
+        self.events, self.time_ms = [], 0.0  # each piece of work takes a millisecond
+        self.launch_ms = self.switch_ms = 0.0
+        self.copy_ms = {"HtoD": 0.0, "DtoH": 0.0, "DtoD": 0.0}
         self.recorded_on, self.waited_for = {}, []  # streams
         self._capturing = None
         self._keep = []
@@ -128,28 +139,34 @@ class FakeDriver:
 
     def cuMemcpyHtoDAsync(self, target, source, n_bytes, stream):
         self.view(target, n_bytes)[:] = np.frombuffer(ctypes.string_at(source, n_bytes), np.uint8)
-        self.copies.append("HtoD")
-        return self._done("cuMemcpyHtoDAsync")
+        return self._copied("HtoD")
 
     def cuMemcpyDtoHAsync(self, target, source, n_bytes, stream):
         ctypes.memmove(target, self.view(source, n_bytes).ctypes.data, n_bytes)
-        self.copies.append("DtoH")
-        return self._done("cuMemcpyDtoHAsync")
+        return self._copied("DtoH")
 
     def cuMemcpyDtoDAsync(self, target, source, n_bytes, stream):
         self.view(target, n_bytes)[:] = self.view(source, n_bytes)
-        self.copies.append("DtoD")
-        return self._done("cuMemcpyDtoDAsync")
+        return self._copied("DtoD")
+
+    def _copied(self, direction):
+        self.copies.append(direction)
+        self.time_ms += self.copy_ms[direction]
+        return self._done(f"cuMemcpy{direction}Async")
 
     # --- captured work ------------------------------------------------------------------------------------------------
 
     def enqueue(self, work):
         """Do what an engine does when it puts work on the stream."""
         if self._capturing is None:
-            work()
-            self.time_ms += 1
+            self.time_ms += self.launch_ms
+            self._work(work)
         else:
             self._note(self._capturing, None, 0, ("work", work))
+
+    def _work(self, work):
+        work()
+        self.time_ms += 1
 
     def cuStreamBeginCapture(self, stream, mode):
         assert mode == self.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
@@ -173,6 +190,7 @@ class FakeDriver:
     def cuGraphConditionalHandleCreate(self, graph, context, default, flags):
         assert (int(context), default, flags) == (0xC0, 0, self.CU_GRAPH_COND_ASSIGN_DEFAULT)
         self.handles.append(100 + len(self.handles))
+        self.owner_of_handle[self.handles[-1]] = int(graph)
         return self._done("cuGraphConditionalHandleCreate", self.CUgraphConditionalHandle(self.handles[-1]))
 
     def _note(self, graph, after, count, entry):
@@ -188,7 +206,8 @@ class FakeDriver:
         assert edges is None
         raw = ctypes.string_at(params.getPtr(), 64)
         if int.from_bytes(raw[:4], "little") == int(self.CUgraphNodeType.CU_GRAPH_NODE_TYPE_KERNEL):
-            entry = ("kernel", self._arguments(int(params.kernel.kernelParams)))
+            kind, types = KERNELS[int(params.kernel.func)]
+            entry = (kind, self._arguments(int(params.kernel.kernelParams), types))
         else:
             handle, kind, size = (int.from_bytes(raw[a:b], "little") for a, b in ((16, 24), (24, 28), (28, 32)))
             assert kind == int(self.CUgraphConditionalNodeType.CU_GRAPH_COND_TYPE_SWITCH)
@@ -199,12 +218,11 @@ class FakeDriver:
             entry = ("switch", handle, bodies)
         return self._done("cuGraphAddNode", self._note(graph, after, count, entry))
 
-    def _arguments(self, pointers):
-        """Read the kernel's nine arguments back, as the driver does when the node is added."""
-        types = [ctypes.c_uint64] * 3 + [ctypes.c_int, ctypes.c_float] + [ctypes.c_uint64] * 3 + [Handles]
+    def _arguments(self, pointers, types):
+        """Read a kernel's arguments back, as the driver does when the node is added."""
         addresses = (ctypes.c_void_p * len(types)).from_address(pointers)
         values = [kind.from_address(address) for kind, address in zip(types, addresses, strict=True)]
-        return [*(value.value for value in values[:-1]), list(values[-1].h)]
+        return [list(value.h) if isinstance(value, Handles) else value.value for value in values]
 
     def cuGraphGetNodes(self, graph, count):
         kinds = self.kinds.get(int(graph), ["KERNEL", "KERNEL", "MEMCPY"])
@@ -223,12 +241,14 @@ class FakeDriver:
 
     def cuGraphExecDestroy(self, executable):
         self.destroyed.append(int(executable))
+        self.ended.append(int(executable))
         return self._done("cuGraphExecDestroy")
 
     def cuGraphLaunch(self, executable, stream):
-        assert int(executable) not in self.destroyed
+        assert int(executable) not in self.ended
         self.launched.append(int(executable))
         self.values = dict.fromkeys(self.handles, 0)  # each launch begins with the default value
+        self.time_ms += self.launch_ms
         self._run(int(executable))
         return self._done("cuGraphLaunch")
 
@@ -236,12 +256,15 @@ class FakeDriver:
         for entry, _ in self.graphs[graph]:
             match entry:
                 case ("work", work):
-                    work()
+                    self._work(work)
                 case ("child", child):
                     self._run(child)
                 case ("kernel", arguments):
                     self._dispatch(*arguments)
+                case ("lookup", arguments):
+                    self._lookup(*arguments)
                 case ("switch", handle, bodies):
+                    self.time_ms += self.switch_ms
                     if self.values[handle] < len(bodies):
                         self._run(bodies[self.values[handle]])
 
@@ -253,10 +276,18 @@ class FakeDriver:
         self.view(side, 4).view(np.int32)[0] = result.head
         self.values |= {**dict(zip(blocks, result.switches, strict=False)), head: result.head}
 
+    def _lookup(self, probability, force, n_blocks, threshold, masks, n_masks, kept, path):
+        p, words = self.view(probability, 4 * n_blocks).view(np.float32), self.view(masks, 16 * n_masks)
+        forced = self.view(force, n_blocks) if force else None
+        table = [tuple(row) for row in words.view(np.uint64).reshape(-1, 2).tolist()]
+        assert table == sorted(table)
+        result = lookup(p, table, threshold=threshold, force=forced)
+        self.view(kept, n_blocks)[:] = result.kept
+        self.values[path] = result.path
+
     def cuModuleLoadData(self, image):
         assert image[:4] == b"\x7fELF"
         return self._done("cuModuleLoadData", self.CUmodule(0xD))
 
     def cuModuleGetFunction(self, module, name):
-        assert name == b"bd_dispatch"
-        return self._done("cuModuleGetFunction", self.CUfunction(0xF))
+        return self._done("cuModuleGetFunction", self.CUfunction({b"bd_dispatch": 0xF, b"bd_lookup": 0x10}[name]))

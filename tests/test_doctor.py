@@ -232,3 +232,22 @@ def test_render_puts_the_remedy_below_and_says_what_works() -> None:
     assert '-> pip install "bdtool[report]"' in text
     assert "yes  build and run on the CPU" in text
     assert "no   demo (needs torch, onnx, onnxscript, plotly)" in text
+
+
+def test_cuda_graphs_say_how_strategy_graph_runs(versions: dict[str, str]) -> None:
+    versions.update({"cuda-bindings": "13.0", "nvidia-cuda-nvrtc": "13.0"})
+    assert doctor._cuda_graphs(ONE_GPU) == Finding(
+        "CUDA graphs",
+        "ok",
+        "strategy 'graph' decides on the device; it takes the fastest of policy-cache, switch, path-cache",
+    )
+    old = doctor._cuda_graphs(Driver((12, 4), ONE_GPU.gpus))
+    assert old.status == "problem"
+    assert old.detail.startswith("the driver supports CUDA up to 12.4, a SWITCH in a CUDA graph needs 12.8; strategy")
+    assert old.detail.endswith("reads the policy back for each image (mode path-cache)")
+    assert old.remedy == "update the driver"
+    versions.clear()
+    bare = doctor._cuda_graphs(ONE_GPU)
+    assert bare.detail.endswith("launches each part (mode off)")
+    assert bare.remedy == 'pip install "bdtool[cuda]"'
+    assert doctor._cuda_graphs(NO_DRIVER).status == "missing"

@@ -15,6 +15,7 @@ from bdtool.cli.options import (
     NEW_FILE,
     FiniteRange,
     NumberList,
+    cuda_graph_option,
     data_option,
     json_option,
     policy_option,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="How blocks run: chain, path, fused, graph, full, or auto (what `bdtool profile --strategy auto` recorded).",
 )
+@cuda_graph_option
 @resize_option
 @runtime_options
 @json_option
@@ -45,6 +47,7 @@ def run_cmd(
     images: tuple[Path, ...],
     policy: str | None,
     strategy: str,
+    cuda_graph: str,
     resize: bool,
     backend: str,
     device: str,
@@ -62,16 +65,26 @@ def run_cmd(
     from bdtool.runtime.orchestrator import Orchestrator
 
     with Orchestrator.open(
-        bundle, backend=backend, device=device, strategy=strategy, threads=threads, precision=precision
+        bundle,
+        backend=backend,
+        device=device,
+        strategy=strategy,
+        threads=threads,
+        precision=precision,
+        cuda_graph=cuda_graph,
     ) as runtime:
         rows = classify_files(runtime, images, policy=policy, resize=resize)
+        choice = runtime.graph_choice
 
     def text() -> None:
         columns = ["image", "label", "probability", "blocks_run", "policy"]
         shown = [[r["image"], r["label"], percent(r["probability"]), str(r["blocks_run"]), r["policy"]] for r in rows]
         print_table(columns, shown)
 
-    emit({"images": rows}, json_file, text)
+        if choice is not None:
+            click.echo(f"CUDA graph: {choice.mode} ({choice.reason})")
+
+    emit({"images": rows} if choice is None else {"images": rows, "cuda_graph": asdict(choice)}, json_file, text)
 
 
 @click.command("evaluate")
@@ -145,6 +158,7 @@ def evaluate_cmd(
     metavar="LIST",
     help="Percentiles to report.",
 )
+@cuda_graph_option
 @resize_option
 @runtime_options
 @click.option("--html", "html_file", type=NEW_FILE, metavar="FILE", help="Also write the page of `bdtool report`.")
@@ -160,6 +174,7 @@ def profile_cmd(
     warmup: float,
     duration: float,
     percentile: tuple[float, ...],
+    cuda_graph: str,
     resize: bool,
     backend: str,
     device: str,
@@ -209,6 +224,7 @@ def profile_cmd(
             precision=precision,
             baseline=None if baseline is None else Bundle.open(baseline),
             sweep=SWEEP if sweep else (),
+            cuda_graph=cuda_graph,
             on_progress=on_progress,
         )
     for message in result.warnings:

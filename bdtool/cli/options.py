@@ -85,6 +85,14 @@ class NumberList(click.ParamType):  # type: ignore[type-arg]  # generic only in 
         return numbers
 
 
+def cuda_graph_option(command: _Command) -> _Command:
+    help_text = (
+        "CUDA graphs of strategies graph and full on a GPU: policy-cache, switch, path-cache, off (plain launches), or "
+        "auto (the fastest of those that driver and packages allow)."
+    )
+    return click.option("--cuda-graph", default="auto", show_default=True, metavar="MODE", help=help_text)(command)
+
+
 def json_option(command: _Command) -> _Command:
     help_text = "Write the result as JSON to FILE; - is stdout, instead of the text."
     return click.option("--json", "json_file", type=JSON_FILE, metavar="FILE", help=help_text)(command)

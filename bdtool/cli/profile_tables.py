@@ -22,6 +22,10 @@ def print_profile(data: dict[str, Any]) -> None:
     click.echo(f"input: {data['n_images']} images of {data['input_source']}; batch {data['batch']}")
     click.echo(f"clock: {data['boundary']}")
     print_strategies(data["strategies"])
+    for name, row in data["strategies"].items():
+        if "cuda_graph" in row:
+            hits = f"; {percent(row['hit_rate'])} of the images hit" if "hit_rate" in row else ""
+            click.echo(f"{name}: CUDA graph {row['cuda_graph']['mode']} ({row['cuda_graph']['reason']}){hits}")
     if "path" in data["strategies"]:
         _print_paths(data["strategies"]["path"])
     if data["split"]["strategies"]:
@@ -113,6 +117,23 @@ def _print_split(split: dict[str, Any]) -> None:
         rows.append([name, *cells, f"{row['total_ms']:.3f}", _range(row["total_ms_iqr"])])
     print_table(["strategy", *columns, "total", "IQR"], rows, title="Where the time goes, milliseconds an image")
     click.echo(split["pass"])
+    _print_device({name: row["device"] for name, row in strategies.items() if row.get("device")})
+
+
+def _print_device(rows: dict[str, Any]) -> None:
+    """Print what trtexec calls its performance summary; nothing where engine calls are done when they return."""
+    if not rows:
+        return
+    columns = ["strategy", "H2D", "compute", "D2H", "enqueue", "host", "compute CoV"]
+    cells = []
+    for name, row in rows.items():
+        variation = row["compute_coefficient_of_variation"]
+        medians = [f"{row[f'{part}_ms']['median']:.3f}" for part in ("h2d", "compute", "d2h", "enqueue", "host")]
+        cells.append([name, *medians, "-" if variation is None else percent(variation)])
+    title = (
+        "On the device, median milliseconds a request (H2D, compute, D2H by events; enqueue, host by the host's clock)"
+    )
+    print_table(columns, cells, title=title)
 
 
 def _print_lines(lines: dict[str, Any]) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from bdtool.profiling.device_times import DeviceTimes
 from bdtool.profiling.workload import Workload, runner
 from bdtool.runtime.orchestrator import Orchestrator
 from bdtool.runtime.paths import PathOptions
@@ -20,7 +23,7 @@ PASS_NOTE = (
 )
 DEVICE_NOTE = (
     "engine calls are timed by events on the device's stream: where the device waits for the host to enqueue the next "
-    "call, that wait is part of them; dispatch holds the copies to and from the device"
+    "call, that wait is part of them; so are the copies to the device (h2d) and back (d2h)"
 )
 _REQUESTS = 60  # of one image; fewer of larger batches
 _MIN_REQUESTS = 8
@@ -51,10 +54,19 @@ class InstrumentedPass:
     total_ms: list[float] = field(default_factory=list)  # of each request
     preprocess_ms: float = 0.0
     keep: list[np.ndarray] = field(default_factory=list)
+    device: DeviceTimes | None = None  # where calls only enqueue
 
     @property
     def n_images(self) -> int:
         return len(self.total_ms) * self.batch
+
+    def forget_warm_up(self) -> None:
+        """Drop the times of the requests so far, which bound and warmed what the counted ones need."""
+        for entry in self.times.values():
+            entry.calls_ms.clear()
+            entry.enqueue_ms.clear()
+        if self.device is not None:
+            self.device.clear_request()
 
     def split(self) -> dict[str, Any]:
         """Return mean milliseconds an image and shares of the whole; they add up to `total_ms` and to 1."""
@@ -63,6 +75,8 @@ class InstrumentedPass:
             if entry.calls_ms:
                 component = _COMPONENTS.get(entry.part.kind, _ONE_ENGINE)
                 spent[component] = spent.get(component, 0.0) + entry.total_ms
+        if self.device is not None:
+            spent |= {"h2d": sum(self.device.requests["h2d"]), "d2h": sum(self.device.requests["d2h"])}
         whole = sum(self.total_ms)
         spent["dispatch"] = whole - sum(spent.values())
         per_image = np.array(self.total_ms) / self.batch
@@ -73,7 +87,11 @@ class InstrumentedPass:
             "total_ms": float(per_image.mean()),
             "total_ms_iqr": [float(np.percentile(per_image, p)) for p in (25, 75)],
             "n_images": self.n_images,
+            "device": None if self.device is None else self.device.to_json(self._blocks_run()),
         }
+
+    def _blocks_run(self) -> np.ndarray:
+        return np.array([keep.sum(axis=1).mean() for keep in self.keep])
 
     def parts(self) -> list[dict[str, Any]]:
         """Return one row for each part that ran; see `measure_parts`."""
@@ -106,14 +124,24 @@ def run_instrumented(
     Args:
         paths: of a `path` strategy: the engines to join for this pass.
     """
-    seen = InstrumentedPass(batch=batch)
     timer = runtime.device_timer
+    device = None if timer is None else DeviceTimes()
+    seen = InstrumentedPass(batch=batch, device=device)
 
     def wrap(part: PartSpec, call: Call) -> Call:
         entry = seen.times.setdefault(part.name, PartTime(part=part))
-        if timer is None:
-            return _clocked(call, entry.calls_ms)
-        return timer.timed(_clocked(call, entry.enqueue_ms), entry.calls_ms.append)
+        if timer is None or device is None:
+            return _clocked(call, entry.calls_ms.append)
+
+        def on_enqueue(ms: float) -> None:
+            entry.enqueue_ms.append(ms)
+            device.add("enqueue", ms)
+
+        def on_compute(ms: float) -> None:
+            entry.calls_ms.append(ms)
+            device.add("compute", ms)
+
+        return timer.timed(_clocked(call, on_enqueue), on_compute)
 
     with runtime.timed(wrap, paths=paths) as other:
         run = runner(name, other)
@@ -122,30 +150,31 @@ def run_instrumented(
             run(*workload.request(i, batch))
         if timer is not None:
             timer.collect()
-        for entry in seen.times.values():
-            entry.calls_ms.clear()
-            entry.enqueue_ms.clear()
-        for i in range(n_requests):
-            images, keep = workload.request(i, batch)
-            start = time.perf_counter()
-            prepared = other.prepare(images)  # here, so that it can be timed: `run` takes it as it is
-            middle = time.perf_counter()
-            result = run(prepared, keep)
-            seen.total_ms.append((time.perf_counter() - start) * 1000)
-            seen.preprocess_ms += (middle - start) * 1000
-            seen.keep.append(result.policy)
-            if timer is not None:
-                timer.collect()
+        seen.forget_warm_up()
+        with nullcontext() if timer is None or device is None else timer.timing_copies(device.add):
+            for i in range(n_requests):
+                images, keep = workload.request(i, batch)
+                start = time.perf_counter()
+                prepared = other.prepare(images)  # here, so that it can be timed: `run` takes it as it is
+                middle = time.perf_counter()
+                result = run(prepared, keep)
+                seen.total_ms.append((time.perf_counter() - start) * 1000)
+                seen.preprocess_ms += (middle - start) * 1000
+                seen.keep.append(result.policy)
+                if timer is not None and device is not None:
+                    timer.collect()
+                    device.add("host", seen.total_ms[-1])
+                    device.close_request()
     return seen
 
 
-def _clocked(call: Call, times_ms: list[float]) -> Call:
+def _clocked(call: Call, on_ms: Callable[[float], None]) -> Call:
     """Return `call` between two looks at the host's clock."""
 
     def clocked() -> None:
         start = time.perf_counter()
         call()
-        times_ms.append((time.perf_counter() - start) * 1000)
+        on_ms((time.perf_counter() - start) * 1000)
 
     return clocked
 

@@ -17,12 +17,15 @@ from bdtool.runtime.orchestrator import Orchestrator
 from bdtool.runtime.paths import PathOptions
 from bdtool.runtime.recommendation import AUTO, CANDIDATES
 from bdtool.specs import NetworkSpec
+from engines.graph_modes import AUTO as AUTO_GRAPH
+from engines.graph_modes import GraphChoice
 from engines.registry import identify_backend
 from engines.store import EngineStore
 from export.bundle import Bundle
 
 STORED = "stored by `bdtool build --paths`"
 COUNTED = "counted on the measured images before the clock started"
+KNOW_MASKS = {"path", "graph"}  # strategies that prepare for frequent masks
 _COUNT_BATCH = 64
 
 
@@ -34,6 +37,7 @@ class Place:
     device: str
     threads: int | None
     precision: str
+    cuda_graph: str = AUTO_GRAPH
 
     def open(self, bundle: Bundle, strategy: str, *, paths: PathOptions | None = None) -> Orchestrator:
         return Orchestrator.open(
@@ -44,6 +48,7 @@ class Place:
             threads=self.threads,
             precision=self.precision,
             paths=paths,
+            cuda_graph=self.cuda_graph,
         )
 
     def store(self, bundle: Bundle) -> EngineStore:
@@ -55,13 +60,18 @@ class Opened:
     """Everything that takes turns: `full` first, the strategies, then another bundle's `full:<arch>`."""
 
     runtimes: dict[str, Orchestrator]
-    paths: PathOptions | None  # of `path`, where it is among them
+    paths: PathOptions | None  # of `path` and `graph`, where they are among them
     path_masks: str  # where its masks come from
 
     @property
     def of_bundle(self) -> dict[str, Orchestrator]:
         """The runtimes of the bundle itself."""
         return {name: runtime for name, runtime in self.runtimes.items() if ":" not in name}
+
+    def graph_choices(self) -> dict[str, GraphChoice]:
+        """Return how each strategy that has CUDA graphs uses them."""
+        choices = {name: runtime.graph_choice for name, runtime in self.runtimes.items()}
+        return {name: choice for name, choice in choices.items() if choice is not None}
 
     def path_figures(self) -> dict[str, Any]:
         """Return what the path cache holds; nothing without a `path` strategy."""
@@ -112,9 +122,10 @@ def open_all(
     """
     if baseline is not None:
         _check_size(bundle, baseline)
-    paths, source = path_options(bundle, workload, place) if "path" in names else (None, "")
+    paths, source = path_options(bundle, workload, place) if KNOW_MASKS & set(names) else (None, "")
     runtimes = {
-        name: stack.enter_context(place.open(bundle, name, paths=paths if name == "path" else None)) for name in names
+        name: stack.enter_context(place.open(bundle, name, paths=paths if name in KNOW_MASKS else None))
+        for name in names
     }
     if baseline is not None:
         runtimes[f"{BASELINE}:{baseline.network.arch}"] = stack.enter_context(place.open(baseline, BASELINE))

@@ -10,15 +10,19 @@ from typing import Any
 
 from bdtool.data.batches import ImageSource
 from bdtool.evaluation import keep_for
+from bdtool.profiling.device_times import THRESHOLDS, device_warnings
 from bdtool.profiling.environment import clock_warnings, describe_environment, describe_gpu
 from bdtool.profiling.instrumented import DEVICE_NOTE, PASS_NOTE, InstrumentedPass, run_instrumented
 from bdtool.profiling.line import BlocksLine, fit_lines
 from bdtool.profiling.measure import BASELINE, BOUNDARY, Settings, Workload, measure, stability_warnings
-from bdtool.profiling.opening import Opened, Place, open_all, strategy_names
+from bdtool.profiling.opening import KNOW_MASKS, Opened, Place, open_all, strategy_names
 from bdtool.profiling.statistics import Samples
+from bdtool.profiling.workload import is_static
 from bdtool.runtime.orchestrator import Orchestrator
 from bdtool.runtime.policies import parse_policy
 from bdtool.runtime.recommendation import AUTO, CANDIDATES, Recommendation, choose_strategy, write_recommendation
+from engines.graph_modes import AUTO as AUTO_GRAPH
+from engines.graph_modes import OFF, GraphChoice
 from engines.registry import identify_backend
 from export.bundle import Bundle
 
@@ -49,6 +53,7 @@ class Profile:
     lines: dict[str, BlocksLine] = field(default_factory=dict)
     sweep: dict[int, dict[str, Samples]] = field(default_factory=dict)  # by batch
     paths: dict[str, Any] = field(default_factory=dict)  # what the path cache held
+    graphs: dict[str, GraphChoice] = field(default_factory=dict)  # how strategies use CUDA graphs, on a GPU
     peak_memory_mib: float | None = None
     recommendation: Recommendation | None = None
 
@@ -73,10 +78,16 @@ class Profile:
             "n_images": self.n_images,
             "input_source": self.input_source,
             "is_real_input": self.is_real_input,
-            "strategies": _strategies_json(self.samples, settings, self.paths),
-            "split": {"pass": self.pass_note, "unit": "ms an image", "strategies": self.splits},
+            "strategies": _strategies_json(self.samples, settings, self.paths, self.graphs),
+            "split": {
+                "pass": self.pass_note,
+                "unit": "ms an image",
+                "strategies": self.splits,
+                "device_unit": "ms a request",
+                "device_thresholds": THRESHOLDS,
+            },
             "latency_against_blocks": {name: asdict(line) for name, line in self.lines.items()},
-            "sweep": {str(batch): _strategies_json(found, settings, {}) for batch, found in self.sweep.items()},
+            "sweep": {str(batch): _strategies_json(found, settings, {}, {}) for batch, found in self.sweep.items()},
             "parts": self.parts,
             "parts_pass": f"engine calls of chain at batch {settings.batch}; {self.pass_note}",
             "peak_memory_mib": self.peak_memory_mib,
@@ -100,6 +111,7 @@ def profile(
     precision: str = "fp32",
     baseline: Bundle | None = None,
     sweep: Sequence[int] = (),
+    cuda_graph: str = AUTO_GRAPH,
     on_progress: Callable[[float], None] = lambda share_done: None,
 ) -> Profile:
     """Measure `strategies` and the baseline `full` on the first images of `data`, in one run.
@@ -108,6 +120,7 @@ def profile(
         strategies: names; "auto" stands for all that take a policy, and records the fastest beside the engines.
         baseline: another static ResNet, whose `full` engine takes turns under the name `full:<arch>`.
         sweep: batch sizes whose throughput is measured as well.
+        cuda_graph: as for `Orchestrator.open`.
 
     Raises:
         PolicyError: the policy does not fit the network.
@@ -118,7 +131,7 @@ def profile(
     request = parse_policy(policy, n_blocks=network.n_blocks, has_policy_network=network.has_policy)
     images = data.take(MAX_IMAGES).images
     workload = Workload(images=images, keep=keep_for(request, len(images), 0))
-    place = Place(backend=backend, device=device, threads=threads, precision=precision)
+    place = Place(backend=backend, device=device, threads=threads, precision=precision, cuda_graph=cuda_graph)
     names = strategy_names(strategies, network, place)
     batches = [batch for batch in sweep if batch <= bundle.manifest.max_batch]
     steps = _Steps(2 + len(batches), on_progress)
@@ -127,13 +140,15 @@ def profile(
         before = describe_gpu(device)
         samples = measure(opened.runtimes, workload, settings, on_round=steps.share)
         gpu = describe_gpu(device)
-        peak_memory_mib, paths = _peak_memory_mib(), opened.path_figures()
+        peak_memory_mib, paths, graphs = _peak_memory_mib(), opened.path_figures(), opened.graph_choices()
         steps.next()
         passes = _instrumented(opened, workload, settings)
         lines = fit_lines(opened.of_bundle, samples, workload, settings, on_round=steps.share)
         steps.next()
         swept = _sweep(opened.runtimes, workload, settings, batches, steps)
         n_threads = opened.runtimes[BASELINE].threads
+    splits = {name: one.split() for name, one in passes.items()}
+    on_device = {name: row["device"] for name, row in splits.items() if row["device"] is not None}
     version = identify_backend(backend, device).version
     result = Profile(
         bundle=bundle.path.name,
@@ -150,6 +165,8 @@ def profile(
         warnings=[
             *_input_warnings(data, request.is_learned),
             *stability_warnings(samples),
+            *device_warnings(on_device),
+            *_baseline_warnings(graphs),
             *clock_warnings(gpu),
             *_sweep_warnings(sweep, bundle.manifest.max_batch),
         ],
@@ -158,10 +175,11 @@ def profile(
             **gpu,
             **{f"{name}_before": value for name, value in before.items() if name in _CHANGING},
         },
-        splits={name: one.split() for name, one in passes.items()},
+        splits=splits,
         lines=lines,
         sweep=swept,
         paths=paths,
+        graphs=graphs,
         peak_memory_mib=peak_memory_mib,
     )
     return _recommended(result, bundle, place) if AUTO in strategies else result
@@ -184,7 +202,7 @@ class _Steps:
 def _instrumented(opened: Opened, workload: Workload, settings: Settings) -> dict[str, InstrumentedPass]:
     return {
         name: run_instrumented(
-            name, runtime, workload, batch=settings.batch, paths=opened.paths if name == "path" else None
+            name, runtime, workload, batch=settings.batch, paths=opened.paths if name in KNOW_MASKS else None
         )
         for name, runtime in opened.of_bundle.items()
     }
@@ -202,11 +220,17 @@ def _sweep(
     return found
 
 
-def _strategies_json(samples: dict[str, Samples], settings: Settings, paths: dict[str, Any]) -> dict[str, Any]:
+def _strategies_json(
+    samples: dict[str, Samples], settings: Settings, paths: dict[str, Any], graphs: dict[str, GraphChoice]
+) -> dict[str, Any]:
     full = samples[BASELINE]
     rows = {name: one.to_json(full, settings.percentiles) for name, one in samples.items()}
     if "path" in rows:
         rows["path"] |= {"hit_rate": samples["path"].hit_rate, **paths}
+    for name, choice in graphs.items():
+        rows[name]["cuda_graph"] = asdict(choice)
+        if samples[name].hits is not None:  # of masks that have a graph
+            rows[name]["hit_rate"] = samples[name].hit_rate
     return rows
 
 
@@ -250,6 +274,14 @@ def _input_warnings(data: ImageSource, is_learned: bool) -> list[str]:
         return []
     learned = "; what a policy network keeps on them means nothing" if is_learned else ""
     return [f"the input is {data.description}{learned}. Give real ones with --data"]
+
+
+def _baseline_warnings(graphs: dict[str, GraphChoice]) -> list[str]:
+    return [
+        f"{name} runs without a CUDA graph ({choice.reason}): a weaker baseline than a user would take"
+        for name, choice in graphs.items()
+        if is_static(name) and choice.mode == OFF
+    ]
 
 
 def _sweep_warnings(sweep: Sequence[int], max_batch: int) -> list[str]:

@@ -54,13 +54,7 @@ class Samples:
         An image that keeps more blocks rightly takes longer, so the deviation is pooled over groups of requests that
         ran equally many blocks. Where all requests run the same blocks this is trtexec's figure.
         """
-        groups = [self.latency_ms[self.blocks_run == n] for n in np.unique(self.blocks_run)]
-        groups = [group for group in groups if len(group) > 1]
-        if not groups:
-            return float("nan")
-        squares = sum(float(((group - group.mean()) ** 2).sum()) for group in groups)
-        freedom = sum(len(group) - 1 for group in groups)
-        return float(np.sqrt(squares / freedom) / self.latency_ms.mean())
+        return pooled_variation(self.latency_ms, self.blocks_run)
 
     def round_medians(self) -> np.ndarray | None:
         """Return the median latency of each round, float64 [rounds], in milliseconds."""
@@ -92,6 +86,20 @@ class Samples:
             "coefficient_of_variation": None if np.isnan(self.variation) else self.variation,
             "n_requests": len(self.latency_ms),
         }
+
+
+def pooled_variation(times_ms: np.ndarray, blocks_run: np.ndarray) -> float:
+    """Return the coefficient of variation of times float [requests] within groups that ran equally many blocks.
+
+    NaN where no two requests did, or all times are zero.
+    """
+    groups = [times_ms[blocks_run == n] for n in np.unique(blocks_run)]
+    groups = [group for group in groups if len(group) > 1]
+    if not groups or times_ms.mean() == 0:
+        return float("nan")
+    squares = sum(float(((group - group.mean()) ** 2).sum()) for group in groups)
+    freedom = sum(len(group) - 1 for group in groups)
+    return float(np.sqrt(squares / freedom) / times_ms.mean())
 
 
 def _quartiles(values: np.ndarray) -> list[float]:

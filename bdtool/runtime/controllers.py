@@ -51,6 +51,11 @@ class MaskController:
         self._matrix = np.empty((0, 0), dtype=bool)
         self._decisions: list[Decision] | None = None
 
+    def for_image(self, row: int) -> MaskController:
+        """Return a controller that decides about one image of the batch as this one does."""
+        given = None if self.given is None else self.given[row : row + 1]
+        return MaskController(given, threshold=self._threshold, run_policy=self._run_policy)
+
     def begin(self, n_images: int, probabilities: Callable[[], np.ndarray]) -> None:
         learned = self._learned(probabilities()) if self._run_policy else None
         keep = learned if self.given is None else self.given

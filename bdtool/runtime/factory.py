@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from bdtool.errors import BdtoolError, UsageError
-from bdtool.runtime.one_call import fused_strategy, graph_strategy
+from bdtool.runtime.full import FullStrategy
+from bdtool.runtime.one_call import fused_strategy
 from bdtool.runtime.paths import PathOptions, PathStrategy
-from bdtool.runtime.strategies import ChainStrategy, FullStrategy, Strategy, WrapCall
+from bdtool.runtime.strategies import ChainStrategy, Strategy, WrapCall
 from bdtool.specs import NetworkSpec, PartSpec
 from engines.base import Backend, Engine
-from engines.registry import fuses, joins, require_graphs
+from engines.graph_modes import GraphPlan
+from engines.registry import fuses, joins, plan_graphs, require_graphs
 
 STRATEGIES = ("chain", "path", "fused", "graph", "full")
 DEFAULT_STRATEGY = "chain"
@@ -52,9 +54,10 @@ def _is_had(strategy: str, backend: str, device: str) -> bool:
     if strategy == "graph":
         try:
             require_graphs(backend, device)
+            plan = plan_graphs(backend, device)
         except BdtoolError:
             return False
-        return True
+        return plan is not None and plan.replays  # without any graph it would be the chain
     if strategy == "path":
         return joins(backend)
     return fuses(backend) if strategy == "fused" else True
@@ -68,14 +71,22 @@ def make_strategy(
     *,
     wrap: WrapCall = lambda part, call: call,
     paths: PathOptions | None = None,
+    graphs: GraphPlan | None = None,
 ) -> Strategy:
-    """Return the strategy on loaded engines; `wrap` goes around each engine call, for profiling."""
+    """Return the strategy on loaded engines.
+
+    Args:
+        wrap: goes around each engine call, for profiling.
+        graphs: the CUDA graphs that `graph` and `full` may use.
+    """
     if strategy == "path":
         return PathStrategy(network, backend, engines, wrap=wrap, options=paths)
     if strategy == "fused":
         return fused_strategy(network, backend, engines, wrap=wrap)
     if strategy == "graph":
-        return graph_strategy(network, backend, engines, wrap=wrap)
+        from bdtool.runtime.graph import graph_strategy  # only GPUs need it
+
+        return graph_strategy(network, backend, engines, wrap=wrap, paths=paths, graphs=graphs)
     if strategy == "full":
-        return FullStrategy(network, backend, engines, wrap=wrap)
+        return FullStrategy(network, backend, engines, wrap=wrap, graphs=graphs)
     return ChainStrategy(network, backend, engines, wrap=wrap)

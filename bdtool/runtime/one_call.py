@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
 from bdtool.errors import EngineError, UsageError
 from bdtool.runtime.controllers import Controller, MaskController
-from bdtool.runtime.strategies import Strategy, WrapCall, fill
+from bdtool.runtime.strategies import Strategy, WrapCall, fill, joined, take
 from bdtool.specs import NetworkSpec, PartSpec
-from engines.base import Backend, Engine
-from engines.device_array import Images
+from engines.base import Backend, Buffer, Call, Engine
+from engines.device_array import Images, Logits
+from engines.graph_modes import GraphChoice
 from engines.store import EngineSet
 from export.fused import FORCE_DROP, FORCE_KEEP, fused_spec
 
 _NOT_FINITE = 2  # in the place of a keep bit, as `engines.dispatch` says it
+
+
+@dataclass(frozen=True, kw_only=True)
+class BoundNetwork:
+    """A whole network bound to buffers for one image; `call` runs it, policy included."""
+
+    image: Buffer
+    force: Buffer  # uint8 [K]; 0: the policy decides, 1: keep, 2: drop
+    logits: Buffer
+    keep: Buffer  # what was kept, [K]
+    call: Call
 
 
 def fused_strategy(
@@ -24,43 +37,41 @@ def fused_strategy(
     """Return a strategy on one engine with an `If` for each block."""
     if not isinstance(engines, EngineSet):
         raise TypeError(f"strategy 'fused' joins engines and needs an EngineSet, got {type(engines).__name__}")
-    return OneCallStrategy(fused_spec(network), engines.fuse(network), backend, wrap=wrap)
+    spec = fused_spec(network)
+    return OneCallStrategy(spec, _bound(spec, engines.fuse(network), backend), wrap=wrap)
 
 
-def graph_strategy(
-    network: NetworkSpec, backend: Backend, engines: Mapping[str, Engine], *, wrap: WrapCall
-) -> Strategy:
-    """Return a strategy on a CUDA graph with a SWITCH for each block: the decision never leaves the device."""
-    from engines.graph_engine import GraphEngine, graph_spec
+def _bound(spec: PartSpec, engine: Engine, backend: Backend) -> BoundNetwork:
+    buffers = [backend.allocate(tensor.shape_for(1), tensor.dtype) for tensor in (*spec.inputs, *spec.outputs)]
+    image, force, logits, keep = buffers
+    inputs = {tensor.name: buffer for tensor, buffer in zip(spec.inputs, (image, force), strict=True)}
+    outputs = {tensor.name: buffer for tensor, buffer in zip(spec.outputs, (logits, keep), strict=True)}
+    return BoundNetwork(image=image, force=force, logits=logits, keep=keep, call=engine.bind(inputs, outputs))
 
-    return OneCallStrategy(graph_spec(network), GraphEngine(network, backend, engines), backend, wrap=wrap)
 
-
-class OneCallStrategy:
+class OneCallStrategy(Strategy):
     """Runs images one at a time through an engine that decides by itself unless bits are given.
 
     Args:
-        spec: inputs image and force (0: the policy decides, 1: keep, 2: drop), outputs logits and keep.
+        spec: describes the call.
+        known: masks (bytes of bool [K]) that have a specialised path inside; None where there are no such.
     """
 
     hits: np.ndarray | None = None
+    graph: GraphChoice | None = None
+    max_device_images = 1
 
-    def __init__(self, spec: PartSpec, engine: Engine, backend: Backend, *, wrap: WrapCall) -> None:
+    def __init__(
+        self, spec: PartSpec, bound: BoundNetwork, *, wrap: WrapCall, known: frozenset[bytes] | None = None
+    ) -> None:
         self._name = spec.name
-        image, force = spec.inputs
-        logits, keep = spec.outputs
-        self._image = backend.allocate(image.shape_for(1), image.dtype)
-        self._force = backend.allocate(force.shape_for(1), force.dtype)
-        self._logits = backend.allocate(logits.shape_for(1), logits.dtype)
-        self._keep = backend.allocate(keep.shape_for(1), keep.dtype)
-        call = engine.bind(
-            {image.name: self._image, force.name: self._force}, {logits.name: self._logits, keep.name: self._keep}
-        )
-        self._call = wrap(spec, call)
-        self._free = np.zeros(force.shape_for(1), dtype=np.uint8)
+        self._bound = bound
+        self._call = wrap(spec, bound.call)
+        self._known = known
+        self._free = np.zeros(spec.inputs[1].shape_for(1), dtype=np.uint8)
         self._written: np.ndarray | None = None  # what `force` holds
 
-    def run(self, images: Images, controller: Controller) -> np.ndarray:
+    def run(self, images: Images, controller: Controller) -> Logits:
         if not isinstance(controller, MaskController):
             raise UsageError(
                 f"strategy {self._name!r} decides inside its engine: it takes the learned policy or given bits only"
@@ -68,25 +79,27 @@ class OneCallStrategy:
         rows = [self._run_one(images[i : i + 1], controller.given, i) for i in range(len(images))]
         kept = np.stack([keep for _, keep in rows])
         controller.begin(len(images), lambda: kept.astype(np.float32))
-        return np.concatenate([logits for logits, _ in rows])
+        if self._known is not None:
+            self.hits = np.array([keep.tobytes() in self._known for keep in kept])
+        return joined([logits for logits, _ in rows])
 
     def close(self) -> None:
         """Nothing runs in the background."""
 
-    def _run_one(self, image: Images, given: np.ndarray | None, row: int) -> tuple[np.ndarray, np.ndarray]:
-        fill(self._image, image)
+    def _run_one(self, image: Images, given: np.ndarray | None, row: int) -> tuple[Logits, np.ndarray]:
+        fill(self._bound.image, image)
         force = self._free if given is None else _forced(given[row])
         if force is not self._written:  # on a GPU each copy costs as much as a small kernel
-            self._force.write(force)
+            self._bound.force.write(force)
             self._written = force
         self._call()
-        keep = self._keep.read()
+        keep = self._bound.keep.read()
         if (keep == _NOT_FINITE).any():
             raise EngineError(
                 f"the policy network's probabilities are not finite (block {int(keep.argmax())}); run `bdtool verify` "
                 "on the bundle, and check the input"
             )
-        return self._logits.read().copy(), keep.astype(bool)
+        return take(self._bound.logits, image), keep.astype(bool)
 
 
 def _forced(keep: np.ndarray) -> np.ndarray:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -25,12 +26,22 @@ from bdtool.runtime.recommendation import AUTO, read_recommendation
 from bdtool.runtime.strategies import Strategy, WrapCall
 from bdtool.specs import PIXELS, NetworkSpec, PartSpec
 from engines.base import Backend, Engine
-from engines.device_array import DeviceArray, DeviceArrayBackend, Images, device_array
+from engines.device_array import DeviceArray, DeviceArrayBackend, Images, Logits, device_array
 from engines.device_timer import DeviceTimer, TimedBackend
-from engines.registry import DEFAULT_BACKEND, DEFAULT_DEVICE, batch_options, identify_backend, open_backend
+from engines.graph_modes import AUTO as AUTO_GRAPH
+from engines.graph_modes import GraphChoice, GraphPlan, chosen
+from engines.registry import (
+    DEFAULT_BACKEND,
+    DEFAULT_DEVICE,
+    batch_options,
+    identify_backend,
+    open_backend,
+    plan_graphs,
+)
 from engines.store import EngineStore
 from export.bundle import Bundle
 
+logger = logging.getLogger(__name__)
 PolicyLike = str | npt.ArrayLike | None
 
 
@@ -38,7 +49,7 @@ PolicyLike = str | npt.ArrayLike | None
 class RunResult:
     """What came out for N images."""
 
-    logits: np.ndarray  # float32 [N, classes]
+    logits: Any  # float32 [N, classes]: a numpy array, or a `DeviceArray` where the images were on a GPU
     policy: np.ndarray  # bool [N, K], True = kept
     hits: np.ndarray | None = None  # bool [N], ran as one path engine; None for strategies without them
 
@@ -50,7 +61,13 @@ class RunResult:
 
     @property
     def classes(self) -> np.ndarray:
-        """The class with the largest logit, int [N]."""
+        """The class with the largest logit, int [N].
+
+        Raises:
+            TypeError: the logits are on a GPU.
+        """
+        if isinstance(self.logits, DeviceArray):
+            raise TypeError("the logits are on the GPU, like the images: take their argmax there, or pass numpy images")
         classes: np.ndarray = self.logits.argmax(axis=1)
         return classes
 
@@ -74,6 +91,7 @@ class Orchestrator:
         strategy: str,
         max_batch: int,
         paths: PathOptions | None = None,
+        graphs: GraphPlan | None = None,
         wrap: WrapCall = lambda part, call: call,
         prepared: Callable[[], Loaded] | None = None,
     ) -> None:
@@ -82,11 +100,12 @@ class Orchestrator:
         self._backend = backend
         self._engines = engines
         self._max_batch = max_batch
-        self._paths = paths
+        self._graphs, self._paths = graphs, paths
         self._wrap = wrap
         self._strategy: Strategy | None = self._make_strategy(Loaded(network, engines))
         self._load_prepared = prepared
         self._prepared_strategy: Strategy | None = None
+        self._ran_prepared = False
         self._preprocess = Preprocessor(network.preprocessing)
         self._takes_pixels = network.takes_pixels  # once: `run` asks for each image
         self._input = np.empty((0, 3, network.preprocessing.height, network.preprocessing.width), dtype=np.float32)
@@ -103,6 +122,7 @@ class Orchestrator:
         threads: int | None = None,
         precision: str = "fp32",
         paths: PathOptions | None = None,
+        cuda_graph: str = AUTO_GRAPH,
     ) -> Orchestrator:
         """Open a bundle. Engines that it lacks for this machine are built first, as `bdtool build` does.
 
@@ -113,13 +133,17 @@ class Orchestrator:
             device: "cpu", or "cuda:N" where the backend has it; never exchanged for another in silence.
             strategy: "chain" (one engine call for each kept block), "path" (one engine for each frequent keep mask,
                 the chain for the others), "fused" (the whole network as one engine with an `If` for each block),
-                "graph" (likewise as one CUDA graph, whose decision stays on the device), "full" (the whole ResNet as
-                one engine) or "auto" (what `bdtool profile --strategy auto` recommended for this target and number of
-                threads).
+                "graph" (likewise by CUDA graphs, for single images on a GPU), "full" (the whole ResNet as one engine)
+                or "auto" (what `bdtool profile --strategy auto` recommended for this target and number of threads).
             threads: CPU threads of one engine call; None takes the processors that are there, at most 4. More than
                 one come from a pool that ONNX Runtime makes once in a process.
             precision: which parts to run: "fp32", or one that `bdtool calibrate` has added to the bundle.
             paths: bounds of the path cache; None takes the defaults, with the masks that `bdtool build --paths` found.
+            cuda_graph: how "graph" and "full" use CUDA graphs on a GPU. "auto" takes of what driver and packages
+                allow what is measured to be the fastest when the bundle is opened; for "graph" one of "policy-cache"
+                (the decision stays on the device: one SWITCH over the paths of the frequent masks in `paths`),
+                "switch" (likewise with a SWITCH for each block), "path-cache" (the policy is read back, a graph for
+                each mask), or "off" (plain launches, for "full", too). `graph_choice` says which, and why.
 
         Raises:
             BundleError: the bundle is damaged, incomplete or too new, or has no recommendation for "auto".
@@ -133,6 +157,7 @@ class Orchestrator:
         identity = identify_backend(backend, device)
         options = batch_options(backend, opened.manifest.max_batch)
         library = open_backend(backend, device, threads=threads, tensorrt=options)
+        graphs = plan_graphs(backend, device, cuda_graph)
         store = EngineStore(opened, identity, precision=precision)
         if strategy == AUTO:
             recorded = read_recommendation(store.directory, threads=library.threads, bundle=opened.path)
@@ -140,17 +165,21 @@ class Orchestrator:
         loader = Loader(opened, store, library, strategy=strategy)
         loaded = loader.load()
         network = loaded.network
-        if strategy == "path" and paths is None:
+        if strategy in ("path", "graph") and paths is None:
             paths = PathOptions(ahead=read_masks(loader.store.directory, network.n_blocks))
-        return cls(
+        runtime = cls(
             network,
             library,
             loaded.engines,
             strategy=strategy,
             max_batch=opened.manifest.max_batch,
             paths=paths,
+            graphs=graphs,
             prepared=loader.load_prepared,
         )
+        if (choice := runtime.graph_choice) is not None:
+            logger.info("strategy %s: CUDA graph mode %s (%s)", strategy, choice.mode, choice.reason)
+        return runtime
 
     def run(self, images: Any, policy: PolicyLike = None) -> RunResult:
         """Classify a batch.
@@ -158,17 +187,19 @@ class Orchestrator:
         Args:
             images: uint8 [N, H, W, 3], or float32 [N, 3, H, W] already preprocessed. A batch larger than the bundle's
                 `max_batch` runs in slices. On a GPU backend they may be on its device: any array with
-                `__cuda_array_interface__` or DLPack (PyCUDA, CuPy, PyTorch), which is copied there only. Engines of a
-                GPU take uint8; the parts that read images are built again when the first float32 ones come.
+                `__cuda_array_interface__` or DLPack (PyCUDA, CuPy, PyTorch). Nothing of it passes through the host,
+                and the logits come back likewise: as an array on the device with `__cuda_array_interface__`, the
+                caller's to keep, whose values nobody has looked at. Engines of a GPU take uint8; the parts that read
+                images are built again when the first float32 ones come.
             policy: None for the policy network's own decision (every block, where the bundle has none), a POLICY text,
                 or zeros and ones [K] or [N, K].
 
         Raises:
             DataError: the images have another shape or type.
             PolicyError: the policy does not fit.
-            EngineError: an engine fails, or a result is not finite.
+            EngineError: an engine fails, or a result on the host is not finite.
         """
-        taken = images if isinstance(images, np.ndarray | DeviceArray) else self._from_device(images)
+        taken = images if isinstance(images, np.ndarray) else self._from_device(images)
         request = self._request(policy, len(taken))
         return self._run_slices(taken, request, run_policy=False)
 
@@ -185,7 +216,7 @@ class Orchestrator:
         taken = images if isinstance(images, DeviceArray) else self.prepare(images)
         strategy = self._strategy_for(taken)
         logits = strategy.run(taken, controller)
-        if not all_finite(logits):
+        if isinstance(logits, np.ndarray) and not all_finite(logits):
             bad = np.flatnonzero(~np.isfinite(logits).all(axis=1))
             raise EngineError(
                 f"the logits of image {first + bad[0]} are not finite ({len(bad)} of {len(logits)} images). "
@@ -236,6 +267,15 @@ class Orchestrator:
         return stats + other.cache.stats if isinstance(other, PathStrategy) else stats
 
     @property
+    def graph_choice(self) -> GraphChoice | None:
+        """How CUDA graphs are used, and why so; None where this strategy and backend have none.
+
+        After a `run`, what it used: engines that take preprocessed images have graphs of their own.
+        """
+        strategy = self._require_open()
+        return (self._prepared_strategy or strategy).graph if self._ran_prepared else strategy.graph
+
+    @property
     def threads(self) -> int:
         """CPU threads of one engine call."""
         return self._backend.threads
@@ -254,13 +294,15 @@ class Orchestrator:
 
         Its path cache is its own, of `paths`. Close it when done.
         """
+        choice = self.graph_choice if self.strategy_name == "graph" else None  # modes are not compared again
         return Orchestrator(
             self.network,
             self._backend,
             self._engines,
             strategy=self.strategy_name,
             max_batch=self._max_batch,
-            paths=paths,
+            paths=paths or self._paths,
+            graphs=self._graphs if choice is None else chosen(self._graphs, choice),
             wrap=wrap,
             prepared=self._load_prepared,
         )
@@ -282,18 +324,29 @@ class Orchestrator:
         self.close()
 
     def _run_slices(self, images: Images, keep: np.ndarray | None, *, run_policy: bool) -> RunResult:
-        if len(images) <= self._max_batch:
+        at_once = self._at_once(images)
+        if len(images) <= at_once:
             return self.run_with(images, self._controller(keep, run_policy))
         results = []
-        for start in range(0, len(images), self._max_batch):
-            piece = slice(start, start + self._max_batch)
+        for start in range(0, len(images), at_once):
+            piece = slice(start, start + at_once)
             bits = None if keep is None else keep[piece]
             results.append(self._run_slice(images[piece], self._controller(bits, run_policy), first=start))
         return RunResult(
-            logits=np.concatenate([result.logits for result in results]),
+            logits=self._joined([result.logits for result in results]),
             policy=np.concatenate([result.policy for result in results]),
             hits=None if results[0].hits is None else np.concatenate([r.hits for r in results if r.hits is not None]),
         )
+
+    def _at_once(self, images: Images) -> int:
+        """Return how many of these images one call of the strategy takes."""
+        limit = self._require_open().max_device_images
+        return self._max_batch if limit is None or isinstance(images, np.ndarray) else min(limit, self._max_batch)
+
+    def _joined(self, logits: list[Any]) -> Logits:
+        if isinstance(logits[0], np.ndarray):
+            return np.concatenate(logits)
+        return cast(DeviceArrayBackend, self._backend).concatenate(logits)
 
     def _from_device(self, images: Any) -> DeviceArray:
         """Return images that are on a GPU; raise TypeError or DataError where they are not, or not on the backend's."""
@@ -330,15 +383,26 @@ class Orchestrator:
 
     def _make_strategy(self, loaded: Loaded) -> Strategy:
         return make_strategy(
-            self.strategy_name, loaded.network, self._backend, loaded.engines, wrap=self._wrap, paths=self._paths
+            self.strategy_name,
+            loaded.network,
+            self._backend,
+            loaded.engines,
+            wrap=self._wrap,
+            paths=self._paths,
+            graphs=self._graphs,
         )
+
+    def _require_open(self) -> Strategy:
+        if self._strategy is None:
+            raise ValueError("this orchestrator was closed; open the bundle again")
+        return self._strategy
 
     def _strategy_for(self, taken: Images) -> Strategy:
         """Return what runs on such images."""
-        if self._strategy is None:
-            raise ValueError("this orchestrator was closed; open the bundle again")
-        if not self._needs_prepared(taken):
-            return self._strategy
+        strategy = self._require_open()
+        self._ran_prepared = self._needs_prepared(taken)
+        if not self._ran_prepared:
+            return strategy
         if self._prepared_strategy is None:
             self._prepared_strategy = self._make_strategy(self._prepared())
         return self._prepared_strategy

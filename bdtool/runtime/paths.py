@@ -15,16 +15,18 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
+from typing import cast
 from weakref import WeakKeyDictionary
 
 import numpy as np
 
 from bdtool.errors import BdtoolError, UsageError
 from bdtool.runtime.controllers import Controller, MaskController
-from bdtool.runtime.strategies import ChainStrategy, Lane, WrapCall
+from bdtool.runtime.strategies import ChainStrategy, Lane, Strategy, WrapCall, take
 from bdtool.specs import NetworkSpec, PartSpec
 from engines.base import Backend, Call, Engine
-from engines.device_array import DeviceArray, Images
+from engines.device_array import DeviceArray, Images, Logits
+from engines.graph_modes import GraphChoice
 from engines.store import EngineSet
 
 logger = logging.getLogger(__name__)
@@ -193,8 +195,10 @@ class PathCache:
                 self._seen[mask.tobytes()] = -math.inf
 
 
-class PathStrategy:
+class PathStrategy(Strategy):
     """Two engine calls an image, policy and path, for masks that have a path engine; the chain for the others."""
+
+    graph: GraphChoice | None = None
 
     def __init__(
         self,
@@ -215,7 +219,7 @@ class PathStrategy:
         self.cache = PathCache(self._join, options or PathOptions())
         self.hits: np.ndarray | None = None
 
-    def run(self, images: Images, controller: Controller) -> np.ndarray:
+    def run(self, images: Images, controller: Controller) -> Logits:
         lane = self._chain.lane(len(images))
         lane.begin(images, controller)
         mask = controller.mask
@@ -228,14 +232,15 @@ class PathStrategy:
         path = self.cache.get(mask[0], len(mask))
         self.hits = _all_alike(len(mask), path is not None)
         if path is None:
-            return lane.finish(controller)
-        self._call(path, lane)()
-        return lane.logits.read().copy()
+            lane.finish(controller)
+        else:
+            self._call(path, lane)()
+        return take(lane.logits, images)
 
     def close(self) -> None:
         self.cache.close()
 
-    def _run_groups(self, images: Images, mask: np.ndarray, controller: Controller) -> np.ndarray:
+    def _run_groups(self, images: Images, mask: np.ndarray, controller: Controller) -> Logits:
         """Run the images of each mask that has an engine together, and the others as one batch of the chain."""
         if isinstance(images, DeviceArray):  # its rows could not be picked
             self.hits = _all_alike(len(mask), False)
@@ -251,7 +256,7 @@ class PathStrategy:
                 logits[rows] = self._run_once(path, images[rows])
         if not hits.all():
             rest = MaskController(mask[~hits], threshold=self._network.threshold)
-            logits[~hits] = self._chain.run(images[~hits], rest)
+            logits[~hits] = cast(np.ndarray, self._chain.run(images[~hits], rest))  # as the images are
         self.hits = hits
         return logits
 

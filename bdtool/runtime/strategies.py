@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, cast
 
@@ -15,7 +15,8 @@ from bdtool.errors import UsageError
 from bdtool.runtime.controllers import Controller, Decision
 from bdtool.specs import NetworkSpec, PartSpec, TensorSpec
 from engines.base import Backend, Buffer, Call, Engine
-from engines.device_array import DeviceArray, DeviceFilled, Images
+from engines.device_array import DeviceArray, DeviceBufferLike, Images, Logits
+from engines.graph_modes import GraphChoice
 
 MAX_LANES = 8  # batch sizes whose buffers are kept; a choice that bounds memory
 MAX_ROW_CALLS = 4096  # bindings of parts to some rows of a batch that are kept; each takes a few kB
@@ -23,13 +24,16 @@ WrapCall = Callable[[PartSpec, Call], Call]  # lets a profiler time each engine 
 
 
 class Strategy(Protocol):
-    """Runs batches: images in, as the network's engines take them, logits float32 [N, classes] out."""
+    """Runs batches: images in, as the engines take them; logits float32 [N, classes] out, where the images are."""
 
-    @property
-    def hits(self) -> np.ndarray | None:
-        """Which images of the last batch ran as one specialised engine, bool [N]; None where there are none such."""
+    # Which images of the last batch ran as one specialised engine, bool [N]; None where there are none such.
+    hits: np.ndarray | None
+    # How CUDA graphs are used; None where the strategy has none.
+    graph: GraphChoice | None
+    # Images on a device that one `run` takes; None: any number.
+    max_device_images: int | None = None
 
-    def run(self, images: Images, controller: Controller) -> np.ndarray: ...
+    def run(self, images: Images, controller: Controller) -> Logits: ...
 
     def close(self) -> None:
         """Stop what runs in the background."""
@@ -58,10 +62,11 @@ class _RowCall:
     emitted: Mapping[str, Buffer]
 
 
-class ChainStrategy:
+class ChainStrategy(Strategy):
     """One engine call for each kept block. Buffers are allocated and bound once for each batch size."""
 
     hits: np.ndarray | None = None
+    graph: GraphChoice | None = None
 
     def __init__(
         self,
@@ -77,10 +82,11 @@ class ChainStrategy:
     def close(self) -> None:
         """Nothing runs in the background."""
 
-    def run(self, images: Images, controller: Controller) -> np.ndarray:
+    def run(self, images: Images, controller: Controller) -> Logits:
         lane = self.lane(len(images))
         lane.begin(images, controller)
-        return lane.finish(controller)
+        lane.finish(controller)
+        return take(lane.logits, images)
 
     def lane(self, n_images: int) -> Lane:
         """Return what is bound for batches of that size."""
@@ -93,57 +99,26 @@ class ChainStrategy:
         return lane
 
 
-class FullStrategy:
-    """The baseline: the whole static ResNet as one engine. It runs every block and asks no controller."""
-
-    hits: np.ndarray | None = None
-
-    def __init__(
-        self,
-        network: NetworkSpec,
-        backend: Backend,
-        engines: Mapping[str, Engine],
-        *,
-        wrap: WrapCall = lambda part, call: call,
-    ) -> None:
-        self._part = network.require("full")
-        self._backend = backend
-        self._engine = engines[self._part.name]
-        self._wrap = wrap
-        self._bound: OrderedDict[int, tuple[Buffer, Call, Buffer]] = OrderedDict()
-
-    def close(self) -> None:
-        """Nothing runs in the background."""
-
-    def run(self, images: Images, controller: Controller) -> np.ndarray:
-        if len(images) not in self._bound:
-            self._bound[len(images)] = self._bind(len(images))
-            if len(self._bound) > MAX_LANES:
-                self._bound.popitem(last=False)
-        image, call, logits = self._bound[len(images)]
-        controller.begin(len(images), _no_policy)
-        fill(image, images)
-        call()
-        return logits.read().copy()
-
-    def _bind(self, n_images: int) -> tuple[Buffer, Call, Buffer]:
-        source, result = self._part.inputs[0], self._part.outputs[0]
-        image = self._backend.allocate(source.shape_for(n_images), source.dtype)
-        logits = self._backend.allocate(result.shape_for(n_images), result.dtype)
-        call = self._engine.bind({source.name: image}, {result.name: logits})
-        return image, self._wrap(self._part, call), logits
-
-
 def fill(buffer: Buffer, images: Images) -> None:
     """Put images into a buffer, from the host or from the buffer's own device."""
     if isinstance(images, DeviceArray):
-        cast(DeviceFilled, buffer).copy_from(images)  # the orchestrator has asked the backend
+        cast(DeviceBufferLike, buffer).copy_from(images)  # the orchestrator has asked the backend
     else:
         buffer.write(images)
 
 
-def _no_policy() -> np.ndarray:
-    raise UsageError("strategy 'full' runs every block and has no policy; open the bundle with strategy='chain'")
+def take(buffer: Buffer, images: Images) -> Logits:
+    """Return a copy of a buffer's content: on the host, or on the buffer's own device, if the images are there."""
+    if isinstance(images, DeviceArray):
+        return cast(DeviceBufferLike, buffer).copy_out()
+    return buffer.read().copy()
+
+
+def joined(parts: Sequence[Logits]) -> Logits:
+    """Return the logits of images that ran one at a time; those of a single one, on a device, stay where they are."""
+    if len(parts) == 1:
+        return parts[0]
+    return np.concatenate([part for part in parts if isinstance(part, np.ndarray)])
 
 
 def _fastest(action: Callable[[], object], *, n_runs: int = 3) -> float:
@@ -195,8 +170,8 @@ class Lane:
         fill(self.image, images)
         controller.begin(self._n_images, self._probabilities)
 
-    def finish(self, controller: Controller) -> np.ndarray:
-        """Run stem, blocks and head on the images in the buffer; return the logits."""
+    def finish(self, controller: Controller) -> None:
+        """Run stem, blocks and head on the images in the buffer, into `logits`."""
         self._stem()
         side = 0  # which buffer holds the activation now
         for k, step in enumerate(self._steps):
@@ -213,7 +188,6 @@ class Lane:
             else:
                 side = self._run_mixed(step, side, kept, controller)
         self._head[side]()
-        return self.logits.read().copy()
 
     def _run_mixed(self, step: _Step, side: int, kept: np.ndarray, controller: Controller) -> int:
         """Run a block on the rows that keep it, its shortcut on the others; return where the activation is now.

@@ -17,6 +17,12 @@ def test_run_evaluate_and_profile_use_the_gpu(monkeypatch, tmp_path, bdtool, bdt
     assert on_gpu["accuracy"] == on_cpu["accuracy"]
     [row] = bdtool_json("run", bundle_copy, picture, "--policy", "101", *TENSORRT)["images"]
     [expected] = bdtool_json("run", bundle_copy, picture, "--policy", "101")["images"]
+    full = bdtool_json("run", bundle_copy, picture, "--strategy", "full", *TENSORRT)
+    assert full["cuda_graph"]["mode"] == "replay"
+    assert (
+        "CUDA graph: off (asked for)"
+        in bdtool("run", bundle_copy, picture, "--strategy", "full", "--cuda-graph", "off", *TENSORRT).stdout
+    )
     assert (row["label"], row["policy"]) == (expected["label"], expected["policy"])
     assert row["probability"] == pytest.approx(expected["probability"], abs=1e-4)
 
@@ -26,6 +32,12 @@ def test_profile_times_parts_on_the_device(monkeypatch, tmp_path, bdtool, bdtool
     quick = ("--data", npz, "--policy", "101", "--duration", "0.01", "--warmup", "0", *TENSORRT)
     profile = bdtool_json("profile", bundle_copy, *quick, "--strategy", "auto")
     assert set(profile["strategies"]) == {"full", "chain", "graph"}
+    assert profile["strategies"]["full"]["cuda_graph"]["mode"] == "replay"
+    graph = profile["strategies"]["graph"]
+    assert set(graph["cuda_graph"]["measured_ms"]) == {"policy-cache", "switch", "path-cache", "off"}
+    assert graph["hit_rate"] == 1  # the one mask of the images is counted before
+    plain = bdtool("profile", bundle_copy, *quick, "--cuda-graph", "off")
+    assert "warning: full runs without a CUDA graph (asked for): a weaker baseline" in plain.stderr
     environment = profile["environment"]
     assert environment["backend"] == "tensorrt 10.14.1"
     assert (environment["gpu"], environment["gpu_compute_capability"]) == ("NVIDIA H200", "9.0")
@@ -33,7 +45,15 @@ def test_profile_times_parts_on_the_device(monkeypatch, tmp_path, bdtool, bdtool
     assert {part["mean_ms"] for part in parts.values()} == {1.0}
     assert all(part["enqueue_ms"] > 0 for part in parts.values())
     assert "events on the device's stream" in profile["parts_pass"]
+    split = profile["split"]
+    assert split["device_thresholds"]["enqueue_to_compute"] == 0.8
+    device = split["strategies"]["chain"]["device"]
+    assert device["compute_ms"]["median"] == 6  # policy, stem, three blocks or shortcuts, head
+    assert device["enqueue_ms"]["median"] > 0
+    assert set(split["strategies"]["full"]["components"]) == {"preprocess", "one_engine", "h2d", "d2h", "dispatch"}
     text = bdtool("profile", bundle_copy, *quick).stdout
+    assert "full: CUDA graph replay (one static engine: nothing to decide)" in text
+    assert "On the device, median milliseconds a request" in text
     assert "GPU: NVIDIA H200, compute capability 9.0" in text
     assert "us to enqueue" in text
 

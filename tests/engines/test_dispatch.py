@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bdtool.errors import BackendError, EngineError
-from engines.cuda_graph import CapturedNetwork, DispatchMemory, GraphBuilder
-from engines.dispatch import FORCE_DROP, FORCE_KEEP, NOT_FINITE, dispatch
-from engines.dispatch_kernel import KERNEL_NAME, SOURCE, cubin_from_source
+from engines.cuda_graph import CapturedNetwork, DispatchMemory, GraphBuilder, Kernels, LookupMemory
+from engines.dispatch import FORCE_DROP, FORCE_KEEP, NOT_FINITE, bits_from_words, dispatch, lookup, mask_table
+from engines.dispatch_kernel import KERNEL_NAME, LOOKUP_NAME, SOURCE, cubin_from_source
 from tests.fake_driver import FakeDriver, Handles
 
 float32 = st.floats(0, 1, width=32)
@@ -65,7 +65,34 @@ def test_lengths_that_do_not_fit_are_refused(bad):
         dispatch(*bad[:2], threshold=0.5, force=bad[2])
 
 
-# --- the kernel -------------------------------------------------------------------------------------------------------
+masks = st.integers(1, 128).flatmap(
+    lambda n: st.lists(st.lists(st.booleans(), min_size=n, max_size=n), min_size=1, max_size=20)
+)
+
+
+@given(masks, st.data())
+def test_lookup_finds_the_row_of_a_mask_and_only_that(known, data):
+    table = mask_table(known)
+    n_blocks = len(known[0])
+    assert {tuple(bits_from_words(row, n_blocks)) for row in table} == {tuple(mask) for mask in known}
+    assert list(table) == sorted(set(table))
+    mask = data.draw(st.sampled_from(known) | st.lists(st.booleans(), min_size=n_blocks, max_size=n_blocks))
+    result = lookup([float(bit) for bit in mask], table, threshold=0.5)
+    assert result.kept == tuple(map(int, mask))
+    if mask in known:
+        assert bits_from_words(table[result.path], n_blocks) == mask
+    else:
+        assert result.path == len(table)
+
+
+def test_lookup_that_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="at most 128"):
+        lookup([0.1] * 129, [], threshold=0.5)
+    with pytest.raises(ValueError, match="as many overrides"):
+        lookup([0.1], [], threshold=0.5, force=[0, 0])
+
+
+# --- the kernels ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("sm", [75, 80, 86, 89, 90, 100, 120])
@@ -73,6 +100,7 @@ def test_kernel_compiles_to_machine_code(sm):
     cubin = cubin_from_source(SOURCE, sm)
     assert cubin[:4] == b"\x7fELF"
     assert KERNEL_NAME.encode() in cubin
+    assert LOOKUP_NAME.encode() in cubin
     assert b"cudaGraphSetConditional" in cubin  # left for the driver to bind
 
 
@@ -129,7 +157,42 @@ def test_kernel_computes_what_its_twin_computes(kernel_on_the_cpu, rows, use_for
     assert values[head] == side.value == expected.head
 
 
-# --- the graph --------------------------------------------------------------------------------------------------------
+@given(rows=blocks, others=st.lists(st.lists(st.booleans(), max_size=40), max_size=8), use_force=st.booleans())
+def test_lookup_kernel_computes_what_its_twin_computes(kernel_on_the_cpu, rows, others, use_force):
+    n, path = len(rows), 201
+    columns = list(zip(*rows, strict=True)) if rows else [(), (), ()]
+    p, _, force = (np.array(c, t) for c, t in zip(columns, ("f4", "u1", "u1"), strict=True))
+    mine = [bit == 1 for bit in lookup(p, [], threshold=0.5, force=force if use_force else None).kept]
+    table = mask_table([*others, mine][-(len(others) % 3 + 1) :])
+    words, kept = np.array(table, np.uint64), np.full(n, 9, "u1")
+    kernel_on_the_cpu.bd_lookup(
+        ctypes.c_void_p(p.ctypes.data),
+        ctypes.c_void_p(force.ctypes.data) if use_force else None,
+        ctypes.c_int(n),
+        ctypes.c_float(0.5),
+        ctypes.c_void_p(words.ctypes.data),
+        ctypes.c_int(len(table)),
+        ctypes.c_void_p(kept.ctypes.data),
+        ctypes.c_uint64(path),
+    )
+    expected = lookup(p, table, threshold=0.5, force=force if use_force else None)
+    assert tuple(kept) == expected.kept
+    assert (ctypes.c_uint * 256).in_dll(kernel_on_the_cpu, "last_value")[path] == expected.path
+
+
+@given(st.lists(st.lists(st.booleans(), min_size=128, max_size=128), min_size=1, max_size=12), st.integers(0, 12))
+def test_lookup_kernel_finds_masks_of_two_words(kernel_on_the_cpu, known, index):
+    mask = known[index] if index < len(known) else [not bit for bit in known[0]]
+    table = mask_table(known)
+    p, words, kept = np.array(mask, "f4"), np.array(table, np.uint64), np.full(128, 9, "u1")
+    pointers = [ctypes.c_void_p(array.ctypes.data) for array in (p, words, kept)]
+    sizes = ctypes.c_int(128), ctypes.c_float(0.5)
+    handle = ctypes.c_uint64(7)
+    kernel_on_the_cpu.bd_lookup(pointers[0], None, *sizes, pointers[1], ctypes.c_int(len(table)), pointers[2], handle)
+    assert (ctypes.c_uint * 256).in_dll(kernel_on_the_cpu, "last_value")[7] == lookup(p, table, threshold=0.5).path
+
+
+# --- the graphs -------------------------------------------------------------------------------------------------------
 
 
 MEMORY = DispatchMemory(probability=11, has_shortcut=12, force=0, kept=13, head_side=14)
@@ -146,18 +209,22 @@ def _network(driver, bodies=((None, 31, 32), (None, 41, 42, 43, 44))):
     return CapturedNetwork(**captured, heads=(driver.CUgraph(51), driver.CUgraph(52)))
 
 
+def _kernels(driver):
+    return Kernels(dispatch=driver.CUfunction(0xF), lookup=driver.CUfunction(0x10))
+
+
 def _build(driver, network=None):
     builder = GraphBuilder(driver, driver.CUcontext(0xC0))
-    return builder.dispatch_graph(network or _network(driver), driver.CUfunction(0xF), MEMORY, threshold=0.5)
+    return builder.dispatch_graph(network or _network(driver), _kernels(driver), MEMORY, threshold=0.5)
 
 
 def test_graph_runs_policy_beside_stem_then_blocks_then_head(driver):
     graph, executable = _build(driver)
     entries = driver.graphs[int(graph)]
     first = int(graph)
-    assert [entry[0] for entry, _ in entries] == ["child", "kernel", "child", "switch", "switch", "switch"]
-    assert [after for _, after in entries] == [[], [first + 1], [], [first + 2, first + 3], [first + 4], [first + 5]]
-    assert (entries[0][0][1], entries[2][0][1]) == (21, 22)
+    assert [entry[0] for entry, _ in entries] == ["child", "child", "kernel", "switch", "switch", "switch"]
+    assert [after for _, after in entries] == [[], [], [first + 1], [first + 3, first + 2], [first + 4], [first + 5]]
+    assert (entries[0][0][1], entries[1][0][1]) == (21, 22)
     assert driver.instantiated == [first]
     assert int(executable) == first
 
@@ -210,6 +277,39 @@ def test_flat_graph_is_its_parts_one_after_the_other(driver):
     assert [entry for entry, _ in entries] == [("child", 21), ("child", 22), ("child", 23)]
     assert [after for _, after in entries] == [[], [first + 1], [first + 2]]
     assert driver.instantiated == [int(executable)]
+
+
+LOOKUP = LookupMemory(masks=15, n_masks=2)
+
+
+def _cached(driver, paths=((61, 62), (63,))):
+    builder = GraphBuilder(driver, driver.CUcontext(0xC0))
+    graphs = [[driver.CUgraph(address) for address in path] for path in paths]
+    return builder.cached_graph(_network(driver), _kernels(driver), MEMORY, LOOKUP, paths=graphs, threshold=0.5)
+
+
+def test_cached_graph_has_a_body_for_each_path_and_decides_in_the_last(driver):
+    graph, executable = _cached(driver)
+    first, entries = int(graph), driver.graphs[int(graph)]
+    assert [entry[0] for entry, _ in entries] == ["child", "lookup", "child", "switch"]
+    assert [after for _, after in entries] == [[], [first + 1], [], [first + 2, first + 3]]
+    _, handle, bodies = entries[3][0]
+    flat = [[(entry[1], after) for entry, after in driver.graphs[body]] for body in bodies[:2]]
+    assert flat == [[(61, []), (62, [bodies[0] + 1])], [(63, [])]]
+    assert [entry[0] for entry, _ in driver.graphs[bodies[2]]] == ["kernel", "switch", "switch", "switch"]
+    assert entries[1][0][1] == [11, 0, 2, 0.5, 15, 2, 13, handle]
+    assert driver.instantiated == [int(executable)] == [first]
+
+
+def test_handle_belongs_to_the_graph_that_holds_its_node(driver):
+    graph, _ = _cached(driver)
+    last = driver.graphs[int(graph)][3][0][2][2]
+    assert driver.owner_of_handle == {100: int(graph), 101: last, 102: last, 103: last}
+
+
+def test_paths_that_are_not_as_many_as_masks_are_refused(driver):
+    with pytest.raises(ValueError, match="1 paths for 2 masks"):
+        _cached(driver, paths=((61,),))
 
 
 def test_bindings_of_cuda_12_take_no_edge_data(driver):

@@ -1,14 +1,16 @@
 """Every backend and strategy of a GPU against eager PyTorch on the CPU, and what they leave behind."""
 
 import gc
+import itertools
 
 import numpy as np
 import pytest
 import torch
 
 from bdtool import Orchestrator
-from bdtool.errors import BdtoolError
+from bdtool.errors import BackendError, BdtoolError
 from bdtool.runtime.factory import require_strategy
+from bdtool.runtime.paths import PathOptions
 from tests.fake_tensorrt import FakeTensorRT
 
 
@@ -61,6 +63,45 @@ def test_full_and_half_precision_come_close(place, tiny, bundle_copy, pixels, pr
     with _open(place, bundle_copy, "chain", precision="fp16") as runtime:
         logits = runtime.run(images, policy=keep).logits
     np.testing.assert_allclose(logits, torch_logits(tiny.model, ready, keep), atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize("mode", ["policy-cache", "switch", "path-cache", "off"])
+def test_every_graph_mode_equals_eager_pytorch(place, tiny, bundle_copy, preprocessed, torch_logits, mode):
+    keep = np.array(list(itertools.product((False, True), repeat=3)))
+    images = preprocessed(tiny.model, len(keep))
+    options = {"cuda_graph": mode, "paths": PathOptions(ahead=[keep[5], keep[2]])}
+    try:
+        runtime = _open(place, bundle_copy, "graph", **options)
+    except BackendError as error:
+        pytest.skip(str(error))
+    with runtime:
+        logits = runtime.run(images, policy=keep).logits
+        again = runtime.run(images[::-1].copy(), policy=keep[::-1]).logits
+    expected = torch_logits(tiny.model, images, keep)
+    np.testing.assert_allclose(logits, expected, atol=place.tolerance, rtol=place.tolerance)
+    np.testing.assert_allclose(again, expected[::-1], atol=place.tolerance, rtol=place.tolerance)
+
+
+def test_replayed_baseline_equals_plain_launches(place, tiny, bundle_copy, preprocessed):
+    images = preprocessed(tiny.model, 4)
+    with _open(place, bundle_copy, "full") as replayed, _open(place, bundle_copy, "full", cuda_graph="off") as plain:
+        logits, expected = replayed.run(images).logits, plain.run(images).logits
+        assert (replayed.graph_choice.mode, plain.graph_choice.mode) == ("replay", "off")
+    np.testing.assert_allclose(logits, expected, atol=place.tolerance, rtol=place.tolerance)
+    assert np.ptp(expected) > 0.01
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU that PyTorch can use")
+@pytest.mark.parametrize("strategy", ["chain", "graph", "full"])
+def test_images_on_the_gpu_give_logits_there(place, tiny, bundle_copy, preprocessed, strategy):
+    if "driver" in FakeTensorRT.notes:
+        pytest.skip("the stand-in cannot read PyTorch's memory")
+    images = preprocessed(tiny.model, 3)
+    with _open(place, bundle_copy, strategy) as runtime:
+        expected = runtime.run(images).logits
+        logits = torch.as_tensor(runtime.run(torch.from_numpy(images).to("cuda:0")).logits, device="cuda:0")
+    np.testing.assert_allclose(logits.cpu().numpy(), expected, atol=place.tolerance, rtol=place.tolerance)
 
 
 def test_graph_refuses_a_policy_that_is_not_finite(place, bundle_copy):

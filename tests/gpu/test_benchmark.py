@@ -34,13 +34,15 @@ def test_graph_that_decides_computes_what_the_known_path_computes(monkeypatch, t
 
     bench = gpu.GraphBench(Bundle.open(bundle_copy), "tensorrt")
     mask = gpu.np.array([True, False, True])
-    decide, known = bench._deciding()(mask), bench._request(bench._known(mask, with_policy=True))
+    decide = bench._deciding(bench._graphs.deciding([mask]), mask)
     decide.prepare()
     decide()
-    expected = bench._logits.read().copy()
-    bench._logits.write(0 * expected)
-    known()
-    gpu.np.testing.assert_allclose(bench._logits.read(), expected, atol=1e-5)
+    logits = bench._graphs.logits
+    expected = logits.read().copy()
+    for known in (bench._request(bench._known_with_policy(mask)), bench._reading_back(mask)):
+        logits.write(0 * expected)
+        known()
+        gpu.np.testing.assert_allclose(logits.read(), expected, atol=1e-5)
     assert abs(expected).max() > 0.01
 
 

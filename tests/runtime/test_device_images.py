@@ -1,4 +1,7 @@
-"""Images that are on the GPU already: taken where they are, or refused with the reason."""
+"""Images that are on the GPU already: taken where they are, with the logits there too, or refused with the reason."""
+
+import ctypes
+import gc
 
 import numpy as np
 import pytest
@@ -6,9 +9,11 @@ import torch
 
 from bdtool import Orchestrator
 from bdtool.errors import DataError
+from bdtool.runtime.paths import PathOptions
 from engines.cuda_buffer import DeviceBuffer
 from engines.cuda_device import CudaDevice
 from engines.device_array import device_array
+from engines.torchrt import TorchBackend
 from tests.fake_tensorrt import install_gpu
 
 KEEP = np.array([[1, 0, 1], [0, 1, 0], [1, 1, 1]], dtype=bool)
@@ -29,6 +34,14 @@ class GpuArray:
         return self._buffer.address
 
 
+def _values(driver, array):
+    """Return what another library finds behind `__cuda_array_interface__`."""
+    interface = array.__cuda_array_interface__
+    assert (interface["version"], interface["strides"], interface["data"][1]) == (3, None, False)
+    n_bytes = int(np.prod(interface["shape"])) * np.dtype(interface["typestr"]).itemsize
+    return driver.view(interface["data"][0], n_bytes).view(interface["typestr"]).reshape(interface["shape"]).copy()
+
+
 @pytest.fixture
 def driver(monkeypatch, tmp_path):
     return install_gpu(monkeypatch, tmp_path)
@@ -40,7 +53,9 @@ def _open(bundle, strategy="chain"):
 
 @pytest.mark.parametrize("form", ["pixels", "preprocessed"])
 @pytest.mark.parametrize("strategy", ["chain", "graph", "full"])
-def test_images_never_pass_through_the_host(driver, tiny, request, preprocessed, torch_logits, strategy, form):
+def test_neither_images_nor_logits_pass_through_the_host(
+    driver, tiny, request, preprocessed, torch_logits, strategy, form
+):
     images = request.getfixturevalue(form)(tiny.model, 3)
     keep = None if strategy == "full" else KEEP
     with _open(tiny.bundle, strategy) as runtime:
@@ -48,15 +63,70 @@ def test_images_never_pass_through_the_host(driver, tiny, request, preprocessed,
         on_gpu = GpuArray(driver, images)
         driver.copies.clear()
         result = runtime.run(on_gpu, policy=keep)
-        assert driver.copies.count("HtoD") == (3 if strategy == "graph" else 0)  # of the keep bits of three images
-    assert set(driver.waited_for) == {STREAM}  # until the array is there
-    np.testing.assert_allclose(result.logits, torch_logits(tiny.model, preprocessed(tiny.model, 3), keep), atol=1e-4)
+        # the bits that are given, and those that the graph reports, of each image
+        n_bits = 3 if strategy == "graph" else 0
+        assert (driver.copies.count("HtoD"), driver.copies.count("DtoH")) == (n_bits, n_bits)
+        expected = torch_logits(tiny.model, preprocessed(tiny.model, 3), keep)
+        np.testing.assert_allclose(_values(driver, result.logits), expected, atol=1e-4)
+    assert STREAM in driver.waited_for  # until the array is there
+    assert result.logits.__cuda_array_interface__["stream"] == 5  # of the device's stream, for others to wait for
+    with pytest.raises(TypeError, match="the logits are on the GPU, like the images"):
+        _ = result.classes
+
+
+@pytest.mark.parametrize("mode", ["policy-cache", "switch", "path-cache", "off"])
+def test_every_graph_mode_leaves_logits_on_the_device(driver, tiny, preprocessed, torch_logits, mode):
+    images = preprocessed(tiny.model, 3)
+    options = {"cuda_graph": mode, "paths": PathOptions(ahead=list(KEEP[:1]))}
+    with Orchestrator.open(tiny.bundle, backend="tensorrt", device="cuda:0", strategy="graph", **options) as runtime:
+        result = runtime.run(GpuArray(driver, images), policy=KEEP)
+        np.testing.assert_array_equal(result.policy, KEEP)
+        np.testing.assert_allclose(_values(driver, result.logits), torch_logits(tiny.model, images, KEEP), atol=1e-4)
+
+
+def test_logits_are_the_callers_to_keep(driver, tiny, preprocessed):
+    images = preprocessed(tiny.model, 4)
+    with _open(tiny.bundle) as runtime:
+        first = runtime.run(GpuArray(driver, images[:2]), policy="111").logits
+        before = _values(driver, first)
+        runtime.run(GpuArray(driver, images[2:]), policy="000")
+        np.testing.assert_array_equal(_values(driver, first), before)
+    n_bytes = {array.nbytes for array in driver.memory.values()}
+    address = first.address
+    del runtime, first
+    gc.collect()
+    assert before.nbytes in n_bytes
+    assert address not in driver.memory
+
+
+def test_logits_of_one_bundle_are_an_array_for_another_call(driver):
+    backend_device = CudaDevice(driver, 0)
+    buffer = DeviceBuffer(backend_device, (2, 3), "float32")
+    buffer.write(np.arange(6, dtype=np.float32).reshape(2, 3))
+    again = device_array(buffer.copy_out())
+    assert (again.shape, again.dtype, again.stream) == ((2, 3), np.float32, 5)
+    np.testing.assert_array_equal(_values(driver, again), np.arange(6).reshape(2, 3))
+
+
+def test_torch_gives_its_own_memory_and_joins_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: type("Stream", (), {"cuda_stream": 0}))
+    backend, values = TorchBackend(), np.arange(6, dtype=np.float32).reshape(2, 3)
+    buffer = backend.allocate((2, 3), "float32")
+    buffer.write(values)
+    first = buffer.copy_out()
+    buffer.write(-values)
+    both = backend.concatenate([first, buffer.copy_out()])
+    interface = both.__cuda_array_interface__
+    assert (interface["shape"], interface["typestr"], interface["stream"]) == ((4, 3), "<f4", 1)
+    found = np.frombuffer(ctypes.string_at(both.address, both.n_bytes), np.float32).reshape(4, 3)
+    np.testing.assert_array_equal(found, np.concatenate([values, -values]))
 
 
 def test_batch_beyond_the_bundle_runs_in_slices(driver, tiny, preprocessed, torch_logits):
     images = np.resize(preprocessed(tiny.model, 4), (70, 3, 32, 32))
     with _open(tiny.bundle) as runtime:
-        logits = runtime.run(GpuArray(driver, images), policy="101").logits
+        logits = _values(driver, runtime.run(GpuArray(driver, images), policy="101").logits)
+    assert logits.shape == (70, 10)
     np.testing.assert_allclose(logits[[0, 69]], torch_logits(tiny.model, images[[0, 69]], KEEP[[0, 0]]), atol=1e-4)
 
 

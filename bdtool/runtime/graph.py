@@ -1,0 +1,229 @@
+"""Strategy `graph`: CUDA graphs for single images, in the mode that is had here and was measured to be the fastest.
+
+The modes, as `engines.graph_modes` names them: "policy-cache" and "switch" decide on the device with one launch an
+image; "path-cache" reads the policy back, which any driver with CUDA graphs can, and launches the flat graph of the
+mask; "off" is the chain. None of them has been run on a GPU.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
+
+import numpy as np
+
+from bdtool.errors import UsageError
+from bdtool.runtime.controllers import Controller, MaskController
+from bdtool.runtime.one_call import BoundNetwork, OneCallStrategy
+from bdtool.runtime.paths import PathOptions
+from bdtool.runtime.policies import parse_policy
+from bdtool.runtime.strategies import ChainStrategy, Strategy, WrapCall, fill, joined, take
+from bdtool.specs import NetworkSpec
+from engines.base import Backend, Call, Engine
+from engines.device_array import Images, Logits
+from engines.device_timer import DeviceTimer, TimedBackend
+from engines.graph_modes import OFF, PATH_CACHE, POLICY_CACHE, SWITCH, GraphChoice, GraphPlan
+from engines.network_graphs import NetworkGraphs, graph_spec
+
+ONLY_SWITCH = GraphPlan(modes=(SWITCH,), is_forced=True)
+_WARM_UP, _REPLAYS = 3, 10  # images of each mode when modes are compared
+_NO_MASKS = "no frequent masks are known; note some with `bdtool build BUNDLE --coverage 0.95 --data DATA`"
+
+
+def graph_strategy(
+    network: NetworkSpec,
+    backend: Backend,
+    engines: Mapping[str, Engine],
+    *,
+    wrap: WrapCall,
+    paths: PathOptions | None,
+    graphs: GraphPlan | None,
+) -> Strategy:
+    """Return the strategy in the fastest mode of the plan; `graph` of it says which that is, and why.
+
+    Args:
+        paths: bounds of the graphs of known masks (`max_paths`), and the frequent masks (`ahead`).
+        graphs: the modes that may be used; where there are several, they are timed on one image here. None: "switch".
+
+    Raises:
+        UsageError: "policy-cache" was asked for and no masks are known; or the engines cannot be captured.
+        EngineError: a part cannot be captured, or the driver refuses a step.
+    """
+    plan, options = graphs or ONLY_SWITCH, paths or PathOptions()
+    modes, missing = plan.modes, dict(plan.missing)
+    if POLICY_CACHE in modes and not options.ahead:
+        missing[POLICY_CACHE] = _NO_MASKS
+        modes = tuple(mode for mode in modes if mode != POLICY_CACHE)
+        if not modes:
+            raise UsageError(f"CUDA graph mode {POLICY_CACHE!r}: {_NO_MASKS}, or give PathOptions(ahead=...)")
+    makers = _Makers(network, backend, engines, options, wrap)
+    found = {mode: makers.make(mode) for mode in modes}
+    choice = _choose(plan, modes, missing, lambda: _measured(found, network, backend, options))
+    if choice.mode != PATH_CACHE:
+        makers.release()  # only that one makes graphs later on
+    strategy = found[choice.mode]
+    strategy.graph = choice
+    return strategy
+
+
+class _Makers:
+    """Makes the strategy of each mode; all of them share what is captured once."""
+
+    def __init__(
+        self,
+        network: NetworkSpec,
+        backend: Backend,
+        engines: Mapping[str, Engine],
+        options: PathOptions,
+        wrap: WrapCall,
+    ) -> None:
+        self._network, self._backend, self._engines = network, backend, engines
+        self._options = options
+        self._wrap = wrap
+        self._graphs: NetworkGraphs | None = None
+
+    def make(self, mode: str) -> GraphStrategy:
+        if mode == OFF:
+            return ChainStrategy(self._network, self._backend, self._engines, wrap=self._wrap)
+        if self._graphs is None:
+            self._graphs = NetworkGraphs(self._network, self._backend, self._engines)
+        if mode == PATH_CACHE:
+            return PathCacheStrategy(self._network, self._graphs, wrap=self._wrap, options=self._options)
+        graphs, masks = self._graphs, _known(self._options) if mode == POLICY_CACHE else []
+        bound = BoundNetwork(
+            image=graphs.image,
+            force=graphs.force,
+            logits=graphs.logits,
+            keep=graphs.kept,
+            call=graphs.deciding(masks),
+        )
+        known = frozenset(mask.tobytes() for mask in masks) if masks else None
+        return OneCallStrategy(graph_spec(self._network), bound, wrap=self._wrap, known=known)
+
+    def release(self) -> None:
+        if self._graphs is not None:
+            self._graphs.release()
+
+
+class PathCacheStrategy(Strategy):
+    """Reads each image's policy back and launches the graph of its mask; of too many the least recently used goes."""
+
+    hits: np.ndarray | None = None
+    graph: GraphChoice | None = None
+    max_device_images = 1
+
+    def __init__(self, network: NetworkSpec, graphs: NetworkGraphs, *, wrap: WrapCall, options: PathOptions) -> None:
+        self._part = network.whole("path", flops=0)  # its FLOPs depend on the mask
+        self._graphs = graphs
+        self._wrap = wrap
+        self._max_paths = options.max_paths
+        policy, part = graphs.policy(), network.find("policy")
+        self._policy = None if policy is None or part is None else wrap(part, policy)
+        self._paths: OrderedDict[bytes, Call] = OrderedDict()
+        for mask in reversed(_known(options)):  # the most frequent one is dropped last
+            self._path(mask)
+
+    def run(self, images: Images, controller: Controller) -> Logits:
+        if not isinstance(controller, MaskController):
+            raise UsageError(
+                "strategy 'graph' needs every keep bit before block 0; this controller finds them on the way"
+            )
+        rows = [self._run_one(images[i : i + 1], controller.for_image(i)) for i in range(len(images))]
+        probabilities = [probability for probability, _, _ in rows]
+        controller.begin(len(images), lambda: np.concatenate([p for p in probabilities if p is not None]))
+        self.hits = np.array([hit for _, hit, _ in rows])
+        return joined([logits for _, _, logits in rows])
+
+    def close(self) -> None:
+        self._paths.clear()
+
+    def _run_one(self, image: Images, controller: MaskController) -> tuple[np.ndarray | None, bool, Logits]:
+        """Return P(keep) where the policy ran, whether the mask's graph was there, and the logits."""
+        read: list[np.ndarray] = []
+
+        def probabilities() -> np.ndarray:
+            if self._policy is None:
+                raise UsageError("the bundle has no policy network; give a POLICY")
+            self._policy()
+            read.append(self._graphs.probability.read().copy())
+            return read[0]
+
+        fill(self._graphs.image, image)
+        controller.begin(1, probabilities)
+        path, hit = self._path(controller.matrix[0])
+        path()
+        return (read[0] if read else None), hit, take(self._graphs.logits, image)
+
+    def _path(self, mask: np.ndarray) -> tuple[Call, bool]:
+        """Return the launch of a mask's graph, and whether it was there already."""
+        key = mask.tobytes()
+        found = self._paths.get(key)
+        if found is not None:
+            self._paths.move_to_end(key)
+            return found, True
+        made = self._paths[key] = self._wrap(self._part, self._graphs.path(mask))
+        if len(self._paths) > self._max_paths:
+            self._paths.popitem(last=False)
+        return made, False
+
+
+GraphStrategy = ChainStrategy | OneCallStrategy | PathCacheStrategy
+
+
+def _known(options: PathOptions) -> list[np.ndarray]:
+    """Return the frequent masks that graphs are made of when the bundle is opened."""
+    return [np.asarray(mask, dtype=bool) for mask in islice(options.ahead, options.max_paths)]
+
+
+def _choose(
+    plan: GraphPlan, modes: Sequence[str], missing: Mapping[str, str], measure: Callable[[], dict[str, float]]
+) -> GraphChoice:
+    if plan.is_forced:
+        return GraphChoice(mode=modes[0], reason="asked for")
+    without = "".join(f"; not {mode}: {reason}" for mode, reason in missing.items())
+    if len(modes) == 1:
+        return GraphChoice(mode=modes[0], reason=f"the only one here{without}")
+    measured = measure()
+    fastest = min(measured, key=lambda mode: measured[mode])  # of equal ones the first
+    times = ", ".join(f"{mode} {ms:.3f} ms" for mode, ms in measured.items())
+    reason = f"the fastest here, median of {_REPLAYS} images: {times}{without}"
+    return GraphChoice(mode=fastest, reason=reason, measured_ms=measured)
+
+
+def _measured(
+    found: Mapping[str, GraphStrategy], network: NetworkSpec, backend: Backend, options: PathOptions
+) -> dict[str, float]:
+    """Return the median milliseconds of one image in each mode, by events, in turns; with the policy network.
+
+    The image is blank and its bits are given: the most frequent mask's, or, where none is known, half of the blocks'.
+    """
+    timer = backend.timer() if isinstance(backend, TimedBackend) else None
+    if timer is None:
+        raise TypeError(f"modes are compared by a device's events, which {type(backend).__name__} does not have")
+    source, n_blocks = network.require("stem").inputs[0], network.n_blocks
+    image = np.zeros(source.shape_for(1), source.dtype)
+    half = parse_policy(f"distribute:{n_blocks // 2}", n_blocks=n_blocks, has_policy_network=False)
+    mask = _known(options)[0][None] if options.ahead else half.matrix(1)
+    times: dict[str, list[float]] = {mode: [] for mode in found}
+    for i in range(_WARM_UP + _REPLAYS):
+        for mode, strategy in found.items():
+            _time_one(strategy, image, mask, network, timer, times[mode] if i >= _WARM_UP else [])
+    return {mode: float(np.median(values)) for mode, values in times.items()}
+
+
+def _time_one(
+    strategy: GraphStrategy,
+    image: np.ndarray,
+    mask: np.ndarray,
+    network: NetworkSpec,
+    timer: DeviceTimer,
+    times_ms: list[float],
+) -> None:
+    controller = MaskController(mask, threshold=network.threshold, run_policy=network.has_policy)
+
+    def run() -> None:
+        strategy.run(image, controller)
+
+    timer.timed(run, times_ms.append)()
+    timer.collect()

@@ -1,0 +1,181 @@
+"""A network's parts captured once, and the CUDA graphs made of them: those that decide, and those that know the mask.
+
+`engines.cuda_graph` says how the graphs are built. Here is what goes into them: the buffers between which the
+activation moves, and the work of each part in both directions. One image at a time, since each decides for itself.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from bdtool.errors import UsageError
+from bdtool.specs import NetworkSpec, PartSpec, TensorSpec
+from engines.base import Backend, Buffer, Call, Engine
+from engines.capture import Captured, CapturingBackend, launch_call
+from engines.cuda_graph import CapturedNetwork, DispatchMemory, GraphBuilder, Kernels, LookupMemory
+from engines.dispatch import bits_from_words, dispatch, mask_table
+from engines.dispatch_kernel import KERNEL_NAME, LOOKUP_NAME, SOURCE, cubin_from_source
+from export.fused import fused_spec
+
+
+def graph_spec(network: NetworkSpec) -> PartSpec:
+    """Return the tensors of a graph that decides: the fused model's, but with 2 in `keep` where the policy gave NaN."""
+    fused = fused_spec(network)
+    logits, keep = fused.outputs
+    return replace(fused, name="graph", outputs=(logits, replace(keep, dtype="uint8")))
+
+
+class NetworkGraphs:
+    """What every graph of a network shares: captured parts, and buffers for one image.
+
+    `image` and `force` (0: the policy decides, 1: keep, 2: drop) go in; `probability`, `kept` (0, 1, or 2 where the
+    policy gave NaN) and `logits` come out.
+
+    Raises:
+        UsageError: the backend's engines cannot be captured, or a block writes more than its activation.
+        EngineError: a part cannot be captured.
+    """
+
+    def __init__(self, network: NetworkSpec, backend: Backend, engines: Mapping[str, Engine]) -> None:
+        if not isinstance(backend, CapturingBackend):
+            raise UsageError("strategy 'graph' needs engines that can be captured: --backend torch or tensorrt")
+        if emitting := [part.name for part in network.blocks if part.emits]:
+            raise UsageError(
+                f"strategy 'graph' decides before block 0; {emitting[0]} has outputs for a controller. "
+                "Use --strategy chain"
+            )
+        self._network = network
+        self._backend: Backend = backend
+        self._engines = engines
+        self._capturer = backend.capturer()
+        self._captured: list[Captured] = []
+        self._releases: list[Callable[[], object]] = []
+        weakref.finalize(self, _run_all, self._releases)
+        self._pairs: dict[tuple[tuple[int, ...], str], tuple[Buffer, Buffer]] = {}
+        self._builder = GraphBuilder(self._capturer.device.cu, self._capturer.device.context)
+        spec = graph_spec(network)
+        self.image, self.force = (backend.allocate(tensor.shape_for(1), tensor.dtype) for tensor in spec.inputs)
+        self.logits, self.kept = (backend.allocate(tensor.shape_for(1), tensor.dtype) for tensor in spec.outputs)
+        self._allocate_decision()
+        self._parts = self._capture_parts()
+
+    def deciding(self, masks: Sequence[np.ndarray] = ()) -> Call:
+        """Return a call that runs `image` as one launch and reads nothing back: the policy decides, or `force`.
+
+        Args:
+            masks: frequent keep masks, bool [K] each: an image with one of them takes its flat path behind one SWITCH;
+                the others, and all where there are none, take a SWITCH for each block.
+
+        Raises:
+            EngineError: the driver refuses a step.
+        """
+        device, threshold = self._capturer.device, self._network.threshold
+        cubin = cubin_from_source(SOURCE, device.sm)
+        kernels = Kernels(dispatch=device.function(cubin, KERNEL_NAME), lookup=device.function(cubin, LOOKUP_NAME))
+        table = mask_table([mask.tolist() for mask in masks])
+        memory = self._dispatch_memory()
+        if not table:
+            graph, executable = self._builder.dispatch_graph(self._parts, kernels, memory, threshold=threshold)
+            return launch_call(device, executable, keep_alive=self, graph=graph)
+        values = np.array(table, np.uint64)
+        keys = self._backend.allocate((values.nbytes,), "uint8")
+        keys.write(values.reshape(-1).view(np.uint8))
+        lookup = LookupMemory(masks=self._capturer.address(keys), n_masks=len(table))
+        paths = [self._path_parts(np.array(bits_from_words(words, self._network.n_blocks))) for words in table]
+        graph, executable = self._builder.cached_graph(
+            self._parts, kernels, memory, lookup, paths=paths, threshold=threshold
+        )
+        return launch_call(device, executable, keep_alive=(self, keys), graph=graph)
+
+    def policy(self) -> Call | None:
+        """Return a call that writes `probability` of `image`; None where the network has no policy."""
+        return None if self._parts.policy is None else self._flat([self._parts.policy])
+
+    def path(self, mask: np.ndarray) -> Call:
+        """Return a call that runs `image` through the parts that a mask bool [K] keeps, as one launch."""
+        return self._flat([self._parts.stem, *self._path_parts(mask)])
+
+    def whole(self) -> Call:
+        """Return a call that runs `image` through the engine of the whole static network, as one launch."""
+        return self._flat([self._add(self._network.require("full"), self.image, self.logits)])
+
+    def release(self) -> None:
+        """Give the captured graphs back, once no more graphs are made of them: those that are made have copies."""
+        _run_all(self._releases)
+
+    def _allocate_decision(self) -> None:
+        """Make what the kernels read and write. Without a policy all blocks are kept."""
+        n_blocks, allocate = self._network.n_blocks, self._backend.allocate
+        self.probability = allocate((1, n_blocks), "float32")
+        self.probability.write(np.ones((1, n_blocks), np.float32))
+        self._shortcuts = [self._network.shortcut(k) is not None for k in range(n_blocks)]
+        self._has_shortcut = allocate((n_blocks,), "uint8")
+        self._has_shortcut.write(np.array(self._shortcuts, np.uint8))
+        self._head_side = allocate((1,), "int32")
+
+    def _dispatch_memory(self) -> DispatchMemory:
+        address = self._capturer.address
+        return DispatchMemory(
+            probability=address(self.probability),
+            has_shortcut=address(self._has_shortcut),
+            force=address(self.force),
+            kept=address(self.kept),
+            head_side=address(self._head_side),
+        )
+
+    def _capture_parts(self) -> CapturedNetwork:
+        network = self._network
+        policy, stem, head = network.find("policy"), network.require("stem"), network.require("head")
+        first, second = self._pair(head.inputs[0])
+        return CapturedNetwork(
+            policy=None if policy is None else self._add(policy, self.image, self.probability, beside=True),
+            stem=self._add(stem, self.image, self._pair(stem.outputs[0])[0]),
+            blocks=[self._bodies(block, network.shortcut(k)) for k, block in enumerate(network.blocks)],
+            heads=(self._add(head, first, self.logits), self._add(head, second, self.logits)),
+        )
+
+    def _bodies(self, block: PartSpec, shortcut: PartSpec | None) -> Sequence[Any | None]:
+        """Return the bodies of a block's SWITCH, in the order of `engines.dispatch`."""
+        sources, targets = self._pair(block.inputs[0]), self._pair(block.outputs[0])
+        parts = [block] if shortcut is None else [block, shortcut]
+        directions = ((0, 1), (1, 0))
+        return [None, *(self._add(part, sources[i], targets[o]) for part in parts for i, o in directions)]
+
+    def _pair(self, tensor: TensorSpec) -> tuple[Buffer, Buffer]:
+        """Return the two buffers for activations of that shape."""
+        key = (tensor.shape_for(1), tensor.dtype)
+        if key not in self._pairs:
+            self._pairs[key] = (self._backend.allocate(*key), self._backend.allocate(*key))
+        return self._pairs[key]
+
+    def _add(self, part: PartSpec, source: Buffer, target: Buffer, *, beside: bool = False) -> Any:
+        """Capture a part from one buffer into another; return its CUgraph."""
+        inputs, outputs = {part.inputs[0].name: source}, {part.outputs[0].name: target}
+        captured = self._capturer.capture(self._engines[part.name], inputs, outputs, beside=beside)
+        self._captured.append(captured)
+        self._releases.append(captured.release)
+        return captured.graph
+
+    def _path_parts(self, mask: np.ndarray) -> list[Any]:
+        """Return the captured work of a mask's path behind the stem, each part in the direction that it runs in."""
+        if mask.shape != (self._network.n_blocks,):
+            raise UsageError(
+                f"a mask of shape {list(mask.shape)} has no path; this network's have {self._network.n_blocks} bits"
+            )
+        decided = dispatch(mask.astype(float).tolist(), self._shortcuts, threshold=0.5)
+        bodies = [bodies[value] for bodies, value in zip(self._parts.blocks, decided.switches, strict=True)]
+        return [*(body for body in bodies if body is not None), self._parts.heads[decided.head]]
+
+    def _flat(self, parts: Sequence[Any]) -> Call:
+        graph, executable = self._builder.flat_graph(parts)
+        return launch_call(self._capturer.device, executable, keep_alive=self, graph=graph)
+
+
+def _run_all(actions: list[Callable[[], object]]) -> None:
+    while actions:
+        actions.pop()()

@@ -1,0 +1,218 @@
+"""The modes of strategy `graph`: which is chosen and why, and that all of them compute the same. On stand-ins."""
+
+import gc
+import itertools
+
+import numpy as np
+import pytest
+
+from bdtool import Orchestrator
+from bdtool.errors import BackendError, EngineError, UsageError
+from bdtool.runtime.factory import strategies_for
+from bdtool.runtime.paths import PathOptions
+from engines.graph_modes import GRAPH_MODES, GraphPlan, graphs_of_machine, plan_for
+from engines.libcuda import Driver, Gpu
+from tests.fake_tensorrt import FakeTensorRT, install_gpu
+
+MODES = ("policy-cache", "switch", "path-cache", "off")
+ALL_MASKS = [np.array(bits, dtype=bool) for bits in itertools.product((False, True), repeat=3)]
+SOME = PathOptions(ahead=[ALL_MASKS[5], ALL_MASKS[3]])
+
+
+@pytest.fixture
+def driver(monkeypatch, tmp_path):
+    return install_gpu(monkeypatch, tmp_path)
+
+
+def _open(bundle, **options):
+    return Orchestrator.open(bundle, backend="tensorrt", device="cuda:0", strategy="graph", **options)
+
+
+# --- all modes compute the same ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mask_runs_what_pytorch_runs(driver, tiny, preprocessed, torch_logits, mode):
+    images, keep = preprocessed(tiny.model, 8), np.array(ALL_MASKS)
+    with _open(tiny.bundle, cuda_graph=mode, paths=SOME) as runtime:
+        together = runtime.run(images, policy=keep)
+        alone = np.concatenate([runtime.run(images[i : i + 1], policy=keep[i]).logits for i in range(8)])
+        assert (runtime.graph_choice.mode, runtime.graph_choice.reason) == (mode, "asked for")
+    expected = torch_logits(tiny.model, images, keep)
+    np.testing.assert_array_equal(together.policy, keep)
+    np.testing.assert_allclose(together.logits, expected, atol=1e-4)
+    np.testing.assert_allclose(alone, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_learned_policy_decides_as_the_chain(driver, tiny, preprocessed, mode):
+    images = preprocessed(tiny.model, 16)
+    with Orchestrator.open(tiny.bundle, backend="tensorrt", device="cuda:0") as chain:
+        expected = chain.run(images)
+    with _open(tiny.bundle, cuda_graph=mode, paths=SOME) as runtime:
+        result = runtime.run(images)
+        with_cost = runtime.run_with_policy_cost(images, expected.policy)
+    assert len(np.unique(result.policy, axis=0)) > 1
+    for one in (result, with_cost):
+        np.testing.assert_array_equal(one.policy, expected.policy)
+        np.testing.assert_allclose(one.logits, expected.logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_probability_that_is_not_finite_is_refused(driver, tiny, mode):
+    with _open(tiny.bundle, cuda_graph=mode, paths=SOME) as runtime, pytest.raises(EngineError, match="not finite"):
+        runtime.run(np.full((1, 3, 32, 32), np.nan, np.float32))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_network_without_a_policy_runs_given_bits(driver, export_random, preprocessed, torch_logits, mode):
+    exported = export_random("resnet14", has_policy=False)
+    images = preprocessed(exported.model, 2)
+    keep = np.array([[1, 0, 1, 0, 1, 1], [1, 1, 1, 1, 1, 1]], dtype=bool)
+    with _open(exported.bundle, cuda_graph=mode, paths=PathOptions(ahead=[keep[0]])) as runtime:
+        logits = runtime.run(images, policy=keep).logits
+        np.testing.assert_array_equal(runtime.run(images).policy, np.ones((2, 6)))
+    np.testing.assert_allclose(logits, torch_logits(exported.model, images, keep), atol=1e-4)
+
+
+# --- what a mode does -------------------------------------------------------------------------------------------------
+
+
+def test_policy_cache_takes_one_switch_for_a_frequent_mask_and_all_for_others(driver, tiny, preprocessed):
+    driver.switch_ms = 1000
+    image = preprocessed(tiny.model, 1)
+    with _open(tiny.bundle, cuda_graph="policy-cache", paths=SOME) as runtime:
+        launched, switches, hits = len(driver.launched), [], []
+        for mask in (ALL_MASKS[5], ALL_MASKS[0]):
+            before = driver.time_ms
+            hits += runtime.run(image, policy=mask).hits.tolist()
+            switches.append(int(driver.time_ms - before) // 1000)
+        assert len(driver.launched) == launched + 2  # one an image
+    assert switches == [1, 1 + 3 + 1]  # a miss: three blocks and the head within the last body
+    assert hits == [True, False]
+
+
+def test_path_cache_is_one_small_read_and_one_launch_after_the_policys(driver, tiny, preprocessed):
+    image = preprocessed(tiny.model, 1)
+    with _open(tiny.bundle, cuda_graph="path-cache") as runtime:
+        first = runtime.run(image)
+        driver.copies.clear()
+        launched, enqueued = len(driver.launched), FakeTensorRT.notes["enqueued"]
+        again = runtime.run(image)
+        assert driver.copies == ["HtoD", "DtoH", "DtoH"]  # image in; probabilities and logits out
+        assert len(driver.launched) == launched + 2
+        assert FakeTensorRT.notes["enqueued"] == enqueued  # nothing is captured again
+    assert (first.hits.tolist(), again.hits.tolist()) == ([False], [True])
+
+
+def test_path_cache_is_bounded_and_drops_the_least_recently_used(driver, tiny, preprocessed):
+    image = preprocessed(tiny.model, 1)
+    options = PathOptions(max_paths=2, ahead=[ALL_MASKS[1], ALL_MASKS[2], ALL_MASKS[3]])
+    with _open(tiny.bundle, cuda_graph="path-cache", paths=options) as runtime:
+        assert len(driver.ended) == 0
+        hits = [bool(runtime.run(image, policy=ALL_MASKS[k]).hits[0]) for k in (1, 2, 1, 4, 2, 1)]
+        gc.collect()
+        assert hits == [True, True, True, False, False, False]  # 4 drops 2, 2 drops 1, 1 drops 4
+        assert len(driver.ended) == 3
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_closing_gives_everything_back(driver, tiny, preprocessed, mode):
+    with _open(tiny.bundle, cuda_graph=mode, paths=SOME) as runtime:
+        runtime.run(preprocessed(tiny.model, 2))
+    del runtime
+    gc.collect()
+    captured_or_made = set(driver.graphs) - _bodies(driver)
+    assert captured_or_made == set(driver.destroyed)
+    assert sorted(driver.ended) == sorted(driver.instantiated)
+    assert driver.memory == {}
+
+
+def _bodies(driver):
+    """Return the graphs that belong to a conditional node and go with it."""
+    return {body for nodes in driver.graphs.values() for entry, _ in nodes if entry[0] == "switch" for body in entry[2]}
+
+
+# --- which mode is chosen ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("switch_ms", "read_ms", "launch_ms", "fastest"),
+    [
+        (0.1, 5, 1, "policy-cache"),
+        (0, 5, 1, "policy-cache"),  # as fast as `switch`: the first in order
+        (9, 0.1, 0.1, "path-cache"),
+        (9, 0.1, 0, "path-cache"),
+    ],
+)
+def test_fastest_mode_is_measured_when_the_bundle_is_opened(driver, tiny, switch_ms, read_ms, launch_ms, fastest):
+    driver.switch_ms, driver.launch_ms = switch_ms, launch_ms
+    driver.copy_ms["DtoH"] = read_ms
+    with _open(tiny.bundle, paths=SOME) as runtime:
+        choice = runtime.graph_choice
+        assert choice.mode == fastest
+        assert set(choice.measured_ms) == set(MODES)
+        assert choice.measured_ms[fastest] == min(choice.measured_ms.values())
+        assert choice.reason.startswith("the fastest here, median of 10 images: policy-cache ")
+        launched = len(driver.launched)
+        with runtime.timed(lambda part, call: call) as other:  # a profile's: nothing is compared again
+            assert other.graph_choice.mode == fastest
+            assert len(driver.launched) == launched
+
+
+def test_without_frequent_masks_the_reason_says_how_to_note_some(driver, tiny):
+    with _open(tiny.bundle) as runtime:
+        assert runtime.graph_choice.mode == "switch"
+        assert "not policy-cache: no frequent masks are known; note some with" in runtime.graph_choice.reason
+    with pytest.raises(UsageError, match=r"'policy-cache': no frequent masks are known.*PathOptions"):
+        _open(tiny.bundle, cuda_graph="policy-cache")
+
+
+@pytest.mark.parametrize(
+    ("cuda", "modes", "reason"),
+    [
+        ((12, 4), ("path-cache", "off"), "supports CUDA up to 12.4, a SWITCH in a CUDA graph needs 12.8"),
+        ((11, 8), ("off",), "supports CUDA up to 11.8, a CUDA graph needs 12.0"),
+    ],
+)
+def test_older_driver_falls_back_and_says_why(driver, monkeypatch, tiny, preprocessed, cuda, modes, reason):
+    old = Driver(cuda, (Gpu("A", (8, 0)),))
+    monkeypatch.setattr("engines.registry.driver_from_libcuda", lambda: old)
+    with _open(tiny.bundle, paths=SOME) as runtime:
+        assert runtime.graph_choice.mode == modes[0]
+        assert reason in runtime.graph_choice.reason
+        assert tuple(runtime.graph_choice.measured_ms) in (modes, ())
+        assert runtime.run(preprocessed(tiny.model, 1)).logits.shape == (1, 10)
+    assert ("graph" in strategies_for("tensorrt", "cuda:0")) == (modes[0] != "off")  # else it would be the chain
+    with pytest.raises(BackendError, match=r"mode 'switch': the driver supports .*\. Or use one that is there: "):
+        _open(tiny.bundle, cuda_graph="switch")
+
+
+NEW = Driver((13, 0), (Gpu("NVIDIA H200", (9, 0)),))
+
+
+@pytest.mark.parametrize(
+    ("absent", "modes", "words"),
+    [
+        ((), MODES, None),
+        (
+            ("nvidia-cuda-nvrtc",),
+            ("path-cache", "off"),
+            "a SWITCH in a CUDA graph needs nvidia-cuda-nvrtc; add it",
+        ),
+        (("cuda-bindings", "nvidia-cuda-nvrtc"), ("off",), "a SWITCH in a CUDA graph needs cuda-bindings; add it"),
+    ],
+)
+def test_missing_packages_leave_less(absent, modes, words):
+    plan = graphs_of_machine(NEW, lambda distribution: distribution not in absent)
+    assert plan.modes == modes
+    assert set(plan.missing) == set(MODES) - set(modes)
+    assert words is None or plan.missing["switch"].startswith(words)
+
+
+def test_forced_mode_is_the_only_one_of_the_plan():
+    there = graphs_of_machine(NEW, lambda distribution: True)
+    assert plan_for("auto", there) is there
+    assert [plan_for(mode, there).modes for mode in GRAPH_MODES[1:]] == [(mode,) for mode in GRAPH_MODES[1:]]
+    with pytest.raises(BackendError, match=r"mode 'off': never\. Or use one that is there: switch"):
+        plan_for("off", GraphPlan(modes=("switch",), missing={"off": "never"}))
