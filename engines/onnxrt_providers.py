@@ -86,9 +86,6 @@ class CudaProvider:
 class TensorRTProvider(CudaProvider):
     """The TensorRT provider on "cuda:N"; nodes that TensorRT refuses go to the CUDA provider.
 
-    The process's TensorRT and CUDA libraries compute without TF32 from then on, unless `NVIDIA_TF32_OVERRIDE` is set:
-    this provider has no option for it.
-
     Args:
         options: the optimization profile and the builder's level; the provider has no other of the options.
         cache: the directory for compiled engines and the timing cache, made when needed.
@@ -100,7 +97,6 @@ class TensorRTProvider(CudaProvider):
         super().__init__(device)
         self._options = options
         self._cache = cache
-        os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
 
     def engine_from_onnx(self, model: bytes) -> bytes:
         """Return the model with profile and level in its metadata, so that it runs as it was built."""
@@ -159,7 +155,11 @@ def tensorrt_provider(device: str, options: TensorRTOptions) -> TensorRTProvider
 
 
 def require_provider(device: str, provider: Provider) -> None:
-    """Raise BackendError unless a session can really be made on the device with this provider."""
+    """Raise BackendError unless a session can really be made on the device with this provider.
+
+    The TensorRT provider has no option for TF32: the first time that it is asked for, TF32 is switched off for TensorRT
+    and CUDA libraries of the process, unless `NVIDIA_TF32_OVERRIDE` is set.
+    """
     title = {CUDA: "CUDA", TENSORRT: "TensorRT"}[provider.name]
     if provider.name not in ort.get_available_providers():
         raise BackendError(
@@ -198,6 +198,8 @@ def open_session(data: bytes, options: ort.SessionOptions, providers: list[Any])
 
 def _load_libraries(*, tensorrt: bool) -> None:
     """Load the libraries that pip installed; without that the loader looks in the system's directories only."""
+    if tensorrt:
+        os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")  # read when they load
     if hasattr(ort, "preload_dlls"):
         with contextlib.redirect_stdout(io.StringIO()):  # what is not there it prints; the probe's error says it, too
             ort.preload_dlls()
