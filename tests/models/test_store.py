@@ -95,8 +95,8 @@ def test_foreign_safetensors_file_is_refused(saved):
 
 
 def test_newer_format_is_refused(saved):
-    _rewrite(saved, header={"format_version": 2})
-    with pytest.raises(CheckpointError, match="format_version 2, this bdtool reads up to 1"):
+    _rewrite(saved, header={"format_version": 3})
+    with pytest.raises(CheckpointError, match="format_version 3, this bdtool reads up to 2"):
         load_model(saved)
 
 
