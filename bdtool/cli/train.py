@@ -49,8 +49,9 @@ def train_cmd() -> None:
 
 
 def _run_options(command: _Command) -> _Command:
-    """What every stage takes: data, output, device and how to go on."""
-    options = [
+    """What every stage takes: data, output and device."""
+    return _with_options(
+        command,
         click.option(
             "--data",
             metavar="DATA",
@@ -61,9 +62,18 @@ def _run_options(command: _Command) -> _Command:
         click.option("-o", "--output", type=NEW_FILE, required=True, metavar="MODEL", help="The MODEL file to write."),
         click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda", help="Where to train."),
         click.option("--threads", type=click.IntRange(min=1), help="CPU threads. Default: torch's own choice."),
+        json_option,
+    )
+
+
+def _epoch_options(command: _Command) -> _Command:
+    """What the stages take that last for hours: how to go on, and where to log."""
+    return _with_options(
+        command,
         click.option("--resume", is_flag=True, help="Go on with the unfinished run of the same options, if any."),
         click.option(
             "--save-every",
+            "save_every_s",
             type=FiniteRange(min=0),
             default=120,
             show_default=True,
@@ -71,8 +81,10 @@ def _run_options(command: _Command) -> _Command:
             help="Seconds between checkpoints; one is written after each epoch, too.",
         ),
         click.option("--tensorboard", type=click.Path(file_okay=False, path_type=Path), help="Write event files here."),
-        json_option,
-    ]
+    )
+
+
+def _with_options(command: _Command, *options: Callable[[_Command], _Command]) -> _Command:
     for option in reversed(options):
         command = option(command)
     return command
@@ -143,6 +155,7 @@ _TRUNK = click.option(
 @click.option("--std", type=NumberList(3), metavar="R,G,B", help="Of the input, pixels being 0 to 1.")
 @_options_of(PretrainOptions, {**_SHARED_HELP, **_SGD_HELP, "compile": "Compile the network with torch.compile."})
 @_run_options
+@_epoch_options
 def pretrain_cmd(arch: str, classes: int | None, mean: Any, std: Any, **given: Any) -> None:
     """Train a base ResNet from random weights.
 
@@ -170,6 +183,7 @@ def pretrain_cmd(arch: str, classes: int | None, mean: Any, std: Any, **given: A
 )
 @_TRUNK
 @_run_options
+@_epoch_options
 def curriculum_cmd(base: Path, trunk: Path | None, **given: Any) -> None:
     """Train a policy network for the base of MODEL, which stays as it is.
 
@@ -205,7 +219,7 @@ def imitate_cmd(base: Path, trunk: Path | None, **given: Any) -> None:
     Which blocks are missed least, and which images are hard, the base's own losses on the training images show. Not in
     the paper: minutes of this take the place of thousands of epochs of curriculum.
 
-    
+    \b
     Example:
       bdtool train imitate tolerant.safetensors --trunk resnet8.safetensors --data cifar10:data -o policy.safetensors
     """
@@ -242,6 +256,7 @@ def _policy_start(base: Path, trunk: Path | None) -> tuple[BlockDropModel, Block
     },
 )
 @_run_options
+@_epoch_options
 def finetune_cmd(start: Path, **given: Any) -> None:
     """Train base and policy network of MODEL together, or its base alone under a heuristic.
 
@@ -278,7 +293,8 @@ def _run(given: dict[str, Any], spec: ModelSpec, start: str, stage: Callable[[Pl
         import torch
 
         torch.set_num_threads(given["threads"])
-    with open_group(device) as group, _logs(given["tensorboard"] if group.is_first else None) as log:
+    going_on = {name: given[name] for name in ("resume", "save_every_s") if name in given}
+    with open_group(device) as group, _logs(given.get("tensorboard") if group.is_first else None) as log:
         train, val = _open(given, network)
         with _show(enabled=group.is_first) as (on_step, on_progress):
             trained = stage(
@@ -287,12 +303,11 @@ def _run(given: dict[str, Any], spec: ModelSpec, start: str, stage: Callable[[Pl
                     val=val,
                     output=given["output"],
                     group=group,
-                    resume=given["resume"],
                     start=start,
-                    save_every_s=given["save_every"],
                     on_step=on_step,
                     on_progress=on_progress,
                     on_epoch=log,
+                    **going_on,
                 )
             )
     if group.is_first:

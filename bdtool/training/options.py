@@ -110,7 +110,7 @@ class ImitateOptions(StageOptions):
         fewest, most: blocks of the easiest and of the hardest two fifths of the images; the others get the mean of
             both. 0 takes a third and 0.6 of the model's blocks.
         hidden: width of a hidden layer of a new policy network; 0, as in the paper, for none.
-        judges: training images on which nested masks are compared.
+        judges: training images on which nested masks are compared, in K (K + 1) / 2 passes at most.
     """
 
     epochs: float = 16

@@ -64,6 +64,15 @@ def test_imitate_makes_a_model_that_finetune_goes_on_with(
     assert load_model(model).spec.provenance["start"]["created_by"] == "bdtool train imitate"
 
 
+@pytest.mark.parametrize("option", [["--resume"], ["--tensorboard", "logs"]])
+def test_imitate_refuses_what_it_would_not_do(
+    bdtool: Callable[..., Result], base: Path, npz: Path, tmp_path: Path, option: list[str]
+) -> None:
+    refused = bdtool("train", "imitate", base, "--data", npz, *option, "-o", tmp_path / "p.safetensors", status=2)
+    assert "No such option" in refused.stderr
+    assert option[0] in refused.stderr
+
+
 def test_curriculum_starts_from_a_trained_classifier(
     bdtool: Callable[..., Result], base: Path, npz: Path, tmp_path: Path
 ) -> None:
