@@ -24,7 +24,7 @@ from bdtool.models.policy import policy_trunk
 from bdtool.models.store import read_spec
 from export.files import write_json
 
-POLICIES = ("full", "first", "random", "distribute", "learned")
+POLICIES = ("full", "first", "random", "distribute", "learned", "imitated")
 # blocks kept by the heuristics: as many as the paper's learned policy keeps, rounded
 N_KEPT = {"resnet32": 7, "resnet110": 17, "resnet101": 25}
 
@@ -61,12 +61,14 @@ class Row:
     def measure(self, policy: str, *, finetuned: bool) -> dict[str, Any]:
         """Return what `bdtool evaluate` says of the row's bundle."""
         kept = N_KEPT[self._arch]
-        forms = {"full": "all", "learned": "learned", "random": f"random:{kept}"}
+        forms = {"full": "all", "learned": "learned", "imitated": "learned", "random": f"random:{kept}"}
         form = forms.get(policy, f"{policy}:{kept}")
         if policy == "full":
             model = self.base()
         elif policy == "learned":
             model = self.learned() if finetuned else self.curriculum()
+        elif policy == "imitated":
+            model = self.imitated() if finetuned else self.imitated_policy()
         else:
             model = self.heuristic(policy, form) if finetuned else self.base()
         bundle = self._directory / f"{model.stem}-bundle"
@@ -119,6 +121,18 @@ class Row:
         joint = self._finetune("joint", self.curriculum(), *options)
         return self._finetune("learned", joint, "--freeze-policy", "--blocks", N_KEPT[self._arch] - 0.1, "--epochs", 14)
 
+    def imitated_policy(self) -> Path:
+        """A policy network that gives harder images more blocks, on average about as many as the heuristics keep."""
+        kept = N_KEPT[self._arch]
+        blocks = ("--fewest", round(kept * 5 / 7), "--most", round(kept * 9 / 7))
+        start = self.tolerant_of_depths()
+        return self._train("imitated-policy", "imitate", start, "--trunk", self.trunk(), *blocks)
+
+    def imitated(self) -> Path:
+        """The base along the paths of that policy network, after 29 epochs in all; the heuristics get more."""
+        options = ("--freeze-policy", "--blocks", N_KEPT[self._arch] - 0.1, "--epochs", 18)
+        return self._finetune("imitated", self.imitated_policy(), *options)
+
     def heuristic(self, name: str, form: str) -> Path:
         """The base of `tolerant` after 39 epochs more, as many as the learned policy's base gets."""
         policy = f"random:{N_KEPT[self._arch]}"
@@ -135,8 +149,9 @@ class Row:
     def _train(self, name: str, stage: str, *words: object) -> Path:
         path = self._path(name)
         if not path.exists():
-            place = ("--data", self._data, "--val", self._val, "--device", self._device, "--resume")
-            bdtool("train", stage, *words, *place, "--json", path.with_suffix(".json"), "-o", path)
+            place = ("--data", self._data, "--val", self._val, "--device", self._device)
+            going_on = () if stage == "imitate" else ("--resume",)  # imitate takes minutes and starts anew
+            bdtool("train", stage, *words, *place, *going_on, "--json", path.with_suffix(".json"), "-o", path)
         return path
 
 
