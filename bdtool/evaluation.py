@@ -12,10 +12,10 @@ import numpy as np
 
 from bdtool.data.batches import ImageSource
 from bdtool.errors import DataError, UsageError
-from bdtool.runtime.orchestrator import Orchestrator, RunResult
+from bdtool.runtime.orchestrator import RunResult
+from bdtool.runtime.place import Place
 from bdtool.runtime.policies import PolicyRequest, parse_policy
 from bdtool.specs import NetworkSpec
-from engines.registry import DEFAULT_BACKEND, DEFAULT_DEVICE
 
 
 class Classifier(Protocol):
@@ -106,30 +106,28 @@ def _figures(
 
 
 @contextmanager
-def open_classifier(
-    path: Path, *, backend: str, device: str, threads: int | None, precision: str
-) -> Iterator[Classifier]:
+def open_classifier(path: Path, place: Place) -> Iterator[Classifier]:
     """Open a bundle directory through its engines, or a MODEL file through PyTorch on the CPU.
 
     Raises:
         UsageError: a MODEL was asked to run on something else than PyTorch's CPU in fp32.
     """
     if path.is_dir():
-        with Orchestrator.open(path, backend=backend, device=device, threads=threads, precision=precision) as runtime:
+        with place.open(path) as runtime:
             yield runtime
         return
     from bdtool.models.store import load_model
     from bdtool.torch_classifier import TorchClassifier
 
-    wanted = {"--backend": (backend, DEFAULT_BACKEND), "--device": (device, DEFAULT_DEVICE)}
-    wanted |= {"--precision": (precision, "fp32")}
-    for option, (value, default) in wanted.items():
-        if value != default:
+    default = Place()
+    for name in ("backend", "device", "precision"):
+        value = getattr(place, name)
+        if value != getattr(default, name):
             raise UsageError(
-                f"{path} is a MODEL, which runs in PyTorch on the CPU in fp32; {option} {value} needs a BUNDLE. "
+                f"{path} is a MODEL, which runs in PyTorch on the CPU in fp32; --{name} {value} needs a BUNDLE. "
                 "Make one: bdtool export"
             )
-    with _torch_threads(threads):
+    with _torch_threads(place.threads):
         yield TorchClassifier(load_model(path))
 
 

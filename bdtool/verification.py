@@ -30,6 +30,7 @@ from bdtool.models.parts import network_spec, part_modules
 from bdtool.models.store import load_model
 from bdtool.part_feeds import feeds_for
 from bdtool.runtime.orchestrator import Orchestrator, RunResult
+from bdtool.runtime.place import Place
 from bdtool.runtime.policies import parse_policy
 from bdtool.runtime.preprocess import preprocess
 from bdtool.torch_classifier import TorchClassifier
@@ -87,12 +88,9 @@ class Verification:
 def verify(
     bundle: Bundle,
     data: ImageSource,
+    place: Place,
     *,
-    backend: str,
-    device: str,
-    threads: int | None = None,
     limit: int = 256,
-    precision: str = EXPORTED,
     on_rung: Callable[[Rung], None] = lambda rung: None,
 ) -> Verification:
     """Climb the ladder with an opened bundle, whose digests were checked when it was opened.
@@ -109,17 +107,10 @@ def verify(
     batch = data.take(limit)
     images = batch.images
     rungs = []
-    bundle.require_precision(precision)
+    bundle.require_precision(place.precision)
     with ExitStack() as stack:
-        chain, full = [
-            stack.enter_context(
-                Orchestrator.open(
-                    bundle, backend=backend, device=device, threads=threads, strategy=strategy, precision=precision
-                )
-            )
-            for strategy in ("chain", "full")
-        ]
-        for rung in _climb(bundle, model, batch, chain, full, precision):
+        chain, full = [stack.enter_context(place.open(bundle, strategy)) for strategy in ("chain", "full")]
+        for rung in _climb(bundle, model, batch, chain, full, place.precision):
             rungs.append(rung)
             on_rung(rung)
     return Verification(rungs=tuple(rungs), n_images=len(images), input_source=data.description)

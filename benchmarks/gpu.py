@@ -36,6 +36,7 @@ from bdtool.profiling.measure import Settings
 from bdtool.profiling.profile import profile
 from bdtool.runtime.factory import strategies_for
 from bdtool.runtime.orchestrator import Orchestrator
+from bdtool.runtime.place import Place
 from bdtool.runtime.policies import parse_policy
 from bdtool.runtime.preprocess import preprocess
 from benchmarks.latency import make_bundle
@@ -99,9 +100,7 @@ def measure_backend(
             policy=f"distribute:{min(N_KEPT, bundle.network.n_blocks)}",
             strategies=[strategy for strategy in strategies if strategy != "full"],
             settings=Settings(duration_s=duration_s),
-            backend=name,
-            device=DEVICE,
-            threads=None,
+            place=Place(backend=name, device=DEVICE),
         ).to_json()
         if "graph" in strategies:
             result["graph"] = GraphBench(bundle, name).measure(n_images)

@@ -10,6 +10,7 @@ from click.testing import CliRunner
 
 from bdtool.cli import main
 from bdtool.evaluation import open_classifier
+from bdtool.runtime.place import Place
 from bdtool.verification import LOGITS_TOLERANCE
 
 pytestmark = pytest.mark.slow
@@ -18,7 +19,7 @@ BATCH = 250
 
 def _logits(path: Path, images: np.ndarray) -> np.ndarray:
     """Return the logits of a MODEL through PyTorch, or of a bundle through its chain of engines, every block kept."""
-    with open_classifier(path, backend="onnxruntime", device="cpu", threads=None, precision="fp32") as classifier:
+    with open_classifier(path, Place()) as classifier:
         keep = np.ones((BATCH, classifier.network.n_blocks), dtype=bool)
         pieces = [images[start : start + BATCH] for start in range(0, len(images), BATCH)]
         return np.concatenate([classifier.run(piece, keep[: len(piece)]).logits for piece in pieces])

@@ -10,6 +10,7 @@ from bdtool.data.sources import ImageSource, open_data
 from bdtool.errors import DataError, PolicyError
 from bdtool.evaluation import Evaluation, evaluate, open_classifier
 from bdtool.runtime.orchestrator import RunResult
+from bdtool.runtime.place import Place
 from bdtool.specs import NetworkSpec
 from export.bundle import Bundle
 
@@ -30,7 +31,7 @@ def data(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ImageSou
 
 
 def _evaluate(path: Path, data: ImageSource, **options: Any) -> Evaluation:
-    with open_classifier(path, backend="onnxruntime", device="cpu", threads=None, precision="fp32") as classifier:
+    with open_classifier(path, Place()) as classifier:
         return evaluate(classifier, data, **options)
 
 
@@ -110,6 +111,6 @@ def test_threads_of_pytorch_are_given_back(tiny: Any) -> None:
     import torch
 
     before = torch.get_num_threads()
-    with open_classifier(tiny.path, backend="onnxruntime", device="cpu", threads=1, precision="fp32"):
+    with open_classifier(tiny.path, Place(threads=1)):
         assert torch.get_num_threads() == 1
     assert torch.get_num_threads() == before

@@ -11,17 +11,18 @@ from safetensors.torch import load_file, save_file
 
 from bdtool.data.sources import open_data
 from bdtool.errors import BackendError, BundleError
+from bdtool.runtime.place import Place
 from bdtool.verification import Verification, verify
 from export.bundle import Bundle
 from export.files import sha256_of_file
 
+CPU = Place()
 RUNGS = ["digests", "onnx", "engines", "policy", "logits", "top1"]
 
 
-def _verify(path: Path, **options: Any) -> Verification:
+def _verify(path: Path, place: Place = CPU, **options: Any) -> Verification:
     bundle = Bundle.open(path)
-    data = open_data("synthetic:12", network=bundle.network)
-    return verify(bundle, data, **{"backend": "onnxruntime", "device": "cpu", **options})
+    return verify(bundle, open_data("synthetic:12", network=bundle.network), place, **options)
 
 
 def _failed(result: Verification) -> list[str]:
@@ -159,4 +160,4 @@ def test_unusable_device_is_refused(tiny: Any, monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
     with pytest.raises(BackendError, match="device 'cuda:0'"):
-        _verify(tiny.bundle, device="cuda:0")
+        _verify(tiny.bundle, Place(device="cuda:0"))

@@ -13,12 +13,13 @@ from bdtool.cli.options import (
     NEW_DIRECTORY,
     data_option,
     json_option,
+    place_options,
     resize_option,
-    runtime_options,
 )
 from bdtool.cli.output import emit, print_table, progress, warn
 
 if TYPE_CHECKING:
+    from bdtool.runtime.place import Place
     from bdtool.verification import Rung
     from export.exporter import ExportedPart
 
@@ -73,17 +74,14 @@ def export_cmd(model: Path, bundle: Path, max_batch: int, force: bool) -> None:
 @data_option(required=False)
 @click.option("--limit", type=click.IntRange(min=1), default=256, show_default=True, help="Images to compare on.")
 @resize_option
-@runtime_options
+@place_options()
 @json_option
 def verify_cmd(
     bundle: Path,
     data: str | None,
     limit: int,
     resize: bool,
-    backend: str,
-    device: str,
-    threads: int | None,
-    precision: str,
+    place: Place,
     json_file: str | None,
 ) -> None:
     """Climb a BUNDLE's parity ladder: digests, ONNX against PyTorch, engines, policy bits, logits, top-1.
@@ -98,7 +96,7 @@ def verify_cmd(
     from export.bundle import Bundle
 
     opened = Bundle.open(bundle)
-    opened.require_precision(precision)
+    opened.require_precision(place.precision)
     source = open_data(data or "synthetic", network=opened.network, resize=resize)
     if not source.is_real:
         warn(f"the images are {source.description}; give real ones with --data")
@@ -106,11 +104,8 @@ def verify_cmd(
         result = verify(
             opened,
             source,
-            backend=backend,
-            device=device,
-            threads=threads,
+            place,
             limit=limit,
-            precision=precision,
             on_rung=lambda rung: advance(1, rung.name),
         )
     emit(result.to_json(), json_file, lambda: _print_ladder(result.rungs))

@@ -15,17 +15,17 @@ from bdtool.cli.options import (
     NEW_FILE,
     FiniteRange,
     NumberList,
-    cuda_graph_option,
     data_option,
     json_option,
+    place_options,
     policy_option,
     resize_option,
-    runtime_options,
 )
 from bdtool.cli.output import emit, mega, percent, print_table, progress, warn
 
 if TYPE_CHECKING:
     from bdtool.evaluation import Evaluation
+    from bdtool.runtime.place import Place
 
 
 @click.command("run")
@@ -38,21 +38,16 @@ if TYPE_CHECKING:
     show_default=True,
     help="How blocks run: chain, path, fused, graph, full, or auto (what `bdtool profile --strategy auto` recorded).",
 )
-@cuda_graph_option
 @resize_option
-@runtime_options
+@place_options(graphs=True)
 @json_option
 def run_cmd(
     bundle: Path,
     images: tuple[Path, ...],
     policy: str | None,
     strategy: str,
-    cuda_graph: str,
     resize: bool,
-    backend: str,
-    device: str,
-    threads: int | None,
-    precision: str,
+    place: Place,
     json_file: str | None,
 ) -> None:
     """Classify image files with a BUNDLE, and show which blocks each of them ran.
@@ -62,17 +57,8 @@ def run_cmd(
       bdtool run bundle cat.png dog.png
     """
     from bdtool.inference import classify_files
-    from bdtool.runtime.orchestrator import Orchestrator
 
-    with Orchestrator.open(
-        bundle,
-        backend=backend,
-        device=device,
-        strategy=strategy,
-        threads=threads,
-        precision=precision,
-        cuda_graph=cuda_graph,
-    ) as runtime:
+    with place.open(bundle, strategy) as runtime:
         rows = classify_files(runtime, images, policy=policy, resize=resize)
         choice = runtime.graph_choice
 
@@ -94,7 +80,7 @@ def run_cmd(
 @click.option("--limit", type=click.IntRange(min=1), help="Only the first N images.")
 @click.option("--batch", type=click.IntRange(min=1), default=64, show_default=True, help="Images at a time.")
 @resize_option
-@runtime_options
+@place_options()
 @json_option
 def evaluate_cmd(
     model_or_bundle: Path,
@@ -103,10 +89,7 @@ def evaluate_cmd(
     limit: int | None,
     batch: int,
     resize: bool,
-    backend: str,
-    device: str,
-    threads: int | None,
-    precision: str,
+    place: Place,
     json_file: str | None,
 ) -> None:
     """Measure accuracy and cost on labelled images: a MODEL through PyTorch, a BUNDLE through its engines.
@@ -118,9 +101,7 @@ def evaluate_cmd(
     from bdtool.data.sources import open_data
     from bdtool.evaluation import evaluate, open_classifier
 
-    with open_classifier(
-        model_or_bundle, backend=backend, device=device, threads=threads, precision=precision
-    ) as classifier:
+    with open_classifier(model_or_bundle, place) as classifier:
         source = open_data(data, network=classifier.network, resize=resize)
         total = min(limit or source.n_images, source.n_images)
         with progress("evaluating", total) as advance:
@@ -158,9 +139,8 @@ def evaluate_cmd(
     metavar="LIST",
     help="Percentiles to report.",
 )
-@cuda_graph_option
 @resize_option
-@runtime_options
+@place_options(graphs=True)
 @click.option("--html", "html_file", type=NEW_FILE, metavar="FILE", help="Also write the page of `bdtool report`.")
 @json_option
 def profile_cmd(
@@ -174,12 +154,8 @@ def profile_cmd(
     warmup: float,
     duration: float,
     percentile: tuple[float, ...],
-    cuda_graph: str,
     resize: bool,
-    backend: str,
-    device: str,
-    threads: int | None,
-    precision: str,
+    place: Place,
     html_file: Path | None,
     json_file: str | None,
 ) -> None:
@@ -218,13 +194,9 @@ def profile_cmd(
             policy=policy,
             strategies=strategies,
             settings=settings,
-            backend=backend,
-            device=device,
-            threads=threads,
-            precision=precision,
+            place=place,
             baseline=None if baseline is None else Bundle.open(baseline),
             sweep=SWEEP if sweep else (),
-            cuda_graph=cuda_graph,
             on_progress=on_progress,
         )
     for message in result.warnings:
@@ -242,10 +214,7 @@ def profile_cmd(
             policy=policy,
             duration_s=duration,
             resize=resize,
-            backend=backend,
-            device=device,
-            threads=threads,
-            precision=precision,
+            place=place,
         )
         page = write_page(result, opened, first_images(source, request.limit), request)
         click.echo(page, err=json_file == "-")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -85,14 +86,6 @@ class NumberList(click.ParamType):  # type: ignore[type-arg]  # generic only in 
         return numbers
 
 
-def cuda_graph_option(command: _Command) -> _Command:
-    help_text = (
-        "CUDA graphs of strategies graph and full on a GPU: policy-cache, switch, path-cache, off (plain launches), or "
-        "auto (the fastest of those that driver and packages allow)."
-    )
-    return click.option("--cuda-graph", default="auto", show_default=True, metavar="MODE", help=help_text)(command)
-
-
 def json_option(command: _Command) -> _Command:
     help_text = "Write the result as JSON to FILE; - is stdout, instead of the text."
     return click.option("--json", "json_file", type=JSON_FILE, metavar="FILE", help=help_text)(command)
@@ -121,24 +114,49 @@ def resize_option(command: _Command) -> _Command:
     return click.option("--resize", is_flag=True, help=help_text)(command)
 
 
-def runtime_options(command: _Command) -> _Command:
-    """--backend, --device, --threads and --precision."""
-    options = [
-        click.option(
+def place_options(*, graphs: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """--backend, --device, --threads, --precision and, with `graphs`, --cuda-graph; the command gets one `place`."""
+    options = {
+        "backend": click.option(
             "--backend",
             default="onnxruntime",
             show_default=True,
             metavar="NAME",
             help="Inference library: onnxruntime, onnxruntime-tensorrt, torch, tensorrt or tensorrt-rtx.",
         ),
-        click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda:N", help="Where engines run."),
-        click.option(
+        "device": click.option(
+            "--device", default="cpu", show_default=True, metavar="cpu|cuda:N", help="Where engines run."
+        ),
+        "threads": click.option(
             "--threads",
             type=click.IntRange(min=1),
             help="CPU threads of one engine call. Default: the processors that are there, at most 4.",
         ),
-        click.option("--precision", type=PRECISION, default="fp32", show_default=True, help="Which parts to use."),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+        "precision": click.option(
+            "--precision", type=PRECISION, default="fp32", show_default=True, help="Which parts to use."
+        ),
+    }
+    if graphs:
+        options["cuda_graph"] = click.option(
+            "--cuda-graph",
+            default="auto",
+            show_default=True,
+            metavar="MODE",
+            help="CUDA graphs of strategies graph and full on a GPU: policy-cache, switch, path-cache, off (plain "
+            "launches), or auto (the fastest of those that driver and packages allow).",
+        )
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(command)
+        def with_place(*args: Any, **given: Any) -> Any:
+            from bdtool.runtime.place import Place
+
+            place = Place(**{name: given.pop(name) for name in options})
+            return command(*args, place=place, **given)
+
+        wrapped: Callable[..., Any] = with_place
+        for option in reversed(options.values()):
+            wrapped = option(wrapped)
+        return wrapped
+
+    return decorate

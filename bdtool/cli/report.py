@@ -12,9 +12,9 @@ from bdtool.cli.options import (
     NEW_FILE,
     FiniteRange,
     data_option,
+    place_options,
     policy_option,
     resize_option,
-    runtime_options,
 )
 from bdtool.cli.output import progress, warn
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from bdtool.data.batches import ImageSource
     from bdtool.profiling.profile import Profile
     from bdtool.report.gather import ReportRequest
+    from bdtool.runtime.place import Place
     from export.bundle import Bundle
 
 
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     help="Seconds measured, at least, for each strategy.",
 )
 @resize_option
-@runtime_options
+@place_options()
 def report_cmd(
     bundle: Path,
     data: str,
@@ -48,10 +49,7 @@ def report_cmd(
     limit: int,
     duration: float,
     resize: bool,
-    backend: str,
-    device: str,
-    threads: int | None,
-    precision: str,
+    place: Place,
 ) -> None:
     """Measure a BUNDLE and write one self-contained page: latency, accuracy, and the policies with pictures.
 
@@ -79,10 +77,7 @@ def report_cmd(
         limit=limit,
         duration_s=duration,
         resize=resize,
-        backend=backend,
-        device=device,
-        threads=threads,
-        precision=precision,
+        place=place,
     )
     profiled = profile(
         opened,
@@ -90,10 +85,7 @@ def report_cmd(
         policy=policy,
         strategies=["chain"],
         settings=Settings(duration_s=duration, percentiles=PERCENTILES),
-        backend=backend,
-        device=device,
-        threads=threads,
-        precision=precision,
+        place=place,
     )
     click.echo(write_page(profiled, opened, source, request))
 

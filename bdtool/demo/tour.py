@@ -113,12 +113,12 @@ def _figures(bundle: Path, test: Path, policy: str) -> dict[str, Any]:
     from bdtool.evaluation import evaluate
     from bdtool.profiling.measure import Settings
     from bdtool.profiling.profile import profile
-    from bdtool.runtime.orchestrator import Orchestrator
+    from bdtool.runtime.place import Place
     from export.bundle import Bundle
 
-    opened = Bundle.open(bundle)
+    opened, place = Bundle.open(bundle), Place()
     data = open_data(str(test), network=opened.network)
-    with Orchestrator.open(opened) as runtime:
+    with place.open(opened) as runtime:
         accuracy = evaluate(runtime, data, policy=policy).accuracy
     strategies = profile(
         opened,
@@ -126,9 +126,7 @@ def _figures(bundle: Path, test: Path, policy: str) -> dict[str, Any]:
         policy=policy,
         strategies=["chain"],
         settings=Settings(duration_s=0.5),
-        backend="onnxruntime",
-        device="cpu",
-        threads=None,
+        place=place,
     ).to_json()["strategies"]
     chain = strategies["chain"]
     return {

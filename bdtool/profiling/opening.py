@@ -15,44 +15,16 @@ from bdtool.runtime.factory import parts_for, require_strategy, strategies_for
 from bdtool.runtime.masks import count_masks, read_masks
 from bdtool.runtime.orchestrator import Orchestrator
 from bdtool.runtime.paths import PathOptions
+from bdtool.runtime.place import Place
 from bdtool.runtime.recommendation import AUTO, CANDIDATES
 from bdtool.specs import NetworkSpec
-from engines.graph_modes import AUTO as AUTO_GRAPH
 from engines.graph_modes import GraphChoice
-from engines.registry import identify_backend
-from engines.store import EngineStore
 from export.bundle import Bundle
 
 STORED = "stored by `bdtool build --paths`"
 COUNTED = "counted on the measured images before the clock started"
 KNOW_MASKS = {"path", "graph"}  # strategies that prepare for frequent masks
 _COUNT_BATCH = 64
-
-
-@dataclass(frozen=True, kw_only=True)
-class Place:
-    """Where engines run."""
-
-    backend: str
-    device: str
-    threads: int | None
-    precision: str
-    cuda_graph: str = AUTO_GRAPH
-
-    def open(self, bundle: Bundle, strategy: str, *, paths: PathOptions | None = None) -> Orchestrator:
-        return Orchestrator.open(
-            bundle,
-            backend=self.backend,
-            device=self.device,
-            strategy=strategy,
-            threads=self.threads,
-            precision=self.precision,
-            paths=paths,
-            cuda_graph=self.cuda_graph,
-        )
-
-    def store(self, bundle: Bundle) -> EngineStore:
-        return EngineStore(bundle, identify_backend(self.backend, self.device), precision=self.precision)
 
 
 @dataclass(frozen=True, kw_only=True)

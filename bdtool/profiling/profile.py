@@ -15,13 +15,13 @@ from bdtool.profiling.environment import clock_warnings, describe_environment, d
 from bdtool.profiling.instrumented import DEVICE_NOTE, PASS_NOTE, InstrumentedPass, run_instrumented
 from bdtool.profiling.line import BlocksLine, fit_lines
 from bdtool.profiling.measure import BASELINE, BOUNDARY, Settings, Workload, measure, stability_warnings
-from bdtool.profiling.opening import KNOW_MASKS, Opened, Place, open_all, strategy_names
+from bdtool.profiling.opening import KNOW_MASKS, Opened, open_all, strategy_names
 from bdtool.profiling.statistics import Samples
 from bdtool.profiling.workload import is_static
 from bdtool.runtime.orchestrator import Orchestrator
+from bdtool.runtime.place import Place
 from bdtool.runtime.policies import parse_policy
 from bdtool.runtime.recommendation import AUTO, CANDIDATES, Recommendation, choose_strategy, write_recommendation
-from engines.graph_modes import AUTO as AUTO_GRAPH
 from engines.graph_modes import OFF, GraphChoice
 from engines.registry import identify_backend
 from export.bundle import Bundle
@@ -105,13 +105,9 @@ def profile(
     policy: str | None,
     strategies: Sequence[str],
     settings: Settings,
-    backend: str,
-    device: str,
-    threads: int | None,
-    precision: str = "fp32",
+    place: Place,
     baseline: Bundle | None = None,
     sweep: Sequence[int] = (),
-    cuda_graph: str = AUTO_GRAPH,
     on_progress: Callable[[float], None] = lambda share_done: None,
 ) -> Profile:
     """Measure `strategies` and the baseline `full` on the first images of `data`, in one run.
@@ -120,7 +116,6 @@ def profile(
         strategies: names; "auto" stands for all that take a policy, and records the fastest beside the engines.
         baseline: another static ResNet, whose `full` engine takes turns under the name `full:<arch>`.
         sweep: batch sizes whose throughput is measured as well.
-        cuda_graph: as for `Orchestrator.open`.
 
     Raises:
         PolicyError: the policy does not fit the network.
@@ -131,15 +126,14 @@ def profile(
     request = parse_policy(policy, n_blocks=network.n_blocks, has_policy_network=network.has_policy)
     images = data.take(MAX_IMAGES).images
     workload = Workload(images=images, keep=keep_for(request, len(images), 0))
-    place = Place(backend=backend, device=device, threads=threads, precision=precision, cuda_graph=cuda_graph)
     names = strategy_names(strategies, network, place)
     batches = [batch for batch in sweep if batch <= bundle.manifest.max_batch]
     steps = _Steps(2 + len(batches), on_progress)
     with ExitStack() as stack:
         opened = open_all(bundle, names, workload, place, stack, baseline=baseline)
-        before = describe_gpu(device)
+        before = describe_gpu(place.device)
         samples = measure(opened.runtimes, workload, settings, on_round=steps.share)
-        gpu = describe_gpu(device)
+        gpu = describe_gpu(place.device)
         peak_memory_mib, paths, graphs = _peak_memory_mib(), opened.path_figures(), opened.graph_choices()
         steps.next()
         passes = _instrumented(opened, workload, settings)
@@ -149,13 +143,13 @@ def profile(
         n_threads = opened.runtimes[BASELINE].threads
     splits = {name: one.split() for name, one in passes.items()}
     on_device = {name: row["device"] for name, row in splits.items() if row["device"] is not None}
-    version = identify_backend(backend, device).version
+    version = identify_backend(place.backend, place.device).version
     result = Profile(
         bundle=bundle.path.name,
         arch=network.arch,
         policy=request.name,
         policy_network=_policy_network(network.has_policy, request.is_learned),
-        precision=precision,
+        precision=place.precision,
         settings=settings,
         n_images=len(images),
         input_source=data.description,
@@ -171,7 +165,9 @@ def profile(
             *_sweep_warnings(sweep, bundle.manifest.max_batch),
         ],
         environment={
-            **describe_environment(backend=backend, backend_version=version, device=device, threads=n_threads),
+            **describe_environment(
+                backend=place.backend, backend_version=version, device=place.device, threads=n_threads
+            ),
             **gpu,
             **{f"{name}_before": value for name, value in before.items() if name in _CHANGING},
         },

@@ -6,7 +6,7 @@ import json
 import shlex
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from bdtool.report.data import (
 from bdtool.report.paper import paper_points
 from bdtool.report.pictures import uri_from_pixels
 from bdtool.runtime.orchestrator import Orchestrator
+from bdtool.runtime.place import Place
 from bdtool.runtime.policies import PolicyRequest, parse_policy
 from bdtool.specs import NetworkSpec
 from export.bundle import Bundle
@@ -52,17 +53,15 @@ class ReportRequest:
     limit: int = 2000
     duration_s: float = 3
     resize: bool = False
-    backend: str = "onnxruntime"
-    device: str = "cpu"
-    threads: int | None = None
-    precision: str = "fp32"
+    place: Place = field(default_factory=Place)
 
     def commands(self) -> tuple[str, ...]:
         """Return the command that makes this page, and those that measure its figures alone."""
+        place = self.place
         shared = ["--data", self.data, *(["--policy", self.policy] if self.policy else [])]
         shared += ["--resize"] if self.resize else []
-        shared += ["--backend", self.backend, "--device", self.device, "--precision", self.precision]
-        shared += ["--threads", str(self.threads)] if self.threads else []
+        shared += ["--backend", place.backend, "--device", place.device, "--precision", place.precision]
+        shared += ["--threads", str(place.threads)] if place.threads else []
         limit, duration = ["--limit", str(self.limit)], ["--duration", f"{self.duration_s:g}"]
         bundle = str(self.bundle)
         return tuple(
@@ -116,13 +115,7 @@ def gather_report(
         raise ValueError(f"a report shows one image at a time; got a profile of batch {profile.settings.batch}")
     network = bundle.network
     policy = parse_policy(request.policy, n_blocks=network.n_blocks, has_policy_network=network.has_policy)
-    with Orchestrator.open(
-        bundle,
-        backend=request.backend,
-        device=request.device,
-        threads=request.threads,
-        precision=request.precision,
-    ) as runtime:
+    with request.place.open(bundle) as runtime:
         walk = walk_images(runtime, source, policy, limit=request.limit, on_images=on_images)
         points = _operating_points(runtime, source, policy, walk, limit=request.limit, on_images=on_images)
     return report_from(profile, bundle, source, request, policy=policy, walk=walk, points=points)

@@ -13,6 +13,7 @@ from bdtool.profiling.measure import Settings, Workload, measure, measure_parts,
 from bdtool.profiling.profile import profile
 from bdtool.profiling.statistics import Samples
 from bdtool.runtime.orchestrator import Orchestrator, RunResult
+from bdtool.runtime.place import Place
 from engines.fake import FakeBackend
 from export.bundle import Bundle
 
@@ -184,8 +185,8 @@ def test_impossible_settings_are_refused(wrong):
 def profiled(tiny):
     def run(data="synthetic:6", **options):
         bundle = Bundle.open(tiny.bundle)
-        options = {"policy": None, "strategies": ["chain"], "settings": SHORT, "threads": None} | options
-        return profile(bundle, open_data(data, network=bundle.network), backend="onnxruntime", device="cpu", **options)
+        options = {"policy": None, "strategies": ["chain"], "settings": SHORT} | options
+        return profile(bundle, open_data(data, network=bundle.network), place=Place(), **options)
 
     return run
 

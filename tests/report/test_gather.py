@@ -22,6 +22,7 @@ from bdtool.report.data import ReportData
 from bdtool.report.gather import ReportRequest, first_images, gather_report
 from bdtool.report.paper import CIFAR10_POINTS, paper_points
 from bdtool.runtime.orchestrator import Orchestrator
+from bdtool.runtime.place import Place
 from export.bundle import Bundle
 
 N_IMAGES = 24
@@ -36,8 +37,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def profiled(bundle: Bundle, source: Any, policy: str | None) -> Profile:
     settings = Settings(duration_s=0.01, warmup_ms=0)
-    machine = {"backend": "onnxruntime", "device": "cpu", "threads": None}
-    return profile(bundle, source, policy=policy, strategies=["chain"], settings=settings, **machine)
+    return profile(bundle, source, policy=policy, strategies=["chain"], settings=settings, place=Place())
 
 
 @pytest.fixture(scope="module")
@@ -129,10 +129,8 @@ def test_the_line_is_found_despite_slow_requests() -> None:
 def test_a_profile_of_batches_is_refused(tiny: Any, data: Path) -> None:
     bundle = Bundle.open(tiny.bundle)
     source = first_images(open_data(str(data), network=bundle.network), 4)
-    machine = {"backend": "onnxruntime", "device": "cpu", "threads": None}
-    batches = profile(
-        bundle, source, policy=None, strategies=[], settings=Settings(batch=2, duration_s=0.01, warmup_ms=0), **machine
-    )
+    settings = Settings(batch=2, duration_s=0.01, warmup_ms=0)
+    batches = profile(bundle, source, policy=None, strategies=[], settings=settings, place=Place())
     request = ReportRequest(bundle=tiny.bundle, data=str(data), output=Path("r.html"))
     with pytest.raises(ValueError, match="got a profile of batch 2"):
         gather_report(batches, bundle, source, request)

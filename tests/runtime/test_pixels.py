@@ -10,6 +10,7 @@ from bdtool import Orchestrator
 from bdtool.data.sources import open_data
 from bdtool.errors import DataError
 from bdtool.runtime.loading import Loader
+from bdtool.runtime.place import Place
 from bdtool.runtime.preprocess import Preprocessor, preprocess
 from bdtool.verification import verify
 from engines.fake import FakeBackend
@@ -146,7 +147,7 @@ def test_read_only_bundle_runs_both_forms_and_is_left_as_it_is(
 def test_ladder_holds_on_engines_that_take_pixels(driver, bundle_copy):
     bundle = Bundle.open(bundle_copy)
     data = open_data("synthetic:12", network=bundle.network)
-    result = verify(bundle, data, **TENSORRT)
+    result = verify(bundle, data, Place(**TENSORRT))
     assert [rung.name for rung in result.rungs if not rung.ok] == []
 
 
@@ -156,7 +157,7 @@ def test_ladder_sees_another_normalisation(driver, bundle_copy, monkeypatch):
     monkeypatch.undo()
     install_gpu(monkeypatch, bundle_copy.parent)
     bundle = Bundle.open(bundle_copy)
-    result = verify(bundle, open_data("synthetic:12", network=bundle.network), **TENSORRT)
+    result = verify(bundle, open_data("synthetic:12", network=bundle.network), Place(**TENSORRT))
     assert "engines" in [rung.name for rung in result.rungs if not rung.ok]
 
 
