@@ -24,9 +24,10 @@ from bdtool.models.policy import policy_trunk
 from bdtool.models.store import read_spec
 from export.files import write_json
 
-POLICIES = ("full", "first", "random", "distribute", "learned", "imitated")
+POLICIES = ("full", "first", "random", "distribute", "learned", "imitated", "warm-started")
 # blocks kept by the heuristics: as many as the paper's learned policy keeps, rounded
 N_KEPT = {"resnet32": 7, "resnet110": 17, "resnet101": 25}
+_LONG = ("--epochs", 36, "--batch", 128, "--base-lr", 0.1)  # the last of an option given twice counts
 
 
 def main() -> None:
@@ -61,15 +62,17 @@ class Row:
     def measure(self, policy: str, *, finetuned: bool) -> dict[str, Any]:
         """Return what `bdtool evaluate` says of the row's bundle."""
         kept = N_KEPT[self._arch]
-        forms = {"full": "all", "learned": "learned", "imitated": "learned", "random": f"random:{kept}"}
-        form = forms.get(policy, f"{policy}:{kept}")
+        learned = {  # before fine-tuning, and after
+            "learned": (self.curriculum, self.learned),
+            "imitated": (self.imitated_policy, self.imitated),
+            "warm-started": (self.warm_curriculum, self.warm_started),
+        }
         if policy == "full":
-            model = self.base()
-        elif policy == "learned":
-            model = self.learned() if finetuned else self.curriculum()
-        elif policy == "imitated":
-            model = self.imitated() if finetuned else self.imitated_policy()
+            form, model = "all", self.base()
+        elif policy in learned:
+            form, model = "learned", learned[policy][finetuned]()
         else:
+            form = f"{policy}:{kept}"
             model = self.heuristic(policy, form) if finetuned else self.base()
         bundle = self._directory / f"{model.stem}-bundle"
         if not bundle.exists():  # an earlier row's, written whole
@@ -119,7 +122,7 @@ class Row:
         """Base and policy together, then the base along the paths that the policy network takes."""
         options = ("--alpha", 0.9, "--gamma", 1.7, "--lr", 4e-5, "--entropy", 0.005, "--epochs", 18)
         joint = self._finetune("joint", self.curriculum(), *options)
-        return self._finetune("learned", joint, "--freeze-policy", "--blocks", N_KEPT[self._arch] - 0.1, "--epochs", 14)
+        return self._finetune("learned", joint, *self._along_paths(), "--epochs", 14)
 
     def imitated_policy(self) -> Path:
         """A policy network that gives harder images more blocks, on average about as many as the heuristics keep."""
@@ -129,16 +132,26 @@ class Row:
         return self._train("imitated-policy", "imitate", start, "--trunk", self.trunk(), *blocks)
 
     def imitated(self) -> Path:
-        """The base along the paths of that policy network, after 29 epochs in all; the heuristics get more."""
-        options = ("--freeze-policy", "--blocks", N_KEPT[self._arch] - 0.1, "--epochs", 18)
-        return self._finetune("imitated", self.imitated_policy(), *options)
+        """The base along the paths of that policy network, after 29 epochs in all."""
+        return self._finetune("imitated", self.imitated_policy(), *self._along_paths(), "--epochs", 18)
+
+    def warm_curriculum(self) -> Path:
+        """The paper's policy gradient, from the policy network that has learned by imitation."""
+        options = ("--augment", "flip", "--gamma", 2.5, "--lr", 1e-4, "--entropy", 0.01, "--schedule", "cosine")
+        options += ("--epochs", 4, "--stage-epochs", 1.5 / self._n_blocks, "--stage-blocks", 3)
+        return self._train("warm-curriculum", "curriculum", self.imitated_policy(), *options)
+
+    def warm_started(self) -> Path:
+        """The base along the paths of that policy network, after 47 epochs in all: `r32-cifar10`."""
+        return self._finetune("warm-started", self.warm_curriculum(), *self._along_paths(), *_LONG)
 
     def heuristic(self, name: str, form: str) -> Path:
-        """The base of `tolerant` after 39 epochs more, as many as the learned policy's base gets."""
-        policy = f"random:{N_KEPT[self._arch]}"
-        start = self._finetune("tolerant-of-drops", self.tolerant(), "--policy", policy, "--epochs", 5)
-        first = self._finetune(f"{name}-20", start, "--policy", form, "--epochs", 20)
-        return self._finetune(name, first, "--policy", form, "--epochs", 14)
+        """The base under a heuristic, from the same start, for as long and with the same options as `warm_started`."""
+        return self._finetune(name, self.tolerant_of_depths(), "--policy", form, *_LONG)
+
+    def _along_paths(self) -> tuple[object, ...]:
+        """A policy network that stays as it is, but for how many blocks it keeps on average."""
+        return ("--freeze-policy", "--blocks", N_KEPT[self._arch] - 0.1)
 
     def _finetune(self, name: str, start: Path, *words: object) -> Path:
         return self._train(name, "finetune", start, "--base-lr", 0.05, *words)

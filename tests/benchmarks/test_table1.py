@@ -1,0 +1,68 @@
+"""`benchmarks/table1.py`: every row's commands are ones that bdtool takes, in an order that can run."""
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+
+from bdtool.cli import main
+from bdtool.models.shipped import shipped_models
+from benchmarks import table1
+
+
+class Commands:
+    """Stands for `subprocess.run`: checks commands as the command line does, and writes their output."""
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    def __call__(self, words: list[str], **_: Any) -> Any:
+        command: click.Command = main
+        rest = words[3:]  # behind `python -m bdtool`
+        while isinstance(command, click.Group):
+            name, *rest = rest
+            command = command.commands[name]
+            self.seen.append(name)
+        params = command.make_context(name, rest).params
+        output = params.get("output") or params.get("bundle")
+        if name == "export":
+            Path(output).mkdir()
+        elif name not in ("build", "evaluate"):
+            shutil.copy(shipped_models()["r32-cifar10"], output)
+        figures = {"accuracy": 0.5, "blocks_mean": 7.0, "flops_mean": 1.0, "full_flops": 2.0}
+        return subprocess.CompletedProcess(words, 0, stdout=json.dumps(figures))
+
+
+@pytest.fixture
+def measure(tmp_path, monkeypatch):
+    commands = Commands()
+    monkeypatch.setattr(table1.subprocess, "run", commands)
+
+    def run(policy: str, *, finetuned: bool) -> list[str]:
+        commands.seen.clear()
+        table1.Row("resnet32", tmp_path, data="train.npz", val="test.npz", device="cpu").measure(
+            policy, finetuned=finetuned
+        )
+        return [name for name in commands.seen if name not in ("train", "export", "build", "evaluate")]
+
+    return run
+
+
+def test_the_shipped_model_goes_through_every_stage(measure):
+    stages = ["pretrain", "finetune", "finetune", "pretrain", "imitate", "curriculum", "finetune"]
+    assert measure("warm-started", finetuned=True) == stages
+
+
+def test_heuristics_start_from_the_same_base(measure):
+    measure("warm-started", finetuned=True)
+    assert measure("distribute", finetuned=True) == ["finetune"]
+
+
+@pytest.mark.parametrize("finetuned", [False, True])
+@pytest.mark.parametrize("policy", table1.POLICIES)
+def test_bdtool_takes_the_commands_of_each_row(measure, policy, finetuned):
+    assert measure(policy, finetuned=finetuned)[0] == "pretrain"
