@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from bdtool import doctor
-from bdtool.doctor import Finding, examine, render
+from bdtool.doctor import examination, gpu, machine, onnxruntime, packages
+from bdtool.doctor.examination import examine, render
+from bdtool.doctor.finding import Finding
 from engines.libcuda import Driver, Gpu, driver_from_calls
 
 NO_DRIVER = Driver(installed=False, error="no NVIDIA driver (libcuda not found)")
@@ -50,7 +51,7 @@ def importable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_examine_reports_every_subject_once() -> None:
     names = [finding.name for finding in examine()]
     assert len(names) == len(set(names))
-    needed = {name for ability in doctor.ABILITIES.values() for name in ability}
+    needed = {name for ability in examination.ABILITIES.values() for name in ability}
     assert needed <= set(names)
 
 
@@ -68,7 +69,7 @@ def test_the_core_packages_are_ok_here() -> None:
 def test_a_missing_extra_shows_its_pip_line(versions: dict[str, str], importable: Any) -> None:
     missing = "raise ModuleNotFoundError(\"No module named 'tensorrt_rtx_bindings'\", name='tensorrt_rtx_bindings')"
     importable("tensorrt_rtx_bindings", missing)
-    finding = doctor._extra_package("TensorRT-RTX", NO_DRIVER)
+    finding = packages.extra_package("TensorRT-RTX", NO_DRIVER)
     assert finding.status == "missing"
     assert finding.remedy is not None
     assert 'pip install "bdtool[rtx]"' in finding.remedy
@@ -78,7 +79,7 @@ def test_a_missing_extra_shows_its_pip_line(versions: dict[str, str], importable
 def test_a_broken_package_is_a_problem_with_its_words(versions: dict[str, str], importable: Any) -> None:
     versions["tensorrt"] = "10.13"
     importable("tensorrt", "raise OSError('libnvinfer.so.10: cannot open shared object file')")
-    finding = doctor._extra_package("TensorRT", NO_DRIVER)
+    finding = packages.extra_package("TensorRT", NO_DRIVER)
     assert finding.status == "problem"
     assert "OSError: libnvinfer.so.10: cannot open" in finding.detail
 
@@ -86,7 +87,7 @@ def test_a_broken_package_is_a_problem_with_its_words(versions: dict[str, str], 
 def test_a_package_whose_own_dependency_is_missing_is_a_problem(versions: dict[str, str], importable: Any) -> None:
     versions["tensorboard"] = "2.20"
     importable("tensorboard", "import a_module_that_nobody_has")
-    finding = doctor._extra_package("tensorboard", NO_DRIVER)
+    finding = packages.extra_package("tensorboard", NO_DRIVER)
     assert finding.status == "problem"
     assert "a_module_that_nobody_has" in finding.detail
 
@@ -94,7 +95,7 @@ def test_a_package_whose_own_dependency_is_missing_is_a_problem(versions: dict[s
 def test_pycuda_without_a_driver_asks_for_the_driver(versions: dict[str, str], importable: Any) -> None:
     versions["pycuda"] = "2026.1"
     importable("pycuda", "raise ImportError('libcuda.so.1: cannot open shared object file')")
-    finding = doctor._extra_package("PyCUDA", NO_DRIVER)
+    finding = packages.extra_package("PyCUDA", NO_DRIVER)
     assert finding.remedy is not None
     assert "NVIDIA driver" in finding.remedy
 
@@ -103,12 +104,12 @@ def test_a_probe_that_fails_becomes_a_finding() -> None:
     def probe() -> Finding:
         raise RuntimeError("boom\nsecond line")
 
-    assert doctor._guarded("x", probe).detail == "RuntimeError: boom"
+    assert examination._guarded("x", probe).detail == "RuntimeError: boom"
 
 
 def test_both_onnxruntime_packages_are_a_problem(versions: dict[str, str]) -> None:
     versions.update({"onnxruntime": "1.30.0", "onnxruntime-gpu": "1.31.1"})
-    finding = doctor._onnxruntime_packages()
+    finding = onnxruntime.both_packages()
     assert finding.status == "problem"
     assert "onnxruntime 1.30.0 and onnxruntime-gpu 1.31.1" in finding.detail
     assert finding.remedy is not None
@@ -117,11 +118,11 @@ def test_both_onnxruntime_packages_are_a_problem(versions: dict[str, str]) -> No
 
 def test_one_onnxruntime_package_is_ok(versions: dict[str, str]) -> None:
     versions["onnxruntime-gpu"] = "1.31.1"
-    assert doctor._onnxruntime_packages() == Finding("onnxruntime packages", "ok", "only onnxruntime-gpu 1.31.1")
+    assert onnxruntime.both_packages() == Finding("onnxruntime packages", "ok", "only onnxruntime-gpu 1.31.1")
 
 
 def test_cuda_provider_without_a_driver_is_missing_and_silent(capfd: pytest.CaptureFixture[str]) -> None:
-    finding = doctor._onnxruntime_gpu("CUDA", NO_DRIVER)
+    finding = onnxruntime.gpu_provider("CUDA", NO_DRIVER)
     assert finding.status == "missing"
     assert "the CPU" in finding.detail
     assert capfd.readouterr() == ("", "")
@@ -139,7 +140,7 @@ def test_gpu_provider_that_falls_back_is_a_problem(importable: Any, title: str, 
         "    def get_providers(self): return ['CPUExecutionProvider']\n"
         "def get_available_providers(): return ['TensorrtExecutionProvider', 'CUDAExecutionProvider']\n",
     )
-    finding = doctor._onnxruntime_gpu(title, ONE_GPU)
+    finding = onnxruntime.gpu_provider(title, ONE_GPU)
     assert finding.status == "problem"
     assert "fell back to CPUExecutionProvider" in finding.detail
     assert finding.remedy is not None
@@ -148,7 +149,7 @@ def test_gpu_provider_that_falls_back_is_a_problem(importable: Any, title: str, 
 
 def test_onnxruntime_without_a_tensorrt_provider_says_so(importable: Any) -> None:
     importable("onnxruntime", "def get_available_providers(): return ['CPUExecutionProvider']")
-    finding = doctor._onnxruntime_gpu("TensorRT", ONE_GPU)
+    finding = onnxruntime.gpu_provider("TensorRT", ONE_GPU)
     assert (finding.status, finding.detail[:44]) == ("missing", "this onnxruntime has no TensorRT provider; t")
 
 
@@ -158,8 +159,8 @@ def test_a_torch_without_cuda_beside_a_gpu_is_a_problem(importable: Any) -> None
         "from types import SimpleNamespace\n__version__ = '2.15.0+cpu'\nversion = SimpleNamespace(cuda=None)\n"
         "cuda = SimpleNamespace(is_available=lambda: False)\n",
     )
-    assert doctor._torch(ONE_GPU).status == "problem"
-    assert doctor._torch(NO_DRIVER).status == "ok"
+    assert packages.torch_package(ONE_GPU).status == "problem"
+    assert packages.torch_package(NO_DRIVER).status == "ok"
 
 
 class FakeLibcuda:
@@ -200,12 +201,12 @@ class FakeLibcuda:
 
 
 def test_driver_lists_gpus_with_their_compute_capability() -> None:
-    finding = doctor._nvidia_driver(driver_from_calls(FakeLibcuda()))
+    finding = gpu.nvidia_driver(driver_from_calls(FakeLibcuda()))
     assert finding == Finding("NVIDIA driver", "ok", "supports CUDA up to 13.2; NVIDIA H200 (compute capability 9.0)")
 
 
 def test_driver_without_a_gpu_is_a_problem() -> None:
-    finding = doctor._nvidia_driver(driver_from_calls(FakeLibcuda(init=100)))
+    finding = gpu.nvidia_driver(driver_from_calls(FakeLibcuda(init=100)))
     assert finding.status == "problem"
     assert "CUDA_ERROR_NO_DEVICE" in finding.detail
 
@@ -213,7 +214,7 @@ def test_driver_without_a_gpu_is_a_problem() -> None:
 def test_processor_names_model_and_instruction_sets(tmp_path: Path) -> None:
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text("processor : 0\nmodel name : Some CPU\nflags : fpu avx2 avx512_vnni\n\nprocessor : 1\n")
-    detail = doctor._processor(cpuinfo).detail
+    detail = machine.processor(cpuinfo).detail
     assert detail.startswith("Some CPU; ")
     assert detail.endswith("; avx2 avx512_vnni")
 
@@ -221,9 +222,9 @@ def test_processor_names_model_and_instruction_sets(tmp_path: Path) -> None:
 def test_a_container_quota_limits_the_cores(tmp_path: Path) -> None:
     cpu_max = tmp_path / "cpu.max"
     cpu_max.write_text("50000 100000\n")
-    assert doctor._n_cores(cpu_max) == 0.5
+    assert machine.n_cores(cpu_max) == 0.5
     cpu_max.write_text("max 100000\n")
-    assert doctor._n_cores(cpu_max) >= 1
+    assert machine.n_cores(cpu_max) >= 1
 
 
 def test_render_puts_the_remedy_below_and_says_what_works() -> None:
@@ -236,18 +237,18 @@ def test_render_puts_the_remedy_below_and_says_what_works() -> None:
 
 def test_cuda_graphs_say_how_strategy_graph_runs(versions: dict[str, str]) -> None:
     versions.update({"cuda-bindings": "13.0", "nvidia-cuda-nvrtc": "13.0"})
-    assert doctor._cuda_graphs(ONE_GPU) == Finding(
+    assert gpu.cuda_graphs(ONE_GPU) == Finding(
         "CUDA graphs",
         "ok",
         "strategy 'graph' decides on the device; it takes the fastest of policy-cache, switch, path-cache",
     )
-    old = doctor._cuda_graphs(Driver((12, 4), ONE_GPU.gpus))
+    old = gpu.cuda_graphs(Driver((12, 4), ONE_GPU.gpus))
     assert old.status == "problem"
     assert old.detail.startswith("the driver supports CUDA up to 12.4, a SWITCH in a CUDA graph needs 12.8; strategy")
     assert old.detail.endswith("reads the policy back for each image (mode path-cache)")
     assert old.remedy == "update the driver"
     versions.clear()
-    bare = doctor._cuda_graphs(ONE_GPU)
+    bare = gpu.cuda_graphs(ONE_GPU)
     assert bare.detail.endswith("launches each part (mode off)")
     assert bare.remedy == 'pip install "bdtool[cuda]"'
-    assert doctor._cuda_graphs(NO_DRIVER).status == "missing"
+    assert gpu.cuda_graphs(NO_DRIVER).status == "missing"

@@ -20,7 +20,7 @@ def doctor_cmd(json_file: str | None) -> None:
     Example:
       bdtool doctor
     """
-    from bdtool.doctor import examine, render
+    from bdtool.doctor.examination import examine, render
 
     findings = examine()
     emit({"findings": [asdict(finding) for finding in findings]}, json_file, lambda: click.echo(render(findings)))

@@ -1,0 +1,1 @@
+"""What of bdtool works on this machine, and the command that adds what does not."""

@@ -1,0 +1,45 @@
+"""The NVIDIA driver, and what its CUDA graphs can do."""
+
+from __future__ import annotations
+
+from bdtool.doctor.finding import Finding, Status
+from bdtool.doctor.packages import installed_version
+from engines.graph_modes import OFF, PATH_CACHE, SWITCH, graphs_of_machine
+from engines.libcuda import Driver
+
+
+def nvidia_driver(driver: Driver) -> Finding:
+    detail = driver_detail(driver)
+    if driver.usable:
+        return Finding("NVIDIA driver", "ok", detail)
+    status: Status = "problem" if driver.installed else "missing"
+    return Finding("NVIDIA driver", status, f"{detail}; everything on the CPU works", driver_remedy(driver))
+
+
+def driver_detail(driver: Driver) -> str:
+    if driver.error is not None:
+        return driver.error
+    gpus = [f"{gpu.name} (compute capability {'.'.join(map(str, gpu.compute_capability))})" for gpu in driver.gpus]
+    return f"supports CUDA up to {driver.cuda_text}; {', '.join(gpus) or 'no GPU'}"
+
+
+def driver_remedy(driver: Driver) -> str:
+    if driver.installed:
+        return "make a GPU visible (CUDA_VISIBLE_DEVICES, the container's --gpus), or restart after a driver update"
+    return "install the NVIDIA driver with the operating system's package manager, if there is an NVIDIA GPU"
+
+
+def cuda_graphs(driver: Driver) -> Finding:
+    """Say how strategy `graph` can run here; see `engines.graph_modes`."""
+    name = "CUDA graphs"
+    if not driver.usable:
+        return Finding(name, "missing", f"{driver_detail(driver)}; only a GPU has them", driver_remedy(driver))
+    there = graphs_of_machine(driver, lambda distribution: installed_version(distribution) is not None)
+    if not there.missing:
+        modes = ", ".join(mode for mode in there.modes if mode != OFF)
+        return Finding(name, "ok", f"strategy 'graph' decides on the device; it takes the fastest of {modes}")
+    best = there.modes[0]
+    how = "reads the policy back for each image" if best == PATH_CACHE else "launches each part"
+    reason, _, remedy = there.missing[SWITCH].partition("; ")
+    detail = f"{reason}; strategy 'graph' {how} (mode {best})"
+    return Finding(name, "problem", detail, remedy.removeprefix("add it with: "))
