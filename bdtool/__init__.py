@@ -3,7 +3,8 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bdtool.runtime.orchestrator import Orchestrator, RunResult
+    from bdtool.runtime.orchestrator import Orchestrator
+    from bdtool.runtime.result import RunResult
 
 __all__ = ["Orchestrator", "RunResult"]
 

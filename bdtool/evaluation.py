@@ -12,9 +12,9 @@ import numpy as np
 
 from bdtool.data.batches import ImageSource
 from bdtool.errors import DataError, UsageError
-from bdtool.runtime.orchestrator import RunResult
 from bdtool.runtime.place import Place
 from bdtool.runtime.policies import PolicyRequest, parse_policy
+from bdtool.runtime.result import RunResult
 from bdtool.specs import NetworkSpec
 
 

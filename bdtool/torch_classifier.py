@@ -7,8 +7,8 @@ import torch
 
 from bdtool.models.model import BlockDropModel
 from bdtool.models.parts import network_spec
-from bdtool.runtime.orchestrator import RunResult
 from bdtool.runtime.preprocess import Preprocessor
+from bdtool.runtime.result import RunResult
 
 
 class TorchClassifier:

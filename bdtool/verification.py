@@ -29,10 +29,11 @@ from bdtool.models.model import BlockDropModel
 from bdtool.models.parts import network_spec, part_modules
 from bdtool.models.store import load_model
 from bdtool.part_feeds import feeds_for
-from bdtool.runtime.orchestrator import Orchestrator, RunResult
+from bdtool.runtime.orchestrator import Orchestrator
 from bdtool.runtime.place import Place
 from bdtool.runtime.policies import parse_policy
 from bdtool.runtime.preprocess import preprocess
+from bdtool.runtime.result import RunResult
 from bdtool.torch_classifier import TorchClassifier
 from engines.base import ENGINE_TOLERANCE, Engine
 from engines.layouts import run_plain

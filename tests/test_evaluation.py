@@ -9,8 +9,8 @@ import pytest
 from bdtool.data.sources import ImageSource, open_data
 from bdtool.errors import DataError, PolicyError
 from bdtool.evaluation import Evaluation, evaluate, open_classifier
-from bdtool.runtime.orchestrator import RunResult
 from bdtool.runtime.place import Place
+from bdtool.runtime.result import RunResult
 from bdtool.specs import NetworkSpec
 from export.bundle import Bundle
 

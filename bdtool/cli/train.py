@@ -1,19 +1,17 @@
-"""`bdtool train`: pretrain, curriculum, finetune."""
+"""`bdtool train`: pretrain, curriculum, imitate, finetune."""
 
 from __future__ import annotations
 
 import dataclasses
-import os
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from bdtool.cli.options import MODEL, NEW_FILE, FiniteRange, NumberList, json_option
-from bdtool.cli.output import emit, percent, progress
+from bdtool.cli.output import emit
+from bdtool.cli.training_output import logs, print_figures, show
 from bdtool.training.options import CurriculumOptions, FinetuneOptions, ImitateOptions, PretrainOptions, StageOptions
 
 if TYPE_CHECKING:
@@ -24,7 +22,6 @@ if TYPE_CHECKING:
     from bdtool.models.model_spec import ModelSpec
     from bdtool.specs import NetworkSpec
     from bdtool.training.stages import Place, Trained
-    from bdtool.training.trainer import Epoch, Report
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 _CHOICES = {
@@ -294,9 +291,9 @@ def _run(given: dict[str, Any], spec: ModelSpec, start: str, stage: Callable[[Pl
 
         torch.set_num_threads(given["threads"])
     going_on = {name: given[name] for name in ("resume", "save_every_s") if name in given}
-    with open_group(device) as group, _logs(given.get("tensorboard") if group.is_first else None) as log:
+    with open_group(device) as group, logs(given.get("tensorboard") if group.is_first else None) as log:
         train, val = _open(given, network)
-        with _show(enabled=group.is_first) as (on_step, on_progress):
+        with show(enabled=group.is_first) as (on_step, on_progress):
             trained = stage(
                 Place(
                     train=train,
@@ -313,7 +310,7 @@ def _run(given: dict[str, Any], spec: ModelSpec, start: str, stage: Callable[[Pl
     if group.is_first:
         epochs = [dataclasses.asdict(epoch) for epoch in trained.epochs]
         result = {"model": str(given["output"]), "figures": dict(trained.figures), "epochs": epochs}
-        emit(result, given["json_file"], lambda: _print_figures(given["output"], trained))
+        emit(result, given["json_file"], lambda: print_figures(given["output"], trained))
 
 
 def _network(spec: ModelSpec) -> NetworkSpec:
@@ -343,72 +340,3 @@ def _device(name: str) -> torch.device:
             param_hint="'--device'",
         )
     return torch.device(name)
-
-
-@contextmanager
-def _show(*, enabled: bool) -> Iterator[tuple[Callable[[Report], None], Callable[[float, str], None]]]:
-    """A progress bar for steps, with accuracy, mean blocks, reward and the time left, or for any share of the work."""
-    if not enabled:
-        yield lambda report: None, lambda share, text: None
-        return
-    with progress("training", 1) as advance:
-        shown = 0.0
-
-        def on_progress(share: float, text: str) -> None:
-            nonlocal shown
-            advance(share - shown, text)
-            shown = share
-
-        def on_step(report: Report) -> None:
-            figures = (
-                f"accuracy {percent(report.accuracy)}, blocks {report.blocks_mean:.2f}, reward {report.reward:.3f}"
-            )
-            on_progress(report.step / report.n_steps, ", ".join(filter(None, [figures, report.note])))
-
-        yield on_step, on_progress
-
-
-@contextmanager
-def _logs(directory: Path | None) -> Iterator[Callable[[Epoch], None]]:
-    """Print each epoch's figures, and write them as TensorBoard events where a directory is given."""
-    if directory is None:
-        yield _print_epoch
-        return
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as exc:
-        raise click.UsageError("--tensorboard needs the package tensorboard: pip install 'bdtool[train]'") from exc
-    with SummaryWriter(os.fspath(directory)) as writer:
-
-        def log(epoch: Epoch) -> None:
-            _print_epoch(epoch)
-            for name in ("loss", "accuracy", "blocks_mean", "reward", "seconds"):
-                writer.add_scalar(f"train/{name}", getattr(epoch, name), epoch.epoch)
-            for name, value in epoch.validation.items():
-                writer.add_scalar(f"val/{name}", value, epoch.epoch)
-            writer.flush()
-
-        yield log
-
-
-def _print_epoch(epoch: Epoch) -> None:
-    figures = [
-        f"loss {epoch.loss:.4f}",
-        f"accuracy {percent(epoch.accuracy, 2)}",
-        f"blocks {epoch.blocks_mean:.2f}",
-        f"reward {epoch.reward:.3f}",
-    ]
-    if epoch.validation:
-        figures.append(
-            f"val accuracy {percent(epoch.validation['accuracy'], 2)} with {epoch.validation['blocks_mean']:.2f} blocks"
-        )
-    text = ", ".join(filter(None, [*figures, epoch.note]))
-    click.echo(f"{time.strftime('%H:%M:%S')} epoch {epoch.epoch} ({epoch.seconds:.0f} s): {text}", err=True)
-
-
-def _print_figures(output: Path, trained: Trained) -> None:
-    click.echo(f"{output}: {trained.model.spec.arch}, {len(trained.epochs)} epochs")
-    if trained.figures:
-        figures = trained.figures
-        blocks = f"{figures['blocks_mean']:.2f} ± {figures['blocks_std']:.2f} blocks"
-        click.echo(f"accuracy {percent(figures['accuracy'], 2)} with {blocks} on {figures['n_images']} images")

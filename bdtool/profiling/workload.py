@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bdtool.runtime.orchestrator import Orchestrator, RunResult
+from bdtool.runtime.orchestrator import Orchestrator
+from bdtool.runtime.result import RunResult
 
 BASELINE = "full"
 BOUNDARY = (

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +22,7 @@ from bdtool.runtime.paths import PathOptions, PathStats, PathStrategy
 from bdtool.runtime.policies import PolicyRequest, keep_matrix_from, parse_policy
 from bdtool.runtime.preprocess import Preprocessor
 from bdtool.runtime.recommendation import AUTO, read_recommendation
+from bdtool.runtime.result import RunResult
 from bdtool.runtime.strategies import Strategy, WrapCall
 from bdtool.specs import PIXELS, NetworkSpec, PartSpec
 from engines.base import Backend, Engine
@@ -43,33 +43,6 @@ from export.bundle import Bundle
 
 logger = logging.getLogger(__name__)
 PolicyLike = str | npt.ArrayLike | None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RunResult:
-    """What came out for N images."""
-
-    logits: Any  # float32 [N, classes]: a numpy array, or a `DeviceArray` where the images were on a GPU
-    policy: np.ndarray  # bool [N, K], True = kept
-    hits: np.ndarray | None = None  # bool [N], ran as one path engine; None for strategies without them
-
-    @property
-    def blocks_run(self) -> np.ndarray:
-        """Blocks that ran for each image, int [N]."""
-        blocks: np.ndarray = self.policy.sum(axis=1)
-        return blocks
-
-    @property
-    def classes(self) -> np.ndarray:
-        """The class with the largest logit, int [N].
-
-        Raises:
-            TypeError: the logits are on a GPU.
-        """
-        if isinstance(self.logits, DeviceArray):
-            raise TypeError("the logits are on the GPU, like the images: take their argmax there, or pass numpy images")
-        classes: np.ndarray = self.logits.argmax(axis=1)
-        return classes
 
 
 class Orchestrator:

@@ -254,6 +254,12 @@ def test_strategies_that_it_lacks_are_refused(ort, bundle_copy):
         Orchestrator.open(bundle_copy, backend=BACKEND, device="cuda:0", strategy="fused")
 
 
+def test_a_provider_that_is_only_described_leaves_tf32_to_others(tmp_path, monkeypatch):
+    monkeypatch.delenv("NVIDIA_TF32_OVERRIDE", raising=False)
+    TensorRTProvider("cuda:0", TensorRTOptions(), cache=tmp_path)
+    assert "NVIDIA_TF32_OVERRIDE" not in os.environ
+
+
 def test_both_providers_name_the_same_gpu(tmp_path):
     part, model = probe_part()
     provider = TensorRTProvider("cuda:3", TensorRTOptions(), cache=tmp_path)

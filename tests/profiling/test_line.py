@@ -9,7 +9,7 @@ import pytest
 from bdtool.profiling.line import FROM_WORKLOAD, fit_line, fit_lines
 from bdtool.profiling.measure import Settings, Workload, measure
 from bdtool.profiling.statistics import Samples
-from bdtool.runtime.orchestrator import RunResult
+from bdtool.runtime.result import RunResult
 from export.bundle import Bundle
 
 FIXED_MS, BLOCK_MS, FULL_MS = 2.0, 0.5, 5.0

@@ -12,8 +12,9 @@ from bdtool.profiling import measure as measuring
 from bdtool.profiling.measure import Settings, Workload, measure, measure_parts, stability_warnings
 from bdtool.profiling.profile import profile
 from bdtool.profiling.statistics import Samples
-from bdtool.runtime.orchestrator import Orchestrator, RunResult
+from bdtool.runtime.orchestrator import Orchestrator
 from bdtool.runtime.place import Place
+from bdtool.runtime.result import RunResult
 from engines.fake import FakeBackend
 from export.bundle import Bundle
 

@@ -1,0 +1,88 @@
+"""What `bdtool train` shows of a run: progress, a line for each epoch, event files, and the result."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from bdtool.cli.output import percent, progress
+
+if TYPE_CHECKING:
+    from bdtool.training.stages import Trained
+    from bdtool.training.trainer import Epoch, Report
+
+
+@contextmanager
+def show(*, enabled: bool) -> Iterator[tuple[Callable[[Report], None], Callable[[float, str], None]]]:
+    """A progress bar for steps, with accuracy, mean blocks, reward and the time left, or for any share of the work."""
+    if not enabled:
+        yield lambda report: None, lambda share, text: None
+        return
+    with progress("training", 1) as advance:
+        shown = 0.0
+
+        def on_progress(share: float, text: str) -> None:
+            nonlocal shown
+            advance(share - shown, text)
+            shown = share
+
+        def on_step(report: Report) -> None:
+            figures = (
+                f"accuracy {percent(report.accuracy)}, blocks {report.blocks_mean:.2f}, reward {report.reward:.3f}"
+            )
+            on_progress(report.step / report.n_steps, ", ".join(filter(None, [figures, report.note])))
+
+        yield on_step, on_progress
+
+
+@contextmanager
+def logs(directory: Path | None) -> Iterator[Callable[[Epoch], None]]:
+    """Print each epoch's figures, and write them as TensorBoard events where a directory is given."""
+    if directory is None:
+        yield _print_epoch
+        return
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as exc:
+        raise click.UsageError("--tensorboard needs the package tensorboard: pip install 'bdtool[train]'") from exc
+    with SummaryWriter(os.fspath(directory)) as writer:
+
+        def log(epoch: Epoch) -> None:
+            _print_epoch(epoch)
+            for name in ("loss", "accuracy", "blocks_mean", "reward", "seconds"):
+                writer.add_scalar(f"train/{name}", getattr(epoch, name), epoch.epoch)
+            for name, value in epoch.validation.items():
+                writer.add_scalar(f"val/{name}", value, epoch.epoch)
+            writer.flush()
+
+        yield log
+
+
+def _print_epoch(epoch: Epoch) -> None:
+    figures = [
+        f"loss {epoch.loss:.4f}",
+        f"accuracy {percent(epoch.accuracy, 2)}",
+        f"blocks {epoch.blocks_mean:.2f}",
+        f"reward {epoch.reward:.3f}",
+    ]
+    if epoch.validation:
+        figures.append(
+            f"val accuracy {percent(epoch.validation['accuracy'], 2)} with {epoch.validation['blocks_mean']:.2f} blocks"
+        )
+    text = ", ".join(filter(None, [*figures, epoch.note]))
+    click.echo(f"{time.strftime('%H:%M:%S')} epoch {epoch.epoch} ({epoch.seconds:.0f} s): {text}", err=True)
+
+
+def print_figures(output: Path, trained: Trained) -> None:
+    epochs = f", {len(trained.epochs)} epochs" if trained.epochs else ""
+    click.echo(f"{output}: {trained.model.spec.arch}{epochs}")
+    if trained.figures:
+        figures = trained.figures
+        blocks = f"{figures['blocks_mean']:.2f} ± {figures['blocks_std']:.2f} blocks"
+        click.echo(f"accuracy {percent(figures['accuracy'], 2)} with {blocks} on {figures['n_images']} images")
