@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from bdtool.cli import main
+from tests.command_line import command_of, parse
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 _FENCE = re.compile(r"^```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -35,14 +36,10 @@ def _commands(text: str, program: str) -> list[list[str]]:
 
 def _parse(words: list[str]) -> None:
     """Let click read a command as the program would, without running it; files need not exist."""
-    command: click.Command = main
-    while isinstance(command, click.Group):
-        name, *words = words
-        command = command.commands[name]
-    for parameter in command.params:
+    for parameter in command_of(words)[0].params:
         if isinstance(parameter.type, click.Path):
             parameter.type.exists = False
-    command.make_context(command.name, list(words), resilient_parsing=False)
+    parse(words)
 
 
 def _every_command(group: click.Group) -> Iterator[click.Command]:

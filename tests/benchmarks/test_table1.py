@@ -6,12 +6,11 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import click
 import pytest
 
-from bdtool.cli import main
 from bdtool.models.shipped import shipped_models
 from benchmarks import table1
+from tests.command_line import parse
 
 
 class Commands:
@@ -21,13 +20,9 @@ class Commands:
         self.seen: list[str] = []
 
     def __call__(self, words: list[str], **_: Any) -> Any:
-        command: click.Command = main
-        rest = words[3:]  # behind `python -m bdtool`
-        while isinstance(command, click.Group):
-            name, *rest = rest
-            command = command.commands[name]
-            self.seen.append(name)
-        params = command.make_context(name, rest).params
+        context = parse(words[3:])  # behind `python -m bdtool`
+        name, params = context.info_name, context.params
+        self.seen.append(name)
         output = params.get("output") or params.get("bundle")
         if name == "export":
             Path(output).mkdir()
@@ -47,7 +42,7 @@ def measure(tmp_path, monkeypatch):
         table1.Row("resnet32", tmp_path, data="train.npz", val="test.npz", device="cpu").measure(
             policy, finetuned=finetuned
         )
-        return [name for name in commands.seen if name not in ("train", "export", "build", "evaluate")]
+        return [name for name in commands.seen if name not in ("export", "build", "evaluate")]
 
     return run
 
