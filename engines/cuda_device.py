@@ -2,7 +2,7 @@
 
 The primary context is the one that PyTorch and TensorRT use, so that memory, streams and graphs are common to all of
 them. Only this file and the kernels' compiler import `cuda.bindings`. Written against cuda-bindings 12.9 to 13.x and
-tested against a stand-in that computes on host memory: not yet run on a GPU.
+tested against a stand-in that computes on host memory; run on an H100 with 13.3.
 """
 
 from __future__ import annotations

@@ -1,13 +1,12 @@
-"""A CUDA graph that holds the decision: policy, one kernel that reads it, a SWITCH for each block, and the head.
+"""A CUDA graph that holds the decision: policy, one kernel that reads it, and a SWITCH for every few blocks.
 
 The graph is built node by node. Each engine's work is captured once for each direction into a graph of its own,
-checked, and put as a child graph into the bodies. One launch runs an image; nothing of the policy comes back to the
-host before the logits do. With frequent masks known, one SWITCH over their flat paths goes first, and the others are
-decided block by block within its last body. Source: CUDA programming guide, "Conditional Graph Nodes", which lists
-what a body may hold.
+checked, and put as a child graph into the bodies; the head goes into those of the last SWITCH. One launch runs an
+image; nothing of the policy comes back to the host before the logits do. With frequent masks known, one SWITCH over
+their flat paths goes first, and the others are decided group by group within its last body. Source: CUDA programming
+guide, "Conditional Graph Nodes", which lists what a body may hold.
 
-Needs a driver of CUDA 12.8 or newer (SWITCH). Written against cuda-bindings 12.9 to 13.x and tested against a stand-in
-for the driver: not yet run on a GPU.
+Needs a driver of CUDA 12.8 or newer (SWITCH). Written against cuda-bindings 12.9 to 13.x; run on an H100 with 13.3.
 """
 
 from __future__ import annotations
@@ -19,11 +18,14 @@ from typing import Any
 
 from bdtool.errors import EngineError
 from engines.cuda_device import checked
-from engines.dispatch import MAX_BLOCKS
+from engines.dispatch import MAX_BLOCKS, Run, body_runs
+from engines.dispatch_kernel import N_THREADS
+
+# A SWITCH costs as much as some small kernels, a body no more than memory: 2 to the power of this, for either buffer
+BLOCKS_PER_SWITCH = 6
 
 _ALLOWED_IN_BODY = ("KERNEL", "MEMCPY", "MEMSET", "EMPTY", "GRAPH", "CONDITIONAL")
 _PREFIX = "CU_GRAPH_NODE_TYPE_"
-_BODY_COUNTS = (3, 5)  # {skip, A to B, B to A}, and the shortcut's two directions
 
 
 class _Handles(ctypes.Structure):
@@ -33,17 +35,30 @@ class _Handles(ctypes.Structure):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CapturedNetwork:
-    """Captured graphs (CUgraph) of every part, the activation moving between buffers A and B.
+class CapturedBlock:
+    """Captured graphs (CUgraph) of a block's parts, each from buffer A to B, and from B to A."""
 
-    `blocks` holds for each block the bodies of its SWITCH in the order of `engines.dispatch`: [None, A to B, B to A],
-    and where dropping it runs a shortcut part, that part's A to B and B to A.
-    """
+    block: tuple[Any, Any]
+    shortcut: tuple[Any, Any] | None = None  # where dropping the block runs a part
+
+    def graph(self, run: Run) -> Any:
+        part = self.block if run.is_kept else self.shortcut
+        assert part is not None  # `runs` was told that there is one
+        return part[run.side]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CapturedNetwork:
+    """Captured graphs (CUgraph) of every part, the activation moving between buffers A and B."""
 
     policy: Any | None  # None: nothing to wait for, the probabilities are there
     stem: Any  # writes buffer A
-    blocks: Sequence[Sequence[Any | None]]
+    blocks: Sequence[CapturedBlock]
     heads: tuple[Any, Any]  # reading A, and B
+
+    @property
+    def has_shortcut(self) -> list[bool]:
+        return [block.shortcut is not None for block in self.blocks]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +69,6 @@ class DispatchMemory:
     has_shortcut: int
     force: int
     kept: int
-    head_side: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,9 +90,10 @@ class Kernels:
 class GraphBuilder:
     """Builds graphs through `driver`: the module `cuda.bindings.driver`, or a stand-in with its functions."""
 
-    def __init__(self, driver: Any, context: Any) -> None:
+    def __init__(self, driver: Any, context: Any, *, blocks_per_switch: int = BLOCKS_PER_SWITCH) -> None:
         self._cu = driver
         self._context = context
+        self._per_switch = blocks_per_switch
 
     def dispatch_graph(
         self, network: CapturedNetwork, kernels: Kernels, memory: DispatchMemory, *, threshold: float
@@ -87,12 +102,12 @@ class GraphBuilder:
 
         Raises:
             EngineError: the driver refuses a step, or a captured graph holds what no body may hold.
-            ValueError: bodies that do not fit `engines.dispatch`, or too many blocks.
+            ValueError: no blocks, or too many.
         """
-        _check_bodies(network)
+        self._check(network)
         graph = self._call(self._cu.cuGraphCreate(0))
         policy = self._policy(graph, network)
-        stem = self._child(graph, [], network.stem, "stem")
+        stem = self._child(graph, [], network.stem)
         self._decide(graph, policy, [stem], network, kernels.dispatch, memory, threshold)
         return graph, self.instantiate(graph)
 
@@ -106,7 +121,7 @@ class GraphBuilder:
         paths: Sequence[Sequence[Any]],
         threshold: float,
     ) -> tuple[Any, Any]:
-        """Return (CUgraph, CUgraphExec) with one SWITCH: a body for each known mask, `dispatch_graph`'s as the last.
+        """Return (CUgraph, CUgraphExec) with one SWITCH: a body for each known mask, `dispatch_graph`'s in the last.
 
         Args:
             paths: for each row of the table the captured graphs behind the stem, in order.
@@ -114,28 +129,28 @@ class GraphBuilder:
         Raises:
             EngineError, ValueError: as `dispatch_graph`; or there are not as many paths as masks.
         """
-        _check_bodies(network)
+        self._check(network)
         if len(paths) != lookup.n_masks:
             raise ValueError(f"{len(paths)} paths for {lookup.n_masks} masks; expected as many")
         graph = self._call(self._cu.cuGraphCreate(0))
         handle = self._handle(graph)
         arguments = _lookup_arguments(memory, lookup, handle, len(network.blocks), threshold)
         found = self._kernel(graph, self._policy(graph, network), kernels.lookup, arguments)
-        stem = self._child(graph, [], network.stem, "stem")
+        stem = self._child(graph, [], network.stem)
         _, bodies = self._conditional(graph, [found, stem], handle, len(paths) + 1)
         for index, path in enumerate(paths):
-            self._chain(bodies[index], path, f"path {index}")
+            self._chain(bodies[index], path)
         self._decide(bodies[-1], [], [], network, kernels.dispatch, memory, threshold)
         return graph, self.instantiate(graph)
 
     def flat_graph(self, parts: Sequence[Any]) -> tuple[Any, Any]:
         """Return (CUgraph, CUgraphExec) of captured graphs one after the other: a path that is known in advance."""
         graph = self._call(self._cu.cuGraphCreate(0))
-        self._chain(graph, parts, "path")
+        self._chain(graph, parts)
         return graph, self.instantiate(graph)
 
     def _policy(self, graph: Any, network: CapturedNetwork) -> list[Any]:
-        return [] if network.policy is None else [self._child(graph, [], network.policy, "policy")]
+        return [] if network.policy is None else [self._child(graph, [], network.policy)]
 
     def _decide(
         self,
@@ -147,27 +162,36 @@ class GraphBuilder:
         memory: DispatchMemory,
         threshold: float,
     ) -> None:
-        """Add the dispatch kernel after `policy`, and after it and `stem` a SWITCH for each block, and the head."""
-        handles = [self._handle(graph) for _ in network.blocks]
-        head = self._handle(graph)
-        decided = self._kernel(graph, policy, kernel, _kernel_arguments(memory, handles, head, threshold))
-        last = [decided, *stem]
-        for k, (handle, bodies) in enumerate(zip(handles, network.blocks, strict=True)):
-            last = [self._switch(graph, last, handle, bodies, f"block {k}")]
-        self._switch(graph, last, head, network.heads, "head")
+        """Add the dispatch kernel after `policy`, and after it and `stem` a SWITCH for each group of blocks."""
+        groups = range(0, len(network.blocks), self._per_switch)
+        handles = [self._handle(graph) for _ in groups]
+        arguments = _kernel_arguments(memory, handles, len(network.blocks), threshold, self._per_switch)
+        last = [self._kernel(graph, policy, kernel, arguments), *stem]
+        for first, handle in zip(groups, handles, strict=True):
+            last = [self._switch(graph, last, handle, network, first)]
 
-    def _chain(self, graph: Any, parts: Sequence[Any], what: str) -> None:
+    def _switch(self, graph: Any, after: list[Any], handle: Any, network: CapturedNetwork, first: int) -> Any:
+        """Add the SWITCH of the blocks from `first` on; the last one's bodies end with the head."""
+        end = first + self._per_switch
+        blocks, shortcuts = network.blocks[first:end], network.has_shortcut[first:end]
+        node, bodies = self._conditional(graph, after, handle, 2 << len(blocks))
+        for value, body in enumerate(bodies):
+            found, side = body_runs(value, shortcuts)
+            parts = [blocks[run.block].graph(run) for run in found]
+            self._chain(body, [*parts, network.heads[side]] if end >= len(network.blocks) else parts)
+        return node
+
+    def _chain(self, graph: Any, parts: Sequence[Any]) -> None:
         last: list[Any] = []
-        for index, part in enumerate(parts):
-            last = [self._child(graph, last, part, f"{what}, part {index}")]
+        for part in parts:
+            last = [self._child(graph, last, part)]
 
     def _handle(self, graph: Any) -> Any:
         """Make a conditional handle that every launch resets to 0: skip."""
         flag = self._cu.CU_GRAPH_COND_ASSIGN_DEFAULT
         return self._call(self._cu.cuGraphConditionalHandleCreate(graph, self._context, 0, flag))
 
-    def _child(self, graph: Any, after: list[Any], child: Any, what: str) -> Any:
-        self._check_content(child, what)
+    def _child(self, graph: Any, after: list[Any], child: Any) -> Any:
         return self._call(self._cu.cuGraphAddChildGraphNode(graph, after or None, len(after), child))
 
     def _kernel(self, graph: Any, after: list[Any], function: Any, arguments: Sequence[Any]) -> Any:
@@ -178,17 +202,10 @@ class GraphBuilder:
         kernel = params.kernel
         kernel.func = function
         kernel.gridDimX = kernel.gridDimY = kernel.gridDimZ = 1
-        kernel.blockDimX = kernel.blockDimY = kernel.blockDimZ = 1
+        kernel.blockDimX, kernel.blockDimY, kernel.blockDimZ = N_THREADS, 1, 1
         kernel.sharedMemBytes = 0
         kernel.kernelParams = ctypes.addressof(pointers)  # the driver copies the values when the node is added
         return self._add(graph, after, params)
-
-    def _switch(self, graph: Any, after: list[Any], handle: Any, bodies: Sequence[Any | None], what: str) -> Any:
-        node, graphs = self._conditional(graph, after, handle, len(bodies))
-        for body, content in zip(graphs, bodies, strict=True):
-            if content is not None:
-                self._child(body, [], content, what)
-        return node
 
     def _conditional(self, graph: Any, after: list[Any], handle: Any, n_bodies: int) -> tuple[Any, list[Any]]:
         """Add a SWITCH; return its node, and the graphs of its bodies, which are empty and belong to it."""
@@ -208,6 +225,19 @@ class GraphBuilder:
         if hasattr(cu, "cuGraphAddNode_v2"):  # 12.x: the plain one takes no edge data; 13.x: it does
             return self._call(cu.cuGraphAddNode(graph, dependencies, len(after), params))
         return self._call(cu.cuGraphAddNode(graph, dependencies, None, len(after), params))
+
+    def _check(self, network: CapturedNetwork) -> None:
+        if not 1 <= len(network.blocks) <= MAX_BLOCKS:
+            raise ValueError(
+                f"{len(network.blocks)} blocks; the dispatch kernel takes at least 1 and at most {MAX_BLOCKS}"
+            )
+        named = [("stem", network.stem), *(("head", head) for head in network.heads)]
+        if network.policy is not None:
+            named.append(("policy", network.policy))
+        for k, block in enumerate(network.blocks):
+            named += [(f"block {k}", graph) for graph in (*block.block, *(block.shortcut or ()))]
+        for what, captured in named:
+            self._check_content(captured, what)
 
     def _check_content(self, captured: Any, what: str) -> None:
         """Refuse what no body may hold; the driver would only say "invalid argument", when all is put together."""
@@ -230,13 +260,14 @@ class GraphBuilder:
         return checked(self._cu, result, "a step of the graph")
 
 
-def _kernel_arguments(memory: DispatchMemory, handles: Sequence[Any], head: Any, threshold: float) -> list[Any]:
-    blocks = _Handles()
-    blocks.h[: len(handles)] = [int(handle) for handle in handles]
+def _kernel_arguments(
+    memory: DispatchMemory, handles: Sequence[Any], n_blocks: int, threshold: float, blocks_per_switch: int
+) -> list[Any]:
+    switches = _Handles()
+    switches.h[: len(handles)] = [int(handle) for handle in handles]
     pointers = [ctypes.c_void_p(address) for address in (memory.probability, memory.has_shortcut, memory.force)]
-    results = [ctypes.c_void_p(memory.kept), ctypes.c_void_p(memory.head_side)]
-    sizes = [ctypes.c_int(len(handles)), ctypes.c_float(threshold)]
-    return [*pointers, *sizes, *results, ctypes.c_uint64(int(head)), blocks]
+    sizes = [ctypes.c_int(n_blocks), ctypes.c_float(threshold), ctypes.c_int(blocks_per_switch)]
+    return [*pointers, *sizes, ctypes.c_void_p(memory.kept), switches]
 
 
 def _lookup_arguments(
@@ -246,11 +277,3 @@ def _lookup_arguments(
     known = [ctypes.c_void_p(lookup.masks), ctypes.c_int(lookup.n_masks)]
     sizes = [ctypes.c_int(n_blocks), ctypes.c_float(threshold)]
     return [*pointers, *sizes, *known, ctypes.c_void_p(memory.kept), ctypes.c_uint64(int(handle))]
-
-
-def _check_bodies(network: CapturedNetwork) -> None:
-    if len(network.blocks) > MAX_BLOCKS:
-        raise ValueError(f"{len(network.blocks)} blocks; the dispatch kernel takes at most {MAX_BLOCKS}")
-    for k, bodies in enumerate(network.blocks):
-        if len(bodies) not in _BODY_COUNTS or bodies[0] is not None or None in bodies[1:]:
-            raise ValueError(f"block {k}: expected bodies [None, A to B, B to A] and, with a shortcut, its two more")

@@ -1,15 +1,16 @@
 """How a policy becomes branches of a CUDA graph: the arithmetic of `engines.dispatch_kernel`, in Python.
 
-A graph holds one SWITCH for each block, whose bodies are the block's captured work for both directions between the two
-activation buffers. Which body runs depends on the keep bit and on where the activation is by then. A graph that knows
-the frequent keep masks looks the image's mask up first: one SWITCH over their paths, and what was said above as its
-last body. On the device one thread works that out; here is the same, to test against and to lay out the bodies by.
+A graph holds one SWITCH for every few neighbouring blocks, with a body for each of their keep bits and for either of
+the two buffers that the activation may be in by then. A graph that knows the frequent keep masks looks the image's mask
+up first: one SWITCH over their paths, and what was said above as its last body. On the device one thread works that
+out; here is the same, to test against and to lay out the bodies by.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 MAX_BLOCKS = 128  # handles that the kernel takes by value: 1 KiB of its parameters
 FROM_POLICY, FORCE_KEEP, FORCE_DROP = 0, 1, 2  # as `export.fused` has them
@@ -17,17 +18,37 @@ NOT_FINITE = 2  # in the place of a keep bit: the policy gave NaN, which compare
 
 _WORD_BITS = 64
 
-# Bodies of a block's SWITCH, by the value its handle is set to. Without a shortcut part there are only the first three.
-SKIP, BLOCK_AB, BLOCK_BA, SHORTCUT_AB, SHORTCUT_BA = range(5)
+
+class Run(NamedTuple):
+    """A part that runs, a block's own or its shortcut, from buffer `side` (0: A, 1: B) to the other."""
+
+    block: int
+    is_kept: bool
+    side: int
+
+
+def runs(keep: Sequence[bool], has_shortcut: Sequence[bool], *, side: int = 0) -> tuple[list[Run], int]:
+    """Return what blocks [n] run whose activation is in buffer `side`, in order, and the buffer that it is in then."""
+    found: list[Run] = []
+    for k, (is_kept, shortcut) in enumerate(zip(keep, has_shortcut, strict=True)):
+        if is_kept or shortcut:
+            found.append(Run(k, is_kept, side))
+            side ^= 1
+    return found, side
+
+
+def body_runs(value: int, has_shortcut: Sequence[bool]) -> tuple[list[Run], int]:
+    """Return what the body runs that a SWITCH over these blocks [n] takes at `value`: `runs` of its bits and side."""
+    bits, side = divmod(value, 2)
+    return runs([bool(bits >> i & 1) for i in range(len(has_shortcut))], has_shortcut, side=side)
 
 
 @dataclass(frozen=True)
 class Dispatch:
-    """What one image's policy comes to: `switches` holds a value for each block, `head` 0 for buffer A and 1 for B."""
+    """What one image's policy comes to: `switches` holds a value, of `body_runs`, for each group of blocks."""
 
     kept: tuple[int, ...]  # 0, 1, or NOT_FINITE
     switches: tuple[int, ...]
-    head: int
 
 
 def dispatch(
@@ -36,6 +57,7 @@ def dispatch(
     *,
     threshold: float,
     force: Sequence[int] | None = None,
+    blocks_per_switch: int = 1,
 ) -> Dispatch:
     """Return which bodies run; the activation starts in buffer A.
 
@@ -43,6 +65,7 @@ def dispatch(
         probabilities: P(keep) of each block, [K].
         has_shortcut: where dropping a block runs its shortcut part, [K].
         force: FROM_POLICY, FORCE_KEEP or FORCE_DROP for each block; None leaves all to the policy.
+        blocks_per_switch: how many neighbouring blocks share a SWITCH; the last one may have fewer.
 
     Raises:
         ValueError: more than `MAX_BLOCKS` blocks, or lengths that differ.
@@ -53,12 +76,11 @@ def dispatch(
             f"{len(probabilities)} probabilities for {n_blocks} blocks; expected as many, and at most {MAX_BLOCKS}"
         )
     side, kept, switches = 0, _kept(probabilities, threshold, force), []
-    for k, keep in enumerate(kept):
-        value = BLOCK_AB + side if keep == 1 else SHORTCUT_AB + side if has_shortcut[k] else SKIP
-        if value != SKIP:
-            side ^= 1
-        switches.append(value)
-    return Dispatch(kept, tuple(switches), side)
+    for first in range(0, n_blocks, blocks_per_switch):
+        keep = [bit == 1 for bit in kept[first : first + blocks_per_switch]]
+        switches.append(2 * sum(bit << i for i, bit in enumerate(keep)) + side)
+        _, side = runs(keep, has_shortcut[first : first + blocks_per_switch], side=side)
+    return Dispatch(kept, tuple(switches))
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,12 @@ from bdtool.errors import BackendError
 from engines.dispatch import MAX_BLOCKS
 
 KERNEL_NAME, LOOKUP_NAME = "bd_dispatch", "bd_lookup"
+N_THREADS = MAX_BLOCKS  # of either kernel: each reads what is known of one block, the first then works out the rest
 _INSTALL = 'pip install "bdtool[cuda]"'
 
 # Declared by hand: including cuda_device_runtime_api.h would need the toolkit's headers and relocatable device code.
-# One thread: setting conditionals from several at once is undefined.
+# One thread sets all: doing so from several at once is undefined. It would wait for each of its reads in turn, so that
+# all threads read beforehand.
 SOURCE = """
 typedef unsigned long long u64;
 extern "C" __device__ void cudaGraphSetConditional(u64 handle, unsigned int value);
@@ -33,22 +35,28 @@ extern "C" __global__ void bd_dispatch(
     const float* __restrict__ probability,           // [n_blocks], of one image
     const unsigned char* __restrict__ has_shortcut,  // [n_blocks]
     const unsigned char* __restrict__ force,         // [n_blocks], 0 policy, 1 keep, 2 drop; may be null
-    int n_blocks, float threshold,
+    int n_blocks, float threshold, int blocks_per_switch,
     unsigned char* __restrict__ kept,                // [n_blocks], out: 0, 1, or 2 where the probability is NaN
-    int* __restrict__ head_side,                     // out: 0 the activation ends in buffer A, 1 in B
-    u64 head, const Handles blocks)
+    const Handles switches)                          // of n_blocks / blocks_per_switch, rounded up
 {
-    if (blockIdx.x | threadIdx.x) return;
-    unsigned int side = 0;
-    for (int k = 0; k < n_blocks; ++k) {
-        const unsigned int keep = keep_of(probability[k], force ? force[k] : 0u, threshold);
-        const unsigned int value = keep == 1u ? 1u + side : (has_shortcut[k] ? 3u + side : 0u);
-        if (value) side ^= 1u;
-        kept[k] = keep;
-        cudaGraphSetConditional(blocks.h[k], value);
+    __shared__ unsigned char keep[MAX_BLOCKS], runs[MAX_BLOCKS];
+    for (int k = threadIdx.x; k < n_blocks; k += blockDim.x) {
+        keep[k] = keep_of(probability[k], force ? force[k] : 0u, threshold);
+        runs[k] = keep[k] == 1u || has_shortcut[k];
+        kept[k] = keep[k];
     }
-    *head_side = (int)side;
-    cudaGraphSetConditional(head, side);
+    __syncthreads();
+    if (threadIdx.x) return;
+    unsigned int side = 0;  // 0: the activation is in buffer A, 1: in B
+    for (int first = 0, index = 0; first < n_blocks; first += blocks_per_switch, ++index) {
+        unsigned int bits = 0, moves = 0;
+        for (int i = 0; i < blocks_per_switch && first + i < n_blocks; ++i) {
+            bits |= (keep[first + i] == 1u) << i;
+            moves ^= runs[first + i];
+        }
+        cudaGraphSetConditional(switches.h[index], 2u * bits + side);
+        side ^= moves;
+    }
 }
 
 extern "C" __global__ void bd_lookup(
@@ -60,13 +68,16 @@ extern "C" __global__ void bd_lookup(
     unsigned char* __restrict__ kept,                // [n_blocks], out: 0, 1, or 2 where the probability is NaN
     u64 path)                                        // set to the row of the image's mask, or to n_masks
 {
-    if (blockIdx.x | threadIdx.x) return;
-    u64 mask[2] = {0, 0};
-    for (int k = 0; k < n_blocks; ++k) {
-        const unsigned int keep = keep_of(probability[k], force ? force[k] : 0u, threshold);
-        if (keep == 1u) mask[k / 64] |= 1ull << (k % 64);
-        kept[k] = keep;
+    __shared__ unsigned char keep[MAX_BLOCKS];
+    for (int k = threadIdx.x; k < n_blocks; k += blockDim.x) {
+        keep[k] = keep_of(probability[k], force ? force[k] : 0u, threshold);
+        kept[k] = keep[k];
     }
+    __syncthreads();
+    if (threadIdx.x) return;
+    u64 mask[2] = {0, 0};
+    for (int k = 0; k < n_blocks; ++k)
+        if (keep[k] == 1u) mask[k / 64] |= 1ull << (k % 64);
     int first = 0, end = n_masks;
     while (first < end) {
         const int middle = (first + end) / 2;

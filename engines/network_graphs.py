@@ -17,8 +17,16 @@ from bdtool.errors import UsageError
 from bdtool.specs import NetworkSpec, PartSpec, TensorSpec
 from engines.base import Backend, Buffer, Call, Engine
 from engines.capture import Captured, CapturingBackend, launch_call
-from engines.cuda_graph import CapturedNetwork, DispatchMemory, GraphBuilder, Kernels, LookupMemory
-from engines.dispatch import bits_from_words, dispatch, mask_table
+from engines.cuda_graph import (
+    BLOCKS_PER_SWITCH,
+    CapturedBlock,
+    CapturedNetwork,
+    DispatchMemory,
+    GraphBuilder,
+    Kernels,
+    LookupMemory,
+)
+from engines.dispatch import bits_from_words, mask_table, runs
 from engines.dispatch_kernel import KERNEL_NAME, LOOKUP_NAME, SOURCE, cubin_from_source
 from export.fused import fused_spec
 
@@ -41,7 +49,14 @@ class NetworkGraphs:
         EngineError: a part cannot be captured.
     """
 
-    def __init__(self, network: NetworkSpec, backend: Backend, engines: Mapping[str, Engine]) -> None:
+    def __init__(
+        self,
+        network: NetworkSpec,
+        backend: Backend,
+        engines: Mapping[str, Engine],
+        *,
+        blocks_per_switch: int = BLOCKS_PER_SWITCH,
+    ) -> None:
         if not isinstance(backend, CapturingBackend):
             raise UsageError("strategy 'graph' needs engines that can be captured: --backend torch or tensorrt")
         if emitting := [part.name for part in network.blocks if part.emits]:
@@ -57,7 +72,8 @@ class NetworkGraphs:
         self._releases: list[Callable[[], object]] = []
         weakref.finalize(self, _run_all, self._releases)
         self._pairs: dict[tuple[tuple[int, ...], str], tuple[Buffer, Buffer]] = {}
-        self._builder = GraphBuilder(self._capturer.device.cu, self._capturer.device.context)
+        device = self._capturer.device
+        self._builder = GraphBuilder(device.cu, device.context, blocks_per_switch=blocks_per_switch)
         spec = graph_spec(network)
         self.image, self.force = (backend.allocate(tensor.shape_for(1), tensor.dtype) for tensor in spec.inputs)
         self.logits, self.kept = (backend.allocate(tensor.shape_for(1), tensor.dtype) for tensor in spec.outputs)
@@ -69,7 +85,7 @@ class NetworkGraphs:
 
         Args:
             masks: frequent keep masks, bool [K] each: an image with one of them takes its flat path behind one SWITCH;
-                the others, and all where there are none, take a SWITCH for each block.
+                the others, and all where there are none, take a SWITCH for every few blocks.
 
         Raises:
             EngineError: the driver refuses a step.
@@ -113,10 +129,8 @@ class NetworkGraphs:
         n_blocks, allocate = self._network.n_blocks, self._backend.allocate
         self.probability = allocate((1, n_blocks), "float32")
         self.probability.write(np.ones((1, n_blocks), np.float32))
-        self._shortcuts = [self._network.shortcut(k) is not None for k in range(n_blocks)]
         self._has_shortcut = allocate((n_blocks,), "uint8")
-        self._has_shortcut.write(np.array(self._shortcuts, np.uint8))
-        self._head_side = allocate((1,), "int32")
+        self._has_shortcut.write(np.array([self._network.shortcut(k) is not None for k in range(n_blocks)], np.uint8))
 
     def _dispatch_memory(self) -> DispatchMemory:
         address = self._capturer.address
@@ -125,7 +139,6 @@ class NetworkGraphs:
             has_shortcut=address(self._has_shortcut),
             force=address(self.force),
             kept=address(self.kept),
-            head_side=address(self._head_side),
         )
 
     def _capture_parts(self) -> CapturedNetwork:
@@ -135,16 +148,16 @@ class NetworkGraphs:
         return CapturedNetwork(
             policy=None if policy is None else self._add(policy, self.image, self.probability, beside=True),
             stem=self._add(stem, self.image, self._pair(stem.outputs[0])[0]),
-            blocks=[self._bodies(block, network.shortcut(k)) for k, block in enumerate(network.blocks)],
+            blocks=[self._capture_block(block, network.shortcut(k)) for k, block in enumerate(network.blocks)],
             heads=(self._add(head, first, self.logits), self._add(head, second, self.logits)),
         )
 
-    def _bodies(self, block: PartSpec, shortcut: PartSpec | None) -> Sequence[Any | None]:
-        """Return the bodies of a block's SWITCH, in the order of `engines.dispatch`."""
-        sources, targets = self._pair(block.inputs[0]), self._pair(block.outputs[0])
-        parts = [block] if shortcut is None else [block, shortcut]
-        directions = ((0, 1), (1, 0))
-        return [None, *(self._add(part, sources[i], targets[o]) for part in parts for i, o in directions)]
+    def _capture_block(self, block: PartSpec, shortcut: PartSpec | None) -> CapturedBlock:
+        (a, b), (to_a, to_b) = self._pair(block.inputs[0]), self._pair(block.outputs[0])
+        return CapturedBlock(
+            block=(self._add(block, a, to_b), self._add(block, b, to_a)),
+            shortcut=None if shortcut is None else (self._add(shortcut, a, to_b), self._add(shortcut, b, to_a)),
+        )
 
     def _pair(self, tensor: TensorSpec) -> tuple[Buffer, Buffer]:
         """Return the two buffers for activations of that shape."""
@@ -167,9 +180,8 @@ class NetworkGraphs:
             raise UsageError(
                 f"a mask of shape {list(mask.shape)} has no path; this network's have {self._network.n_blocks} bits"
             )
-        decided = dispatch(mask.astype(float).tolist(), self._shortcuts, threshold=0.5)
-        bodies = [bodies[value] for bodies, value in zip(self._parts.blocks, decided.switches, strict=True)]
-        return [*(body for body in bodies if body is not None), self._parts.heads[decided.head]]
+        found, side = runs(mask.tolist(), self._parts.has_shortcut)
+        return [*(self._parts.blocks[run.block].graph(run) for run in found), self._parts.heads[side]]
 
     def _flat(self, parts: Sequence[Any]) -> Call:
         graph, executable = self._builder.flat_graph(parts)

@@ -1,4 +1,4 @@
-"""PyTorch's work captured for a CUDA graph that is not PyTorch's own. Not yet run on a GPU."""
+"""PyTorch's work captured for a CUDA graph that is not PyTorch's own."""
 
 from __future__ import annotations
 

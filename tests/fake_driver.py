@@ -21,7 +21,7 @@ class Handles(ctypes.Structure):
 
 POINTER, HANDLE = ctypes.c_uint64, ctypes.c_uint64
 KERNELS = {  # by the address of the function: what its node is noted as, and the types of its arguments
-    0xF: ("kernel", [POINTER] * 3 + [ctypes.c_int, ctypes.c_float] + [POINTER] * 2 + [HANDLE, Handles]),
+    0xF: ("kernel", [POINTER] * 3 + [ctypes.c_int, ctypes.c_float, ctypes.c_int, POINTER, Handles]),
     0x10: ("lookup", [POINTER] * 2 + [ctypes.c_int, ctypes.c_float, POINTER, ctypes.c_int, POINTER, HANDLE]),
 }
 
@@ -268,13 +268,12 @@ class FakeDriver:
                     if self.values[handle] < len(bodies):
                         self._run(bodies[self.values[handle]])
 
-    def _dispatch(self, probability, has_shortcut, force, n_blocks, threshold, kept, side, head, blocks):
+    def _dispatch(self, probability, has_shortcut, force, n_blocks, threshold, blocks_per_switch, kept, switches):
         p, shortcut = self.view(probability, 4 * n_blocks).view(np.float32), self.view(has_shortcut, n_blocks)
         forced = self.view(force, n_blocks) if force else None
-        result = dispatch(p, shortcut, threshold=threshold, force=forced)
+        result = dispatch(p, shortcut, threshold=threshold, force=forced, blocks_per_switch=blocks_per_switch)
         self.view(kept, n_blocks)[:] = result.kept
-        self.view(side, 4).view(np.int32)[0] = result.head
-        self.values |= {**dict(zip(blocks, result.switches, strict=False)), head: result.head}
+        self.values |= dict(zip(switches, result.switches, strict=False))
 
     def _lookup(self, probability, force, n_blocks, threshold, masks, n_masks, kept, path):
         p, words = self.view(probability, 4 * n_blocks).view(np.float32), self.view(masks, 16 * n_masks)

@@ -2,7 +2,7 @@
 
 The modes, as `engines.graph_modes` names them: "policy-cache" and "switch" decide on the device with one launch an
 image; "path-cache" reads the policy back, which any driver with CUDA graphs can, and launches the flat graph of the
-mask; "off" is the chain. None of them has been run on a GPU.
+mask; "off" is the chain.
 """
 
 from __future__ import annotations

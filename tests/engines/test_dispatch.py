@@ -12,8 +12,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bdtool.errors import BackendError, EngineError
-from engines.cuda_graph import CapturedNetwork, DispatchMemory, GraphBuilder, Kernels, LookupMemory
-from engines.dispatch import FORCE_DROP, FORCE_KEEP, NOT_FINITE, bits_from_words, dispatch, lookup, mask_table
+from engines.cuda_graph import CapturedBlock, CapturedNetwork, DispatchMemory, GraphBuilder, Kernels, LookupMemory
+from engines.dispatch import (
+    FORCE_DROP,
+    FORCE_KEEP,
+    NOT_FINITE,
+    bits_from_words,
+    body_runs,
+    dispatch,
+    lookup,
+    mask_table,
+)
 from engines.dispatch_kernel import KERNEL_NAME, LOOKUP_NAME, SOURCE, cubin_from_source
 from tests.fake_driver import FakeDriver, Handles
 
@@ -22,21 +31,21 @@ float32 = st.floats(0, 1, width=32)
 blocks = st.lists(st.tuples(float32 | st.just(0.5) | st.just(math.nan), st.booleans(), st.integers(0, 2)), max_size=40)
 
 
-def _run_bodies(result, has_shortcut):
-    """Do what the graph does: two buffers, and for each block the body that its SWITCH is set to."""
-    buffers = [[], ["garbage"]]
-    for k, value in enumerate(result.switches):
-        bodies = [None, ("block", 0, 1), ("block", 1, 0)]
-        if has_shortcut[k]:
-            bodies += [("shortcut", 0, 1), ("shortcut", 1, 0)]
-        if bodies[value] is not None:
-            kind, source, target = bodies[value]
-            buffers[target] = [*buffers[source], (kind, k)]
-    return buffers[result.head]
+def _run_bodies(result, has_shortcut, per_switch):
+    """Do what the graph does: two buffers, and for each group of blocks the body that its SWITCH is set to."""
+    buffers, side = [[], ["garbage"]], 0
+    for index, value in enumerate(result.switches):
+        group = has_shortcut[index * per_switch : (index + 1) * per_switch]
+        assert value < 2 << len(group)  # as many bodies as there are
+        found, side = body_runs(value, group)
+        for run in found:
+            kind = "block" if run.is_kept else "shortcut"
+            buffers[1 - run.side] = [*buffers[run.side], (kind, index * per_switch + run.block)]
+    return buffers[side]
 
 
-@given(blocks, st.sampled_from([0.0, 0.3, 0.5, 1.0]))
-def test_bodies_compute_what_running_kept_blocks_in_order_computes(rows, threshold):
+@given(blocks, st.sampled_from([0.0, 0.3, 0.5, 1.0]), st.integers(1, 5))
+def test_bodies_compute_what_running_kept_blocks_in_order_computes(rows, threshold, per_switch):
     probabilities, has_shortcut, force = (list(column) for column in zip(*rows, strict=True)) if rows else ([], [], [])
     expected = []
     for k, (p, shortcut, forced) in enumerate(rows):
@@ -44,8 +53,8 @@ def test_bodies_compute_what_running_kept_blocks_in_order_computes(rows, thresho
             expected.append(("block", k))
         elif shortcut:
             expected.append(("shortcut", k))
-    result = dispatch(probabilities, has_shortcut, threshold=threshold, force=force)
-    assert _run_bodies(result, has_shortcut) == expected
+    result = dispatch(probabilities, has_shortcut, threshold=threshold, force=force, blocks_per_switch=per_switch)
+    assert _run_bodies(result, has_shortcut, per_switch) == expected
 
 
 @given(st.lists(float32, max_size=30))
@@ -121,8 +130,9 @@ def kernel_on_the_cpu(tmp_path_factory):
     if compiler is None:
         pytest.skip("no C++ compiler here")
     directory = tmp_path_factory.mktemp("kernel")
-    words = "#define __device__\n#define __global__\n#define __restrict__\n"
-    indices = "static const struct { unsigned int x; } blockIdx = {0}, threadIdx = {0};\n"
+    words = "#define __device__\n#define __global__\n#define __restrict__\n#define __shared__ static\n"
+    words += "#define __syncthreads()\n"  # of one thread, which does what all would
+    indices = "static const struct { int x; } threadIdx = {0}, blockDim = {1};\n"
     record = 'unsigned int last_value[256];\nextern "C" void cudaGraphSetConditional(u64 h, unsigned int v) '
     record += "{ last_value[h] = v; }\n"
     (directory / "k.cpp").write_text(words + indices + SOURCE + record)
@@ -132,12 +142,12 @@ def kernel_on_the_cpu(tmp_path_factory):
     return ctypes.CDLL(str(library))
 
 
-@given(rows=blocks, use_force=st.booleans())
-def test_kernel_computes_what_its_twin_computes(kernel_on_the_cpu, rows, use_force):
-    n, threshold, head = len(rows), np.float32(0.5), 200
+@given(rows=blocks, use_force=st.booleans(), per_switch=st.integers(1, 5))
+def test_kernel_computes_what_its_twin_computes(kernel_on_the_cpu, rows, use_force, per_switch):
+    n, threshold = len(rows), np.float32(0.5)
     columns = list(zip(*rows, strict=True)) if rows else [(), (), ()]
     p, shortcut, force = (np.array(c, t) for c, t in zip(columns, ("f4", "u1", "u1"), strict=True))
-    kept, side, handles = np.full(n, 9, "u1"), ctypes.c_int(9), Handles()
+    kept, handles = np.full(n, 9, "u1"), Handles()
     handles.h[:n] = range(n)
     addresses = [ctypes.c_void_p(a.ctypes.data) for a in (p, shortcut)]
     addresses.append(ctypes.c_void_p(force.ctypes.data) if use_force else None)
@@ -145,16 +155,15 @@ def test_kernel_computes_what_its_twin_computes(kernel_on_the_cpu, rows, use_for
         *addresses,
         ctypes.c_int(n),
         ctypes.c_float(threshold),
+        ctypes.c_int(per_switch),
         ctypes.c_void_p(kept.ctypes.data),
-        ctypes.byref(side),
-        ctypes.c_uint64(head),
         handles,
     )
     values = (ctypes.c_uint * 256).in_dll(kernel_on_the_cpu, "last_value")
-    expected = dispatch(p, shortcut, threshold=threshold, force=force if use_force else None)
+    given_bits = force if use_force else None
+    expected = dispatch(p, shortcut, threshold=threshold, force=given_bits, blocks_per_switch=per_switch)
     assert tuple(kept) == expected.kept
-    assert tuple(values[:n]) == expected.switches
-    assert values[head] == side.value == expected.head
+    assert tuple(values[: len(expected.switches)]) == expected.switches
 
 
 @given(rows=blocks, others=st.lists(st.lists(st.booleans(), max_size=40), max_size=8), use_force=st.booleans())
@@ -195,7 +204,7 @@ def test_lookup_kernel_finds_masks_of_two_words(kernel_on_the_cpu, known, index)
 # --- the graphs -------------------------------------------------------------------------------------------------------
 
 
-MEMORY = DispatchMemory(probability=11, has_shortcut=12, force=0, kept=13, head_side=14)
+MEMORY = DispatchMemory(probability=11, has_shortcut=12, force=0, kept=13)
 
 
 @pytest.fixture
@@ -203,10 +212,13 @@ def driver():
     return FakeDriver()
 
 
-def _network(driver, bodies=((None, 31, 32), (None, 41, 42, 43, 44))):
-    graphs = [[None if b is None else driver.CUgraph(b) for b in block] for block in bodies]
-    captured = {"policy": driver.CUgraph(21), "stem": driver.CUgraph(22), "blocks": graphs}
-    return CapturedNetwork(**captured, heads=(driver.CUgraph(51), driver.CUgraph(52)))
+def _network(driver, blocks=(((31, 32), None), ((41, 42), (43, 44)), ((61, 62), None))):
+    def both(addresses):
+        return None if addresses is None else tuple(map(driver.CUgraph, addresses))
+
+    captured = [CapturedBlock(block=both(block), shortcut=both(shortcut)) for block, shortcut in blocks]
+    policy, stem = driver.CUgraph(21), driver.CUgraph(22)
+    return CapturedNetwork(policy=policy, stem=stem, blocks=captured, heads=both((51, 52)))
 
 
 def _kernels(driver):
@@ -214,7 +226,7 @@ def _kernels(driver):
 
 
 def _build(driver, network=None):
-    builder = GraphBuilder(driver, driver.CUcontext(0xC0))
+    builder = GraphBuilder(driver, driver.CUcontext(0xC0), blocks_per_switch=2)
     return builder.dispatch_graph(network or _network(driver), _kernels(driver), MEMORY, threshold=0.5)
 
 
@@ -222,8 +234,8 @@ def test_graph_runs_policy_beside_stem_then_blocks_then_head(driver):
     graph, executable = _build(driver)
     entries = driver.graphs[int(graph)]
     first = int(graph)
-    assert [entry[0] for entry, _ in entries] == ["child", "child", "kernel", "switch", "switch", "switch"]
-    assert [after for _, after in entries] == [[], [], [first + 1], [first + 3, first + 2], [first + 4], [first + 5]]
+    assert [entry[0] for entry, _ in entries] == ["child", "child", "kernel", "switch", "switch"]
+    assert [after for _, after in entries] == [[], [], [first + 1], [first + 3, first + 2], [first + 4]]
     assert (entries[0][0][1], entries[1][0][1]) == (21, 22)
     assert driver.instantiated == [first]
     assert int(executable) == first
@@ -232,15 +244,23 @@ def test_graph_runs_policy_beside_stem_then_blocks_then_head(driver):
 def test_each_switch_has_its_own_handle_and_captured_bodies(driver):
     graph, _ = _build(driver)
     switches = [entry for entry, _ in driver.graphs[int(graph)] if entry[0] == "switch"]
-    assert [handle for _, handle, _ in switches] == driver.handles == [100, 101, 102]
+    assert [handle for _, handle, _ in switches] == driver.handles == [100, 101]
     content = [[[child for (_, child), _ in driver.graphs[body]] for body in bodies] for _, _, bodies in switches]
-    assert content == [[[], [31], [32]], [[], [41], [42], [43], [44]], [[51], [52]]]
+    # for the bits of two blocks, the first one's lowest, and within them for either buffer; the second has a shortcut
+    assert content[0] == [[43], [44], [31, 44], [32, 43], [41], [42], [31, 42], [32, 41]]
+    assert content[1] == [[51], [52], [61, 52], [62, 51]]  # what is left, and the head
+
+
+def test_nodes_of_a_body_run_one_after_the_other(driver):
+    graph, _ = _build(driver)
+    [first, _] = [entry[2] for entry, _ in driver.graphs[int(graph)] if entry[0] == "switch"]
+    assert [after for _, after in driver.graphs[first[6]]] == [[], [first[6] + 1]]
 
 
 def test_kernel_gets_the_memory_and_the_handles_in_order(driver):
     graph, _ = _build(driver)
     [arguments] = [entry[1] for entry, _ in driver.graphs[int(graph)] if entry[0] == "kernel"]
-    assert arguments[:-1] == [11, 12, 0, 2, 0.5, 13, 14, 102]
+    assert arguments[:-1] == [11, 12, 0, 3, 0.5, 2, 13]
     assert arguments[-1][:3] == [100, 101, 0]
 
 
@@ -258,15 +278,10 @@ def test_driver_that_refuses_is_quoted(driver, call):
         _build(driver)
 
 
-@pytest.mark.parametrize("bodies", [(None, 1), (1, 2, 3), (None, 1, None), (None, 1, 2, 3)])
-def test_bodies_that_do_not_fit_the_dispatch_are_refused(driver, bodies):
-    with pytest.raises(ValueError, match="block 0: expected bodies"):
-        _build(driver, _network(driver, (bodies,)))
-
-
-def test_more_blocks_than_handles_are_refused(driver):
-    with pytest.raises(ValueError, match="at most 128"):
-        _build(driver, _network(driver, ((None, 1, 2),) * 129))
+@pytest.mark.parametrize("n_blocks", [0, 129])
+def test_number_of_blocks_that_has_no_handles_is_refused(driver, n_blocks):
+    with pytest.raises(ValueError, match=f"{n_blocks} blocks; .*at most 128"):
+        _build(driver, _network(driver, (((1, 2), None),) * n_blocks))
 
 
 def test_flat_graph_is_its_parts_one_after_the_other(driver):
@@ -283,7 +298,7 @@ LOOKUP = LookupMemory(masks=15, n_masks=2)
 
 
 def _cached(driver, paths=((61, 62), (63,))):
-    builder = GraphBuilder(driver, driver.CUcontext(0xC0))
+    builder = GraphBuilder(driver, driver.CUcontext(0xC0), blocks_per_switch=2)
     graphs = [[driver.CUgraph(address) for address in path] for path in paths]
     return builder.cached_graph(_network(driver), _kernels(driver), MEMORY, LOOKUP, paths=graphs, threshold=0.5)
 
@@ -296,15 +311,15 @@ def test_cached_graph_has_a_body_for_each_path_and_decides_in_the_last(driver):
     _, handle, bodies = entries[3][0]
     flat = [[(entry[1], after) for entry, after in driver.graphs[body]] for body in bodies[:2]]
     assert flat == [[(61, []), (62, [bodies[0] + 1])], [(63, [])]]
-    assert [entry[0] for entry, _ in driver.graphs[bodies[2]]] == ["kernel", "switch", "switch", "switch"]
-    assert entries[1][0][1] == [11, 0, 2, 0.5, 15, 2, 13, handle]
+    assert [entry[0] for entry, _ in driver.graphs[bodies[2]]] == ["kernel", "switch", "switch"]
+    assert entries[1][0][1] == [11, 0, 3, 0.5, 15, 2, 13, handle]
     assert driver.instantiated == [int(executable)] == [first]
 
 
 def test_handle_belongs_to_the_graph_that_holds_its_node(driver):
     graph, _ = _cached(driver)
     last = driver.graphs[int(graph)][3][0][2][2]
-    assert driver.owner_of_handle == {100: int(graph), 101: last, 102: last, 103: last}
+    assert driver.owner_of_handle == {100: int(graph), 101: last, 102: last}
 
 
 def test_paths_that_are_not_as_many_as_masks_are_refused(driver):
@@ -326,4 +341,4 @@ def test_bindings_of_cuda_12_take_no_edge_data(driver):
             return driver.cuGraphAddNode(graph, after, None, count, params)
 
     _build(Driver12(), _network(driver))
-    assert calls == [1, 2, 1, 1]
+    assert calls == [1, 2, 1]

@@ -134,7 +134,7 @@ def test_work_that_no_graph_may_hold_is_named(monkeypatch, tmp_path, tiny):
         return status, graph
 
     monkeypatch.setattr(driver, "cuStreamEndCapture", with_allocation, raising=False)
-    with pytest.raises(EngineError, match="policy: its captured work holds MEM_ALLOC nodes"):
+    with pytest.raises(EngineError, match="stem: its captured work holds MEM_ALLOC nodes"):
         Orchestrator.open(tiny.bundle, **TENSORRT)
 
 
