@@ -16,7 +16,7 @@ import numpy as np
 from bdtool.errors import DataError
 
 _DLPACK_CUDA = 2  # DLDeviceType.kDLCUDA
-LEGACY_STREAM = 1  # what the interface, and the driver, call the default stream
+LEGACY_STREAM, PER_THREAD_STREAM = 1, 2  # what the interface, and the driver, call the two default streams
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,13 +1,12 @@
 """ONNX part -> PyTorch function: the operators that bdtool's exporter writes, each as one torch call.
 
-An unknown operator or attribute is refused by name when the part is built; nothing is guessed. Convolution weights lie
-channels-last, as cuDNN's fast kernels want them, and activations follow.
+An unknown operator or attribute is refused by name when the part is built; nothing is guessed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import onnx
 import torch
@@ -17,20 +16,44 @@ from torch import Tensor
 
 from bdtool.errors import EngineError
 from bdtool.specs import PartSpec
+from engines.torch_fusion import FusedConv, fuse_convolutions
 
 Function = Callable[[Tensor], Tensor]
 _Attributes = Mapping[str, Any]
 _DTYPES = {TensorProto.FLOAT: torch.float32, TensorProto.FLOAT16: torch.float16}
 
 
-class OnnxFunction:
-    """A part with one input and one output, as torch calls on `device`."""
+def memory_format(device: torch.device, dtype: torch.dtype) -> torch.memory_format:
+    """Return how feature maps and convolution weights lie in memory where convolutions of that dtype are fastest.
 
-    def __init__(self, part: PartSpec, model: bytes, device: torch.device) -> None:
+    cuDNN's kernels on tensor cores want channels-last; float32, which without TF32 runs on none, is faster in NCHW.
+    """
+    return torch.contiguous_format if (device.type, dtype) == ("cuda", torch.float32) else torch.channels_last
+
+
+class OnnxFunction:
+    """A part with one input and one output, as torch calls on `device`.
+
+    Args:
+        fuse: let cuDNN run a convolution and what follows it as one kernel.
+    """
+
+    def __init__(self, part: PartSpec, model: bytes, device: torch.device, *, fuse: bool) -> None:
         graph = _parsed(part, model)
+        if any(weight.data_type == TensorProto.BFLOAT16 for weight in graph.initializer):
+            raise EngineError(
+                f"part {part.name!r}: the torch backend runs float32 and float16 parts, this one is bfloat16. Use "
+                "--precision fp32 or fp16, or --backend tensorrt"
+            )
         values = {weight.name: torch.from_numpy(numpy_helper.to_array(weight).copy()) for weight in graph.initializer}
         self.computes_in_half = any(value.dtype == torch.float16 for value in values.values())
-        self._steps = [_step(part, node, values, device) for node in graph.node]
+        nodes = fuse_convolutions(graph) if fuse else graph.node
+        self._steps = [
+            _fused_step(part, node, values, device)
+            if isinstance(node, FusedConv)
+            else _step(part, node, values, device)
+            for node in nodes
+        ]
         [self._input] = [info.name for info in graph.input]
         [self._output] = [info.name for info in graph.output]
 
@@ -57,20 +80,36 @@ def _parsed(part: PartSpec, model: bytes) -> onnx.GraphProto:
 _Step = tuple[tuple[str, ...], str, Callable[..., Tensor]]
 
 
+def _fused_step(part: PartSpec, fused: FusedConv, weights: Mapping[str, Tensor], device: torch.device) -> _Step:
+    function = _bound(part, fused.conv, weights, device, make=_conv_relu)
+    return (fused.conv.input[0], *([] if fused.addend is None else [fused.addend])), fused.output, function
+
+
 def _step(part: PartSpec, node: onnx.NodeProto, weights: Mapping[str, Tensor], device: torch.device) -> _Step:
     """Return (the tensors it reads, the one it writes, the call) of a node, its weights bound."""
+    function = _bound(part, node, weights, device)
+    return tuple(name for name in node.input if name and name not in weights), node.output[0], function
+
+
+def _bound(
+    part: PartSpec,
+    node: onnx.NodeProto,
+    weights: Mapping[str, Tensor],
+    device: torch.device,
+    *,
+    make: Callable[..., Callable[..., Tensor]] | None = None,
+) -> Callable[..., Tensor]:
+    """Return the call of a node, made by `make` or as its operator says, its weights bound."""
     attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
     try:
-        make = _OPERATORS[node.op_type]
-        constants = [weights.get(name) for name in node.input]
-        function = make(attributes, constants, device)
+        make = make or _OPERATORS[node.op_type]
+        return make(attributes, [weights.get(name) for name in node.input], device)
     except (KeyError, ValueError) as exc:
         known = f"; it knows {', '.join(_OPERATORS)}" if node.op_type not in _OPERATORS else f" ({exc})"
         raise EngineError(
             f"part {part.name!r}: the torch backend cannot run node {node.name!r} ({node.op_type}){known}. "
             "Use --backend onnxruntime"
         ) from exc
-    return tuple(name for name in node.input if name and name not in weights), node.output[0], function
 
 
 def _require(attributes: _Attributes, **expected: Any) -> None:
@@ -87,16 +126,51 @@ def _symmetric(pads: list[int]) -> tuple[int, int]:
     return top, left
 
 
-def _conv(attributes: _Attributes, constants: list[Tensor | None], device: torch.device) -> Function:
+class _Convolution(NamedTuple):
+    """What `F.conv2d` takes beside the input, in its order."""
+
+    weight: Tensor
+    bias: Tensor | None
+    stride: tuple[int, ...]
+    padding: tuple[int, int]
+    dilation: tuple[int, ...]
+    groups: int
+
+
+def _convolution(attributes: _Attributes, constants: list[Tensor | None], device: torch.device) -> _Convolution:
     _require(attributes, auto_pad=(b"NOTSET",))
     _, weight, *rest = constants
     if weight is None or weight.dim() != 4 or (rest and rest[0] is None):
         raise ValueError("its weights are not constants of a 2D convolution")
-    weight = weight.to(device, memory_format=torch.channels_last)
-    bias = rest[0].to(device) if rest and rest[0] is not None else None
-    stride, dilation = tuple(attributes.get("strides", (1, 1))), tuple(attributes.get("dilations", (1, 1)))
-    padding, groups = _symmetric(attributes.get("pads", [0, 0, 0, 0])), attributes.get("group", 1)
-    return lambda x: F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    return _Convolution(
+        weight=weight.to(device, memory_format=memory_format(device, weight.dtype)),
+        bias=rest[0].to(device) if rest and rest[0] is not None else None,
+        stride=tuple(attributes.get("strides", (1, 1))),
+        padding=_symmetric(attributes.get("pads", [0, 0, 0, 0])),
+        dilation=tuple(attributes.get("dilations", (1, 1))),
+        groups=attributes.get("group", 1),
+    )
+
+
+def _conv(attributes: _Attributes, constants: list[Tensor | None], device: torch.device) -> Function:
+    convolution = _convolution(attributes, constants, device)
+    order = memory_format(device, convolution.weight.dtype)
+    return lambda x: F.conv2d(x.contiguous(memory_format=order), *convolution)  # mostly it is; pixels are not
+
+
+def _conv_relu(attributes: _Attributes, constants: list[Tensor | None], device: torch.device) -> Callable[..., Tensor]:
+    """Return a call of x, or of x and what is added before the ReLU: one kernel of cuDNN's."""
+    weight, bias, stride, padding, dilation, groups = _convolution(attributes, constants, device)
+    order = memory_format(device, weight.dtype)
+
+    def call(x: Tensor, addend: Tensor | None = None) -> Tensor:
+        x = x.contiguous(memory_format=order)
+        if addend is None:
+            return torch.cudnn_convolution_relu(x, weight, bias, stride, padding, dilation, groups)
+        addend = addend.contiguous(memory_format=order)
+        return torch.cudnn_convolution_add_relu(x, weight, addend, 1.0, bias, stride, padding, dilation, groups)
+
+    return call
 
 
 def _gemm(attributes: _Attributes, constants: list[Tensor | None], device: torch.device) -> Function:

@@ -1,7 +1,7 @@
 """PyTorch as a backend: nothing else to install, cuDNN on a GPU, and every GPU that PyTorch knows.
 
-An engine file is the ONNX part itself. Activations lie channels-last in memory; from outside they are plain arrays.
-On CUDA this has not been run yet.
+An engine file is the ONNX part itself. Activations lie in memory as its convolutions want them; from outside they are
+plain arrays.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 from bdtool.errors import BackendError, DataError, EngineError, UsageError
-from bdtool.specs import PIXELS, NetworkSpec, PartSpec
+from bdtool.specs import NetworkSpec, PartSpec
 from engines.base import ENGINE_TOLERANCE, PLAIN_LAYOUT, Buffer, BuiltEngine, Call, Engine, PartEngine
 from engines.capture import Capturer
 from engines.check import probe_values
 from engines.cuda_device import open_device
-from engines.device_array import DeviceArray
+from engines.device_array import LEGACY_STREAM, PER_THREAD_STREAM, DeviceArray
 from engines.device_timer import CopyWatch, DeviceTimer
 from engines.torch_graph import TorchCapturer
-from engines.torch_onnx import Function, OnnxFunction
+from engines.torch_onnx import Function, OnnxFunction, memory_format
 from export.check import OnnxReference, compare_outputs
 from export.files import sha256_of_bytes
 from export.ort_threads import default_threads
@@ -45,6 +45,7 @@ class TorchBackend:
         self.threads = default_threads() if threads is None else threads
         self._copies = CopyWatch()  # between host and device
         self._functions: WeakValueDictionary[tuple[str, str], OnnxFunction] = WeakValueDictionary()
+        self._fuses = self.device.type == "cuda"  # cuDNN has kernels for it, the CPU has none
         if self.device.type == "cpu":
             torch.set_num_threads(self.threads)
         else:  # fp32 means fp32: by default cuDNN rounds the operands of convolutions to TF32
@@ -87,7 +88,7 @@ class TorchBackend:
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
         tensor = torch.zeros(shape, dtype=getattr(torch, dtype), device=self.device)
-        return _TorchBuffer(tensor.contiguous(memory_format=_memory_format(len(shape), dtype)), self._copies)
+        return _TorchBuffer(tensor.contiguous(memory_format=_order(tensor)), self._copies)
 
     def check_device_array(self, values: DeviceArray) -> None:
         if self.device.type == "cpu":
@@ -122,7 +123,7 @@ class TorchBackend:
         key = (part.name, sha256_of_bytes(data))
         function = self._functions.get(key)
         if function is None:
-            function = self._functions[key] = OnnxFunction(part, data, self.device)
+            function = self._functions[key] = OnnxFunction(part, data, self.device, fuse=self._fuses)
         return function
 
 
@@ -141,8 +142,8 @@ class TorchEngine(PartEngine):
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         [source], [result] = self._part.inputs, self._part.outputs
-        order = _memory_format(len(source.shape), source.dtype)
-        x = _host_tensor(feeds[source.name]).to(self._device, memory_format=order)
+        x = _host_tensor(feeds[source.name]).to(self._device)
+        x = x.contiguous(memory_format=_order(x))
         return {result.name: np.ascontiguousarray(self._call(x).cpu().numpy())}
 
     def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Call:
@@ -168,22 +169,26 @@ class _TorchBuffer:
     def __init__(self, tensor: Tensor, copies: CopyWatch) -> None:
         self.tensor = tensor
         self._copies = copies
+        self._staging = _Staging(tensor) if tensor.is_cuda else None
 
     def write(self, values: np.ndarray) -> None:
-        source = _host_tensor(values)
-        self._copies.run("h2d", lambda: self.tensor.copy_(source))
+        if self._staging is None:
+            self.tensor.copy_(_host_tensor(values))
+        else:
+            self._copies.run("h2d", self._staging.filled(values).to_device)
 
     def copy_from(self, values: DeviceArray) -> None:
-        made_on = torch.cuda.ExternalStream(values.stream, device=self.tensor.device)  # type: ignore[no-untyped-call]
-        torch.cuda.current_stream(self.tensor.device).wait_stream(made_on)
+        _wait_for(values.stream, self.tensor.device)
         self.tensor.copy_(torch.as_tensor(values, device=self.tensor.device))
 
     def copy_out(self) -> DeviceArray:
         return _device_array(self.tensor.clone(memory_format=torch.contiguous_format))
 
     def read(self) -> np.ndarray:
-        array: np.ndarray = self._copies.run("d2h", self.tensor.cpu).numpy()
-        return array
+        if self._staging is None:
+            return self.tensor.numpy()
+        self._copies.run("d2h", self._staging.to_host)
+        return self._staging.read()
 
     def first(self, n_rows: int) -> Buffer:
         return _TorchBuffer(self.tensor[:n_rows], self._copies)
@@ -193,6 +198,55 @@ class _TorchBuffer:
 
     def scatter(self, source: Buffer, rows: np.ndarray) -> None:
         self.tensor[_host_tensor(rows).to(self.tensor.device)] = _tensor(source)
+
+
+class _Staging:
+    """Page-locked host memory for what goes to and from a tensor on a GPU, made when it is first needed.
+
+    Copies of other host memory go through such memory anyway, allocated by PyTorch each time, and are waited for.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+        self._host: Tensor | None = None
+        self._sent: torch.cuda.Event | None = None
+
+    def filled(self, values: np.ndarray) -> _Staging:
+        """Put values there, once what was sent from there last has arrived."""
+        if self._sent is not None:
+            self._sent.synchronize()
+        self._memory().copy_(_host_tensor(values))
+        return self
+
+    def to_device(self) -> None:
+        self._tensor.copy_(self._memory(), non_blocking=True)
+        if self._sent is None:
+            self._sent = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._sent.record(torch.cuda.current_stream(self._tensor.device))
+
+    def to_host(self) -> None:
+        self._memory().copy_(self._tensor, non_blocking=True)
+
+    def read(self) -> np.ndarray:
+        """Wait for the device and return what is there; the next copy overwrites it."""
+        torch.cuda.current_stream(self._tensor.device).synchronize()
+        return self._memory().numpy()
+
+    def _memory(self) -> Tensor:
+        if self._host is None:
+            self._host = torch.empty_like(self._tensor, device="cpu", pin_memory=True)
+        return self._host
+
+
+def _wait_for(stream: int, device: torch.device) -> None:
+    """Let PyTorch's current stream wait for another one, whose number is the driver's or, of two, has a meaning."""
+    current = torch.cuda.current_stream(device)
+    if stream in (0, LEGACY_STREAM):
+        current.wait_stream(torch.cuda.default_stream(device))
+    elif stream == PER_THREAD_STREAM:  # PyTorch has no name for it
+        torch.cuda.synchronize(device)
+    else:
+        current.wait_stream(torch.cuda.ExternalStream(stream, device=device))  # type: ignore[no-untyped-call]
 
 
 def _device_array(tensor: Tensor) -> DeviceArray:
@@ -228,9 +282,10 @@ def _usable_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def _memory_format(rank: int, dtype: str) -> torch.memory_format:
-    """Return how a tensor lies in memory: feature maps and images channels-last, as pixels do as they come."""
-    return torch.channels_last if rank == 4 and dtype != PIXELS else torch.contiguous_format
+def _order(tensor: Tensor) -> torch.memory_format:
+    """Return how a tensor is to lie in memory: feature maps as convolutions want them, pixels as they come."""
+    is_map = tensor.dim() == 4 and tensor.is_floating_point()
+    return memory_format(tensor.device, tensor.dtype) if is_map else torch.contiguous_format
 
 
 def _host_tensor(values: np.ndarray) -> Tensor:

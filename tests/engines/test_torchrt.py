@@ -1,15 +1,21 @@
 """PyTorch as a backend computes what the ONNX parts say, bound or not, for every kind of part that is exported."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from onnx import TensorProto, helper
 
 from bdtool import Orchestrator
 from bdtool.errors import BackendError, BundleError, EngineError, UsageError
 from bdtool.specs import PartSpec, TensorSpec
+from engines import torchrt
 from engines.registry import identify_backend, open_backend
 from engines.store import EngineStore
+from engines.torch_fusion import fuse_convolutions
+from engines.torch_onnx import OnnxFunction, memory_format
 from engines.torchrt import TorchBackend
 from export.bundle import Bundle
 from export.check import OnnxReference
@@ -54,6 +60,94 @@ def test_half_engines_equal_their_half_parts(backend, tiny_bundle, name):
     assert backend.build(half, model, layout="NCHW").error <= 5e-3
     [y] = backend.load(half, model, layout="NCHW").run(_feeds(half, 1)).values()
     assert y.dtype == half.outputs[0].dtype
+
+
+def test_bfloat16_is_refused_with_what_to_do(backend, tiny_bundle):
+    part = tiny_bundle.network.part("block_00")
+    model = half_from_fp32(tiny_bundle.part_path(part).read_bytes(), part, "bf16")
+    with pytest.raises(EngineError, match=r"'block_00': .* float32 and float16 parts, this one is bfloat16"):
+        backend.load(part.with_activation("bfloat16"), model, layout="NCHW")
+
+
+# cuDNN's kernels that compute a convolution and what follows it, on the CPU
+def _conv_relu(x, weight, bias, *geometry):
+    return torch.relu(F.conv2d(x, weight, bias, *geometry))
+
+
+def _conv_add_relu(x, weight, z, alpha, bias, *geometry):
+    return torch.relu(F.conv2d(x, weight, bias, *geometry) + alpha * z)
+
+
+@pytest.mark.parametrize("network", ["cifar, average-pool", "imagenet, bottleneck"])
+def test_fused_convolutions_compute_what_their_nodes_say(monkeypatch, export_random, network):
+    arch, options = {**NETWORKS, "imagenet, bottleneck": ("resnet50", {"size": 64})}[network]
+    calls = []
+    for name, stand_in in {"relu": _conv_relu, "add_relu": _conv_add_relu}.items():
+        monkeypatch.setattr(torch, f"cudnn_convolution_{name}", lambda *a, n=name, f=stand_in: calls.append(n) or f(*a))
+    bundle = Bundle.open(export_random(arch, **options).bundle)
+    parts = {name: bundle.network.part(name) for name in ("stem", "policy", "block_00", "block_01", "full", "head")}
+    fused = {}
+    for name, part in parts.items():
+        model, x = bundle.part_path(part).read_bytes(), torch.from_numpy(_feeds(part, 2)[part.inputs[0].name])
+        expected = OnnxFunction(part, model, torch.device("cpu"), fuse=False)(x)
+        assert calls == []
+        actual = OnnxFunction(part, model, torch.device("cpu"), fuse=True)(x)
+        torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
+        fused[name] = calls.copy()
+        calls.clear()
+    inner = ["relu"] * (2 if arch == "resnet50" else 1)
+    assert fused["stem"] == ["relu"]
+    assert fused["block_00"] == fused["block_01"] == [*inner, "add_relu"]
+    assert fused["full"] == ["relu", *(len(bundle.network.blocks) * [*inner, "add_relu"])]
+    assert fused["head"] == []
+
+
+@pytest.mark.parametrize("reader", ["an output", "another node"])
+def test_result_that_is_read_elsewhere_is_not_fused_away(reader):
+    nodes = [helper.make_node("Conv", ["x0", "w", "b"], ["c"]), helper.make_node("Relu", ["c"], ["y"])]
+    outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)]
+    if reader == "an output":
+        outputs.append(helper.make_tensor_value_info("c", TensorProto.FLOAT, None))
+    else:
+        nodes.append(helper.make_node("Sigmoid", ["c"], ["z"]))
+    assert list(fuse_convolutions(helper.make_graph(nodes, "p", [], outputs))) == nodes
+
+
+def test_float32_on_a_gpu_lies_as_its_convolutions_without_tensor_cores_want_it():
+    cuda, cpu = torch.device("cuda:0"), torch.device("cpu")
+    assert memory_format(cuda, torch.float32) == torch.contiguous_format
+    assert memory_format(cuda, torch.float16) == memory_format(cpu, torch.float32) == torch.channels_last
+
+
+@pytest.mark.parametrize(("stream", "waited_for"), [(0, "default"), (1, "default"), (2, "all"), (77, 77)])
+def test_current_stream_waits_for_the_one_that_makes_an_array(monkeypatch, stream, waited_for):
+    """PyTorch does not take the driver's numbers of the default streams, which `__cuda_array_interface__` gives."""
+    waits = []
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(wait_stream=waits.append))
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: "default")
+    monkeypatch.setattr(torch.cuda, "ExternalStream", lambda stream, device: stream)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: waits.append("all"))
+    torchrt._wait_for(stream, torch.device("cuda:0"))
+    assert waits == [waited_for]
+
+
+def test_staging_memory_is_filled_when_what_it_held_has_arrived(monkeypatch):
+    """A GPU reads page-locked memory after the call that enqueues the copy."""
+    log = []
+    event = SimpleNamespace(synchronize=lambda: log.append("arrived"), record=lambda stream: log.append("sent"))
+    stream = SimpleNamespace(synchronize=lambda: log.append("done"))
+    monkeypatch.setattr(torch.cuda, "Event", lambda: event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    empty_like = torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda tensor, device, pin_memory: empty_like(tensor, device=device))
+    tensor = torch.zeros(2, 3)
+    staging = torchrt._Staging(tensor)
+    for value in (1, 2):
+        staging.filled(np.full((2, 3), value, np.float32)).to_device()
+        assert tensor.unique().tolist() == [value]
+    staging.to_host()
+    assert staging.read().tolist() == [[2] * 3] * 2
+    assert log == ["sent", "arrived", "sent", "done"]
 
 
 def test_activations_lie_channels_last_and_look_plain(backend, tiny_bundle):
