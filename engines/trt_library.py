@@ -86,9 +86,13 @@ class TensorRTLibrary:
         """Return the errors logged since `quoting` began, in one line."""
         return "; ".join(dict.fromkeys(" ".join(text.split()) for text in self.log.errors))
 
+    def targets(self) -> list[int]:
+        """Return the compute capabilities that this TensorRT-RTX builds for and runs on; 75 is 7.5."""
+        return sorted(int(name[2:]) for name in self.module.ComputeCapability.__members__ if name.startswith("SM"))
+
     def check_targets(self, sms: tuple[int, ...]) -> None:
-        """Raise UsageError unless this TensorRT-RTX builds for each of these compute capabilities; 75 is 7.5."""
-        known = sorted(int(name[2:]) for name in self.module.ComputeCapability.__members__ if name.startswith("SM"))
+        """Raise UsageError unless this TensorRT-RTX builds for each of these compute capabilities."""
+        known = self.targets()
         if unknown := sorted(set(sms) - set(known)):
             raise UsageError(
                 f"{self.name} {self.module.__version__} builds for the compute capabilities "

@@ -2,6 +2,7 @@
 
 import ctypes
 import importlib
+import re
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -98,6 +99,25 @@ def test_pycuda_without_a_driver_asks_for_the_driver(versions: dict[str, str], i
     finding = packages.extra_package("PyCUDA", NO_DRIVER)
     assert finding.remedy is not None
     assert "NVIDIA driver" in finding.remedy
+
+
+def test_a_gpu_that_tensorrt_rtx_refuses_is_named() -> None:
+    pytest.importorskip("tensorrt_rtx_bindings")
+    finding = gpu.rtx_gpu(ONE_GPU)
+    assert finding.status == "missing"
+    assert re.search(
+        r"runs on compute capability .*8\.9, 12\.0.*NVIDIA H200 \(compute capability 9\.0\)", finding.detail
+    )
+    assert finding.remedy == "use --backend torch or tensorrt on this GPU"
+    both = Driver((13, 0), (*ONE_GPU.gpus, Gpu("NVIDIA L4", (8, 9))))
+    assert gpu.rtx_gpu(both) == Finding("GPU for TensorRT-RTX", "ok", "NVIDIA L4")
+    assert gpu.rtx_gpu(NO_DRIVER).status == "missing"
+
+
+def test_a_gpu_for_tensorrt_rtx_is_not_known_without_its_library(versions: dict[str, str]) -> None:
+    finding = gpu.rtx_gpu(ONE_GPU)
+    assert (finding.status, finding.remedy) == ("missing", 'pip install "bdtool[rtx]"')
+    assert "is not installed" in finding.detail
 
 
 def test_a_probe_that_fails_becomes_a_finding() -> None:

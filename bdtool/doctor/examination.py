@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 from bdtool.doctor.finding import Finding, first_line
-from bdtool.doctor.gpu import cuda_graphs, nvidia_driver
+from bdtool.doctor.gpu import cuda_graphs, nvidia_driver, rtx_gpu
 from bdtool.doctor.machine import operating_system, processor, python
 from bdtool.doctor.onnxruntime import both_packages, gpu_provider, onnxruntime_package
 from bdtool.doctor.packages import CORE_MODULES, EXTRAS, bdtool_itself, core_package, extra_package, torch_package
@@ -25,7 +25,7 @@ ABILITIES: dict[str, tuple[str, ...]] = {
         "onnxruntime on TensorRT",
     ),
     "build TensorRT-RTX engines (without a GPU)": ("onnx", "TensorRT-RTX"),
-    "run TensorRT-RTX engines": ("TensorRT-RTX", "NVIDIA driver", "cuda-bindings"),
+    "run TensorRT-RTX engines": ("TensorRT-RTX", "GPU for TensorRT-RTX", "cuda-bindings"),
     "build and run TensorRT engines": ("onnx", "TensorRT", "NVIDIA driver", "cuda-bindings"),
     "CUDA graphs that decide on the device (strategy graph)": ("NVIDIA driver", "cuda-bindings", "CUDA graphs"),
     "report": ("onnxruntime", "plotly"),
@@ -49,6 +49,7 @@ def examine() -> list[Finding]:
         ("onnxruntime packages", both_packages),
         ("NVIDIA driver", partial(nvidia_driver, driver)),
         ("CUDA graphs", partial(cuda_graphs, driver)),
+        ("GPU for TensorRT-RTX", partial(rtx_gpu, driver)),
         *((name, partial(extra_package, name, driver)) for name in EXTRAS),
     ]
     return [_guarded(name, probe) for name, probe in probes]

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from bdtool.doctor.finding import Finding, Status
 from bdtool.doctor.packages import installed_version
+from bdtool.errors import BackendError
 from engines.graph_modes import OFF, PATH_CACHE, SWITCH, graphs_of_machine
 from engines.libcuda import Driver
+from engines.trt_library import load_library
+from engines.trt_options import TENSORRT_RTX
 
 
 def nvidia_driver(driver: Driver) -> Finding:
@@ -43,3 +46,21 @@ def cuda_graphs(driver: Driver) -> Finding:
     reason, _, remedy = there.missing[SWITCH].partition("; ")
     detail = f"{reason}; strategy 'graph' {how} (mode {best})"
     return Finding(name, "problem", detail, remedy.removeprefix("add it with: "))
+
+
+def rtx_gpu(driver: Driver) -> Finding:
+    """Say whether TensorRT-RTX runs on a GPU that is here; an H100, for instance, it refuses."""
+    name = "GPU for TensorRT-RTX"
+    if not driver.usable:
+        return Finding(name, "missing", driver_detail(driver), driver_remedy(driver))
+    try:
+        library = load_library(TENSORRT_RTX)
+    except BackendError as exc:
+        return Finding(name, "missing", f"not known: {exc}", 'pip install "bdtool[rtx]"')
+    known = library.targets()
+    fitting = [gpu.name for gpu in driver.gpus if gpu.sm in known]
+    if fitting:
+        return Finding(name, "ok", ", ".join(fitting))
+    runs_on = ", ".join(f"{sm // 10}.{sm % 10}" for sm in known)
+    detail = f"TensorRT-RTX {library.module.__version__} runs on compute capability {runs_on}; {driver_detail(driver)}"
+    return Finding(name, "missing", detail, "use --backend torch or tensorrt on this GPU")
