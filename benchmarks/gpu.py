@@ -1,12 +1,14 @@
 """Everything that runs on a GPU, checked against PyTorch and measured, on the machine that this runs on.
 
-    python -m benchmarks.gpu [--backend NAME,...] [--data DATA] [--masks N] [--images N] [--duration S] [--out FILE]
+    python -m benchmarks.gpu [--bundle BUNDLE] [--backend NAME,...] [--data DATA] [--masks N] [--images N]
+                             [--duration S] [--out FILE]
 
 Makes a ResNet-110 with a policy network and random weights, opens it with each backend that works here, and for each
 
     compares the logits of every strategy with eager PyTorch for random masks and for the learned policy,
     runs `bdtool profile` with 17 of 54 blocks kept,
     times an image in each mode of strategy `graph` against CUDA graphs that know the mask, and the whole ResNet as one,
+    in FP32 and FP16,
     runs many images and compares the device memory in use before and after.
 
 Prints a table, and writes `benchmarks/results/gpu-<name>.json`. A backend that does not work here is named with the
@@ -21,7 +23,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,8 @@ from bdtool.runtime.preprocess import preprocess
 from benchmarks.latency import make_bundle
 from engines.base import Backend, Call, Engine
 from engines.capture import CapturingBackend
+from engines.cuda_graph import BLOCKS_PER_SWITCH
+from engines.graph_modes import PATH_CACHE, POLICY_CACHE, SWITCH
 from engines.libcuda import driver_from_libcuda
 from engines.network_graphs import NetworkGraphs
 from engines.registry import batch_options, identify_backend, open_backend
@@ -50,14 +54,17 @@ from export.bundle import Bundle
 from export.check import compare
 
 BACKENDS = ("torch", "tensorrt", "tensorrt-rtx", "onnxruntime", "onnxruntime-tensorrt")
-N_KEPT = 17  # of 54 blocks: the mean of the paper
-AIMS = {"graph to known path": 1.15, "graph to full graph": 0.45}
+SHARE_KEPT = 17 / 54  # the mean of the paper
+AIMS = {"known path": 1.15, "full graph": 0.45}  # the most that strategy `graph` may take, as a ratio to each
+MODES = (SWITCH, POLICY_CACHE, PATH_CACHE)
+PRECISIONS = ("fp32", "fp16")
 DEVICE = "cuda:0"
 _ROUNDS, _LAUNCHES = 20, 25
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bundle", type=Path, help="default: a ResNet-110 with random weights, which is made")
     parser.add_argument("--backend", default=",".join(BACKENDS), help=f"default: {','.join(BACKENDS)}")
     parser.add_argument("--data", default="synthetic", help="DATA as everywhere; default: synthetic pictures")
     parser.add_argument("--masks", type=int, default=1000, help="random masks compared with PyTorch, default 1000")
@@ -69,51 +76,60 @@ def main() -> None:
     if not gpu:
         sys.exit(f"no GPU to measure: {driver_from_libcuda().error}. See `bdtool doctor`")
     with tempfile.TemporaryDirectory(prefix="bdtool-benchmark-") as directory:
-        path = Path(directory) / "resnet110"
-        make_bundle(path)
-        measured = {
-            name: measure_backend(
+        path = args.bundle or Path(directory) / "resnet110"
+        if args.bundle is None:
+            make_bundle(path)
+        arch = Bundle.open(path).network.arch
+        results = Path(__file__).parent / "results"
+        out = args.out or results / f"gpu-{re.sub(r'[^a-z0-9]+', '-', str(gpu['gpu']).lower())}.json"
+        measured: dict[str, dict[str, Any]] = {}
+        for name in args.backend.split(","):
+            measured[name] = {}
+            for what, result in measure_backend(
                 name, path, data=args.data, n_masks=args.masks, n_images=args.images, duration_s=args.duration
-            )
-            for name in args.backend.split(",")
-        }
+            ):
+                measured[name][what] = result  # written at once: time on a GPU is short, and may end
+                out.write_text(json.dumps({"gpu": gpu, "network": arch, "backends": measured}, indent=2) + "\n")
+                print(f"{time.strftime('%H:%M:%S')} {name}: {what} done", file=sys.stderr)
     print_results(gpu, measured)
-    results = Path(__file__).parent / "results"
-    out = args.out or results / f"gpu-{re.sub(r'[^a-z0-9]+', '-', str(gpu['gpu']).lower())}.json"
-    out.write_text(json.dumps({"gpu": gpu, "network": "resnet110", "backends": measured}, indent=2) + "\n")
     print(f"\nwritten to {out}")
 
 
 def measure_backend(
     name: str, path: Path, *, data: str, n_masks: int, n_images: int, duration_s: float
-) -> dict[str, Any]:
-    """Return everything measured with one backend on the bundle at `path`; {"error": reason} where it does not work."""
+) -> Iterator[tuple[str, Any]]:
+    """Yield names and figures of what is measured with one backend; "error" and the reason where it does not work."""
     try:
         identify_backend(name, DEVICE)
         bundle = Bundle.open(path)
         strategies = strategies_for(name, DEVICE)
-        result: dict[str, Any] = {"parity": parity(bundle, name, strategies, n_masks)}
+        yield "parity", parity(bundle, name, strategies, n_masks)
         source = open_data(data, network=bundle.network, resize=False)
-        result["profile"] = profile(
+        measured = profile(
             bundle,
             source,
-            policy=f"distribute:{min(N_KEPT, bundle.network.n_blocks)}",
+            policy=kept_policy(bundle.network.n_blocks),
             strategies=[strategy for strategy in strategies if strategy != "full"],
             settings=Settings(duration_s=duration_s),
             place=Place(backend=name, device=DEVICE),
-        ).to_json()
+        )
+        yield "profile", measured.to_json()
         if "graph" in strategies:
-            result["graph"] = GraphBench(bundle, name).measure(n_images)
+            for precision in PRECISIONS:
+                yield f"graph, {precision}", GraphBench(bundle, name, precision).measure(n_images)
     except BdtoolError as exc:
-        return {"error": f"{type(exc).__name__}: {exc}"}
-    return result
+        yield "error", f"{type(exc).__name__}: {exc}"
+
+
+def kept_policy(n_blocks: int) -> str:
+    return f"distribute:{max(1, round(SHARE_KEPT * n_blocks))}"
 
 
 def parity(bundle: Bundle, backend: str, strategies: tuple[str, ...], n_masks: int) -> dict[str, dict[str, float]]:
     """Return each strategy's worst error against eager PyTorch on the CPU, over the range of the logits."""
     model = load_model(bundle.path / "weights.safetensors").eval()
     images = open_data(f"synthetic:{min(n_masks, 64)}", network=bundle.network, resize=False).take(64).images
-    keep = np.random.default_rng(0).random((n_masks, bundle.network.n_blocks)) < N_KEPT / 54
+    keep = np.random.default_rng(0).random((n_masks, bundle.network.n_blocks)) < SHARE_KEPT
     pixels = images[np.arange(n_masks) % len(images)]
     errors = {}
     size = bundle.network.preprocessing
@@ -139,9 +155,9 @@ def _error(model: torch.nn.Module, prepared: np.ndarray, logits: np.ndarray, kee
 class GraphBench:
     """Launches of the graph that decides beside those of graphs that know: the same image, copies included."""
 
-    def __init__(self, bundle: Bundle, name: str) -> None:
+    def __init__(self, bundle: Bundle, name: str, precision: str = "fp32") -> None:
         self._backend: Backend = open_backend(name, DEVICE, tensorrt=batch_options(name, bundle.manifest.max_batch))
-        store = EngineStore(bundle, identify_backend(name, DEVICE))
+        store = EngineStore(bundle, identify_backend(name, DEVICE), precision=precision)
         self._network = store.network
         store.build(lambda: self._backend)
         self._engines: dict[str, Engine] = dict(store.load(self._backend, store.find()))
@@ -153,30 +169,39 @@ class GraphBench:
         self._pixels = rng.integers(0, 256, size=stem.inputs[0].shape_for(1), dtype=np.uint8)
 
     def measure(self, n_images: int) -> dict[str, Any]:
-        """Return median milliseconds, their ratios beside the aims, the cost of a SWITCH, and the growth of memory."""
+        """Return median milliseconds, their ratios, what the SWITCHes cost, and how much memory grew."""
         n_blocks = self._network.n_blocks
-        bits = parse_policy(f"distribute:{min(N_KEPT, n_blocks)}", n_blocks=n_blocks, has_policy_network=False)
-        masks = {"17 kept": bits.matrix(1)[0], "none": np.zeros(n_blocks, bool), "all": np.ones(n_blocks, bool)}
-        switch, cache = self._graphs.deciding(), self._graphs.deciding([masks["17 kept"]])
+        bits = parse_policy(kept_policy(n_blocks), n_blocks=n_blocks, has_policy_network=False)
+        masks = {"some": bits.matrix(1)[0], "none": np.zeros(n_blocks, bool), "all": np.ones(n_blocks, bool)}
+        switch, cache = self._graphs.deciding(), self._graphs.deciding([masks["some"]])
         runs: dict[str, Callable[[], object]] = {}
         for name, mask in masks.items():
-            runs[f"graph, {name}"] = self._deciding(switch, mask)
-            runs[f"policy cache, {name}"] = self._deciding(cache, mask)  # "17 kept" hits
-            runs[f"path cache, {name}"] = self._reading_back(mask)
-            runs[f"known path, {name}"] = self._request(self._graphs.path(mask))
-            runs[f"known path and policy, {name}"] = self._request(self._known_with_policy(mask))
+            runs[f"{SWITCH}, {name} kept"] = self._deciding(switch, mask)
+            runs[f"{POLICY_CACHE}, {name} kept"] = self._deciding(cache, mask)  # which knows "some"
+            runs[f"{PATH_CACHE}, {name} kept"] = self._reading_back(mask)
+            runs[f"known path, {name} kept"] = self._request(self._graphs.path(mask))
+            runs[f"known path and policy, {name} kept"] = self._request(self._known_with_policy(mask))
         runs["full graph"] = self._request(self._graphs.whole())
         ms = alternate_ms(runs)
+        compared = {name: ms[f"{name}, some kept"] for name in ("known path", "known path and policy")}
+        compared["full graph"] = ms["full graph"]
         ratios = {
-            "graph to known path": ms["graph, 17 kept"] / ms["known path, 17 kept"],
-            "graph to full graph": ms["graph, 17 kept"] / ms["full graph"],
+            mode: {f"to {name}": ms[f"{mode}, some kept"] / other for name, other in compared.items()} for mode in MODES
         }
         switch_us = {
-            name: 1000 * (ms[f"graph, {name}"] - ms[f"known path and policy, {name}"]) / n_blocks
-            for name in ("none", "all")
+            name: 1000 * (ms[f"{SWITCH}, {name} kept"] - ms[f"known path and policy, {name} kept"])
+            for name in ("none", "some", "all")
         }
-        growth = self._growth(runs["graph, 17 kept"], n_images)
-        return {"median_ms": ms, "ratios": ratios, "aims": AIMS, "switch_us": switch_us, "memory": growth}
+        return {
+            "n_kept": int(masks["some"].sum()),
+            "n_blocks": n_blocks,
+            "blocks_per_switch": BLOCKS_PER_SWITCH,
+            "median_ms": ms,
+            "ratios": ratios,
+            "aims": AIMS,
+            "all_switches_us": switch_us,
+            "memory": self._growth(runs[f"{SWITCH}, some kept"], n_images),
+        }
 
     def _deciding(self, call: Call, mask: np.ndarray) -> Callable[[], object]:
         """Return a request of a graph that decides, the bits given."""
@@ -258,15 +283,21 @@ def print_results(gpu: dict[str, Any], measured: dict[str, dict[str, Any]]) -> N
             median, ratio = row["latency_ms"]["median"], row["ratio_to_full"]
             print(f"| {name} | {strategy} | {max(errors.values()):.2g} | {median:.4f} | {ratio:.3f} |")
     for name, result in measured.items():
-        if "graph" not in result:
-            continue
-        found = result["graph"]
-        print(f"\n{name}: one launch, copies included, median ms")
-        print("\n".join(f"  {what:<32} {ms:.4f}" for what, ms in found["median_ms"].items()))
-        for what, ratio in found["ratios"].items():
-            print(f"  {what}: {ratio:.3f} (aim: at most {found['aims'][what]})")
-        print("  a SWITCH: " + ", ".join(f"{us:.2f} us with {what} kept" for what, us in found["switch_us"].items()))
-        print(f"  memory after {found['memory']['images']} images: {found['memory']['growth_bytes']:+d} bytes")
+        for precision in PRECISIONS:
+            if f"graph, {precision}" in result:
+                print_graphs(f"{name}, {precision}", result[f"graph, {precision}"])
+
+
+def print_graphs(what: str, found: dict[str, Any]) -> None:
+    print(f"\n{what}: an image, copies included, median ms; {found['n_kept']} of {found['n_blocks']} blocks are some")
+    print("\n".join(f"  {name:<36} {ms:.4f}" for name, ms in found["median_ms"].items()))
+    aims = ", ".join(f"{aim} to {name}" for name, aim in found["aims"].items())
+    print(f"  ratios (aims: at most {aims})")
+    for mode, ratios in found["ratios"].items():
+        print(f"  {mode:<14} " + ", ".join(f"{ratio:.3f} {name}" for name, ratio in ratios.items()))
+    switches = ", ".join(f"{us:.1f} us with {name} kept" for name, us in found["all_switches_us"].items())
+    print(f"  all SWITCHes, one for {found['blocks_per_switch']} blocks: {switches}")
+    print(f"  memory after {found['memory']['images']} images: {found['memory']['growth_bytes']:+d} bytes")
 
 
 if __name__ == "__main__":

@@ -15,11 +15,14 @@ def test_every_figure_is_there(monkeypatch, tmp_path, bundle_copy, capsys):
     monkeypatch.setattr(gpu, "_ROUNDS", 1)
     monkeypatch.setattr(gpu, "_LAUNCHES", 2)
     options = {"data": "synthetic:4", "n_masks": 6, "n_images": 3, "duration_s": 0.01}
-    result = json.loads(json.dumps(gpu.measure_backend("tensorrt", bundle_copy, **options)))
+    result = json.loads(json.dumps(dict(gpu.measure_backend("tensorrt", bundle_copy, **options))))
     assert set(result["parity"]) == {"chain", "graph", "full"}
     assert max(error for errors in result["parity"].values() for error in errors.values()) < 1e-4
-    graph = result["graph"]
-    assert set(graph["ratios"]) == set(graph["aims"])
+    graph = result["graph, fp16"]
+    assert graph["ratios"] != result["graph, fp32"]["ratios"]
+    assert set(graph["ratios"]) == {"switch", "policy-cache", "path-cache"}
+    assert {f"to {name}" for name in graph["aims"]} < set(graph["ratios"]["switch"])
+    assert (graph["n_kept"], graph["n_blocks"]) == (1, 3)
     assert all(math.isfinite(ms) and ms > 0 for ms in graph["median_ms"].values())
     assert graph["memory"] == {"images": 3, "growth_bytes": 0}
     gpu.print_results({"gpu": "stand-in"}, {"tensorrt": result, "torch": {"error": "no torch"}})
@@ -50,7 +53,8 @@ def test_backend_that_does_not_work_is_named_with_the_reason(bundle_copy, monkey
     monkeypatch.setattr("engines.registry.driver_from_libcuda", lambda: Driver(installed=False, error="no driver"))
     monkeypatch.setattr("engines.trt_identity.installed_version", lambda backend: "10.14.1")
     options = {"data": "synthetic:4", "n_masks": 1, "n_images": 1, "duration_s": 0.01}
-    error = gpu.measure_backend("tensorrt", bundle_copy, **options)["error"]
+    [(what, error)] = gpu.measure_backend("tensorrt", bundle_copy, **options)
+    assert what == "error"
     assert error.startswith("BackendError: backend 'tensorrt', device 'cuda:0': no driver")
 
 
