@@ -10,7 +10,7 @@ from typing import Any
 
 import onnx
 
-from bdtool.calibration_set import CalibrationSet, PathStatistics, collect_statistics, drawn
+from bdtool.calibration_set import CalibrationSet, PathStatistics, collect_statistics
 from bdtool.candidate_trial import Trial
 from bdtool.data.batches import ImageSource
 from bdtool.errors import CalibrationError, PolicyError
@@ -153,7 +153,7 @@ class _Calibration:
         on_progress: Callable[[str, float], None],
     ) -> None:
         self._bundle, self._request, self._work, self._staging = bundle, request, work, staging
-        self._images = drawn(data, request.limit, seed=request.seed)
+        self._images = data.drawn(request.limit, seed=request.seed)
         self._policy = policy
         self._on_progress = on_progress
         self._trial = Trial(
@@ -235,12 +235,12 @@ class _Calibration:
         blocks = {part.name for part in self._bundle.network.blocks}
         models = self._quantized_models(statistics, integer_activations=False)
         chosen, extra, sidecars = mixed_models(
+            self._bundle,
             {name: model for name, model in models.items() if name in blocks},
             fp32,
             self._trial,
             statistics,
             self._work,
-            max_batch=self._bundle.manifest.max_batch,
             on_progress=self._on_progress,
         )
         return Candidates(activation="float32", models=chosen, extra=extra, sidecars=sidecars)

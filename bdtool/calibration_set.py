@@ -106,17 +106,3 @@ def collect_statistics(
     walker = PathWalker(network, parts, top_up)
     collector = collect_ranges(walker, source.batches(), work / f"ranges-{key}.npz", on_batch=on_batch)
     return PathStatistics(source=source, parts=parts, collector=collector)
-
-
-def drawn(data: ImageSource, limit: int, *, seed: int) -> ImageSource:
-    """Return `limit` images drawn without repetition, in the set's order: folders list one class after another."""
-    if limit >= data.n_images:
-        return data
-    rows = np.sort(np.random.default_rng(seed).choice(data.n_images, size=limit, replace=False))
-    return ImageSource(
-        description=f"{limit} of {data.description} (seed {seed})",
-        is_real=data.is_real,
-        names=[data.names[row] for row in rows],
-        labels=None if data.labels is None else data.labels[rows],
-        image_at=lambda index: data.image_at(int(rows[index])),
-    )

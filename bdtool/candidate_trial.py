@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from bdtool.data.batches import ImageSource
 from bdtool.errors import EngineError
@@ -17,6 +20,8 @@ from bdtool.runtime.policies import PolicyRequest
 from engines.registry import identify_backend, open_backend
 from engines.store import EngineStore
 from export.bundle import Bundle
+
+_BATCH = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +42,14 @@ class Trial:
     threads: int | None
     engines: Path
     on_share: Callable[[float], None]
+
+    def digest(self) -> str:
+        """Return the digest of what candidates are judged on: the images, their labels, and the policy."""
+        digest = hashlib.sha256(self.policy.name.encode())
+        for batch in self.evaluation.batches(_BATCH, limit=self.limit):
+            digest.update(batch.images.tobytes())
+            digest.update(b"" if batch.labels is None else np.asarray(batch.labels, np.int64).tobytes())
+        return digest.hexdigest()
 
     @contextmanager
     def open(self, bundle: Bundle, precision: str) -> Iterator[Orchestrator]:

@@ -6,6 +6,7 @@ import html
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from bdtool.specs import PartSpec
 from calibration.cache import ResultCache, content_key
 from calibration.mixed import BlockSensitivity, Choice, choose_precisions
 from engines.base import Engine
-from engines.registry import open_backend
+from engines.registry import identify_backend, open_backend
+from export.bundle import Bundle
 from export.files import sha256_of_bytes
 
 _LOWER = "int8"
@@ -28,13 +30,13 @@ TABLE, PLOT = "calibration/mixed.json", "calibration/mixed.svg"
 
 
 def mixed_models(
+    bundle: Bundle,
     models: Mapping[str, bytes],
     fp32: Orchestrator,
     trial: Trial,
     statistics: PathStatistics,
     work: Path,
     *,
-    max_batch: int,
     on_progress: Callable[[str, float], None],
 ) -> tuple[dict[str, bytes], dict[str, Any], dict[str, bytes]]:
     """Return the int8 models of the blocks chosen, figures for the manifest, and the table and plot for the bundle.
@@ -44,8 +46,8 @@ def mixed_models(
         statistics: what `models` came from.
         work: directory for what was measured before an interruption.
     """
-    bench = _Bench(models, fp32, trial, max_batch=max_batch)
-    cache = ResultCache(work / f"sensitivity-{bench.key(statistics)}.json")
+    bench = _Bench(models, fp32, trial, max_batch=bundle.manifest.max_batch)
+    cache = ResultCache(work / f"sensitivity-{bench.key(bundle, statistics)}.json")
     rows = []
     for i, name in enumerate(sorted(models)):
         rows.append(BlockSensitivity(**cache.get(name, lambda name=name: bench.sensitivity(name))))  # type: ignore[misc]
@@ -65,14 +67,15 @@ class _Bench:
         self._backend = open_backend("onnxruntime", "cpu", threads=trial.threads)
         self._engines: dict[str, Engine] = {}
 
-    def key(self, statistics: PathStatistics) -> str:
+    def key(self, bundle: Bundle, statistics: PathStatistics) -> str:
         return content_key(
             data=statistics.source.digest,
+            fp32={part.name: bundle.part_sha256(part) for part in bundle.network.parts},
             models={name: sha256_of_bytes(model) for name, model in self._models.items()},
-            evaluation=self._trial.evaluation.description,
-            eval_limit=self._trial.limit,
+            evaluation=self._trial.digest(),
+            backend=asdict(identify_backend("onnxruntime", "cpu")),
             threads=self._backend.threads,
-            format=2,
+            format=3,
         )
 
     def sensitivity(self, name: str) -> dict[str, Any]:

@@ -53,12 +53,19 @@ def commit_candidate(candidate: Bundle, precision: str, sidecars: Mapping[str, b
 
     `sidecars` are other files of the calibration, such as its table, by their path in the bundle.
 
-    Whenever this stops, the manifest names files that are whole: the old ones or the new ones.
+    Whenever this stops, the manifest names files that are whole: the old ones or the new ones. Other precisions that
+    were added to the bundle meanwhile stay in it.
 
     Raises:
-        BundleError: the bundle cannot be written; it is as it was.
+        BundleError: the bundle cannot be written, or was exported anew meanwhile; it is as it was.
     """
-    manifest = candidate.manifest
+    now = Bundle.open(candidate.path).manifest  # calibrating took minutes
+    if (now.files, now.weights_sha256) != (candidate.manifest.files, candidate.manifest.weights_sha256):
+        raise BundleError(
+            f"{candidate.path}: was exported anew while the {precision} parts were made from what it held before. It "
+            "is as that export left it; run the same command again"
+        )
+    manifest = replace(now, variants={**now.variants, precision: candidate.manifest.variants[precision]})
     try:
         for part in candidate.network.parts:
             source, target = (

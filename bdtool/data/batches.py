@@ -63,6 +63,24 @@ class ImageSource:
         """Return the first `n_images`, or all there are where the data set is smaller."""
         return next(self.batches(n_images, limit=n_images))
 
+    def drawn(self, n_images: int, *, seed: int) -> ImageSource:
+        """Return that many images drawn without repetition, in the set's order: folders list one class after another.
+
+        A smaller data set is returned as it is.
+        """
+        if n_images >= self.n_images:
+            return self
+        rows = np.sort(np.random.default_rng(seed).choice(self.n_images, size=n_images, replace=False))
+        picture_at = self.picture_at
+        return ImageSource(
+            description=f"{n_images} of {self.description} (seed {seed})",
+            is_real=self.is_real,
+            names=[self.names[row] for row in rows],
+            labels=None if self.labels is None else self.labels[rows],
+            image_at=lambda index: self.image_at(int(rows[index])),
+            picture_at=None if picture_at is None else lambda index: picture_at(int(rows[index])),
+        )
+
     def _read(self, first: int, stop: int) -> ImageBatch:
         return ImageBatch(
             images=np.stack([self.image_at(index) for index in range(first, stop)]),

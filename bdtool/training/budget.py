@@ -12,6 +12,7 @@ from bdtool.errors import UsageError
 from bdtool.models.model import BlockDropModel
 from bdtool.torch_classifier import TorchClassifier
 
+_LEAST = 1e-7  # a probability whose logit is finite
 _IMAGES = 5000  # a mean of 15 blocks with a spread of 2 over so many images is known to 0.03
 
 
@@ -21,7 +22,7 @@ def shift_policy(model: BlockDropModel, images: ImageSource, blocks: float) -> N
     Which images keep more than others, and which blocks go first, stays as it was learned.
 
     Args:
-        images: their first 5,000 are counted, as they are, without augmentation.
+        images: 5,000 drawn from them are counted, as they are, without augmentation.
 
     Raises:
         UsageError: the model has no policy network, or not so many blocks.
@@ -31,10 +32,10 @@ def shift_policy(model: BlockDropModel, images: ImageSource, blocks: float) -> N
     if not 0 < blocks < model.n_blocks:
         raise UsageError(f"blocks {blocks:g}: expected more than 0 and less than the model's {model.n_blocks}")
     classifier = TorchClassifier(model)
-    batches = images.batches(500, limit=_IMAGES)
+    batches = images.drawn(_IMAGES, seed=0).batches(500)
     probability = np.concatenate([classifier.keep_probability(batch.images) for batch in batches]).astype(np.float64)
     n_kept = min(max(1, round(blocks * len(probability))), probability.size - 1)
     lowest_kept, highest_dropped = -np.partition(-probability, (n_kept - 1, n_kept), axis=None)[n_kept - 1 : n_kept + 1]
-    threshold = (lowest_kept + highest_dropped) / 2
+    threshold = np.clip((lowest_kept + highest_dropped) / 2, _LEAST, 1 - _LEAST)  # a saturated policy has 0 and 1
     with torch.no_grad():
         model.policy.logit.bias.sub_(math.log(threshold / (1 - threshold)))

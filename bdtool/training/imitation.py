@@ -28,8 +28,10 @@ OnProgress = Callable[[float, str], None]  # the share that is done, and a line 
 
 def imitate_losses(
     model: BlockDropModel, images: ImageSource, options: ImitateOptions, *, on_progress: OnProgress
-) -> None:
+) -> Tensor:
     """Train the layers of the policy network behind its trunk, in place, on the model's device.
+
+    Returns the masks that it chooses from, as `nested_masks` does.
 
     Args:
         images: labelled; each is taken as it is deployed, and flipped.
@@ -42,7 +44,8 @@ def imitate_losses(
     model.eval()
     base = frozen_copy(model.base, dtype=torch.float32)
     on_progress(0.0, "masks")
-    masks = nested_masks(base, *_tensors(model, images.take(min(options.judges, images.n_images))), fewest=fewest)
+    judges = images.drawn(options.judges, seed=options.seed)
+    masks = nested_masks(base, *_tensors(model, judges.take(judges.n_images)), fewest=fewest)
     n_images = min(options.limit or images.n_images, images.n_images)
     losses, features = [], []
     for number, batch in enumerate(images.batches(_BATCH, limit=n_images)):
@@ -55,6 +58,7 @@ def imitate_losses(
     on_progress(0.8, "policy network")
     fit_head(model.policy, torch.cat(features, dim=1), targets.to(features[0].device), options)
     on_progress(1.0, "")
+    return masks
 
 
 def fit_head(policy: PolicyNetwork, features: Tensor, targets: Tensor, options: ImitateOptions) -> None:

@@ -31,7 +31,7 @@ from bdtool.models.model import BlockDropModel, build_model
 from bdtool.models.model_spec import ModelSpec
 from bdtool.models.policy import policy_trunk
 from bdtool.models.store import save_model
-from bdtool.runtime.policies import PolicyRequest, parse_policy
+from bdtool.runtime.policies import PolicyRequest, bits_of, parse_policy
 from bdtool.torch_classifier import TorchClassifier
 from bdtool.training.budget import shift_policy
 from bdtool.training.distributed import Group, synchronize_batch_norms
@@ -50,6 +50,7 @@ from bdtool.training.paths import deployed_paths, heuristic_paths
 from bdtool.training.tasks import CurriculumTask, FinetuneTask, Paths, PretrainTask, Task
 from bdtool.training.trainer import Epoch, Report, Trainer
 from bdtool.version import version
+from export.files import sha256_of_file
 
 _FIRST_LOGIT = 1.5  # of a new policy network: P(keep) = 0.82
 
@@ -168,9 +169,11 @@ def imitate(
         start_from_trunk(model, trunk)
     model.to(device=place.group.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     images = training_images(place.train, model.spec.preprocessing, device=torch.device("cpu"), limit=options.limit)
-    imitate_losses(model, place.train, options, on_progress=place.on_progress)
+    masks = imitate_losses(model, place.train, options, on_progress=place.on_progress)
     figures = _measure(model, options, place.val)
     finished = _finished(model, "imitate", options, images.facts, place.val, figures)
+    bits = {str(int(mask.sum())): bits_of(mask.numpy()) for mask in masks}
+    finished.spec = dataclasses.replace(finished.spec, provenance={**finished.spec.provenance, "masks": bits})
     save_model(finished, place.output)
     return Trained(model=finished, figures=figures, epochs=[])
 
@@ -274,6 +277,9 @@ def _train(
     request = {
         "stage": stage,
         "arch": model.spec.arch,
+        "classes": list(model.spec.labels or ()) or model.spec.n_classes,
+        "preprocessing": asdict(model.spec.preprocessing),
+        "policy_file": _digest_of_policy(options),
         "data": images.facts,
         "start": place.start,
         "options": asdict(options),
@@ -301,6 +307,12 @@ def _train(
         save_model(finished, place.output)
         place.checkpoint.unlink(missing_ok=True)
     return Trained(model=finished, figures=figures, epochs=epochs)
+
+
+def _digest_of_policy(options: TrainOptions) -> str | None:
+    """Return the digest of a POLICY that is a file; its name alone would let a run go on along other paths."""
+    policy = options.policy if isinstance(options, FinetuneOptions) else None
+    return sha256_of_file(Path(policy)) if policy is not None and policy.lower().endswith(".npy") else None
 
 
 def _measure(model: BlockDropModel, options: StageOptions, val: ImageSource | None) -> dict[str, float]:

@@ -6,7 +6,11 @@ import numpy as np
 import pytest
 
 from bdtool import Orchestrator
+from bdtool.candidate_trial import Trial
+from bdtool.data.sources import open_data
 from bdtool.data.synthetic import synthetic_images
+from bdtool.models.store import save_model
+from bdtool.runtime.policies import parse_policy
 from export.bundle import Bundle
 from export.files import sha256_of_file
 from tests.fake_onnxruntime import install_onnxruntime
@@ -94,6 +98,57 @@ def test_precisions_live_side_by_side(calibrate, bundle_copy):
         with Orchestrator.open(bundle_copy, precision=precision) as runtime:
             logits[precision] = runtime.run(images, policy="all").logits
     assert 0 < np.abs(logits["fp32"] - logits["fp16"]).max() < 0.02 * np.abs(logits["fp32"]).max()
+
+
+def _meanwhile(monkeypatch, change):
+    """Let something happen to the bundle between what `calibrate` measured and what it writes."""
+    from bdtool import calibrating
+
+    commit = calibrating.commit_candidate
+
+    def late(candidate, *words):
+        change()
+        return commit(candidate, *words)
+
+    monkeypatch.setattr(calibrating, "commit_candidate", late)
+
+
+def test_precision_that_came_meanwhile_stays(calibrate, bundle_copy, monkeypatch, bdtool, labelled):
+    def another():
+        monkeypatch.undo()
+        calibrate("--precision", "fp16")
+
+    _meanwhile(monkeypatch, another)
+    calibrate("--precision", "int8")
+    assert Bundle.open(bundle_copy).precisions == ("fp32", "fp16", "int8")
+
+
+def test_bundle_that_was_exported_anew_meanwhile_is_left_alone(
+    calibrate, bdtool, bundle_copy, monkeypatch, labelled, random_model, tmp_path
+):
+    save_model(random_model("resnet8", seed=1), tmp_path / "other.safetensors")
+    words = ("export", tmp_path / "other.safetensors", "-o", bundle_copy, "--force")
+    _meanwhile(monkeypatch, lambda: bdtool(*words))
+    options = ("--data", labelled, "--max-accuracy-drop", 20, "--at-least", 8)
+    result = bdtool("calibrate", bundle_copy, *options, status=1)
+    assert "was exported anew while the int8 parts were made" in result.stderr
+    assert Bundle.open(bundle_copy).precisions == ("fp32",)
+
+
+def test_what_candidates_are_judged_on_has_a_digest(tmp_path, bundle_copy):
+    network, images = Bundle.open(bundle_copy).network, synthetic_images(4, height=32, width=32)
+
+    def digest(labels, policy="all", limit=None):
+        np.savez(tmp_path / "data.npz", x=images, y=np.array(labels))
+        request = parse_policy(policy, n_blocks=3, has_policy_network=True)
+        source = open_data(str(tmp_path / "data.npz"), network=network, resize=False)
+        return Trial(
+            **{**dict.fromkeys(Trial.__dataclass_fields__), "evaluation": source, "policy": request, "limit": limit}
+        ).digest()
+
+    first = digest([0, 1, 2, 3])
+    assert first == digest([0, 1, 2, 3])
+    assert len({first, digest([0, 1, 2, 4]), digest([0, 1, 2, 3], "110"), digest([0, 1, 2, 3], limit=3)}) == 4
 
 
 @pytest.mark.parametrize("precision", ["int8", "fp16"])

@@ -73,6 +73,20 @@ def test_batches_keep_order_and_lose_nothing(tmp_path: Path, batch_size: int) ->
     np.testing.assert_array_equal(all_images(source, batch_size), X)  # and a second walk starts again
 
 
+def test_drawn_images_are_spread_over_the_set(tmp_path: Path) -> None:
+    source = open_data(npz(tmp_path, x=X, y=Y), network=NETWORK, resize=False)
+    drawn = source.drawn(3, seed=0)
+    rows = [source.names.index(name) for name in drawn.names]
+    assert rows == sorted(set(rows))
+    batch = drawn.take(3)
+    np.testing.assert_array_equal(batch.images, X[rows])
+    assert batch.labels is not None
+    np.testing.assert_array_equal(batch.labels, Y[rows])
+    assert drawn.description.startswith("3 of ")
+    assert len({tuple(source.drawn(3, seed=seed).names) for seed in range(20)}) > 1
+    assert source.drawn(5, seed=0) is source
+
+
 def test_limit_and_take_stop_early(tmp_path: Path) -> None:
     source = open_data(npz(tmp_path, x=X, y=Y), network=NETWORK)
     assert [len(batch.images) for batch in source.batches(2, limit=3)] == [2, 1]

@@ -86,6 +86,8 @@ def test_only_the_layers_behind_the_trunk_learn(
     assert model.spec == trained.model.spec
     assert model.spec.policy_hidden == 16
     assert model.spec.provenance["created_by"] == "bdtool train imitate"
+    masks = model.spec.provenance["masks"]
+    assert {int(n): bits.count("1") for n, bits in masks.items()} == {n: n for n in range(2, 7)}
     assert model.policy is not None
     for name, tensor in model.base.state_dict().items():
         assert torch.equal(tensor, before[name]), name

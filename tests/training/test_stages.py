@@ -101,6 +101,17 @@ def test_shifted_policy_keeps_so_many_blocks(
     np.testing.assert_allclose(shift, shift[0, 0], atol=1e-4)
 
 
+def test_policy_that_is_sure_of_everything_is_shifted_to_finite_numbers(
+    random_model: Callable[..., BlockDropModel], place: Callable[..., Place]
+) -> None:
+    model = random_model("resnet8", has_policy=True)
+    assert model.policy is not None
+    with torch.no_grad():
+        model.policy.logit.weight.mul_(1e4)  # probabilities of exactly 0 and 1
+    shift_policy(model, place().train, 1.5)
+    assert model.policy.logit.bias.isfinite().all()
+
+
 @pytest.mark.parametrize(("blocks", "has_policy"), [(3, True), (1, False)])
 def test_shift_that_cannot_be_is_refused(
     blocks: float, has_policy: bool, random_model: Callable[..., BlockDropModel], place: Callable[..., Place]

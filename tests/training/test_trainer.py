@@ -1,5 +1,6 @@
 """Long jobs: killed, interrupted, diverging, and gone on with."""
 
+import dataclasses
 import os
 import shutil
 import signal
@@ -107,6 +108,27 @@ def test_checkpoint_of_other_options_is_refused_by_name(place: Callable[..., Pla
         pretrain(spec, PretrainOptions(**_FAST), place())
     with pytest.raises(TrainingError, match=r"asked for otherwise \(options was .*'lr': 0.1.* is .*'lr': 0.2"):
         pretrain(spec, PretrainOptions(**_FAST, lr=0.2), place(resume=True))
+
+
+def test_checkpoint_along_other_paths_is_refused_though_their_file_has_the_same_name(
+    place: Callable[..., Place], random_model: Callable[..., BlockDropModel], tmp_path: Path
+) -> None:
+    rows = tmp_path / "rows.npy"
+    options, start = FinetuneOptions(**_FAST, policy=str(rows)), random_model("resnet8")
+    np.save(rows, np.array([1, 0, 1]))
+    with pytest.raises(RuntimeError):
+        finetune(start, options, place(save_every_s=0, on_step=stop_at(_BREAK_AT, die)))
+    np.save(rows, np.array([1, 1, 0]))
+    with pytest.raises(TrainingError, match=r"asked for otherwise \(policy_file was"):
+        finetune(start, options, place(resume=True))
+
+
+def test_checkpoint_of_other_classes_is_refused(place: Callable[..., Place]) -> None:
+    with pytest.raises(RuntimeError):
+        pretrain(_spec(), PretrainOptions(**_FAST), place(save_every_s=0, on_step=stop_at(_BREAK_AT, die)))
+    other = dataclasses.replace(_spec(), labels=None)
+    with pytest.raises(TrainingError, match=r"asked for otherwise \(classes was"):
+        pretrain(other, PretrainOptions(**_FAST), place(resume=True))
 
 
 def test_damaged_checkpoint_is_refused(place: Callable[..., Place]) -> None:
