@@ -11,7 +11,7 @@ import numpy as np
 from bdtool.data.images import fit_image, read_image
 from bdtool.evaluation import keep_for
 from bdtool.runtime.orchestrator import Orchestrator
-from bdtool.runtime.policies import parse_policy
+from bdtool.runtime.policies import bits_of, parse_policy
 
 
 def classify_files(
@@ -39,7 +39,7 @@ def classify_files(
                 "label": network.label(winner),
                 "probability": float(softmax(result.logits)[0, winner]),
                 "blocks_run": int(result.blocks_run[0]),
-                "policy": "".join("1" if bit else "0" for bit in result.policy[0]),
+                "policy": bits_of(result.policy[0]),
             }
         )
     return rows

@@ -205,7 +205,7 @@ def _compare_engine(engine: Engine, probe: Probe, images: np.ndarray, onnx: dict
 
 
 def _worst(name: str, comparisons: list[tuple[Comparison, str]]) -> Rung:
-    worst, where = max(comparisons, key=lambda row: row[0].error)
+    worst, where = max(comparisons, key=lambda row: row[0].share_of_bound)
     return Rung(name=name, worst=worst.error, bound=worst.tolerance, detail=f"{len(comparisons)} parts, worst {where}")
 
 

@@ -53,8 +53,7 @@ def commit_candidate(candidate: Bundle, precision: str, sidecars: Mapping[str, b
 
     `sidecars` are other files of the calibration, such as its table, by their path in the bundle.
 
-    Whenever this stops, the manifest names files that are whole: the old ones or the new ones. Other precisions that
-    were added to the bundle meanwhile stay in it.
+    Whenever this stops, the manifest names files that are whole: the old ones or the new ones.
 
     Raises:
         BundleError: the bundle cannot be written, or was exported anew meanwhile; it is as it was.

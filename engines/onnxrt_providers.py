@@ -167,7 +167,9 @@ def require_provider(device: str, provider: Provider) -> None:
             f"(it has {', '.join(ort.get_available_providers())}); "
             "install it with: pip uninstall onnxruntime; pip install onnxruntime-gpu"
         )
-    _load_libraries(tensorrt=provider.name == TENSORRT)
+    if provider.name == TENSORRT:
+        os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")  # read when its libraries load
+    load_libraries(tensorrt=provider.name == TENSORRT)
     part, model = probe_part()
     options = any_threads_options()
     options.log_severity_level = _FATAL_ONLY  # the reason goes into our error
@@ -196,10 +198,8 @@ def open_session(data: bytes, options: ort.SessionOptions, providers: list[Any])
     return ort.InferenceSession(data, options, providers=providers, enable_fallback=0)
 
 
-def _load_libraries(*, tensorrt: bool) -> None:
+def load_libraries(*, tensorrt: bool) -> None:
     """Load the libraries that pip installed; without that the loader looks in the system's directories only."""
-    if tensorrt:
-        os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")  # read when they load
     if hasattr(ort, "preload_dlls"):
         with contextlib.redirect_stdout(io.StringIO()):  # what is not there it prints; the probe's error says it, too
             ort.preload_dlls()

@@ -16,6 +16,9 @@ from engines.trt_options import ONNXRUNTIME_TENSORRT, PROFILED, TENSORRT, TENSOR
 BACKENDS = ("onnxruntime", "torch", TENSORRT, TENSORRT_RTX, ONNXRUNTIME_TENSORRT, "fake")
 _CAPTURED = ("torch", TENSORRT, TENSORRT_RTX)  # whose work can become part of a CUDA graph
 DEFAULT_BACKEND = "onnxruntime"
+# How ONNX Runtime's engines are made from parts (`native_layout`, `blocked_nodes`, `integer_cpu`); raised when that
+# changes, so that engines made before are built again.
+_ONNXRUNTIME_RECIPE = "recipe 1"
 DEFAULT_DEVICE = "cpu"
 
 
@@ -45,7 +48,7 @@ def identify_backend(name: str, device: str, *, tensorrt: TensorRTOptions | None
         name=name, version=_onnxruntime_version(), target=target, suffix=".onnx", takes_pixels=device != "cpu"
     )
     if name != ONNXRUNTIME_TENSORRT:
-        return identity
+        return replace(identity, settings=_ONNXRUNTIME_RECIPE)
     return replace(identity, converts_fp16=True, settings=None if tensorrt is None else tensorrt.settings)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -32,6 +33,13 @@ class Comparison:
     @property
     def ok(self) -> bool:
         return self.error <= self.tolerance  # False for NaN
+
+    @property
+    def share_of_bound(self) -> float:
+        """error / tolerance, above 1 where it is not ok: tells which of parts with bounds of their own is worst."""
+        if math.isnan(self.error) or self.tolerance == 0:
+            return 0.0 if self.ok else math.inf
+        return self.error / self.tolerance
 
 
 def compare(expected: np.ndarray, actual: np.ndarray, *, tolerance: float, share: float = 1.0) -> Comparison:

@@ -141,7 +141,7 @@ def calibrate_cmd(
 def _failure(result: Calibrated) -> str:
     bad = {name: one for name, one in result.part_errors.items() if not one.ok}
     if bad:
-        name = max(bad, key=lambda part: bad[part].error)
+        name = max(bad, key=lambda part: bad[part].share_of_bound)
         return (
             f"part {name!r} in {result.precision} is {bad[name].error:.2g} of its range away from fp32, "
             f"allowed is {bad[name].tolerance:g}. Try more images (--limit), or another --method"
@@ -157,7 +157,7 @@ def _print(result: Calibrated) -> None:
     click.echo(f"{result.precision} from {result.n_images} images of {result.input_source}, policy {gates.policy}")
     for name, n_images in result.topped_up.items():
         click.echo(f"  {name}: too few images run it; {n_images} that do not were added for its ranges")
-    worst = max(result.part_errors, key=lambda name: result.part_errors[name].error, default=None)
+    worst = max(result.part_errors, key=lambda name: result.part_errors[name].share_of_bound, default=None)
     rows = []
     if worst is not None:
         one = result.part_errors[worst]

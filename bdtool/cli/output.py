@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,8 +16,10 @@ import click
 def emit(result: Any, json_file: str | None, text: Callable[[], None]) -> None:
     """Print a result: `text()` prints it for people; with `--json -` stdout holds the JSON alone.
 
-    A JSON file is written whole or not at all; the text is then printed as well.
+    A JSON file is written whole or not at all; the text is then printed as well. Numbers that are not finite become
+    null, since JSON has none.
     """
+    result = _with_nulls(result)
     if json_file == "-":
         click.echo(json.dumps(result, indent=2, allow_nan=False))
         return
@@ -28,6 +31,14 @@ def emit(result: Any, json_file: str | None, text: Callable[[], None]) -> None:
             write_json(Path(json_file), result)
         except OSError as exc:
             raise click.ClickException(f"{json_file}: cannot be written ({exc.strerror or exc})") from exc
+
+
+def _with_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _with_nulls(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_with_nulls(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+import math
 from pathlib import Path
 
 import numpy as np
@@ -29,11 +29,10 @@ def read_image(path: Path) -> np.ndarray:
         DataError: the file is missing, damaged, too large, no picture, or in a mode that has no safe way to RGB.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=_FORMATS) as image:
-                image.load()
-                upright = ImageOps.exif_transpose(image)
+        with Image.open(path, formats=_FORMATS) as image:
+            _check_size(*image.size)  # Pillow only warns of twice as many, and warnings belong to all threads
+            image.load()
+            upright = ImageOps.exif_transpose(image)
     except FileNotFoundError as exc:
         raise DataError(f"{path}: no such file. Check the path") from exc
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as exc:
@@ -43,6 +42,11 @@ def read_image(path: Path) -> np.ndarray:
     except Exception as exc:  # on damaged files Pillow's decoders raise almost anything: OSError, SyntaxError, KeyError
         raise DataError(f"{path}: cannot be read ({type(exc).__name__}: {exc}). Replace or remove the file") from exc
     return np.array(_rgb_from_image(upright, path=path), dtype=np.uint8)
+
+
+def _check_size(width: int, height: int) -> None:
+    if width * height > (Image.MAX_IMAGE_PIXELS or math.inf):
+        raise Image.DecompressionBombError(f"{width} x {height} pixels, at most {Image.MAX_IMAGE_PIXELS} are read")
 
 
 def _rgb_from_image(image: Image.Image, *, path: Path) -> Image.Image:

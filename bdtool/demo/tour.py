@@ -80,7 +80,9 @@ def _bdtool(command: str, *arguments: object) -> None:
 
     words = [command, *map(str, arguments)]
     click.echo(f"\n$ bdtool {shlex.join(words)}")
-    main.main(words, prog_name="bdtool", standalone_mode=False)
+    status = main.main(words, prog_name="bdtool", standalone_mode=False)
+    if isinstance(status, int) and status:  # what a command exits with, click returns here
+        raise click.exceptions.Exit(status)
 
 
 def _compare(bundle: Path, test: Path) -> None:

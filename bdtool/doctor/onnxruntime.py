@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 from typing import Any
 
 from bdtool.doctor.finding import Finding, first_line
@@ -59,11 +57,9 @@ def _session_error(ort: Any, provider: str) -> str | None:
         x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in "xy")
         graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "probe", [x], [y])
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-        if hasattr(ort, "preload_dlls"):
-            ort.preload_dlls()  # finds the CUDA libraries that pip installed
-        if provider == "TensorrtExecutionProvider":
-            with contextlib.suppress(ImportError, OSError):  # likewise; what the system has may still do
-                importlib.import_module("tensorrt_libs")
+        from engines.onnxrt_providers import load_libraries
+
+        load_libraries(tensorrt=provider == "TensorrtExecutionProvider")
         options = ort.SessionOptions()
         options.log_severity_level = 4
         session = ort.InferenceSession(model.SerializeToString(), options, providers=[provider])

@@ -13,8 +13,8 @@ from bdtool.errors import UsageError
 
 # Where these differ, the figures answer different questions.
 _SETTINGS = ("arch", "policy", "policy_network", "precision", "batch", "boundary", "input_source", "n_images")
-_MACHINE = ("cpu", "instruction_set", "processors_available", "cpu_affinity", "threads", "device")
-_VERSIONS = ("backend", "os", "python", "numpy", "bdtool")  # what one may want to compare
+_MACHINE = ("cpu", "instruction_set", "processors_available", "cpu_affinity", "threads", "device", "gpu")
+_VERSIONS = ("backend", "driver", "driver_cuda", "os", "python", "numpy", "bdtool")  # what one may want to compare
 _FIGURES = {
     "median_ms": ("latency_ms", "median"),
     "p99_ms": ("latency_ms", "p99"),

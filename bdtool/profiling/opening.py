@@ -16,6 +16,7 @@ from bdtool.runtime.masks import count_masks, read_masks
 from bdtool.runtime.orchestrator import Orchestrator
 from bdtool.runtime.paths import PathOptions
 from bdtool.runtime.place import Place
+from bdtool.runtime.policies import keep_of
 from bdtool.runtime.recommendation import AUTO, CANDIDATES
 from bdtool.specs import NetworkSpec
 from engines.graph_modes import GraphChoice
@@ -110,7 +111,7 @@ def path_options(bundle: Bundle, workload: Workload, place: Place) -> tuple[Path
     if stored:
         return PathOptions(ahead=stored, background=False), STORED
     keep = workload.keep if workload.keep is not None else learned_bits(bundle, workload.images, place)
-    masks = [np.array([bit == "1" for bit in count.mask]) for count in count_masks([keep])]
+    masks = [keep_of(count.mask) for count in count_masks([keep])]
     return PathOptions(ahead=masks, background=False), COUNTED
 
 

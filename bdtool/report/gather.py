@@ -31,7 +31,7 @@ from bdtool.report.paper import paper_points
 from bdtool.report.pictures import uri_from_pixels
 from bdtool.runtime.orchestrator import Orchestrator
 from bdtool.runtime.place import Place
-from bdtool.runtime.policies import PolicyRequest, parse_policy
+from bdtool.runtime.policies import PolicyRequest, bits_of, parse_policy
 from bdtool.specs import NetworkSpec
 from export.bundle import Bundle
 
@@ -241,7 +241,7 @@ def report_from(
         flops_std=float(flops.std()),
         full_flops=network.full_flops,
         unique_policies=len(vectors),
-        common_bits=_bits(vectors[0]) if len(vectors) == 1 else None,
+        common_bits=bits_of(vectors[0]) if len(vectors) == 1 else None,
         boundary=profile.to_json()["boundary"],
         n_timed_images=profile.n_images,
         strategies=strategies,
@@ -330,7 +330,7 @@ def _dominant(
     order = [i for i in np.argsort(-counts, kind="stable")[:_N_DOMINANT] if counts[i] > 1]
     return tuple(
         PolicyUse(
-            bits=_bits(vectors[i]),
+            bits=bits_of(vectors[i]),
             n_images=int(counts[i]),
             share=float(counts[i] / len(rows)),
             pictures=pictures(rows[inverse == i]),
@@ -348,10 +348,6 @@ def _picture(network: NetworkSpec, source: ImageSource, walk: Walk, index: int) 
         is_correct=bool(walk.correct[index]),
         blocks_run=int(walk.blocks_run[index]),
     )
-
-
-def _bits(keep: np.ndarray) -> str:
-    return "".join("1" if bit else "0" for bit in keep)
 
 
 def _parts(network: NetworkSpec, timed: list[dict[str, Any]], keep: np.ndarray) -> tuple[PartCost, ...]:

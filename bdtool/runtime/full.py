@@ -52,6 +52,7 @@ class FullStrategy(Strategy):
             self._bound[len(images)] = self._bind(len(images))
             if len(self._bound) > MAX_LANES:
                 self._bound.popitem(last=False)
+        self._bound.move_to_end(len(images))
         image, call, logits = self._bound[len(images)]
         controller.begin(len(images), _no_policy)
         fill(image, images)

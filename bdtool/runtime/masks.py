@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from bdtool.errors import BundleError
+from bdtool.runtime.policies import bits_of, keep_of
 from export.files import write_json
 
 _FILE = "paths.json"
@@ -26,7 +27,7 @@ class MaskCount:
 
 def count_masks(keep: Iterable[np.ndarray]) -> list[MaskCount]:
     """Return the masks of keep matrices bool [N, K], the most frequent first."""
-    counts = Counter("".join("1" if bit else "0" for bit in row) for matrix in keep for row in matrix)
+    counts = Counter(bits_of(row) for matrix in keep for row in matrix)
     total = counts.total()
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))  # equal counts: the same order on every run
     return [MaskCount(mask=mask, share=count / total) for mask, count in ordered]
@@ -77,4 +78,4 @@ def read_masks(directory: Path, n_blocks: int) -> list[np.ndarray]:
     bad = [mask for mask in masks if not isinstance(mask, str) or len(mask) != n_blocks or set(mask) - {"0", "1"}]
     if bad:
         raise BundleError(f"{path}: {bad[0]!r} is not a mask of {n_blocks} bits; run `bdtool build --paths` again")
-    return [np.array([bit == "1" for bit in mask]) for mask in masks]
+    return [keep_of(mask) for mask in masks]

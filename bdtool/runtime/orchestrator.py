@@ -341,15 +341,20 @@ class Orchestrator:
     def _request(self, policy: PolicyLike, n_images: int) -> np.ndarray | None:
         """Return the keep matrix bool [N, K] asked for, or None where the policy network decides."""
         if self.strategy_name == "full":
-            if not (policy is None or (isinstance(policy, str) and policy == "all")):
-                raise PolicyError(
-                    "strategy 'full' runs every block; open the bundle with strategy='chain' for a policy"
-                )
-            return np.ones((n_images, self.network.n_blocks), dtype=bool)
+            every_block = np.ones((n_images, self.network.n_blocks), dtype=bool)
+            if policy is None or self._keeps_every_block(policy, n_images):
+                return every_block
+            raise PolicyError("strategy 'full' runs every block; open the bundle with strategy='chain' for a policy")
         if policy is None or isinstance(policy, str):
             request = self._parse(policy)
             return None if request.is_learned else request.matrix(n_images)
         return keep_matrix_from(policy, n_images, self.network.n_blocks)
+
+    def _keeps_every_block(self, policy: str | npt.ArrayLike, n_images: int) -> bool:
+        if not isinstance(policy, str):
+            return bool(keep_matrix_from(policy, n_images, self.network.n_blocks).all())
+        request = self._parse(policy)
+        return not request.is_learned and bool(request.matrix(n_images).all())
 
     def _parse_text(self, policy: str | None) -> PolicyRequest:
         return parse_policy(policy, n_blocks=self.network.n_blocks, has_policy_network=self.network.has_policy)

@@ -80,6 +80,16 @@ def parse_policy(text: str | None, *, n_blocks: int, has_policy_network: bool) -
     return _counted(text, n_blocks=n_blocks)
 
 
+def bits_of(keep: np.ndarray) -> str:
+    """Return keep bits [K] as the POLICY that gives them: "1" for kept, block 0 first."""
+    return "".join("1" if bit else "0" for bit in keep)
+
+
+def keep_of(bits: str) -> np.ndarray:
+    """Undo `bits_of`: bool [K]."""
+    return np.array([bit == "1" for bit in bits], dtype=bool)
+
+
 def keep_matrix_from(policy: ArrayLike, n_images: int, n_blocks: int) -> np.ndarray:
     """Return a given policy as keep matrix bool [n_images, n_blocks], True = kept; the caller owns it.
 
@@ -116,7 +126,7 @@ def _from_bits(text: str, *, n_blocks: int) -> PolicyRequest:
         raise PolicyError(
             f"policy {text!r}: got {len(text)} bits, the model has {n_blocks} blocks. Give one bit for each block"
         )
-    return _fixed(text, np.array([bit == "1" for bit in text]))
+    return _fixed(text, keep_of(text))
 
 
 def _counted(text: str, *, n_blocks: int) -> PolicyRequest:
@@ -190,7 +200,7 @@ def _from_file(text: str, *, n_blocks: int) -> PolicyRequest:
         raise PolicyError(f"policy {text}: not a readable .npy file ({exc}). Write it with np.save") from exc
     keep = _checked_bits(values, n_blocks=n_blocks, source=f"policy {text}")
     if keep.ndim == 1:
-        return _fixed(text, keep)
+        return _fixed(bits_of(keep), keep)  # by what it says: whoever reads the name later may not have the file
     return PolicyRequest(name=text, draw=functools.partial(_file_rows, keep, text), n_rows=len(keep))
 
 

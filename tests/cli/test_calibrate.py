@@ -113,16 +113,6 @@ def _meanwhile(monkeypatch, change):
     monkeypatch.setattr(calibrating, "commit_candidate", late)
 
 
-def test_precision_that_came_meanwhile_stays(calibrate, bundle_copy, monkeypatch, bdtool, labelled):
-    def another():
-        monkeypatch.undo()
-        calibrate("--precision", "fp16")
-
-    _meanwhile(monkeypatch, another)
-    calibrate("--precision", "int8")
-    assert Bundle.open(bundle_copy).precisions == ("fp32", "fp16", "int8")
-
-
 def test_bundle_that_was_exported_anew_meanwhile_is_left_alone(
     calibrate, bdtool, bundle_copy, monkeypatch, labelled, random_model, tmp_path
 ):

@@ -8,6 +8,7 @@ import click
 import pytest
 
 from bdtool.cli import main
+from bdtool.cli.output import emit
 
 COMMANDS = sorted(main.commands)
 
@@ -122,3 +123,11 @@ def test_terminal_gets_a_progress_bar_on_stderr(monkeypatch, capsys):
 def test_doctor_and_models_give_json(bdtool_json):
     assert {"resnet32", "resnet110", "resnet101"} <= {row["name"] for row in bdtool_json("models")["architectures"]}
     assert {"name", "status", "remedy"} <= set(bdtool_json("doctor")["findings"][0])
+
+
+@pytest.mark.parametrize("to_file", [False, True])
+def test_json_has_null_where_a_number_is_not_finite(tmp_path, capsys, to_file):
+    result = {"error": float("inf"), "rows": [(1.5, float("nan"))], "ok": False}
+    emit(result, str(tmp_path / "out.json") if to_file else "-", lambda: None)
+    text = (tmp_path / "out.json").read_text() if to_file else capsys.readouterr().out
+    assert json.loads(text) == {"error": None, "rows": [[1.5, None]], "ok": False}

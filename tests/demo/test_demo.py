@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import click
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
@@ -34,6 +35,19 @@ def test_demo_ends_with_a_table_and_leaves_everything_behind(tmp_path: Path, sha
     assert table[2].split()[-1] == table[2].split()[-3] == "1.000"
     assert {"bundle", "airplane.png", "test.npz", "report.html"} <= {path.name for path in output.iterdir()}
     assert "Everything is in" in text
+
+
+def test_a_step_that_fails_ends_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`verify` and `compare` say by their exit status that they found something."""
+
+    @click.command
+    def verify() -> None:
+        raise click.exceptions.Exit(1)
+
+    monkeypatch.setattr(main, "get_command", lambda context, name: verify)
+    with pytest.raises(click.exceptions.Exit) as failure:
+        tour._bdtool("verify")
+    assert failure.value.exit_code == 1
 
 
 def test_demo_leaves_other_directories_alone(tmp_path: Path) -> None:

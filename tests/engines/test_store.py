@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from bdtool.errors import BackendError, BundleError, EngineError
+from engines import registry
 from engines import store as store_module
 from engines.base import BackendIdentity, LayoutError
 from engines.fake import FakeBackend
 from engines.layouts import run_plain
-from engines.registry import identify_backend
+from engines.registry import identify_backend, open_backend
 from engines.store import EngineStore
 from export.bundle import Bundle
 from export.check import OnnxReference
@@ -51,6 +52,15 @@ def test_second_build_finds_all_and_opens_no_backend(built):
     statuses = _store(built).build(_never, on_part=seen.append)
     assert statuses == seen
     assert all(status.cached and status.seconds == 0 for status in statuses)
+
+
+def test_engines_of_another_recipe_are_built_again(bundle_copy, monkeypatch):
+    identity = identify_backend("onnxruntime", "cpu")
+    _store(bundle_copy, identity=identity).build(lambda: open_backend("onnxruntime", "cpu"))
+    assert all(status.cached for status in _store(bundle_copy, identity=identity).build(_never))
+    monkeypatch.setattr(registry, "_ONNXRUNTIME_RECIPE", "another recipe")
+    changed = _store(bundle_copy, identity=identify_backend("onnxruntime", "cpu"))
+    assert set(_statuses(changed.build(lambda: open_backend("onnxruntime", "cpu"))).values()) == {"built"}
 
 
 def test_no_resume_builds_everything_again(built):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from bdtool.errors import ExportError
-from export.check import check_part, compare, compare_outputs
+from export.check import Comparison, check_part, compare, compare_outputs
 
 
 def test_error_is_the_worst_difference_over_the_range():
@@ -31,6 +31,13 @@ def test_another_shape_never_passes():
 def test_the_worst_output_counts():
     expected = {"a": np.zeros(2), "b": np.zeros(2)}
     assert compare_outputs(expected, {"a": np.zeros(2), "b": np.ones(2)}, tolerance=0.5).error == 1.0
+
+
+def test_worst_of_parts_is_the_one_nearest_to_its_own_bound():
+    near, far = Comparison(error=1e-6, tolerance=1e-6), Comparison(error=1e-3, tolerance=1e-2)
+    broken, exact = Comparison(error=np.nan, tolerance=1.0), Comparison(error=0.0, tolerance=0.0)
+    shares = [one.share_of_bound for one in (near, far, broken, exact, Comparison(error=1e-9, tolerance=0.0))]
+    assert shares == [1.0, pytest.approx(0.1), np.inf, 0.0, np.inf]
 
 
 def test_check_part_names_the_part_and_both_errors(tiny):

@@ -43,6 +43,12 @@ def test_written_files_follow_the_umask(tmp_path, umask, mode):
     assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == mode
 
 
+def test_umask_is_not_touched(tmp_path, monkeypatch):
+    """It belongs to all threads: while it is another one, their files are as readable as it says."""
+    monkeypatch.setattr(os, "umask", lambda mask: pytest.fail("the umask was set"))
+    write_bytes(tmp_path / "file", b"")
+
+
 def test_digests_come_in_the_order_of_the_paths(tmp_path):
     for name in "abc":
         (tmp_path / name).write_text(name)

@@ -83,6 +83,15 @@ def test_what_makes_figures_incomparable_is_told_from_versions():
     assert _compare(profile_json(), other).to_json()["comparable"] is True
 
 
+def test_another_gpu_is_another_machine_and_another_driver_a_version():
+    a, b = profile_json(), profile_json()
+    a["environment"] |= {"gpu": "NVIDIA H100", "driver": "580.1"}
+    b["environment"] |= {"gpu": "NVIDIA L4", "driver": "580.2"}
+    result = _compare(a, b)
+    assert result.differences == {"gpu": ("NVIDIA H100", "NVIDIA L4"), "driver": ("580.1", "580.2")}
+    assert result.incomparable == ("gpu",)
+
+
 def test_strategies_of_one_side_are_named():
     b = profile_json()
     b["strategies"]["path"] = b["strategies"].pop("chain")

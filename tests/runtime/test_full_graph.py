@@ -87,6 +87,15 @@ def test_graphs_of_many_batch_sizes_are_given_back(driver, tiny, preprocessed):
     assert driver.memory == {}
 
 
+def test_graph_of_the_batch_size_used_last_is_kept(driver, tiny, preprocessed):
+    images = preprocessed(tiny.model, 10)
+    with Orchestrator.open(tiny.bundle, **PLACE) as runtime:
+        for n_images in range(1, 11):
+            runtime.run(images[:n_images])
+            runtime.run(images[:1])
+        assert len(driver.instantiated) == 10  # each once: that of one image was never dropped
+
+
 @pytest.mark.parametrize("mode", ["switch", "sometimes"])
 def test_mode_that_does_not_fit_is_refused(tiny, mode):
     with pytest.raises(

@@ -149,15 +149,15 @@ def test_policy_cost_can_be_had_with_given_bits(fake, images_of):
 
 def test_full_runs_one_engine_and_reports_every_block(fake, images_of):
     opened = fake(strategy="full")
-    for policy in (None, "all"):
+    for policy in (None, "all", "1" * K, np.ones((2, K), bool)):
         result = opened.runtime.run(images_of([5, 7]), policy=policy)
         assert result.policy.all()
         assert result.logits[:, 0].tolist() == [5, 7]
-    assert opened.backend.calls == [("full", 2)] * 2
+    assert opened.backend.calls == [("full", 2)] * 4
 
 
-@pytest.mark.parametrize("policy", ["learned", "none", "111111", [1] * K, np.ones((1, K), bool), np.zeros(K)])
-def test_full_takes_no_policy(fake, images_of, policy):
+@pytest.mark.parametrize("policy", ["learned", "none", "0" + "1" * (K - 1), [1] * (K - 1) + [0], np.zeros(K)])
+def test_full_takes_no_policy_that_drops_a_block(fake, images_of, policy):
     with pytest.raises(PolicyError, match=r"strategy 'full' runs every block; open the bundle with strategy='chain'"):
         fake(strategy="full").runtime.run(images_of([1]), policy=policy)
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bdtool.errors import PolicyError
-from bdtool.runtime.policies import PolicyRequest, keep_matrix_from, parse_policy
+from bdtool.runtime.policies import PolicyRequest, bits_of, keep_matrix_from, keep_of, parse_policy
 
 K = 15
 
@@ -174,6 +174,8 @@ def test_file_of_one_row_serves_every_image(tmp_path: Path, dtype: type) -> None
     row = np.arange(K) % 2
     request = parse(saved(tmp_path / "policy.npy", row.astype(dtype)))
     np.testing.assert_array_equal(request.matrix(1000, first=7), np.tile(row == 1, (1000, 1)))
+    assert request.name == bits_of(row)  # which gives the same policy where the file is not
+    np.testing.assert_array_equal(keep_of(request.name), row == 1)
 
 
 def test_file_of_rows_serves_image_by_image(tmp_path: Path) -> None:
