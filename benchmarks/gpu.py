@@ -18,7 +18,6 @@ reason.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 import tempfile
@@ -41,6 +40,7 @@ from bdtool.runtime.orchestrator import Orchestrator
 from bdtool.runtime.place import Place
 from bdtool.runtime.policies import parse_policy
 from bdtool.runtime.preprocess import preprocess
+from bdtool.specs import NetworkSpec
 from benchmarks.latency import make_bundle
 from engines.base import Backend, Call, Engine
 from engines.capture import CapturingBackend
@@ -52,6 +52,7 @@ from engines.registry import batch_options, identify_backend, open_backend
 from engines.store import EngineStore
 from export.bundle import Bundle
 from export.check import compare
+from export.files import write_json
 
 BACKENDS = ("torch", "tensorrt", "tensorrt-rtx", "onnxruntime", "onnxruntime-tensorrt")
 SHARE_KEPT = 17 / 54  # the mean of the paper
@@ -89,7 +90,7 @@ def main() -> None:
                 name, path, data=args.data, n_masks=args.masks, n_images=args.images, duration_s=args.duration
             ):
                 measured[name][what] = result  # written at once: time on a GPU is short, and may end
-                out.write_text(json.dumps({"gpu": gpu, "network": arch, "backends": measured}, indent=2) + "\n")
+                write_json(out, {"gpu": gpu, "network": arch, "backends": measured})
                 print(f"{time.strftime('%H:%M:%S')} {name}: {what} done", file=sys.stderr)
     print_results(gpu, measured)
     print(f"\nwritten to {out}")
@@ -125,6 +126,20 @@ def kept_policy(n_blocks: int) -> str:
     return f"distribute:{max(1, round(SHARE_KEPT * n_blocks))}"
 
 
+def kept_masks(n_blocks: int) -> dict[str, np.ndarray]:
+    some = parse_policy(kept_policy(n_blocks), n_blocks=n_blocks, has_policy_network=False)
+    return {"some": some.matrix(1)[0], "none": np.zeros(n_blocks, bool), "all": np.ones(n_blocks, bool)}
+
+
+def open_engines(
+    bundle: Bundle, backend: str, precision: str = "fp32"
+) -> tuple[NetworkSpec, Backend, dict[str, Engine]]:
+    library = open_backend(backend, DEVICE, tensorrt=batch_options(backend, bundle.manifest.max_batch))
+    store = EngineStore(bundle, identify_backend(backend, DEVICE), precision=precision)
+    store.build(lambda: library)
+    return store.network, library, dict(store.load(library, store.find()))
+
+
 def parity(bundle: Bundle, backend: str, strategies: tuple[str, ...], n_masks: int) -> dict[str, dict[str, float]]:
     """Return each strategy's worst error against eager PyTorch on the CPU, over the range of the logits."""
     model = load_model(bundle.path / "weights.safetensors").eval()
@@ -156,23 +171,17 @@ class GraphBench:
     """Launches of the graph that decides beside those of graphs that know: the same image, copies included."""
 
     def __init__(self, bundle: Bundle, name: str, precision: str = "fp32") -> None:
-        self._backend: Backend = open_backend(name, DEVICE, tensorrt=batch_options(name, bundle.manifest.max_batch))
-        store = EngineStore(bundle, identify_backend(name, DEVICE), precision=precision)
-        self._network = store.network
-        store.build(lambda: self._backend)
-        self._engines: dict[str, Engine] = dict(store.load(self._backend, store.find()))
-        assert isinstance(self._backend, CapturingBackend)
-        self._capturer = self._backend.capturer()
-        self._graphs = NetworkGraphs(self._network, self._backend, self._engines)
+        self._network, backend, engines = open_engines(bundle, name, precision)
+        assert isinstance(backend, CapturingBackend)
+        self._capturer = backend.capturer()
+        self._graphs = NetworkGraphs(self._network, backend, engines)
         rng = np.random.default_rng(0)
         stem = self._network.require("stem")
         self._pixels = rng.integers(0, 256, size=stem.inputs[0].shape_for(1), dtype=np.uint8)
 
     def measure(self, n_images: int) -> dict[str, Any]:
         """Return median milliseconds, their ratios, what the SWITCHes cost, and how much memory grew."""
-        n_blocks = self._network.n_blocks
-        bits = parse_policy(kept_policy(n_blocks), n_blocks=n_blocks, has_policy_network=False)
-        masks = {"some": bits.matrix(1)[0], "none": np.zeros(n_blocks, bool), "all": np.ones(n_blocks, bool)}
+        masks = kept_masks(self._network.n_blocks)
         switch, cache = self._graphs.deciding(), self._graphs.deciding([masks["some"]])
         runs: dict[str, Callable[[], object]] = {}
         for name, mask in masks.items():
@@ -194,7 +203,7 @@ class GraphBench:
         }
         return {
             "n_kept": int(masks["some"].sum()),
-            "n_blocks": n_blocks,
+            "n_blocks": len(masks["some"]),
             "blocks_per_switch": BLOCKS_PER_SWITCH,
             "median_ms": ms,
             "ratios": ratios,

@@ -24,7 +24,7 @@ from bdtool.models.policy import policy_trunk
 from bdtool.models.store import read_spec
 from export.files import write_json
 
-POLICIES = ("full", "first", "random", "distribute", "learned", "imitated", "warm-started")
+POLICIES = ("full", "first", "random", "distribute", "one-mask", "learned", "imitated", "warm-started")
 # blocks kept by the heuristics: as many as the paper's learned policy keeps, rounded
 N_KEPT = {"resnet32": 7, "resnet110": 17, "resnet101": 25}
 _LONG = ("--epochs", 36, "--batch", 128, "--base-lr", 0.1)  # the last of an option given twice counts
@@ -72,7 +72,7 @@ class Row:
         elif policy in learned:
             form, model = "learned", learned[policy][finetuned]()
         else:
-            form = f"{policy}:{kept}"
+            form = self.mask() if policy == "one-mask" else f"{policy}:{kept}"
             model = self.heuristic(policy, form) if finetuned else self.base()
         bundle = self._directory / f"{model.stem}-bundle"
         if not bundle.exists():  # an earlier row's, written whole
@@ -135,6 +135,16 @@ class Row:
         """The base along the paths of that policy network, after 29 epochs in all."""
         return self._finetune("imitated", self.imitated_policy(), *self._along_paths(), "--epochs", 18)
 
+    def mask(self) -> str:
+        """The mask that `imitate` found for so many blocks, for all images: what deciding for each one has to beat."""
+        policy = self.imitated_policy()
+        masks = read_spec(policy).provenance.get("masks")
+        if masks is None:
+            raise SystemExit(
+                f"{policy}: was made before `bdtool train imitate` noted its masks; remove it to train it anew"
+            )
+        return str(masks[str(N_KEPT[self._arch])])
+
     def warm_curriculum(self) -> Path:
         """The paper's policy gradient, from the policy network that has learned by imitation."""
         options = ("--augment", "flip", "--gamma", 2.5, "--lr", 1e-4, "--entropy", 0.01, "--schedule", "cosine")
@@ -146,7 +156,7 @@ class Row:
         return self._finetune("warm-started", self.warm_curriculum(), *self._along_paths(), *_LONG)
 
     def heuristic(self, name: str, form: str) -> Path:
-        """The base under a heuristic, from the same start, for as long and with the same options as `warm_started`."""
+        """The base under a heuristic, or one mask, from the start of `warm_started`, for as long, with its options."""
         return self._finetune(name, self.tolerant_of_depths(), "--policy", form, *_LONG)
 
     def _along_paths(self) -> tuple[object, ...]:

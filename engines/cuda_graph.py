@@ -21,7 +21,8 @@ from engines.cuda_device import checked
 from engines.dispatch import MAX_BLOCKS, Run, body_runs
 from engines.dispatch_kernel import N_THREADS
 
-# A SWITCH costs as much as some small kernels, a body no more than memory: 2 to the power of this, for either buffer
+# A SWITCH takes as long as some small kernels; its bodies, 2 to the power of this for either buffer, cost memory and
+# time to build. Measured by benchmarks/gpu_choices.py.
 BLOCKS_PER_SWITCH = 6
 
 _ALLOWED_IN_BODY = ("KERNEL", "MEMCPY", "MEMSET", "EMPTY", "GRAPH", "CONDITIONAL")

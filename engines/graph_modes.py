@@ -15,7 +15,7 @@ from engines.libcuda import Driver
 
 AUTO = "auto"
 POLICY_CACHE = "policy-cache"  # on the device: one SWITCH over the paths of frequent masks, `switch` for others
-SWITCH = "switch"  # on the device: a SWITCH for each block
+SWITCH = "switch"  # on the device: a SWITCH for every few blocks
 PATH_CACHE = "path-cache"  # the policy is read back, then the mask's flat path is launched, from a bounded cache
 OFF = "off"  # plain launches
 GRAPH_MODES = (AUTO, POLICY_CACHE, SWITCH, PATH_CACHE, OFF)

@@ -42,12 +42,10 @@ def fuse_convolutions(graph: onnx.GraphProto) -> Sequence[Node]:
         conv, addend = only_maker(node.input[0], "Conv"), None
         add = only_maker(node.input[0], "Add")
         if add is not None and not constants & set(add.input):
-            first, second = add.input
-            conv, addend = (
-                (found, first)
-                if (found := only_maker(second, "Conv")) is not None
-                else (only_maker(first, "Conv"), second)
-            )
+            addend, summand = add.input
+            conv = only_maker(summand, "Conv")
+            if conv is None:
+                conv, addend = only_maker(addend, "Conv"), summand
         if conv is not None and len(conv.input) == 3:  # with a bias
             fused[node.output[0]] = FusedConv(conv, addend, node.output[0])
             absorbed |= {conv.output[0], node.input[0]}

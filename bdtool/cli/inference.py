@@ -21,7 +21,7 @@ from bdtool.cli.options import (
     policy_option,
     resize_option,
 )
-from bdtool.cli.output import emit, mega, percent, print_table, progress, warn
+from bdtool.cli.output import emit, mega, percent, print_table, progress, progress_of_share, warn
 
 if TYPE_CHECKING:
     from bdtool.evaluation import Evaluation
@@ -180,14 +180,7 @@ def profile_cmd(
     opened = Bundle.open(bundle)
     source = open_data(data or "synthetic", network=opened.network, resize=resize)
     settings = Settings(batch=batch, warmup_ms=warmup, duration_s=duration, percentiles=percentile)
-    with progress("profiling", 1) as advance:
-        done = 0.0
-
-        def on_progress(share: float) -> None:
-            nonlocal done
-            advance(share - done)
-            done = share
-
+    with progress_of_share("profiling") as on_progress:
         result = profile(
             opened,
             source,

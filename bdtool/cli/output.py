@@ -77,6 +77,20 @@ def progress(description: str, total: float | None) -> Iterator[Callable[..., No
         yield advance_bar
 
 
+@contextmanager
+def progress_of_share(description: str) -> Iterator[Callable[..., None]]:
+    """Show a progress bar on stderr; the yielded function takes the share of the whole done by now, and a text."""
+    done = 0.0
+    with progress(description, 1) as advance:
+
+        def on_share(share: float, text: str = "") -> None:
+            nonlocal done
+            advance(share - done, text)
+            done = share
+
+        yield on_share
+
+
 def percent(share: float, digits: int = 1) -> str:
     return f"{100 * share:.{digits}f} %"
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from bdtool.cli.output import percent, progress
+from bdtool.cli.output import percent, progress_of_share
 
 if TYPE_CHECKING:
     from bdtool.training.stages import Trained
@@ -24,13 +24,7 @@ def show(*, enabled: bool) -> Iterator[tuple[Callable[[Report], None], Callable[
     if not enabled:
         yield lambda report: None, lambda share, text: None
         return
-    with progress("training", 1) as advance:
-        shown = 0.0
-
-        def on_progress(share: float, text: str) -> None:
-            nonlocal shown
-            advance(share - shown, text)
-            shown = share
+    with progress_of_share("training") as on_progress:
 
         def on_step(report: Report) -> None:
             figures = (

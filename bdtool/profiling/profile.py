@@ -143,7 +143,6 @@ def profile(
         n_threads = opened.runtimes[BASELINE].threads
     splits = {name: one.split() for name, one in passes.items()}
     on_device = {name: row["device"] for name, row in splits.items() if row["device"] is not None}
-    version = identify_backend(place.backend, place.device).version
     result = Profile(
         bundle=bundle.path.name,
         arch=network.arch,
@@ -164,13 +163,7 @@ def profile(
             *clock_warnings(gpu),
             *_sweep_warnings(sweep, bundle.manifest.max_batch),
         ],
-        environment={
-            **describe_environment(
-                backend=place.backend, backend_version=version, device=place.device, threads=n_threads
-            ),
-            **gpu,
-            **{f"{name}_before": value for name, value in before.items() if name in _CHANGING},
-        },
+        environment=_environment(place, n_threads, gpu, before=before),
         splits=splits,
         lines=lines,
         sweep=swept,
@@ -179,6 +172,18 @@ def profile(
         peak_memory_mib=peak_memory_mib,
     )
     return _recommended(result, bundle, place) if AUTO in strategies else result
+
+
+def _environment(
+    place: Place, n_threads: int, gpu: dict[str, str | int | float], *, before: dict[str, str | int | float]
+) -> dict[str, str | int | float]:
+    """Return where the figures come from: the GPU as it was after the latency rounds, and what had been `before`."""
+    version = identify_backend(place.backend, place.device).version
+    return {
+        **describe_environment(backend=place.backend, backend_version=version, device=place.device, threads=n_threads),
+        **gpu,
+        **{f"{name}_before": value for name, value in before.items() if name in _CHANGING},
+    }
 
 
 class _Steps:

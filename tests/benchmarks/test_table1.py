@@ -1,5 +1,6 @@
 """`benchmarks/table1.py`: every row's commands are ones that bdtool takes, in an order that can run."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -9,8 +10,11 @@ from typing import Any
 import pytest
 
 from bdtool.models.shipped import shipped_models
+from bdtool.models.store import load_model, save_model
 from benchmarks import table1
 from tests.command_line import parse
+
+MASK = "100010001011110"
 
 
 class Commands:
@@ -18,6 +22,7 @@ class Commands:
 
     def __init__(self) -> None:
         self.seen: list[str] = []
+        self.policies: list[str | None] = []
 
     def __call__(self, words: list[str], **_: Any) -> Any:
         context = parse(words[3:])  # behind `python -m bdtool`
@@ -26,15 +31,25 @@ class Commands:
         output = params.get("output") or params.get("bundle")
         if name == "export":
             Path(output).mkdir()
-        elif name not in ("build", "evaluate"):
+        elif name == "imitate":
+            model = load_model(shipped_models()["r32-cifar10"])
+            model.spec = dataclasses.replace(model.spec, provenance={"masks": {"7": MASK}})
+            save_model(model, Path(output))
+        elif name in ("evaluate", "finetune"):
+            self.policies.append(params["policy"])
+        if name not in ("export", "imitate", "build", "evaluate"):
             shutil.copy(shipped_models()["r32-cifar10"], output)
         figures = {"accuracy": 0.5, "blocks_mean": 7.0, "flops_mean": 1.0, "full_flops": 2.0}
         return subprocess.CompletedProcess(words, 0, stdout=json.dumps(figures))
 
 
 @pytest.fixture
-def measure(tmp_path, monkeypatch):
-    commands = Commands()
+def commands():
+    return Commands()
+
+
+@pytest.fixture
+def measure(tmp_path, monkeypatch, commands):
     monkeypatch.setattr(table1.subprocess, "run", commands)
 
     def run(policy: str, *, finetuned: bool) -> list[str]:
@@ -55,6 +70,17 @@ def test_the_shipped_model_goes_through_every_stage(measure):
 def test_heuristics_start_from_the_same_base(measure):
     measure("warm-started", finetuned=True)
     assert measure("distribute", finetuned=True) == ["finetune"]
+
+
+def test_one_mask_is_the_one_that_imitate_found(measure, commands):
+    assert measure("one-mask", finetuned=True)[-1] == "finetune"
+    assert commands.policies[-2:] == [MASK, MASK]
+
+
+def test_policy_without_masks_says_what_to_do(measure, tmp_path):
+    shutil.copy(shipped_models()["r32-cifar10"], tmp_path / "imitated-policy.safetensors")
+    with pytest.raises(SystemExit, match=r"imitated-policy\.safetensors: was made before .*; remove it"):
+        measure("one-mask", finetuned=False)
 
 
 @pytest.mark.parametrize("finetuned", [False, True])

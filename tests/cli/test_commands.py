@@ -2,12 +2,13 @@
 
 import errno
 import json
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
 import pytest
 
-from bdtool.cli import main
+from bdtool.cli import main, output
 from bdtool.cli.output import emit
 
 COMMANDS = sorted(main.commands)
@@ -131,3 +132,17 @@ def test_json_has_null_where_a_number_is_not_finite(tmp_path, capsys, to_file):
     emit(result, str(tmp_path / "out.json") if to_file else "-", lambda: None)
     text = (tmp_path / "out.json").read_text() if to_file else capsys.readouterr().out
     assert json.loads(text) == {"error": None, "rows": [[1.5, None]], "ok": False}
+
+
+def test_progress_by_share_moves_the_bar_by_what_came_since(monkeypatch):
+    moves = []
+
+    @contextmanager
+    def bar(description, total):
+        yield lambda advance, name: moves.append((advance, name))
+
+    monkeypatch.setattr(output, "progress", bar)
+    with output.progress_of_share("training") as on_share:
+        on_share(0.25, "step 1")
+        on_share(1.0)
+    assert moves == [(0.25, "step 1"), (0.75, "")]

@@ -4,9 +4,11 @@ import json
 import math
 
 import pytest
+import torch
 
-from benchmarks import gpu
+from benchmarks import gpu, gpu_choices
 from engines.libcuda import Driver
+from export.bundle import Bundle
 from tests.fake_tensorrt import install_gpu
 
 
@@ -18,8 +20,8 @@ def test_every_figure_is_there(monkeypatch, tmp_path, bundle_copy, capsys):
     result = json.loads(json.dumps(dict(gpu.measure_backend("tensorrt", bundle_copy, **options))))
     assert set(result["parity"]) == {"chain", "graph", "full"}
     assert max(error for errors in result["parity"].values() for error in errors.values()) < 1e-4
+    assert set(result) == {"parity", "profile", "graph, fp32", "graph, fp16"}
     graph = result["graph, fp16"]
-    assert graph["ratios"] != result["graph, fp32"]["ratios"]
     assert set(graph["ratios"]) == {"switch", "policy-cache", "path-cache"}
     assert {f"to {name}" for name in graph["aims"]} < set(graph["ratios"]["switch"])
     assert (graph["n_kept"], graph["n_blocks"]) == (1, 3)
@@ -33,8 +35,6 @@ def test_every_figure_is_there(monkeypatch, tmp_path, bundle_copy, capsys):
 
 def test_graph_that_decides_computes_what_the_known_path_computes(monkeypatch, tmp_path, bundle_copy):
     install_gpu(monkeypatch, tmp_path)
-    from export.bundle import Bundle
-
     bench = gpu.GraphBench(Bundle.open(bundle_copy), "tensorrt")
     mask = gpu.np.array([True, False, True])
     decide = bench._deciding(bench._graphs.deciding([mask]), mask)
@@ -47,6 +47,24 @@ def test_graph_that_decides_computes_what_the_known_path_computes(monkeypatch, t
         known()
         gpu.np.testing.assert_allclose(logits.read(), expected, atol=1e-5)
     assert abs(expected).max() > 0.01
+
+
+def test_a_switch_for_more_blocks_costs_less(monkeypatch, tmp_path, export_random):
+    """On the stand-in a conditional node takes a second, and launches and kernels a millisecond at most."""
+    bundle = Bundle.open(export_random("resnet14").bundle)
+    install_gpu(monkeypatch, tmp_path).switch_ms = 1000
+    found = gpu_choices.switch_sizes(bundle, "tensorrt", sizes=(1, 4, 6))
+    n_switches = {size: round(row["none kept"] / 1e6) for size, row in found["switch"].items()}
+    assert n_switches == {1: 6, 4: 2, 6: 1}
+    assert found["full"] < found["known path, all kept"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU that PyTorch can use")
+def test_blocks_are_timed_in_every_format():
+    found = gpu_choices.block_formats()
+    assert len(found) == 8
+    assert all(us > 0 for row in found.values() for pair in row.values() for us in pair)
 
 
 def test_backend_that_does_not_work_is_named_with_the_reason(bundle_copy, monkeypatch):

@@ -1,0 +1,145 @@
+"""What the numbers and formats that a GPU runs with were chosen by: microseconds on the GPU that is here.
+
+    python -m benchmarks.gpu_choices [--bundle BUNDLE] [--backend NAME] [--out FILE]
+
+    one SWITCH for 1, 2, ... 9 blocks (`engines.cuda_graph.BLOCKS_PER_SWITCH`), beside graphs that know the path
+    a residual block of CIFAR's three widths in PyTorch: additions and ReLUs launched apart or fused with the
+    convolutions (`engines.torch_fusion`), channels-last or NCHW (`engines.torch_onnx.memory_format`)
+
+Each is the mean of 50 launches, one after the other, between two events.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from bdtool.profiling.environment import describe_gpu
+from benchmarks.gpu import DEVICE, kept_masks, open_engines
+from benchmarks.latency import make_bundle
+from engines.device_timer import DeviceTimer, TimedBackend
+from engines.libcuda import driver_from_libcuda
+from engines.network_graphs import NetworkGraphs
+from export.bundle import Bundle
+
+_SIZES = tuple(range(1, 10))
+_WIDTHS = ((16, 32), (32, 16), (64, 8))  # channels, and height and width
+_LAUNCHES = 50
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bundle", type=Path, help="default: a ResNet-110 with random weights, which is made")
+    parser.add_argument("--backend", default="torch", help="whose engines are captured, default torch")
+    parser.add_argument("--out", type=Path, help="write the figures as JSON")
+    args = parser.parse_args()
+    gpu = describe_gpu(DEVICE)
+    if not gpu:
+        sys.exit(f"no GPU to measure: {driver_from_libcuda().error}. See `bdtool doctor`")
+    with tempfile.TemporaryDirectory(prefix="bdtool-benchmark-") as directory:
+        path = args.bundle or Path(directory) / "resnet110"
+        if args.bundle is None:
+            make_bundle(path)
+        figures = {"gpu": gpu, "graphs_us": switch_sizes(Bundle.open(path), args.backend), "blocks_us": block_formats()}
+    print(json.dumps(figures, indent=2))
+    if args.out is not None:
+        args.out.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def switch_sizes(bundle: Bundle, backend: str, sizes: Sequence[int] = _SIZES) -> dict[str, Any]:
+    """Return the times of the graph that decides, for each number of blocks a SWITCH, and of those that know."""
+    network, library, engines = open_engines(bundle, backend)
+    assert isinstance(library, TimedBackend)
+    timer = library.timer()
+    assert timer is not None
+    masks = kept_masks(network.n_blocks)
+    known = NetworkGraphs(network, library, engines)
+    policy = known.policy()
+    assert policy is not None
+    found: dict[str, Any] = {f"known path, {name} kept": _us(timer, known.path(mask)) for name, mask in masks.items()}
+    found |= {"policy": _us(timer, policy), "full": _us(timer, known.whole()), "switch": {}}
+    for size in sizes:
+        graphs = NetworkGraphs(network, library, engines, blocks_per_switch=size)
+        start = time.perf_counter()
+        call = graphs.deciding()
+        row = {"build_s": time.perf_counter() - start}
+        for name, mask in masks.items():
+            graphs.force.write(np.where(mask, 1, 2).astype(np.uint8))
+            row[f"{name} kept"] = _us(timer, call)
+        found["switch"][size] = row
+    return found
+
+
+def block_formats() -> dict[str, dict[str, list[float]]]:
+    """Return the times of a block of each width, [apart, fused], by number format, memory layout and batch."""
+    torch.backends.cudnn.allow_tf32 = False
+    formats = {"channels-last": torch.channels_last, "NCHW": torch.contiguous_format}
+    return {
+        f"{str(dtype).removeprefix('torch.')}, {name}, batch {batch}": {
+            f"{channels} channels": _block_us(batch, channels, size, dtype, order) for channels, size in _WIDTHS
+        }
+        for batch in (1, 64)
+        for dtype in (torch.float32, torch.float16)
+        for name, order in formats.items()
+    }
+
+
+def _block_us(batch: int, channels: int, size: int, dtype: torch.dtype, order: torch.memory_format) -> list[float]:
+    generator = torch.Generator(DEVICE).manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, device=DEVICE, dtype=dtype)
+
+    x = random(batch, channels, size, size).to(memory_format=order)
+    weight = (0.1 * random(channels, channels, 3, 3)).to(memory_format=order)
+    bias, y = random(channels), torch.empty_like(x)
+    geometry = ((1, 1), (1, 1), (1, 1), 1)
+
+    def apart() -> None:
+        inner = torch.relu(F.conv2d(x, weight, bias, *geometry))
+        y.copy_(torch.relu(F.conv2d(inner, weight, bias, *geometry) + x))
+
+    def fused() -> None:
+        inner = torch.cudnn_convolution_relu(x, weight, bias, *geometry)
+        y.copy_(torch.cudnn_convolution_add_relu(inner, weight, x, 1.0, bias, *geometry))
+
+    timer = DeviceTimer(lambda: torch.cuda.Event(enable_timing=True), torch.cuda.synchronize)  # type: ignore[no-untyped-call]
+    return [_us(timer, _replayed(call)) for call in (apart, fused)]
+
+
+def _replayed(call: Callable[[], None]) -> Callable[[], None]:
+    """Return one launch of what `call` enqueues, which PyTorch alone would be too slow to enqueue."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.inference_mode():
+        for _ in range(3):
+            call()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            call()
+    return graph.replay
+
+
+def _us(timer: DeviceTimer, call: Callable[[], object]) -> float:
+    def launches() -> None:
+        for _ in range(_LAUNCHES):
+            call()
+
+    times_ms: list[float] = []
+    launches()  # not counted
+    timer.timed(launches, times_ms.append)()
+    timer.collect()
+    return 1000 * times_ms[0] / _LAUNCHES
+
+
+if __name__ == "__main__":
+    main()
