@@ -45,7 +45,7 @@ from benchmarks.latency import make_bundle
 from engines.base import Backend, Call, Engine
 from engines.capture import CapturingBackend
 from engines.cuda_graph import BLOCKS_PER_SWITCH
-from engines.graph_modes import PATH_CACHE, POLICY_CACHE, SWITCH
+from engines.graph_modes import IF, PATH_CACHE, POLICY_CACHE, SWITCH
 from engines.libcuda import driver_from_libcuda
 from engines.network_graphs import NetworkGraphs
 from engines.registry import batch_options, identify_backend, open_backend
@@ -57,7 +57,7 @@ from export.files import write_json
 BACKENDS = ("torch", "tensorrt", "tensorrt-rtx", "onnxruntime", "onnxruntime-tensorrt")
 SHARE_KEPT = 17 / 54  # the mean of the paper
 AIMS = {"known path": 1.15, "full graph": 0.45}  # the most that strategy `graph` may take, as a ratio to each
-MODES = (SWITCH, POLICY_CACHE, PATH_CACHE)
+MODES = (SWITCH, POLICY_CACHE, IF, PATH_CACHE)
 PRECISIONS = ("fp32", "fp16")
 DEVICE = "cuda:0"
 _ROUNDS, _LAUNCHES = 20, 25
@@ -183,10 +183,12 @@ class GraphBench:
         """Return median milliseconds, their ratios, what the SWITCHes cost, and how much memory grew."""
         masks = kept_masks(self._network.n_blocks)
         switch, cache = self._graphs.deciding(), self._graphs.deciding([masks["some"]])
+        branch = self._graphs.branching()
         runs: dict[str, Callable[[], object]] = {}
         for name, mask in masks.items():
             runs[f"{SWITCH}, {name} kept"] = self._deciding(switch, mask)
             runs[f"{POLICY_CACHE}, {name} kept"] = self._deciding(cache, mask)  # which knows "some"
+            runs[f"{IF}, {name} kept"] = self._deciding(branch, mask)
             runs[f"{PATH_CACHE}, {name} kept"] = self._reading_back(mask)
             runs[f"known path, {name} kept"] = self._request(self._graphs.path(mask))
             runs[f"known path and policy, {name} kept"] = self._request(self._known_with_policy(mask))

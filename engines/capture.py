@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from engines.base import Buffer, Call, Engine
 from engines.cuda_device import CudaDevice, checked
-from engines.cuda_graph import GraphBuilder
+from engines.graph_nodes import GraphNodes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +33,9 @@ class Capturer(Protocol):
 
     def address(self, buffer: Buffer) -> int:
         """Return the device address of a buffer of this backend."""
+
+    def n_bytes(self, buffer: Buffer) -> int:
+        """Return the size of a buffer of this backend."""
 
     def capture(
         self, engine: Engine, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer], *, beside: bool
@@ -64,7 +67,7 @@ def replayed_call(
     """
     captured = capturer.capture(engine, inputs, outputs, beside=False)
     device = capturer.device
-    executable = GraphBuilder(device.cu, device.context).instantiate(captured.graph)
+    executable = GraphNodes(device.cu, device.context).instantiate(captured.graph)
     captured.release()
     return launch_call(device, executable, keep_alive=(captured.keep_alive, inputs, outputs))
 

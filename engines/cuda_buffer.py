@@ -27,12 +27,16 @@ class DeviceBuffer:
         self._host_dtype = np.dtype(_HOST_DTYPES.get(dtype, dtype))
         self._row_bytes = prod(shape[1:]) * self._host_dtype.itemsize
         self._device = device
-        self._memory = device.allocate(shape[0] * self._row_bytes) if memory is None else memory
+        self._memory = device.allocate(self.n_bytes) if memory is None else memory
         self._host: np.ndarray | None = None
 
     @property
     def address(self) -> int:
         return self._memory.address
+
+    @property
+    def n_bytes(self) -> int:
+        return self.shape[0] * self._row_bytes
 
     def write(self, values: np.ndarray) -> None:
         if values.shape != self.shape:
@@ -50,7 +54,7 @@ class DeviceBuffer:
     def copy_out(self) -> DeviceArray:
         self._device.make_current()
         copy = DeviceBuffer(self._device, self.shape, self._dtype)
-        self._device.copy(copy.address, self.address, self.shape[0] * self._row_bytes)
+        self._device.copy(copy.address, self.address, self.n_bytes)
         return copy.device_array()
 
     def device_array(self) -> DeviceArray:

@@ -1,12 +1,13 @@
-"""A CUDA graph that holds the decision: policy, one kernel that reads it, and a SWITCH for every few blocks.
+"""A CUDA graph that holds the decision: policy, one kernel that reads it, and conditional nodes that it sets.
 
-The graph is built node by node. Each engine's work is captured once for each direction into a graph of its own,
-checked, and put as a child graph into the bodies; the head goes into those of the last SWITCH. One launch runs an
-image; nothing of the policy comes back to the host before the logits do. With frequent masks known, one SWITCH over
-their flat paths goes first, and the others are decided group by group within its last body. Source: CUDA programming
-guide, "Conditional Graph Nodes", which lists what a body may hold.
+Each engine's work is captured once for each direction into a graph of its own, checked, and put as a child graph into
+the bodies. One launch runs an image; nothing of the policy comes back to the host before the logits do.
 
-Needs a driver of CUDA 12.8 or newer (SWITCH). Written against cuda-bindings 12.9 to 13.x; run on an H100 with 13.3.
+`dispatch_graph` has a SWITCH for every few blocks, whose bodies go from either buffer to the other; the head goes into
+those of the last SWITCH. With frequent masks known, `cached_graph` has one SWITCH over their flat paths first, and
+decides the others group by group within its last body. SWITCH needs a driver of CUDA 12.8. For drivers from 12.4 on
+`branch_graph` has an IF for each part; as a body cannot know where the part before it left the activation, each ends
+with a copy back into the first buffer. Source: CUDA programming guide, "Conditional Graph Nodes".
 """
 
 from __future__ import annotations
@@ -16,21 +17,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bdtool.errors import EngineError
-from engines.cuda_device import checked
 from engines.dispatch import MAX_BLOCKS, Run, body_runs
-from engines.dispatch_kernel import N_THREADS
+from engines.graph_nodes import DeviceCopy, GraphNodes
 
 # A SWITCH takes as long as some small kernels; its bodies, 2 to the power of this for either buffer, cost memory and
 # time to build. Measured by benchmarks/gpu_choices.py.
 BLOCKS_PER_SWITCH = 6
 
-_ALLOWED_IN_BODY = ("KERNEL", "MEMCPY", "MEMSET", "EMPTY", "GRAPH", "CONDITIONAL")
-_PREFIX = "CU_GRAPH_NODE_TYPE_"
-
 
 class _Handles(ctypes.Structure):
-    """`struct Handles` of the kernel."""
+    """`struct Handles` of the kernels."""
 
     _fields_ = [("h", ctypes.c_uint64 * MAX_BLOCKS)]
 
@@ -56,6 +52,7 @@ class CapturedNetwork:
     stem: Any  # writes buffer A
     blocks: Sequence[CapturedBlock]
     heads: tuple[Any, Any]  # reading A, and B
+    copies_back: Sequence[DeviceCopy]  # for each block, of the activation behind it from B to A
 
     @property
     def has_shortcut(self) -> list[bool]:
@@ -86,14 +83,14 @@ class Kernels:
 
     dispatch: Any
     lookup: Any
+    branch: Any
 
 
 class GraphBuilder:
     """Builds graphs through `driver`: the module `cuda.bindings.driver`, or a stand-in with its functions."""
 
     def __init__(self, driver: Any, context: Any, *, blocks_per_switch: int = BLOCKS_PER_SWITCH) -> None:
-        self._cu = driver
-        self._context = context
+        self._nodes = GraphNodes(driver, context)
         self._per_switch = blocks_per_switch
 
     def dispatch_graph(
@@ -106,11 +103,11 @@ class GraphBuilder:
             ValueError: no blocks, or too many.
         """
         self._check(network)
-        graph = self._call(self._cu.cuGraphCreate(0))
+        graph = self._nodes.new_graph()
         policy = self._policy(graph, network)
-        stem = self._child(graph, [], network.stem)
+        stem = self._nodes.child(graph, [], network.stem)
         self._decide(graph, policy, [stem], network, kernels.dispatch, memory, threshold)
-        return graph, self.instantiate(graph)
+        return graph, self._nodes.instantiate(graph)
 
     def cached_graph(
         self,
@@ -133,25 +130,47 @@ class GraphBuilder:
         self._check(network)
         if len(paths) != lookup.n_masks:
             raise ValueError(f"{len(paths)} paths for {lookup.n_masks} masks; expected as many")
-        graph = self._call(self._cu.cuGraphCreate(0))
-        handle = self._handle(graph)
+        graph = self._nodes.new_graph()
+        handle = self._nodes.handle(graph)
         arguments = _lookup_arguments(memory, lookup, handle, len(network.blocks), threshold)
-        found = self._kernel(graph, self._policy(graph, network), kernels.lookup, arguments)
-        stem = self._child(graph, [], network.stem)
-        _, bodies = self._conditional(graph, [found, stem], handle, len(paths) + 1)
+        found = self._nodes.kernel(graph, self._policy(graph, network), kernels.lookup, arguments)
+        stem = self._nodes.child(graph, [], network.stem)
+        _, bodies = self._nodes.conditional(graph, [found, stem], handle, "SWITCH", n_bodies=len(paths) + 1)
         for index, path in enumerate(paths):
-            self._chain(bodies[index], path)
+            self._nodes.chain(bodies[index], path)
         self._decide(bodies[-1], [], [], network, kernels.dispatch, memory, threshold)
-        return graph, self.instantiate(graph)
+        return graph, self._nodes.instantiate(graph)
+
+    def branch_graph(
+        self, network: CapturedNetwork, kernels: Kernels, memory: DispatchMemory, *, threshold: float
+    ) -> tuple[Any, Any]:
+        """Return (CUgraph, CUgraphExec) with an IF for each block, and another one for each shortcut part.
+
+        Raises:
+            EngineError, ValueError: as `dispatch_graph`.
+        """
+        self._check(network)
+        nodes, graph = self._nodes, self._nodes.new_graph()
+        keeps = [nodes.handle(graph) for _ in network.blocks]
+        drops = [nodes.handle(graph) if shortcut else None for shortcut in network.has_shortcut]
+        arguments = _branch_arguments(memory, keeps, drops, threshold)
+        last = [nodes.kernel(graph, self._policy(graph, network), kernels.branch, arguments)]
+        last.append(nodes.child(graph, [], network.stem))
+        for block, back, keep, drop in zip(network.blocks, network.copies_back, keeps, drops, strict=True):
+            last = [self._if(graph, last, keep, block.block[0], back)]
+            if block.shortcut is not None:
+                last = [self._if(graph, last, drop, block.shortcut[0], back)]
+        nodes.child(graph, last, network.heads[0])
+        return graph, nodes.instantiate(graph)
 
     def flat_graph(self, parts: Sequence[Any]) -> tuple[Any, Any]:
         """Return (CUgraph, CUgraphExec) of captured graphs one after the other: a path that is known in advance."""
-        graph = self._call(self._cu.cuGraphCreate(0))
-        self._chain(graph, parts)
-        return graph, self.instantiate(graph)
+        graph = self._nodes.new_graph()
+        self._nodes.chain(graph, parts)
+        return graph, self._nodes.instantiate(graph)
 
     def _policy(self, graph: Any, network: CapturedNetwork) -> list[Any]:
-        return [] if network.policy is None else [self._child(graph, [], network.policy)]
+        return [] if network.policy is None else [self._nodes.child(graph, [], network.policy)]
 
     def _decide(
         self,
@@ -165,9 +184,9 @@ class GraphBuilder:
     ) -> None:
         """Add the dispatch kernel after `policy`, and after it and `stem` a SWITCH for each group of blocks."""
         groups = range(0, len(network.blocks), self._per_switch)
-        handles = [self._handle(graph) for _ in groups]
-        arguments = _kernel_arguments(memory, handles, len(network.blocks), threshold, self._per_switch)
-        last = [self._kernel(graph, policy, kernel, arguments), *stem]
+        handles = [self._nodes.handle(graph) for _ in groups]
+        arguments = _dispatch_arguments(memory, handles, len(network.blocks), threshold, self._per_switch)
+        last = [self._nodes.kernel(graph, policy, kernel, arguments), *stem]
         for first, handle in zip(groups, handles, strict=True):
             last = [self._switch(graph, last, handle, network, first)]
 
@@ -175,57 +194,18 @@ class GraphBuilder:
         """Add the SWITCH of the blocks from `first` on; the last one's bodies end with the head."""
         end = first + self._per_switch
         blocks, shortcuts = network.blocks[first:end], network.has_shortcut[first:end]
-        node, bodies = self._conditional(graph, after, handle, 2 << len(blocks))
+        node, bodies = self._nodes.conditional(graph, after, handle, "SWITCH", n_bodies=2 << len(blocks))
         for value, body in enumerate(bodies):
             found, side = body_runs(value, shortcuts)
             parts = [blocks[run.block].graph(run) for run in found]
-            self._chain(body, [*parts, network.heads[side]] if end >= len(network.blocks) else parts)
+            self._nodes.chain(body, [*parts, network.heads[side]] if end >= len(network.blocks) else parts)
         return node
 
-    def _chain(self, graph: Any, parts: Sequence[Any]) -> None:
-        last: list[Any] = []
-        for part in parts:
-            last = [self._child(graph, last, part)]
-
-    def _handle(self, graph: Any) -> Any:
-        """Make a conditional handle that every launch resets to 0: skip."""
-        flag = self._cu.CU_GRAPH_COND_ASSIGN_DEFAULT
-        return self._call(self._cu.cuGraphConditionalHandleCreate(graph, self._context, 0, flag))
-
-    def _child(self, graph: Any, after: list[Any], child: Any) -> Any:
-        return self._call(self._cu.cuGraphAddChildGraphNode(graph, after or None, len(after), child))
-
-    def _kernel(self, graph: Any, after: list[Any], function: Any, arguments: Sequence[Any]) -> Any:
-        cu = self._cu
-        pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(argument) for argument in arguments))
-        params = cu.CUgraphNodeParams()
-        params.type = cu.CUgraphNodeType.CU_GRAPH_NODE_TYPE_KERNEL
-        kernel = params.kernel
-        kernel.func = function
-        kernel.gridDimX = kernel.gridDimY = kernel.gridDimZ = 1
-        kernel.blockDimX, kernel.blockDimY, kernel.blockDimZ = N_THREADS, 1, 1
-        kernel.sharedMemBytes = 0
-        kernel.kernelParams = ctypes.addressof(pointers)  # the driver copies the values when the node is added
-        return self._add(graph, after, params)
-
-    def _conditional(self, graph: Any, after: list[Any], handle: Any, n_bodies: int) -> tuple[Any, list[Any]]:
-        """Add a SWITCH; return its node, and the graphs of its bodies, which are empty and belong to it."""
-        cu = self._cu
-        params = cu.CUgraphNodeParams()
-        params.type = cu.CUgraphNodeType.CU_GRAPH_NODE_TYPE_CONDITIONAL
-        conditional = params.conditional
-        conditional.handle = handle
-        conditional.ctx = self._context
-        conditional.size = n_bodies
-        conditional.type = cu.CUgraphConditionalNodeType.CU_GRAPH_COND_TYPE_SWITCH
-        node = self._add(graph, after, params)
-        return node, [cu.CUgraph(int(params.conditional.phGraph_out[index])) for index in range(n_bodies)]
-
-    def _add(self, graph: Any, after: list[Any], params: Any) -> Any:
-        cu, dependencies = self._cu, after or None
-        if hasattr(cu, "cuGraphAddNode_v2"):  # 12.x: the plain one takes no edge data; 13.x: it does
-            return self._call(cu.cuGraphAddNode(graph, dependencies, len(after), params))
-        return self._call(cu.cuGraphAddNode(graph, dependencies, None, len(after), params))
+    def _if(self, graph: Any, after: list[Any], handle: Any, part: Any, back: DeviceCopy) -> Any:
+        """Add an IF whose body runs a part from buffer A to B, and brings what it gave back to A."""
+        node, [body] = self._nodes.conditional(graph, after, handle, "IF")
+        self._nodes.copy(body, self._nodes.chain(body, [part]), back)
+        return node
 
     def _check(self, network: CapturedNetwork) -> None:
         if not 1 <= len(network.blocks) <= MAX_BLOCKS:
@@ -238,37 +218,32 @@ class GraphBuilder:
         for k, block in enumerate(network.blocks):
             named += [(f"block {k}", graph) for graph in (*block.block, *(block.shortcut or ()))]
         for what, captured in named:
-            self._check_content(captured, what)
-
-    def _check_content(self, captured: Any, what: str) -> None:
-        """Refuse what no body may hold; the driver would only say "invalid argument", when all is put together."""
-        cu = self._cu
-        _, n_nodes = self._call(cu.cuGraphGetNodes(captured, 0))
-        nodes, _ = self._call(cu.cuGraphGetNodes(captured, n_nodes))
-        kinds = {self._call(cu.cuGraphNodeGetType(node)).name.removeprefix(_PREFIX) for node in nodes}
-        if bad := sorted(kinds - set(_ALLOWED_IN_BODY)):
-            raise EngineError(
-                f"{what}: its captured work holds {', '.join(bad)} nodes, which a conditional body may not hold. "
-                "Let the engine allocate nothing and record no events while it is captured"
-            )
-
-    def instantiate(self, graph: Any) -> Any:
-        """Return the CUgraphExec of a CUgraph, which may be destroyed then."""
-        params = self._cu.CUDA_GRAPH_INSTANTIATE_PARAMS()
-        return self._call(self._cu.cuGraphInstantiateWithParams(graph, params))
-
-    def _call(self, result: tuple[Any, ...]) -> Any:
-        return checked(self._cu, result, "a step of the graph")
+            self._nodes.check_content(captured, what)
 
 
-def _kernel_arguments(
+def _dispatch_arguments(
     memory: DispatchMemory, handles: Sequence[Any], n_blocks: int, threshold: float, blocks_per_switch: int
 ) -> list[Any]:
-    switches = _Handles()
-    switches.h[: len(handles)] = [int(handle) for handle in handles]
-    pointers = [ctypes.c_void_p(address) for address in (memory.probability, memory.has_shortcut, memory.force)]
     sizes = [ctypes.c_int(n_blocks), ctypes.c_float(threshold), ctypes.c_int(blocks_per_switch)]
-    return [*pointers, *sizes, ctypes.c_void_p(memory.kept), switches]
+    return [*_read(memory), *sizes, ctypes.c_void_p(memory.kept), _handles(handles)]
+
+
+def _branch_arguments(
+    memory: DispatchMemory, keeps: Sequence[Any], drops: Sequence[Any], threshold: float
+) -> list[Any]:
+    sizes = [ctypes.c_int(len(keeps)), ctypes.c_float(threshold)]
+    return [*_read(memory), *sizes, ctypes.c_void_p(memory.kept), _handles(keeps), _handles(drops)]
+
+
+def _read(memory: DispatchMemory) -> list[ctypes.c_void_p]:
+    return [ctypes.c_void_p(address) for address in (memory.probability, memory.has_shortcut, memory.force)]
+
+
+def _handles(handles: Sequence[Any]) -> _Handles:
+    """Return the kernel's argument; None leaves a place empty."""
+    filled = _Handles()
+    filled.h[: len(handles)] = [0 if handle is None else int(handle) for handle in handles]
+    return filled
 
 
 def _lookup_arguments(

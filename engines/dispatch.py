@@ -2,8 +2,9 @@
 
 A graph holds one SWITCH for every few neighbouring blocks, with a body for each of their keep bits and for either of
 the two buffers that the activation may be in by then. A graph that knows the frequent keep masks looks the image's mask
-up first: one SWITCH over their paths, and what was said above as its last body. On the device one thread works that
-out; here is the same, to test against and to lay out the bodies by.
+up first: one SWITCH over their paths, and what was said above as its last body. For drivers that have no SWITCH there
+is an IF for each part. On the device one thread works that out; here is the same, to test against and to lay out the
+bodies by.
 """
 
 from __future__ import annotations
@@ -70,17 +71,38 @@ def dispatch(
     Raises:
         ValueError: more than `MAX_BLOCKS` blocks, or lengths that differ.
     """
+    _check_lengths(probabilities, has_shortcut, force)
     n_blocks = len(has_shortcut)
-    if n_blocks > MAX_BLOCKS or len(probabilities) != n_blocks or (force is not None and len(force) != n_blocks):
-        raise ValueError(
-            f"{len(probabilities)} probabilities for {n_blocks} blocks; expected as many, and at most {MAX_BLOCKS}"
-        )
     side, kept, switches = 0, _kept(probabilities, threshold, force), []
     for first in range(0, n_blocks, blocks_per_switch):
         keep = [bit == 1 for bit in kept[first : first + blocks_per_switch]]
         switches.append(2 * sum(bit << i for i, bit in enumerate(keep)) + side)
         _, side = runs(keep, has_shortcut[first : first + blocks_per_switch], side=side)
     return Dispatch(kept, tuple(switches))
+
+
+@dataclass(frozen=True)
+class Branches:
+    """What one image's policy comes to: which of the blocks' IFs run, and which of their shortcut parts'."""
+
+    kept: tuple[int, ...]  # as in `Dispatch`
+    keeps: tuple[int, ...]  # 0 or 1
+    drops: tuple[int | None, ...]  # None where a block has no shortcut part
+
+
+def branches(
+    probabilities: Sequence[float],
+    has_shortcut: Sequence[bool],
+    *,
+    threshold: float,
+    force: Sequence[int] | None = None,
+) -> Branches:
+    """Return which parts run; arguments and errors as for `dispatch`."""
+    _check_lengths(probabilities, has_shortcut, force)
+    kept = _kept(probabilities, threshold, force)
+    keeps = tuple(int(bit == 1) for bit in kept)
+    drops = tuple(1 - keep if shortcut else None for keep, shortcut in zip(keeps, has_shortcut, strict=True))
+    return Branches(kept, keeps, drops)
 
 
 @dataclass(frozen=True)
@@ -124,6 +146,14 @@ def lookup(
         first, end = (middle + 1, end) if tuple(table[middle]) < mask else (first, middle)
     found = first < len(table) and tuple(table[first]) == mask
     return Lookup(kept, first if found else len(table))
+
+
+def _check_lengths(probabilities: Sequence[float], has_shortcut: Sequence[bool], force: Sequence[int] | None) -> None:
+    n_blocks = len(has_shortcut)
+    if n_blocks > MAX_BLOCKS or len(probabilities) != n_blocks or (force is not None and len(force) != n_blocks):
+        raise ValueError(
+            f"{len(probabilities)} probabilities for {n_blocks} blocks; expected as many, and at most {MAX_BLOCKS}"
+        )
 
 
 def _kept(probabilities: Sequence[float], threshold: float, force: Sequence[int] | None) -> tuple[int, ...]:

@@ -2,12 +2,13 @@
 
 Beside plain launches, a CUDA graph replays what is known in advance with one launch (`full`, or a keep mask's path),
 and one with conditional nodes decides by itself. Sources: CUDA programming guide, "Conditional Graph Nodes"; CUDA
-driver API, `cuGraphInstantiateWithParams` (12.0).
+driver API, `cuGraphInstantiateWithParams` (12.0); release notes of CUDA 12.4 (IF) and 12.8 (SWITCH); "CUDA
+Compatibility", "Minor version compatibility": machine code loads across the versions of one major, and not in an older.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from bdtool.errors import BackendError, UsageError
@@ -16,18 +17,20 @@ from engines.libcuda import Driver
 AUTO = "auto"
 POLICY_CACHE = "policy-cache"  # on the device: one SWITCH over the paths of frequent masks, `switch` for others
 SWITCH = "switch"  # on the device: a SWITCH for every few blocks
+IF = "if"  # on the device: an IF for each block, for drivers that have no SWITCH
 PATH_CACHE = "path-cache"  # the policy is read back, then the mask's flat path is launched, from a bounded cache
 OFF = "off"  # plain launches
-GRAPH_MODES = (AUTO, POLICY_CACHE, SWITCH, PATH_CACHE, OFF)
+GRAPH_MODES = (AUTO, POLICY_CACHE, SWITCH, IF, PATH_CACHE, OFF)
 REPLAY = "replay"  # of one engine, which decides nothing: `full`
 
-_GRAPHS_SINCE, _SWITCH_SINCE = (12, 0), (12, 8)
-_INSTALL = 'add it with: pip install "bdtool[cuda]"'
+_GRAPHS_SINCE, _IF_SINCE, _SWITCH_SINCE = (12, 0), (12, 4), (12, 8)
+_BINDINGS = "cuda-bindings"
+_NVRTC = {"12": "nvidia-cuda-nvrtc-cu12", "13": "nvidia-cuda-nvrtc"}  # by the major version of the bindings
 
 
 @dataclass(frozen=True, kw_only=True)
 class GraphPlan:
-    """The modes that may be used, the preferred first; `missing` says why the others may not."""
+    """The modes to choose from, the preferred first; `missing` says why others are not to be had."""
 
     modes: tuple[str, ...]
     missing: Mapping[str, str] = field(default_factory=dict)
@@ -48,23 +51,23 @@ class GraphChoice:
     measured_ms: Mapping[str, float] = field(default_factory=dict)  # of one image, where modes were compared
 
 
-def graphs_of_machine(driver: Driver, is_installed: Callable[[str], bool]) -> GraphPlan:
-    """Return what a driver and the installed packages allow.
+def graphs_of_machine(driver: Driver, version_of: Callable[[str], str | None]) -> GraphPlan:
+    """Return what a driver and the installed packages allow. IF is left out where there is SWITCH, which takes fewer.
 
     Args:
-        is_installed: says whether a distribution is there.
+        version_of: gives the version of an installed distribution, or None.
     """
     needs = {
-        POLICY_CACHE: (_SWITCH_SINCE, ("cuda-bindings", "nvidia-cuda-nvrtc"), "a SWITCH in a CUDA graph"),
-        SWITCH: (_SWITCH_SINCE, ("cuda-bindings", "nvidia-cuda-nvrtc"), "a SWITCH in a CUDA graph"),
-        PATH_CACHE: (_GRAPHS_SINCE, ("cuda-bindings",), "a CUDA graph"),
+        POLICY_CACHE: _Need("a SWITCH in a CUDA graph", _SWITCH_SINCE),
+        SWITCH: _Need("a SWITCH in a CUDA graph", _SWITCH_SINCE),
+        IF: _Need("an IF in a CUDA graph", _IF_SINCE),
+        PATH_CACHE: _Need("a CUDA graph", _GRAPHS_SINCE, has_kernels=False),
     }
-    missing = {
-        mode: reason
-        for mode, (since, packages, what) in needs.items()
-        if (reason := _lacks(driver, since, packages, what, is_installed))
-    }
-    return GraphPlan(modes=tuple(mode for mode in (*needs, OFF) if mode not in missing), missing=missing)
+    missing = {mode: reason for mode, need in needs.items() if (reason := need.lacks(driver, version_of))}
+    modes = [mode for mode in (*needs, OFF) if mode not in missing]
+    if SWITCH in modes:
+        modes.remove(IF)
+    return GraphPlan(modes=tuple(modes), missing=missing)
 
 
 def plan_for(mode: str, there: GraphPlan) -> GraphPlan:
@@ -78,7 +81,7 @@ def plan_for(mode: str, there: GraphPlan) -> GraphPlan:
         raise UsageError(f"unknown CUDA graph mode {mode!r}; this version has {', '.join(GRAPH_MODES)}")
     if mode == AUTO:
         return there
-    if mode not in there.modes:
+    if mode in there.missing:
         others = ", ".join(there.modes)
         raise BackendError(f"CUDA graph mode {mode!r}: {there.missing[mode]}. Or use one that is there: {others}")
     return GraphPlan(modes=(mode,), missing=there.missing, is_forced=True)
@@ -89,11 +92,35 @@ def chosen(plan: GraphPlan | None, choice: GraphChoice) -> GraphPlan:
     return GraphPlan(modes=(choice.mode,), missing={} if plan is None else plan.missing, is_forced=True)
 
 
-def _lacks(
-    driver: Driver, since: tuple[int, int], packages: Sequence[str], what: str, is_installed: Callable[[str], bool]
-) -> str | None:
-    if driver.cuda_version < since:
-        needed = ".".join(map(str, since))
-        return f"the driver supports CUDA up to {driver.cuda_text}, {what} needs {needed}; update the driver"
-    absent = [package for package in packages if not is_installed(package)]
-    return f"{what} needs {absent[0]}; {_INSTALL}" if absent else None
+def cuda_extra(driver: Driver) -> str:
+    """Return which of bdtool's extras fits the driver."""
+    return "cuda12" if driver.usable and driver.cuda_version < (13, 0) else "cuda"
+
+
+@dataclass(frozen=True)
+class _Need:
+    """What a way to launch work takes: a driver since some CUDA version, and packages."""
+
+    what: str
+    since: tuple[int, int]
+    has_kernels: bool = True  # which NVRTC compiles here
+
+    def lacks(self, driver: Driver, version_of: Callable[[str], str | None]) -> str | None:
+        """Return why it is not to be had, and what to do; None where it is."""
+        if driver.cuda_version < self.since:
+            needed = ".".join(map(str, self.since))
+            return f"the driver supports CUDA up to {driver.cuda_text}, {self.what} needs {needed}; update the driver"
+        install = f'add it with: pip install "bdtool[{cuda_extra(driver)}]"'
+        bindings = version_of(_BINDINGS)
+        if bindings is None:
+            return f"{self.what} needs {_BINDINGS}; {install}"
+        if not self.has_kernels:
+            return None
+        major = bindings.partition(".")[0]
+        if int(major) > driver.cuda_version[0]:
+            return (
+                f"{self.what} needs a kernel compiled for the driver's CUDA {driver.cuda_text}, and {_BINDINGS} "
+                f"{bindings} compiles for CUDA {major}; {install}"
+            )
+        nvrtc = _NVRTC.get(major, _NVRTC["13"])
+        return None if version_of(nvrtc) else f"{self.what} needs {nvrtc}; {install}"

@@ -27,7 +27,8 @@ from engines.cuda_graph import (
     LookupMemory,
 )
 from engines.dispatch import bits_from_words, mask_table, runs
-from engines.dispatch_kernel import KERNEL_NAME, LOOKUP_NAME, SOURCE, cubin_from_source
+from engines.dispatch_kernel import BRANCH_NAME, KERNEL_NAME, LOOKUP_NAME, SOURCE, cubin_from_source
+from engines.graph_nodes import DeviceCopy
 from export.fused import fused_spec
 
 
@@ -90,9 +91,7 @@ class NetworkGraphs:
         Raises:
             EngineError: the driver refuses a step.
         """
-        device, threshold = self._capturer.device, self._network.threshold
-        cubin = cubin_from_source(SOURCE, device.sm)
-        kernels = Kernels(dispatch=device.function(cubin, KERNEL_NAME), lookup=device.function(cubin, LOOKUP_NAME))
+        device, threshold, kernels = self._capturer.device, self._network.threshold, self._kernels()
         table = mask_table([mask.tolist() for mask in masks])
         memory = self._dispatch_memory()
         if not table:
@@ -107,6 +106,17 @@ class NetworkGraphs:
             self._parts, kernels, memory, lookup, paths=paths, threshold=threshold
         )
         return launch_call(device, executable, keep_alive=(self, keys), graph=graph)
+
+    def branching(self) -> Call:
+        """Return a call like `deciding`'s, with an IF for each part: for drivers that have no SWITCH.
+
+        Raises:
+            EngineError: the driver refuses a step.
+        """
+        graph, executable = self._builder.branch_graph(
+            self._parts, self._kernels(), self._dispatch_memory(), threshold=self._network.threshold
+        )
+        return launch_call(self._capturer.device, executable, keep_alive=self, graph=graph)
 
     def policy(self) -> Call | None:
         """Return a call that writes `probability` of `image`; None where the network has no policy."""
@@ -123,6 +133,12 @@ class NetworkGraphs:
     def release(self) -> None:
         """Give the captured graphs back, once no more graphs are made of them: those that are made have copies."""
         _run_all(self._releases)
+
+    def _kernels(self) -> Kernels:
+        device = self._capturer.device
+        cubin = cubin_from_source(SOURCE, device.sm)
+        names = {"dispatch": KERNEL_NAME, "lookup": LOOKUP_NAME, "branch": BRANCH_NAME}
+        return Kernels(**{what: device.function(cubin, name) for what, name in names.items()})
 
     def _allocate_decision(self) -> None:
         """Make what the kernels read and write. Without a policy all blocks are kept."""
@@ -150,6 +166,7 @@ class NetworkGraphs:
             stem=self._add(stem, self.image, self._pair(stem.outputs[0])[0]),
             blocks=[self._capture_block(block, network.shortcut(k)) for k, block in enumerate(network.blocks)],
             heads=(self._add(head, first, self.logits), self._add(head, second, self.logits)),
+            copies_back=[self._copy_back(block.outputs[0]) for block in network.blocks],
         )
 
     def _capture_block(self, block: PartSpec, shortcut: PartSpec | None) -> CapturedBlock:
@@ -158,6 +175,11 @@ class NetworkGraphs:
             block=(self._add(block, a, to_b), self._add(block, b, to_a)),
             shortcut=None if shortcut is None else (self._add(shortcut, a, to_b), self._add(shortcut, b, to_a)),
         )
+
+    def _copy_back(self, tensor: TensorSpec) -> DeviceCopy:
+        first, second = self._pair(tensor)
+        address, n_bytes = self._capturer.address, self._capturer.n_bytes(second)
+        return DeviceCopy(target=address(first), source=address(second), n_bytes=n_bytes)
 
     def _pair(self, tensor: TensorSpec) -> tuple[Buffer, Buffer]:
         """Return the two buffers for activations of that shape."""

@@ -87,7 +87,7 @@ def plan_graphs(name: str, device: str, mode: str = AUTO) -> GraphPlan | None:
     driver = driver_from_libcuda()
     if not driver.usable:
         raise BackendError(f"device {device!r}: {driver.error or 'no GPU'}. See `bdtool doctor`")
-    return plan_for(mode, graphs_of_machine(driver, _is_installed))
+    return plan_for(mode, graphs_of_machine(driver, _version_of))
 
 
 def require_graphs(name: str, device: str) -> None:
@@ -107,12 +107,11 @@ def require_graphs(name: str, device: str) -> None:
         raise BackendError(f"strategy 'graph': {driver.error or 'no GPU'}. See `bdtool doctor`")
 
 
-def _is_installed(distribution: str) -> bool:
+def _version_of(distribution: str) -> str | None:
     try:
-        metadata.version(distribution)
+        return metadata.version(distribution)
     except metadata.PackageNotFoundError:
-        return False
-    return True
+        return None
 
 
 def batch_options(name: str, max_batch: int) -> TensorRTOptions | None:
@@ -174,8 +173,6 @@ def _file_name(device: str) -> str:
 
 def _onnxruntime_version() -> str:
     for distribution in ("onnxruntime-gpu", "onnxruntime"):
-        try:
-            return metadata.version(distribution)
-        except metadata.PackageNotFoundError:
-            continue
+        if (version := _version_of(distribution)) is not None:
+            return version
     raise BackendError("onnxruntime is not installed; add it with: pip install onnxruntime-gpu")

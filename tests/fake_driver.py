@@ -12,17 +12,25 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from engines.dispatch import MAX_BLOCKS, dispatch, lookup
+from engines.dispatch import MAX_BLOCKS, branches, dispatch, lookup
 
 
 class Handles(ctypes.Structure):
     _fields_ = [("h", ctypes.c_uint64 * MAX_BLOCKS)]
 
 
+COPY_OFFSETS = dict(
+    zip(  # of CUDA_MEMCPY3D, as cuda.h has it
+        ("source kind", "source", "target kind", "target", "width", "height", "depth"),
+        (32, 48, 120, 136, 176, 184, 192),
+        strict=True,
+    )
+)
 POINTER, HANDLE = ctypes.c_uint64, ctypes.c_uint64
 KERNELS = {  # by the address of the function: what its node is noted as, and the types of its arguments
     0xF: ("kernel", [POINTER] * 3 + [ctypes.c_int, ctypes.c_float, ctypes.c_int, POINTER, Handles]),
     0x10: ("lookup", [POINTER] * 2 + [ctypes.c_int, ctypes.c_float, POINTER, ctypes.c_int, POINTER, HANDLE]),
+    0x11: ("branch", [POINTER] * 3 + [ctypes.c_int, ctypes.c_float, POINTER, Handles, Handles]),
 }
 
 
@@ -42,7 +50,7 @@ class FakeDriver:
         self.ended = []  # executables that were destroyed; they share the address of their graph
         self.owners = {}  # address: the context that it belongs to, where it is not the primary one
         self.events, self.time_ms = [], 0.0  # each piece of work takes a millisecond
-        self.launch_ms = self.switch_ms = 0.0
+        self.launch_ms = self.conditional_ms = 0.0
         self.copy_ms = {"HtoD": 0.0, "DtoH": 0.0, "DtoD": 0.0}
         self.recorded_on, self.waited_for = {}, []  # streams
         self._capturing = None
@@ -202,21 +210,32 @@ class FakeDriver:
     def cuGraphAddChildGraphNode(self, graph, after, count, child):
         return self._done("cuGraphAddChildGraphNode", self._note(graph, after, count, ("child", int(child))))
 
-    def cuGraphAddNode(self, graph, after, edges, count, params):
-        assert edges is None
+    def cuGraphAddNode(self, graph, after, *arguments):
+        *edges, count, params = arguments
+        assert edges == [] if hasattr(self, "cuGraphAddNode_v2") else edges == [None]  # bindings of CUDA 12, and of 13
         raw = ctypes.string_at(params.getPtr(), 64)
         if int.from_bytes(raw[:4], "little") == int(self.CUgraphNodeType.CU_GRAPH_NODE_TYPE_KERNEL):
             kind, types = KERNELS[int(params.kernel.func)]
             entry = (kind, self._arguments(int(params.kernel.kernelParams), types))
         else:
             handle, kind, size = (int.from_bytes(raw[a:b], "little") for a, b in ((16, 24), (24, 28), (28, 32)))
-            assert kind == int(self.CUgraphConditionalNodeType.CU_GRAPH_COND_TYPE_SWITCH)
+            kinds = self.CUgraphConditionalNodeType
+            assert kind == int(kinds.CU_GRAPH_COND_TYPE_SWITCH) or (size, kind) == (1, int(kinds.CU_GRAPH_COND_TYPE_IF))
             bodies = [int(self._new_graph()) for _ in range(size)]
             memory = (ctypes.c_void_p * size)(*bodies)
             self._keep.append(memory)
             ctypes.c_void_p.from_address(params.getPtr() + 32).value = ctypes.addressof(memory)  # phGraph_out
-            entry = ("switch", handle, bodies)
+            entry = ("switch" if kind == int(kinds.CU_GRAPH_COND_TYPE_SWITCH) else "if", handle, bodies)
         return self._done("cuGraphAddNode", self._note(graph, after, count, entry))
+
+    def cuGraphAddMemcpyNode(self, graph, after, count, params, context):
+        assert int(context) == 0xC0
+        raw = ctypes.string_at(params.getPtr(), 200)
+        at = {name: int.from_bytes(raw[i : i + 8], "little") for name, i in COPY_OFFSETS.items()}
+        device = int(self.CUmemorytype.CU_MEMORYTYPE_DEVICE)
+        assert (at["source kind"], at["target kind"], at["height"], at["depth"]) == (device, device, 1, 1)
+        entry = ("copy", at["target"], at["source"], at["width"])
+        return self._done("cuGraphAddMemcpyNode", self._note(graph, after, count, entry))
 
     def _arguments(self, pointers, types):
         """Read a kernel's arguments back, as the driver does when the node is added."""
@@ -263,10 +282,20 @@ class FakeDriver:
                     self._dispatch(*arguments)
                 case ("lookup", arguments):
                     self._lookup(*arguments)
+                case ("branch", arguments):
+                    self._branch(*arguments)
+                case ("copy", target, source, n_bytes):
+                    self.view(target, n_bytes)[:] = self.view(source, n_bytes)
                 case ("switch", handle, bodies):
-                    self.time_ms += self.switch_ms
+                    self.time_ms += self.conditional_ms
                     if self.values[handle] < len(bodies):
                         self._run(bodies[self.values[handle]])
+                case ("if", handle, [body]):
+                    self.time_ms += self.conditional_ms
+                    if self.values[handle]:
+                        self._run(body)
+                case _:
+                    raise AssertionError(f"nobody knows how to run {entry}")
 
     def _dispatch(self, probability, has_shortcut, force, n_blocks, threshold, blocks_per_switch, kept, switches):
         p, shortcut = self.view(probability, 4 * n_blocks).view(np.float32), self.view(has_shortcut, n_blocks)
@@ -274,6 +303,14 @@ class FakeDriver:
         result = dispatch(p, shortcut, threshold=threshold, force=forced, blocks_per_switch=blocks_per_switch)
         self.view(kept, n_blocks)[:] = result.kept
         self.values |= dict(zip(switches, result.switches, strict=False))
+
+    def _branch(self, probability, has_shortcut, force, n_blocks, threshold, kept, keeps, drops):
+        p, shortcut = self.view(probability, 4 * n_blocks).view(np.float32), self.view(has_shortcut, n_blocks)
+        forced = self.view(force, n_blocks) if force else None
+        result = branches(p, shortcut, threshold=threshold, force=forced)
+        self.view(kept, n_blocks)[:] = result.kept
+        self.values |= dict(zip(keeps, result.keeps, strict=False))
+        self.values |= {drops[k]: drop for k, drop in enumerate(result.drops) if drop is not None}
 
     def _lookup(self, probability, force, n_blocks, threshold, masks, n_masks, kept, path):
         p, words = self.view(probability, 4 * n_blocks).view(np.float32), self.view(masks, 16 * n_masks)
@@ -289,4 +326,5 @@ class FakeDriver:
         return self._done("cuModuleLoadData", self.CUmodule(0xD))
 
     def cuModuleGetFunction(self, module, name):
-        return self._done("cuModuleGetFunction", self.CUfunction({b"bd_dispatch": 0xF, b"bd_lookup": 0x10}[name]))
+        addresses = {b"bd_dispatch": 0xF, b"bd_lookup": 0x10, b"bd_branch": 0x11}
+        return self._done("cuModuleGetFunction", self.CUfunction(addresses[name]))

@@ -13,6 +13,7 @@ import pytest
 from bdtool.doctor import examination, gpu, machine, onnxruntime, packages
 from bdtool.doctor.examination import examine, render
 from bdtool.doctor.finding import Finding
+from engines import onnxrt_providers  # noqa: F401  # before a stand-in takes the place of ONNX Runtime for a test
 from engines.libcuda import Driver, Gpu, driver_from_calls
 
 NO_DRIVER = Driver(installed=False, error="no NVIDIA driver (libcuda not found)")
@@ -75,6 +76,14 @@ def test_a_missing_extra_shows_its_pip_line(versions: dict[str, str], importable
     assert finding.remedy is not None
     assert 'pip install "bdtool[rtx]"' in finding.remedy
     assert "works without it" in finding.detail
+
+
+def test_a_driver_of_cuda_12_takes_packages_of_cuda_12(importable: Any, versions: dict[str, str]) -> None:
+    importable("cuda", "raise ModuleNotFoundError('no module', name='cuda')")
+    for cuda, extra in (((12, 9), "cuda12"), ((13, 0), "cuda")):
+        finding = packages.extra_package("cuda-bindings", Driver(cuda, ONE_GPU.gpus))
+        assert finding.remedy is not None
+        assert f'pip install "bdtool[{extra}]"' in finding.remedy
 
 
 def test_a_broken_package_is_a_problem_with_its_words(versions: dict[str, str], importable: Any) -> None:
@@ -262,11 +271,18 @@ def test_cuda_graphs_say_how_strategy_graph_runs(versions: dict[str, str]) -> No
         "ok",
         "strategy 'graph' decides on the device; it takes the fastest of policy-cache, switch, path-cache",
     )
+    other_major = gpu.cuda_graphs(Driver((12, 4), ONE_GPU.gpus))
+    assert other_major.status == "problem"
+    assert other_major.detail.startswith("an IF in a CUDA graph needs a kernel compiled for the driver's CUDA 12.4")
+    assert other_major.detail.endswith("reads the policy back for each image (mode path-cache)")
+    assert other_major.remedy == 'pip install "bdtool[cuda12]"'
+    versions.update({"cuda-bindings": "12.9.4", "nvidia-cuda-nvrtc-cu12": "12.9"})
     old = gpu.cuda_graphs(Driver((12, 4), ONE_GPU.gpus))
-    assert old.status == "problem"
-    assert old.detail.startswith("the driver supports CUDA up to 12.4, a SWITCH in a CUDA graph needs 12.8; strategy")
-    assert old.detail.endswith("reads the policy back for each image (mode path-cache)")
-    assert old.remedy == "update the driver"
+    assert old.status == "ok"
+    assert "it takes the fastest of if, path-cache (the driver supports CUDA up to 12.4" in old.detail
+    too_old = gpu.cuda_graphs(Driver((12, 2), ONE_GPU.gpus))
+    assert too_old.detail.startswith("the driver supports CUDA up to 12.2, an IF in a CUDA graph needs 12.4; strategy")
+    assert too_old.remedy == "update the driver"
     versions.clear()
     bare = gpu.cuda_graphs(ONE_GPU)
     assert bare.detail.endswith("launches each part (mode off)")

@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any
 
 from bdtool.doctor.finding import Finding, first_line
+from engines.graph_modes import cuda_extra
 from engines.libcuda import Driver
 
 CORE_MODULES = {
@@ -123,7 +124,8 @@ def _torch_remedy(built_for: str | None, driver: Driver) -> str:
 
 def extra_package(name: str, driver: Driver) -> Finding:
     extra = EXTRAS[name]
-    command = f'pip install "bdtool[{extra.extra}]"'
+    which = cuda_extra(driver) if extra.extra == "cuda" else extra.extra
+    command = f'pip install "bdtool[{which}]"'
     remedy = f"{command} ({extra.adds}{f'; needs {extra.note}' if extra.note else ''})"
     module = imported(name, extra.module, distributions=extra.distributions, remedy=remedy)
     if not isinstance(module, Finding):

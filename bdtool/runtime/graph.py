@@ -1,8 +1,8 @@
 """Strategy `graph`: CUDA graphs for single images, in the mode that is had here and was measured to be the fastest.
 
 The modes, as `engines.graph_modes` names them: "policy-cache" and "switch" decide on the device with one launch an
-image; "path-cache" reads the policy back, which any driver with CUDA graphs can, and launches the flat graph of the
-mask; "off" is the chain.
+image, and so does "if", for drivers that have no SWITCH; "path-cache" reads the policy back, which any driver with CUDA
+graphs can, and launches the flat graph of the mask; "off" is the chain.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from bdtool.specs import NetworkSpec
 from engines.base import Backend, Call, Engine
 from engines.device_array import Images, Logits
 from engines.device_timer import DeviceTimer, TimedBackend
-from engines.graph_modes import OFF, PATH_CACHE, POLICY_CACHE, SWITCH, GraphChoice, GraphPlan
+from engines.graph_modes import IF, OFF, PATH_CACHE, POLICY_CACHE, SWITCH, GraphChoice, GraphPlan
 from engines.network_graphs import NetworkGraphs, graph_spec
 
 ONLY_SWITCH = GraphPlan(modes=(SWITCH,), is_forced=True)
@@ -96,7 +96,7 @@ class _Makers:
             force=graphs.force,
             logits=graphs.logits,
             keep=graphs.kept,
-            call=graphs.deciding(masks),
+            call=graphs.branching() if mode == IF else graphs.deciding(masks),
         )
         known = frozenset(mask.tobytes() for mask in masks) if masks else None
         return OneCallStrategy(graph_spec(self._network), bound, wrap=self._wrap, known=known)

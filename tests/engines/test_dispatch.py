@@ -4,7 +4,6 @@ import ctypes
 import math
 import shutil
 import subprocess
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,11 +18,13 @@ from engines.dispatch import (
     NOT_FINITE,
     bits_from_words,
     body_runs,
+    branches,
     dispatch,
     lookup,
     mask_table,
 )
-from engines.dispatch_kernel import KERNEL_NAME, LOOKUP_NAME, SOURCE, cubin_from_source
+from engines.dispatch_kernel import BRANCH_NAME, KERNEL_NAME, LOOKUP_NAME, SOURCE, cubin_from_source
+from engines.graph_nodes import DeviceCopy
 from tests.fake_driver import FakeDriver, Handles
 
 float32 = st.floats(0, 1, width=32)
@@ -57,6 +58,20 @@ def test_bodies_compute_what_running_kept_blocks_in_order_computes(rows, thresho
     assert _run_bodies(result, has_shortcut, per_switch) == expected
 
 
+@given(blocks, st.sampled_from([0.0, 0.3, 0.5, 1.0]))
+def test_branches_run_what_the_bodies_run(rows, threshold):
+    columns = (list(column) for column in zip(*rows, strict=True)) if rows else ([], [], [])
+    probabilities, has_shortcut, force = columns
+    result = branches(probabilities, has_shortcut, threshold=threshold, force=force)
+    expected = dispatch(probabilities, has_shortcut, threshold=threshold, force=force)
+    found = []
+    for k, (keep, drop) in enumerate(zip(result.keeps, result.drops, strict=True)):
+        found += [("block", k)] * keep + [("shortcut", k)] * (drop or 0)
+    assert found == _run_bodies(expected, has_shortcut, 1)
+    assert result.kept == expected.kept
+    assert [drop is not None for drop in result.drops] == has_shortcut
+
+
 @given(st.lists(float32, max_size=30))
 def test_probability_at_the_threshold_keeps(probabilities):
     result = dispatch(probabilities, [False] * len(probabilities), threshold=0.5)
@@ -70,8 +85,9 @@ def test_policy_that_gives_nan_is_told_apart_from_one_that_drops():
 
 @pytest.mark.parametrize("bad", [([0.1], [], None), ([0.1], [True], [0, 0]), ([0.1] * 129, [True] * 129, None)])
 def test_lengths_that_do_not_fit_are_refused(bad):
-    with pytest.raises(ValueError, match="at most 128"):
-        dispatch(*bad[:2], threshold=0.5, force=bad[2])
+    for twin in (dispatch, branches):
+        with pytest.raises(ValueError, match="at most 128"):
+            twin(*bad[:2], threshold=0.5, force=bad[2])
 
 
 masks = st.integers(1, 128).flatmap(
@@ -110,11 +126,12 @@ def test_kernel_compiles_to_machine_code(sm):
     assert cubin[:4] == b"\x7fELF"
     assert KERNEL_NAME.encode() in cubin
     assert LOOKUP_NAME.encode() in cubin
+    assert BRANCH_NAME.encode() in cubin
     assert b"cudaGraphSetConditional" in cubin  # left for the driver to bind
 
 
 def test_architecture_that_nvrtc_does_not_know_is_named():
-    with pytest.raises(BackendError, match=r"NVRTC compiles for the compute capabilities 75, .*, not for 35"):
+    with pytest.raises(BackendError, match=r"NVRTC compiles for the compute capabilities .*75, .*, not for 35"):
         cubin_from_source(SOURCE, 35)
 
 
@@ -164,6 +181,30 @@ def test_kernel_computes_what_its_twin_computes(kernel_on_the_cpu, rows, use_for
     expected = dispatch(p, shortcut, threshold=threshold, force=given_bits, blocks_per_switch=per_switch)
     assert tuple(kept) == expected.kept
     assert tuple(values[: len(expected.switches)]) == expected.switches
+
+
+@given(rows=blocks, use_force=st.booleans())
+def test_branch_kernel_computes_what_its_twin_computes(kernel_on_the_cpu, rows, use_force):
+    n, unset = len(rows), 7
+    columns = list(zip(*rows, strict=True)) if rows else [(), (), ()]
+    p, shortcut, force = (np.array(c, t) for c, t in zip(columns, ("f4", "u1", "u1"), strict=True))
+    kept, keeps, drops = np.full(n, 9, "u1"), Handles(), Handles()
+    keeps.h[:n], drops.h[:n] = range(n), range(100, 100 + n)
+    values = (ctypes.c_uint * 256).in_dll(kernel_on_the_cpu, "last_value")
+    values[100 : 100 + n] = [unset] * n
+    kernel_on_the_cpu.bd_branch(
+        *(ctypes.c_void_p(a.ctypes.data) for a in (p, shortcut)),
+        ctypes.c_void_p(force.ctypes.data) if use_force else None,
+        ctypes.c_int(n),
+        ctypes.c_float(0.5),
+        ctypes.c_void_p(kept.ctypes.data),
+        keeps,
+        drops,
+    )
+    expected = branches(p, shortcut, threshold=0.5, force=force if use_force else None)
+    assert tuple(kept) == expected.kept
+    assert tuple(values[:n]) == expected.keeps
+    assert tuple(values[100 : 100 + n]) == tuple(unset if drop is None else drop for drop in expected.drops)
 
 
 @given(rows=blocks, others=st.lists(st.lists(st.booleans(), max_size=40), max_size=8), use_force=st.booleans())
@@ -218,11 +259,13 @@ def _network(driver, blocks=(((31, 32), None), ((41, 42), (43, 44)), ((61, 62), 
 
     captured = [CapturedBlock(block=both(block), shortcut=both(shortcut)) for block, shortcut in blocks]
     policy, stem = driver.CUgraph(21), driver.CUgraph(22)
-    return CapturedNetwork(policy=policy, stem=stem, blocks=captured, heads=both((51, 52)))
+    copies = [DeviceCopy(target=0x100 + k, source=0x200 + k, n_bytes=0x300 + k) for k in range(len(captured))]
+    return CapturedNetwork(policy=policy, stem=stem, blocks=captured, heads=both((51, 52)), copies_back=copies)
 
 
 def _kernels(driver):
-    return Kernels(dispatch=driver.CUfunction(0xF), lookup=driver.CUfunction(0x10))
+    dispatch, lookup, branch = map(driver.CUfunction, (0xF, 0x10, 0x11))
+    return Kernels(dispatch=dispatch, lookup=lookup, branch=branch)
 
 
 def _build(driver, network=None):
@@ -284,6 +327,28 @@ def test_number_of_blocks_that_has_no_handles_is_refused(driver, n_blocks):
         _build(driver, _network(driver, (((1, 2), None),) * n_blocks))
 
 
+def test_branch_graph_has_an_if_for_each_part_and_copies_back(driver):
+    builder = GraphBuilder(driver, driver.CUcontext(0xC0))
+    graph, executable = builder.branch_graph(_network(driver), _kernels(driver), MEMORY, threshold=0.5)
+    first, entries = int(graph), driver.graphs[int(graph)]
+    assert [entry[0] for entry, _ in entries] == ["child", "branch", "child", "if", "if", "if", "if", "child"]
+    after = [[node - first for node in nodes] for _, nodes in entries]
+    assert after == [[], [1], [], [2, 3], [4], [5], [6], [7]]
+    ifs = [entry for entry, _ in entries if entry[0] == "if"]
+    bodies = [driver.graphs[body] for _, _, [body] in ifs]
+    # block 1 and its shortcut part leave the activation in the same buffer
+    copies = [("copy", 0x100 + k, 0x200 + k, 0x300 + k) for k in range(3)]
+    parts = [(31, copies[0]), (41, copies[1]), (43, copies[1]), (61, copies[2])]
+    assert [[entry for entry, _ in body] for body in bodies] == [[("child", part), copy] for part, copy in parts]
+    assert all(body[1][1] == [ifs[i][2][0] + 1] for i, body in enumerate(bodies))  # the copy waits
+    assert entries[-1][0] == ("child", 51)  # the head reads buffer A
+    arguments = entries[1][0][1]
+    assert arguments[:6] == [11, 12, 0, 3, 0.5, 13]
+    assert (arguments[6][:4], arguments[7][:4]) == ([100, 101, 102, 0], [0, 103, 0, 0])
+    assert [handle for _, handle, _ in ifs] == [100, 101, 103, 102]
+    assert driver.instantiated == [int(executable)] == [first]
+
+
 def test_flat_graph_is_its_parts_one_after_the_other(driver):
     builder = GraphBuilder(driver, driver.CUcontext(0xC0))
     graph, executable = builder.flat_graph([driver.CUgraph(address) for address in (21, 22, 23)])
@@ -327,18 +392,11 @@ def test_paths_that_are_not_as_many_as_masks_are_refused(driver):
         _cached(driver, paths=((61,),))
 
 
-def test_bindings_of_cuda_12_take_no_edge_data(driver):
-    calls = []
-
-    class Driver12(SimpleNamespace):
-        cuGraphAddNode_v2 = None
-
-        def __getattr__(self, name):
-            return getattr(driver, name)
-
-        def cuGraphAddNode(self, graph, after, count, params):
-            calls.append(count)
-            return driver.cuGraphAddNode(graph, after, None, count, params)
-
-    _build(Driver12(), _network(driver))
-    assert calls == [1, 2, 1]
+@pytest.mark.parametrize("is_of_12", [True, False])
+def test_bindings_of_cuda_12_take_no_edge_data(driver, is_of_12):
+    if is_of_12:
+        driver.cuGraphAddNode_v2 = None
+    elif hasattr(driver, "cuGraphAddNode_v2"):
+        pytest.skip("these bindings are of CUDA 12")
+    _build(driver, _network(driver))
+    assert driver.calls["cuGraphAddNode"] == 3

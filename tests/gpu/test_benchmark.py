@@ -22,7 +22,7 @@ def test_every_figure_is_there(monkeypatch, tmp_path, bundle_copy, capsys):
     assert max(error for errors in result["parity"].values() for error in errors.values()) < 1e-4
     assert set(result) == {"parity", "profile", "graph, fp32", "graph, fp16"}
     graph = result["graph, fp16"]
-    assert set(graph["ratios"]) == {"switch", "policy-cache", "path-cache"}
+    assert set(graph["ratios"]) == {"switch", "policy-cache", "if", "path-cache"}
     assert {f"to {name}" for name in graph["aims"]} < set(graph["ratios"]["switch"])
     assert (graph["n_kept"], graph["n_blocks"]) == (1, 3)
     assert all(math.isfinite(ms) and ms > 0 for ms in graph["median_ms"].values())
@@ -42,7 +42,11 @@ def test_graph_that_decides_computes_what_the_known_path_computes(monkeypatch, t
     decide()
     logits = bench._graphs.logits
     expected = logits.read().copy()
-    for known in (bench._request(bench._known_with_policy(mask)), bench._reading_back(mask)):
+    for known in (
+        bench._deciding(bench._graphs.branching(), mask),
+        bench._request(bench._known_with_policy(mask)),
+        bench._reading_back(mask),
+    ):
         logits.write(0 * expected)
         known()
         gpu.np.testing.assert_allclose(logits.read(), expected, atol=1e-5)
@@ -52,7 +56,7 @@ def test_graph_that_decides_computes_what_the_known_path_computes(monkeypatch, t
 def test_a_switch_for_more_blocks_costs_less(monkeypatch, tmp_path, export_random):
     """On the stand-in a conditional node takes a second, and launches and kernels a millisecond at most."""
     bundle = Bundle.open(export_random("resnet14").bundle)
-    install_gpu(monkeypatch, tmp_path).switch_ms = 1000
+    install_gpu(monkeypatch, tmp_path).conditional_ms = 1000
     found = gpu_choices.switch_sizes(bundle, "tensorrt", sizes=(1, 4, 6))
     n_switches = {size: round(row["none kept"] / 1e6) for size, row in found["switch"].items()}
     assert n_switches == {1: 6, 4: 2, 6: 1}

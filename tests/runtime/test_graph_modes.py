@@ -14,7 +14,8 @@ from engines.graph_modes import GRAPH_MODES, GraphPlan, graphs_of_machine, plan_
 from engines.libcuda import Driver, Gpu
 from tests.fake_tensorrt import FakeTensorRT, install_gpu
 
-MODES = ("policy-cache", "switch", "path-cache", "off")
+MODES = ("policy-cache", "switch", "path-cache", "off")  # of a new driver
+EVERY_MODE = (*MODES, "if")
 ALL_MASKS = [np.array(bits, dtype=bool) for bits in itertools.product((False, True), repeat=3)]
 SOME = PathOptions(ahead=[ALL_MASKS[5], ALL_MASKS[3]])
 
@@ -31,7 +32,7 @@ def _open(bundle, **options):
 # --- all modes compute the same ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", EVERY_MODE)
 def test_every_mask_runs_what_pytorch_runs(driver, tiny, preprocessed, torch_logits, mode):
     images, keep = preprocessed(tiny.model, 8), np.array(ALL_MASKS)
     with _open(tiny.bundle, cuda_graph=mode, paths=SOME) as runtime:
@@ -44,7 +45,7 @@ def test_every_mask_runs_what_pytorch_runs(driver, tiny, preprocessed, torch_log
     np.testing.assert_allclose(alone, expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", EVERY_MODE)
 def test_learned_policy_decides_as_the_chain(driver, tiny, preprocessed, mode):
     images = preprocessed(tiny.model, 16)
     with Orchestrator.open(tiny.bundle, backend="tensorrt", device="cuda:0") as chain:
@@ -58,13 +59,13 @@ def test_learned_policy_decides_as_the_chain(driver, tiny, preprocessed, mode):
         np.testing.assert_allclose(one.logits, expected.logits, atol=1e-5)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", EVERY_MODE)
 def test_probability_that_is_not_finite_is_refused(driver, tiny, mode):
     with _open(tiny.bundle, cuda_graph=mode, paths=SOME) as runtime, pytest.raises(EngineError, match="not finite"):
         runtime.run(np.full((1, 3, 32, 32), np.nan, np.float32))
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", EVERY_MODE)
 def test_network_without_a_policy_runs_given_bits(driver, export_random, preprocessed, torch_logits, mode):
     exported = export_random("resnet14", has_policy=False)
     images = preprocessed(exported.model, 2)
@@ -79,7 +80,7 @@ def test_network_without_a_policy_runs_given_bits(driver, export_random, preproc
 
 
 def test_policy_cache_takes_one_switch_for_a_frequent_mask_and_all_for_others(driver, tiny, preprocessed):
-    driver.switch_ms = 1000
+    driver.conditional_ms = 1000
     image = preprocessed(tiny.model, 1)
     with _open(tiny.bundle, cuda_graph="policy-cache", paths=SOME) as runtime:
         launched, switches, hits = len(driver.launched), [], []
@@ -90,6 +91,19 @@ def test_policy_cache_takes_one_switch_for_a_frequent_mask_and_all_for_others(dr
         assert len(driver.launched) == launched + 2  # one an image
     assert switches == [1, 1 + 1]  # a miss: one more, of all three blocks and the head, within the last body
     assert hits == [True, False]
+
+
+def test_if_takes_a_conditional_for_each_part_and_one_launch(driver, tiny, preprocessed):
+    driver.conditional_ms = 1000
+    image = preprocessed(tiny.model, 1)
+    with _open(tiny.bundle, cuda_graph="if") as runtime:
+        runtime.run(image)
+        launched, before = len(driver.launched), driver.time_ms
+        driver.copies.clear()
+        runtime.run(image)
+        assert len(driver.launched) == launched + 1
+        assert driver.copies == ["HtoD", "DtoH", "DtoH"]  # image in, keep bits and logits out
+    assert int(driver.time_ms - before) // 1000 == 3 + 2  # three blocks, two of which have a shortcut part
 
 
 def test_path_cache_is_one_small_read_and_one_launch_after_the_policys(driver, tiny, preprocessed):
@@ -116,7 +130,7 @@ def test_path_cache_is_bounded_and_drops_the_least_recently_used(driver, tiny, p
         assert len(driver.ended) == 3
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", EVERY_MODE)
 def test_closing_gives_everything_back(driver, tiny, preprocessed, mode):
     with _open(tiny.bundle, cuda_graph=mode, paths=SOME) as runtime:
         runtime.run(preprocessed(tiny.model, 2))
@@ -130,14 +144,15 @@ def test_closing_gives_everything_back(driver, tiny, preprocessed, mode):
 
 def _bodies(driver):
     """Return the graphs that belong to a conditional node and go with it."""
-    return {body for nodes in driver.graphs.values() for entry, _ in nodes if entry[0] == "switch" for body in entry[2]}
+    conditionals = [entry for nodes in driver.graphs.values() for entry, _ in nodes if entry[0] in ("switch", "if")]
+    return {body for _, _, bodies in conditionals for body in bodies}
 
 
 # --- which mode is chosen ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("switch_ms", "read_ms", "launch_ms", "fastest"),
+    ("conditional_ms", "read_ms", "launch_ms", "fastest"),
     [
         (0.1, 5, 1, "policy-cache"),
         (0, 5, 1, "policy-cache"),  # as fast as `switch`: the first in order
@@ -145,8 +160,8 @@ def _bodies(driver):
         (9, 0.1, 0, "path-cache"),
     ],
 )
-def test_fastest_mode_is_measured_when_the_bundle_is_opened(driver, tiny, switch_ms, read_ms, launch_ms, fastest):
-    driver.switch_ms, driver.launch_ms = switch_ms, launch_ms
+def test_fastest_mode_is_measured_when_the_bundle_is_opened(driver, tiny, conditional_ms, read_ms, launch_ms, fastest):
+    driver.conditional_ms, driver.launch_ms = conditional_ms, launch_ms
     driver.copy_ms["DtoH"] = read_ms
     with _open(tiny.bundle, paths=SOME) as runtime:
         choice = runtime.graph_choice
@@ -168,50 +183,68 @@ def test_without_frequent_masks_the_reason_says_how_to_note_some(driver, tiny):
         _open(tiny.bundle, cuda_graph="policy-cache")
 
 
+CUDA_12 = {"cuda-bindings": "12.9.4", "nvidia-cuda-nvrtc-cu12": "12.9.86"}
+CUDA_13 = {"cuda-bindings": "13.5.0", "nvidia-cuda-nvrtc": "13.2.86"}
+
+
 @pytest.mark.parametrize(
-    ("cuda", "modes", "reason"),
+    ("cuda", "packages", "modes", "reason"),
     [
-        ((12, 4), ("path-cache", "off"), "supports CUDA up to 12.4, a SWITCH in a CUDA graph needs 12.8"),
-        ((11, 8), ("off",), "supports CUDA up to 11.8, a CUDA graph needs 12.0"),
+        ((12, 8), CUDA_12, MODES, "the fastest here"),
+        (
+            (12, 4),
+            CUDA_12,
+            ("if", "path-cache", "off"),
+            "supports CUDA up to 12.4, a SWITCH in a CUDA graph needs 12.8",
+        ),
+        ((12, 2), CUDA_12, ("path-cache", "off"), "supports CUDA up to 12.2, an IF in a CUDA graph needs 12.4"),
+        ((11, 8), CUDA_12, ("off",), "supports CUDA up to 11.8, a CUDA graph needs 12.0"),
+        # machine code of a newer major version does not load
+        (
+            (12, 9),
+            CUDA_13,
+            ("path-cache", "off"),
+            "cuda-bindings 13.5.0 compiles for CUDA 13; add it with: pip install",
+        ),
     ],
 )
-def test_older_driver_falls_back_and_says_why(driver, monkeypatch, tiny, preprocessed, cuda, modes, reason):
+def test_older_driver_falls_back_and_says_why(driver, monkeypatch, tiny, preprocessed, cuda, packages, modes, reason):
     old = Driver(cuda, (Gpu("A", (8, 0)),))
     monkeypatch.setattr("engines.registry.driver_from_libcuda", lambda: old)
+    monkeypatch.setattr("engines.registry._version_of", packages.get)
     with _open(tiny.bundle, paths=SOME) as runtime:
         assert runtime.graph_choice.mode == modes[0]
         assert reason in runtime.graph_choice.reason
         assert tuple(runtime.graph_choice.measured_ms) in (modes, ())
         assert runtime.run(preprocessed(tiny.model, 1)).logits.shape == (1, 10)
     assert ("graph" in strategies_for("tensorrt", "cuda:0")) == (modes[0] != "off")  # else it would be the chain
-    with pytest.raises(BackendError, match=r"mode 'switch': the driver supports .*\. Or use one that is there: "):
-        _open(tiny.bundle, cuda_graph="switch")
+    if "switch" not in modes:
+        with pytest.raises(BackendError, match=r"mode 'switch': .*\. Or use one that is there: "):
+            _open(tiny.bundle, cuda_graph="switch")
 
 
 NEW = Driver((13, 0), (Gpu("NVIDIA H200", (9, 0)),))
 
 
 @pytest.mark.parametrize(
-    ("absent", "modes", "words"),
+    ("packages", "modes", "words"),
     [
-        ((), MODES, None),
-        (
-            ("nvidia-cuda-nvrtc",),
-            ("path-cache", "off"),
-            "a SWITCH in a CUDA graph needs nvidia-cuda-nvrtc; add it",
-        ),
-        (("cuda-bindings", "nvidia-cuda-nvrtc"), ("off",), "a SWITCH in a CUDA graph needs cuda-bindings; add it"),
+        (CUDA_13, MODES, None),
+        (CUDA_12, MODES, None),  # machine code of an older major version loads
+        ({"cuda-bindings": "13.5.0"}, ("path-cache", "off"), "a SWITCH in a CUDA graph needs nvidia-cuda-nvrtc; add"),
+        ({"cuda-bindings": "12.9.4"}, ("path-cache", "off"), "a SWITCH in a CUDA graph needs nvidia-cuda-nvrtc-cu12"),
+        ({}, ("off",), 'a SWITCH in a CUDA graph needs cuda-bindings; add it with: pip install "bdtool[cuda]"'),
     ],
 )
-def test_missing_packages_leave_less(absent, modes, words):
-    plan = graphs_of_machine(NEW, lambda distribution: distribution not in absent)
+def test_missing_packages_leave_less(packages, modes, words):
+    plan = graphs_of_machine(NEW, packages.get)
     assert plan.modes == modes
-    assert set(plan.missing) == set(MODES) - set(modes)
+    assert set(plan.missing) == set(EVERY_MODE) - set(modes) - ({"if"} if words is None else set())
     assert words is None or plan.missing["switch"].startswith(words)
 
 
 def test_forced_mode_is_the_only_one_of_the_plan():
-    there = graphs_of_machine(NEW, lambda distribution: True)
+    there = graphs_of_machine(NEW, CUDA_13.get)
     assert plan_for("auto", there) is there
     assert [plan_for(mode, there).modes for mode in GRAPH_MODES[1:]] == [(mode,) for mode in GRAPH_MODES[1:]]
     with pytest.raises(BackendError, match=r"mode 'off': never\. Or use one that is there: switch"):

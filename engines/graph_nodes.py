@@ -1,0 +1,125 @@
+"""Nodes of a CUDA graph, added one by one through the driver's API.
+
+Written against cuda-bindings 12.9 to 13.x; run on an H100 with 13.3, but for IF and `copy`, which no GPU has run yet.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from bdtool.errors import EngineError
+from engines.cuda_device import checked
+from engines.dispatch_kernel import N_THREADS
+
+# Source: CUDA programming guide, "Conditional Graph Nodes"
+_ALLOWED_IN_BODY = ("KERNEL", "MEMCPY", "MEMSET", "EMPTY", "GRAPH", "CONDITIONAL")
+_PREFIX = "CU_GRAPH_NODE_TYPE_"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceCopy:
+    """A copy within the device, by addresses."""
+
+    target: int
+    source: int
+    n_bytes: int
+
+
+class GraphNodes:
+    """Adds nodes through `driver`: the module `cuda.bindings.driver`, or a stand-in with its functions.
+
+    All methods raise EngineError where the driver refuses a step. `after` lists the nodes that a new one waits for.
+    """
+
+    def __init__(self, driver: Any, context: Any) -> None:
+        self._cu = driver
+        self._context = context
+
+    def new_graph(self) -> Any:
+        """Return an empty CUgraph."""
+        return self._call(self._cu.cuGraphCreate(0))
+
+    def handle(self, graph: Any) -> Any:
+        """Make a conditional handle that every launch resets to 0: nothing runs, or the first body of a SWITCH."""
+        flag = self._cu.CU_GRAPH_COND_ASSIGN_DEFAULT
+        return self._call(self._cu.cuGraphConditionalHandleCreate(graph, self._context, 0, flag))
+
+    def child(self, graph: Any, after: list[Any], child: Any) -> Any:
+        return self._call(self._cu.cuGraphAddChildGraphNode(graph, after or None, len(after), child))
+
+    def chain(self, graph: Any, parts: Sequence[Any]) -> list[Any]:
+        """Add captured graphs one after the other; return the last one's node, if there are any."""
+        last: list[Any] = []
+        for part in parts:
+            last = [self.child(graph, last, part)]
+        return last
+
+    def copy(self, graph: Any, after: list[Any], copy: DeviceCopy) -> Any:
+        cu = self._cu
+        params = cu.CUDA_MEMCPY3D()
+        params.srcMemoryType = params.dstMemoryType = cu.CUmemorytype.CU_MEMORYTYPE_DEVICE
+        params.srcDevice, params.dstDevice = cu.CUdeviceptr(copy.source), cu.CUdeviceptr(copy.target)
+        params.WidthInBytes = params.srcPitch = params.dstPitch = copy.n_bytes
+        params.Height = params.Depth = params.srcHeight = params.dstHeight = 1
+        return self._call(cu.cuGraphAddMemcpyNode(graph, after or None, len(after), params, self._context))
+
+    def kernel(self, graph: Any, after: list[Any], function: Any, arguments: Sequence[Any]) -> Any:
+        """Add one of `engines.dispatch_kernel`: one group of `N_THREADS` threads."""
+        cu = self._cu
+        pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(argument) for argument in arguments))
+        params = cu.CUgraphNodeParams()
+        params.type = cu.CUgraphNodeType.CU_GRAPH_NODE_TYPE_KERNEL
+        kernel = params.kernel
+        kernel.func = function
+        kernel.gridDimX = kernel.gridDimY = kernel.gridDimZ = 1
+        kernel.blockDimX, kernel.blockDimY, kernel.blockDimZ = N_THREADS, 1, 1
+        kernel.sharedMemBytes = 0
+        kernel.kernelParams = ctypes.addressof(pointers)  # the driver copies the values when the node is added
+        return self._add(graph, after, params)
+
+    def conditional(
+        self, graph: Any, after: list[Any], handle: Any, kind: Literal["IF", "SWITCH"], *, n_bodies: int = 1
+    ) -> tuple[Any, list[Any]]:
+        """Add a conditional node; return it, and the graphs of its bodies, which are empty and belong to it.
+
+        An IF runs its body where the handle is not 0; a SWITCH the body of that number, if there is one.
+        """
+        cu = self._cu
+        params = cu.CUgraphNodeParams()
+        params.type = cu.CUgraphNodeType.CU_GRAPH_NODE_TYPE_CONDITIONAL
+        conditional = params.conditional
+        conditional.handle = handle
+        conditional.ctx = self._context
+        conditional.size = n_bodies
+        conditional.type = getattr(cu.CUgraphConditionalNodeType, f"CU_GRAPH_COND_TYPE_{kind}")
+        node = self._add(graph, after, params)
+        return node, [cu.CUgraph(int(params.conditional.phGraph_out[index])) for index in range(n_bodies)]
+
+    def check_content(self, captured: Any, what: str) -> None:
+        """Refuse what no body may hold; the driver would only say "invalid argument", when all is put together."""
+        cu = self._cu
+        _, n_nodes = self._call(cu.cuGraphGetNodes(captured, 0))
+        nodes, _ = self._call(cu.cuGraphGetNodes(captured, n_nodes))
+        kinds = {self._call(cu.cuGraphNodeGetType(node)).name.removeprefix(_PREFIX) for node in nodes}
+        if bad := sorted(kinds - set(_ALLOWED_IN_BODY)):
+            raise EngineError(
+                f"{what}: its captured work holds {', '.join(bad)} nodes, which a conditional body may not hold. "
+                "Let the engine allocate nothing and record no events while it is captured"
+            )
+
+    def instantiate(self, graph: Any) -> Any:
+        """Return the CUgraphExec of a CUgraph, which may be destroyed then."""
+        params = self._cu.CUDA_GRAPH_INSTANTIATE_PARAMS()
+        return self._call(self._cu.cuGraphInstantiateWithParams(graph, params))
+
+    def _add(self, graph: Any, after: list[Any], params: Any) -> Any:
+        cu, dependencies = self._cu, after or None
+        if hasattr(cu, "cuGraphAddNode_v2"):  # 12.x: the plain one takes no edge data; 13.x: it does
+            return self._call(cu.cuGraphAddNode(graph, dependencies, len(after), params))
+        return self._call(cu.cuGraphAddNode(graph, dependencies, None, len(after), params))
+
+    def _call(self, result: tuple[Any, ...]) -> Any:
+        return checked(self._cu, result, "a step of the graph")
