@@ -118,7 +118,8 @@ def evaluate_cmd(
     default="chain",
     show_default=True,
     metavar="S,...",
-    help="Strategies to measure: chain, path, fused, graph; auto measures all that are there and records the fastest.",
+    help="Strategies to measure: chain, path, fused, graph; auto measures all that are there and records the fastest. "
+    "full@MODE and graph@MODE measure one CUDA graph mode (see --cuda-graph) beside others.",
 )
 @click.option("--baseline", type=BUNDLE, help="Another bundle, whose static ResNet is measured as full:<arch>.")
 @click.option("--sweep", is_flag=True, help="Measure throughput at batch 1, 8, 32 and 64 as well.")
@@ -167,6 +168,7 @@ def profile_cmd(
     Example:
       bdtool profile bundle --data cifar10:data --policy distribute:7 --threads 1
       bdtool profile bundle --data cifar10:data --strategy auto --sweep --json profile.json
+      bdtool profile bundle --backend torch --device cuda:0 --strategy full@off,chain,graph,graph@path-cache
     """
     from bdtool.cli.profile_tables import print_profile
     from bdtool.data.sources import open_data

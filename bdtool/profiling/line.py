@@ -9,7 +9,7 @@ import numpy as np
 
 from bdtool.profiling.measure import Track, alternate, samples_of
 from bdtool.profiling.statistics import Samples
-from bdtool.profiling.workload import BASELINE, Settings, Workload, runner
+from bdtool.profiling.workload import BASELINE, Settings, Workload, is_static, runner
 from bdtool.runtime.orchestrator import Orchestrator
 from bdtool.runtime.paths import PathOptions
 from bdtool.runtime.policies import parse_policy
@@ -78,10 +78,10 @@ def fit_lines(
     """Return the line of each strategy, from its samples or, where those run equally many blocks, from extra points.
 
     Args:
-        runtimes: `full` and the strategies; others (static baselines) are not fitted.
+        runtimes: `full` and the strategies; static networks are not fitted.
     """
     full_ms = samples[BASELINE].median_ms
-    lines = {name: fit_line(samples[name], full_ms) for name in runtimes if name != BASELINE}
+    lines = {name: fit_line(samples[name], full_ms) for name in runtimes if not is_static(name)}
     missing = [name for name, line in lines.items() if line is None]
     if missing:
         wanted = {name: runtime for name, runtime in runtimes.items() if name == BASELINE or name in missing}

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from bdtool.errors import UsageError
-from bdtool.profiling.workload import BASELINE, Workload
+from bdtool.profiling.workload import BASELINE, Workload, split_name
 from bdtool.runtime.factory import parts_for, require_strategy, strategies_for
 from bdtool.runtime.masks import count_masks, read_masks
 from bdtool.runtime.orchestrator import Orchestrator
@@ -20,11 +20,12 @@ from bdtool.runtime.policies import keep_of
 from bdtool.runtime.recommendation import AUTO, CANDIDATES
 from bdtool.specs import NetworkSpec
 from engines.graph_modes import GraphChoice
+from engines.registry import plan_graphs
 from export.bundle import Bundle
 
 STORED = "stored by `bdtool build --paths`"
 COUNTED = "counted on the measured images before the clock started"
-KNOW_MASKS = {"path", "graph"}  # strategies that prepare for frequent masks
+HAVE_GRAPHS = (BASELINE, "graph")  # strategies that use CUDA graphs on a GPU
 _COUNT_BATCH = 64
 
 
@@ -62,16 +63,26 @@ class Opened:
 def strategy_names(asked: Sequence[str], network: NetworkSpec, place: Place) -> list[str]:
     """Return the strategies to measure, the baseline first; `auto` stands for all there that take a policy.
 
+    `full@MODE` and `graph@MODE` stand for a strategy in one CUDA graph mode, beside the same one in others.
+
     Raises:
-        UsageError: no such strategy, or the backend has none such.
+        UsageError: no such strategy or mode, or the backend has none such.
         BackendError: what a strategy needs is not installed, or too old.
     """
     there = [name for name in strategies_for(place.backend, place.device) if name in CANDIDATES]
     named = [name for word in asked for name in (there if word == AUTO else (word,))]
     names = [BASELINE, *(name for name in dict.fromkeys(named) if name != BASELINE)]
     for name in names:  # refuse one now, not after building engines
-        parts_for(name, network)
-        require_strategy(name, place.backend, place.device)
+        strategy, mode = split_name(name)
+        parts_for(strategy, network)
+        require_strategy(strategy, place.backend, place.device)
+        if mode is None:
+            continue
+        if strategy not in HAVE_GRAPHS:
+            raise UsageError(
+                f"strategy {name!r}: CUDA graph modes are of {' and '.join(HAVE_GRAPHS)}, not of {strategy!r}"
+            )
+        plan_graphs(place.backend, place.device, mode)
     return names
 
 
@@ -95,14 +106,21 @@ def open_all(
     """
     if baseline is not None:
         _check_size(bundle, baseline)
-    paths, source = path_options(bundle, workload, place) if KNOW_MASKS & set(names) else (None, "")
-    runtimes = {
-        name: stack.enter_context(place.open(bundle, name, paths=paths if name in KNOW_MASKS else None))
-        for name in names
-    }
+    paths, source = path_options(bundle, workload, place) if any(map(knows_masks, names)) else (None, "")
+    runtimes = {}
+    for name in names:
+        strategy, mode = split_name(name)
+        there = place if mode is None else replace(place, cuda_graph=mode)
+        opened = there.open(bundle, strategy, paths=paths if knows_masks(name) else None)
+        runtimes[name] = stack.enter_context(opened)
     if baseline is not None:
         runtimes[f"{BASELINE}:{baseline.network.arch}"] = stack.enter_context(place.open(baseline, BASELINE))
     return Opened(runtimes=runtimes, paths=paths, path_masks=source)
+
+
+def knows_masks(name: str) -> bool:
+    """Say whether what is measured under that name prepares for frequent masks."""
+    return split_name(name)[0] in ("path", "graph")
 
 
 def path_options(bundle: Bundle, workload: Workload, place: Place) -> tuple[PathOptions, str]:

@@ -15,9 +15,9 @@ from bdtool.profiling.environment import clock_warnings, describe_environment, d
 from bdtool.profiling.instrumented import DEVICE_NOTE, PASS_NOTE, InstrumentedPass, run_instrumented
 from bdtool.profiling.line import BlocksLine, fit_lines
 from bdtool.profiling.measure import BASELINE, BOUNDARY, Settings, Workload, measure, stability_warnings
-from bdtool.profiling.opening import KNOW_MASKS, Opened, open_all, strategy_names
+from bdtool.profiling.opening import Opened, knows_masks, open_all, strategy_names
 from bdtool.profiling.statistics import Samples
-from bdtool.profiling.workload import is_static
+from bdtool.profiling.workload import is_static, split_name
 from bdtool.runtime.orchestrator import Orchestrator
 from bdtool.runtime.place import Place
 from bdtool.runtime.policies import parse_policy
@@ -113,7 +113,8 @@ def profile(
     """Measure `strategies` and the baseline `full` on the first images of `data`, in one run.
 
     Args:
-        strategies: names; "auto" stands for all that take a policy, and records the fastest beside the engines.
+        strategies: names; "auto" stands for all that take a policy, and records the fastest beside the engines;
+            "full@off", "graph@switch" and the like are one CUDA graph mode, beside the same strategy in others.
         baseline: another static ResNet, whose `full` engine takes turns under the name `full:<arch>`.
         sweep: batch sizes whose throughput is measured as well.
 
@@ -203,7 +204,7 @@ class _Steps:
 def _instrumented(opened: Opened, workload: Workload, settings: Settings) -> dict[str, InstrumentedPass]:
     return {
         name: run_instrumented(
-            name, runtime, workload, batch=settings.batch, paths=opened.paths if name in KNOW_MASKS else None
+            name, runtime, workload, batch=settings.batch, paths=opened.paths if knows_masks(name) else None
         )
         for name, runtime in opened.of_bundle.items()
     }
@@ -281,7 +282,7 @@ def _baseline_warnings(graphs: dict[str, GraphChoice]) -> list[str]:
     return [
         f"{name} runs without a CUDA graph ({choice.reason}): a weaker baseline than a user would take"
         for name, choice in graphs.items()
-        if is_static(name) and choice.mode == OFF
+        if is_static(name) and choice.mode == OFF and split_name(name)[1] is None  # else it was asked for by name
     ]
 
 

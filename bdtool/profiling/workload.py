@@ -49,9 +49,15 @@ class Workload:
         return [self.request(i, batch) for i in range(max(1, len(self.images) // batch))]
 
 
+def split_name(name: str) -> tuple[str, str | None]:
+    """Return the strategy that is measured under that name, and the CUDA graph mode of `STRATEGY@MODE`."""
+    strategy, _, mode = name.partition("@")
+    return strategy, mode or None
+
+
 def is_static(name: str) -> bool:
     """Say whether what is measured under that name is a static ResNet: `full`, or `full:<arch>` of another bundle."""
-    return name == BASELINE or name.startswith(f"{BASELINE}:")
+    return split_name(name)[0] == BASELINE or name.startswith(f"{BASELINE}:")
 
 
 def runner(name: str, runtime: Orchestrator) -> Run:

@@ -58,6 +58,45 @@ def test_profile_times_parts_on_the_device(monkeypatch, tmp_path, bdtool, bdtool
     assert "us to enqueue" in text
 
 
+def test_profile_measures_graph_modes_side_by_side(monkeypatch, tmp_path, bdtool, bdtool_json, bundle_copy, npz):
+    driver = install_gpu(monkeypatch, tmp_path / "cache")
+    driver.launch_ms = 10
+    quick = ("--data", npz, "--policy", "101", "--duration", "0.01", "--warmup", "0", *TENSORRT)
+    names = ["full@off", "graph", "graph@if", "graph@path-cache", "graph@off"]
+    profile = bdtool_json("profile", bundle_copy, *quick, "--strategy", ",".join(names))
+    rows = profile["strategies"]
+    modes = {name: row["cuda_graph"]["mode"] for name, row in rows.items()}
+    assert list(modes) == ["full", *names]
+    assert modes.pop("graph") in ("policy-cache", "switch")
+    assert list(modes.values()) == ["replay", "off", "if", "path-cache", "off"]
+    split = profile["split"]["strategies"]
+    assert {name: split[name]["device"]["compute_ms"]["median"] for name in ("graph@if", "graph@off")} == {
+        "graph@if": 10 + 6,  # one launch of policy, stem, three blocks or shortcuts, head
+        "graph@off": 6 * (10 + 1),
+    }
+    assert set(profile["latency_against_blocks"]) == set(names) - {"full@off"}
+    assert (rows["full@off"]["blocks_mean"], rows["full@off"]["flops_ratio_to_full"]) == (3, 1)
+    assert rows["graph@path-cache"]["hit_rate"] == 1
+    assert not [text for text in profile["warnings"] if "weaker baseline" in text]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "message"),
+    [
+        ("chain@off", "strategy 'chain@off': CUDA graph modes are of full and graph, not of 'chain'"),
+        ("full@fast", "unknown CUDA graph mode 'fast'; this version has auto,"),
+    ],
+)
+def test_profile_refuses_a_graph_mode_that_there_is_not(monkeypatch, tmp_path, bdtool, bundle_copy, strategy, message):
+    install_gpu(monkeypatch, tmp_path / "cache")
+    assert message in bdtool("profile", bundle_copy, "--strategy", strategy, *TENSORRT, status=2).stderr
+
+
+def test_profile_on_the_cpu_has_no_graph_modes(bdtool, bundle_copy):
+    text = bdtool("profile", bundle_copy, "--strategy", "full@switch", status=2).stderr
+    assert "CUDA graph mode 'switch' runs on --backend torch, tensorrt, tensorrt-rtx with --device cuda:N" in text
+
+
 @pytest.mark.parametrize("backend", ["tensorrt", "tensorrt-rtx"])
 def test_without_a_gpu_the_cause_and_the_remedy_are_named(monkeypatch, bdtool, bundle_copy, picture, backend):
     monkeypatch.setattr("engines.trt_identity.installed_version", lambda backend: "10.14.1")
