@@ -60,7 +60,14 @@ class DeviceBuffer:
     def device_array(self) -> DeviceArray:
         """Return this buffer's own memory as an array, which keeps the buffer alive."""
         stream = int(self._device.stream)
-        return DeviceArray(address=self.address, shape=self.shape, dtype=self._host_dtype, stream=stream, owner=self)
+        return DeviceArray(
+            address=self.address,
+            shape=self.shape,
+            dtype=self._host_dtype,
+            stream=stream,
+            owner=self,
+            device=self._device.index,
+        )
 
     def read(self) -> np.ndarray:
         if self._host is None:

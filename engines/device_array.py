@@ -23,8 +23,9 @@ LEGACY_STREAM, PER_THREAD_STREAM = 1, 2  # what the interface, and the driver, c
 class DeviceArray:
     """A C-contiguous array in GPU memory, which `owner` keeps alive.
 
-    `stream` is the one on which its values were, or are being, made. It has `__cuda_array_interface__`, by which
-    PyTorch (`torch.as_tensor`), CuPy (`cupy.asarray`), Numba and PyCUDA's kernels take it where it is.
+    `stream` is the one on which its values were, or are being, made; `device` the number of the GPU, where that is
+    known, as of what engines give. By `__cuda_array_interface__` PyTorch (`torch.as_tensor`), CuPy (`cupy.asarray`),
+    Numba and PyCUDA's kernels take it where it is; by DLPack `from_dlpack` of any library, whose stream waits.
     """
 
     address: int
@@ -32,6 +33,7 @@ class DeviceArray:
     dtype: np.dtype[Any]
     stream: int
     owner: object
+    device: int | None = None
 
     @property
     def n_bytes(self) -> int:
@@ -48,6 +50,31 @@ class DeviceArray:
             "stream": self.stream or LEGACY_STREAM,  # the interface gives 0 no meaning
         }
 
+    def __dlpack_device__(self) -> tuple[int, int]:
+        """Return the kind of device, and its number.
+
+        Raises:
+            BufferError: it is not known which GPU this is.
+        """
+        if self.device is None:
+            raise BufferError("the number of this array's GPU is not known: take it by __cuda_array_interface__")
+        return _DLPACK_CUDA, self.device
+
+    def __dlpack__(self, *, stream: int | None = None, **options: Any) -> Any:
+        """Return a capsule, which PyTorch makes. `stream`, the caller's, waits for the values; -1: it need not.
+
+        Raises:
+            BufferError: as `__dlpack_device__`, or as `torch.Tensor.__dlpack__`, which takes the `options`, too.
+        """
+        import torch
+
+        from engines.torch_streams import torch_stream
+
+        _, index = self.__dlpack_device__()
+        # PyTorch lets the caller's stream wait for its own current one
+        with torch.cuda.device(index), torch.cuda.stream(torch_stream(self.stream, index)):
+            return torch.as_tensor(self, device=f"cuda:{index}").__dlpack__(stream=stream, **options)
+
     def __len__(self) -> int:
         return self.shape[0]
 
@@ -63,6 +90,7 @@ class DeviceArray:
             dtype=self.dtype,
             stream=self.stream,
             owner=self.owner,
+            device=self.device,
         )
 
 

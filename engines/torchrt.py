@@ -19,10 +19,11 @@ from engines.base import ENGINE_TOLERANCE, PLAIN_LAYOUT, Buffer, BuiltEngine, Ca
 from engines.capture import Capturer
 from engines.check import probe_values
 from engines.cuda_device import open_device
-from engines.device_array import LEGACY_STREAM, PER_THREAD_STREAM, DeviceArray
+from engines.device_array import PER_THREAD_STREAM, DeviceArray
 from engines.device_timer import CopyWatch, DeviceTimer
 from engines.torch_graph import TorchCapturer
 from engines.torch_onnx import Function, OnnxFunction, memory_format
+from engines.torch_streams import torch_stream
 from export.check import OnnxReference, compare_outputs
 from export.files import sha256_of_bytes
 from export.ort_threads import default_threads
@@ -240,20 +241,24 @@ class _Staging:
 
 def _wait_for(stream: int, device: torch.device) -> None:
     """Let PyTorch's current stream wait for another one, whose number is the driver's or, of two, has a meaning."""
-    current = torch.cuda.current_stream(device)
-    if stream in (0, LEGACY_STREAM):
-        current.wait_stream(torch.cuda.default_stream(device))
-    elif stream == PER_THREAD_STREAM:  # PyTorch has no name for it
+    if stream == PER_THREAD_STREAM:  # PyTorch has no name for it
         torch.cuda.synchronize(device)
     else:
-        current.wait_stream(torch.cuda.ExternalStream(stream, device=device))  # type: ignore[no-untyped-call]
+        torch.cuda.current_stream(device).wait_stream(torch_stream(stream, device))
 
 
 def _device_array(tensor: Tensor) -> DeviceArray:
     """Return a contiguous tensor as an array on its device, made on PyTorch's current stream."""
     stream = torch.cuda.current_stream(tensor.device).cuda_stream
     dtype = np.dtype(str(tensor.dtype).removeprefix("torch."))
-    return DeviceArray(address=tensor.data_ptr(), shape=tuple(tensor.shape), dtype=dtype, stream=stream, owner=tensor)
+    return DeviceArray(
+        address=tensor.data_ptr(),
+        shape=tuple(tensor.shape),
+        dtype=dtype,
+        stream=stream,
+        owner=tensor,
+        device=tensor.device.index,
+    )
 
 
 def _owned(values: DeviceArray) -> Tensor:

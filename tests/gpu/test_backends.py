@@ -100,8 +100,10 @@ def test_images_on_the_gpu_give_logits_there(place, tiny, bundle_copy, preproces
     images = preprocessed(tiny.model, 3)
     with _open(place, bundle_copy, strategy) as runtime:
         expected = runtime.run(images).logits
-        logits = torch.as_tensor(runtime.run(torch.from_numpy(images).to("cuda:0")).logits, device="cuda:0")
-    np.testing.assert_allclose(logits.cpu().numpy(), expected, atol=place.tolerance, rtol=place.tolerance)
+        logits = runtime.run(torch.from_numpy(images).to("cuda:0")).logits
+    for taken in (torch.as_tensor(logits, device="cuda:0"), torch.from_dlpack(logits)):
+        assert taken.data_ptr() == logits.address
+        np.testing.assert_allclose(taken.cpu().numpy(), expected, atol=place.tolerance, rtol=place.tolerance)
 
 
 def test_graph_refuses_a_policy_that_is_not_finite(place, bundle_copy):

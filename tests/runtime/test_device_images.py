@@ -183,6 +183,45 @@ def test_dlpack_on_cuda_is_read_by_pytorch(monkeypatch, driver):
     assert device_array(np.zeros(3)) is None  # DLPack, but on the host
 
 
+@pytest.mark.parametrize(("stream", "current"), [(0x5, ("external", 0x5)), (0, "default"), (1, "default")])
+def test_dlpack_is_made_by_pytorch_on_the_stream_of_the_values(monkeypatch, driver, stream, current):
+    given = {}
+
+    class Tensor:
+        def __dlpack__(self, **options):
+            return {**given, **options}
+
+    class Within:
+        def __init__(self, name, value):
+            self.name, self.value = name, value
+
+        def __enter__(self):
+            given[self.name] = self.value
+
+        def __exit__(self, *error):
+            del given[self.name]
+
+    monkeypatch.setattr(torch, "as_tensor", lambda values, device: given.update(of=values, on=device) or Tensor())
+    monkeypatch.setattr(torch.cuda, "device", lambda index: Within("device", index))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: Within("stream_of_values", stream))
+    monkeypatch.setattr(torch.cuda, "ExternalStream", lambda number, device: ("external", number))
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: "default")
+    buffer = DeviceBuffer(CudaDevice(driver, 3, stream=stream), (2, 3), "float32")
+    array = buffer.copy_out()
+    assert array.__dlpack_device__() == array[1:].__dlpack_device__() == (2, 3)
+    assert array.__dlpack__(stream=7, max_version=(1, 0)) == {
+        "of": array,
+        "on": "cuda:3",
+        "device": 3,
+        "stream_of_values": current,
+        "stream": 7,
+        "max_version": (1, 0),
+    }
+    of_somebody_else = device_array(GpuArray(driver, np.zeros((4, 3), np.float32)))
+    with pytest.raises(BufferError, match="take it by __cuda_array_interface__"):
+        of_somebody_else.__dlpack__()
+
+
 def test_no_stream_means_the_default_one(driver):
     found = device_array(GpuArray(driver, np.zeros((4, 3), np.float32), stream=None))
     assert found.stream == 1
