@@ -5,8 +5,9 @@
     one SWITCH for 1, 2, ... 9 blocks (`engines.cuda_graph.BLOCKS_PER_SWITCH`), beside graphs that know the path
     a residual block of CIFAR's three widths in PyTorch: additions and ReLUs launched apart or fused with the
     convolutions (`engines.torch_fusion`), channels-last or NCHW (`engines.torch_onnx.memory_format`)
+    copies of images to the device and back, waited for, from page-locked memory (`engines.cuda_buffer`) and other
 
-Each is the mean of 50 launches, one after the other, between two events.
+Each is the mean of 50 launches, one after the other, between two events; of copies, the host's median.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ import torch.nn.functional as F
 from bdtool.profiling.environment import describe_gpu
 from benchmarks.gpu import DEVICE, kept_masks, open_engines
 from benchmarks.latency import make_bundle
+from engines.cuda_buffer import DeviceBuffer
+from engines.cuda_device import open_device
 from engines.device_timer import DeviceTimer, TimedBackend
 from engines.libcuda import driver_from_libcuda
 from engines.network_graphs import NetworkGraphs
@@ -34,6 +37,7 @@ from export.bundle import Bundle
 
 _SIZES = tuple(range(1, 10))
 _WIDTHS = ((16, 32), (32, 16), (64, 8))  # channels, and height and width
+_COPY_BYTES = (32 * 32 * 3, 224 * 224 * 3, 64 * 224 * 224 * 3)  # an image of CIFAR, one of ImageNet, a batch of those
 _LAUNCHES = 50
 
 
@@ -50,7 +54,8 @@ def main() -> None:
         path = args.bundle or Path(directory) / "resnet110"
         if args.bundle is None:
             make_bundle(path)
-        figures = {"gpu": gpu, "graphs_us": switch_sizes(Bundle.open(path), args.backend), "blocks_us": block_formats()}
+        graphs = switch_sizes(Bundle.open(path), args.backend)
+        figures = {"gpu": gpu, "graphs_us": graphs, "blocks_us": block_formats(), "copies_us": host_copies()}
     print(json.dumps(figures, indent=2))
     if args.out is not None:
         args.out.write_text(json.dumps(figures, indent=2) + "\n")
@@ -92,6 +97,32 @@ def block_formats() -> dict[str, dict[str, list[float]]]:
         for dtype in (torch.float32, torch.float16)
         for name, order in formats.items()
     }
+
+
+def host_copies(sizes: Sequence[int] = _COPY_BYTES) -> dict[str, dict[str, float]]:
+    """Return the median of a copy there and one back, the host waiting for each, by bytes and kind of host memory."""
+    device = open_device(DEVICE)
+    found = {}
+    for n_bytes in sizes:
+        buffer, values = DeviceBuffer(device, (n_bytes,), "uint8"), np.zeros(n_bytes, np.uint8)
+        row: dict[str, Callable[[], object]] = {
+            "page-locked, there": lambda buffer=buffer, values=values: buffer.write(values),
+            "page-locked, back": buffer.read,
+            "other, there": lambda buffer=buffer, values=values: device.upload(buffer.address, values),
+            "other, back": lambda buffer=buffer, values=values: device.download(values, buffer.address),
+        }
+        found[str(n_bytes)] = {name: _waited_us(copy, device.synchronize) for name, copy in row.items()}
+    return found
+
+
+def _waited_us(copy: Callable[[], object], wait: Callable[[], None]) -> float:
+    seconds = []
+    for _ in range(_LAUNCHES):
+        start = time.perf_counter()
+        copy()
+        wait()
+        seconds.append(time.perf_counter() - start)
+    return 1e6 * float(np.median(seconds))
 
 
 def _block_us(batch: int, channels: int, size: int, dtype: torch.dtype, order: torch.memory_format) -> list[float]:

@@ -9,7 +9,7 @@ from math import prod
 import numpy as np
 
 from engines.base import Buffer
-from engines.cuda_device import CudaDevice, DeviceMemory
+from engines.cuda_device import CudaDevice, CudaEvent, DeviceMemory
 from engines.device_array import DeviceArray
 
 # numpy has no bfloat16; nobody but an engine reads such an activation
@@ -28,7 +28,8 @@ class DeviceBuffer:
         self._row_bytes = prod(shape[1:]) * self._host_dtype.itemsize
         self._device = device
         self._memory = device.allocate(self.n_bytes) if memory is None else memory
-        self._host: np.ndarray | None = None
+        self._host: np.ndarray | None = None  # what goes to and from the device; made when it is first needed
+        self._sent: CudaEvent | None = None  # when the last copy from there has arrived
 
     @property
     def address(self) -> int:
@@ -42,7 +43,14 @@ class DeviceBuffer:
         if values.shape != self.shape:
             raise ValueError(f"got values {list(values.shape)} for a buffer {list(self.shape)}")
         self._device.make_current()  # once a request: it may come in another thread than the one before
-        self._device.upload(self.address, np.ascontiguousarray(values, self._host_dtype))
+        if self._sent is None:
+            self._sent = CudaEvent(self._device)
+        else:
+            self._sent.synchronize()
+        host = self._staging()
+        host[...] = values
+        self._device.upload(self.address, host)
+        self._sent.record()
 
     def copy_from(self, values: DeviceArray) -> None:
         if values.shape != self.shape or values.dtype != self._host_dtype:
@@ -70,9 +78,13 @@ class DeviceBuffer:
         )
 
     def read(self) -> np.ndarray:
+        host = self._staging()
+        self._device.download(host, self.address)
+        return host
+
+    def _staging(self) -> np.ndarray:
         if self._host is None:
-            self._host = np.empty(self.shape, self._host_dtype)
-        self._device.download(self._host, self.address)
+            self._host = self._device.host_array(self.shape, self._host_dtype)
         return self._host
 
     def first(self, n_rows: int) -> Buffer:

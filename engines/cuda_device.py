@@ -7,8 +7,10 @@ tested against a stand-in that computes on host memory; run on an H100 with 13.3
 
 from __future__ import annotations
 
+import ctypes
 import weakref
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -65,6 +67,10 @@ class CudaEvent:
         cu = self._device.cu
         checked(cu, cu.cuStreamWaitEvent(self._device.stream, self._event, 0), "to wait for an event")
 
+    def synchronize(self) -> None:
+        """Wait until it is passed."""
+        checked(self._device.cu, self._device.cu.cuEventSynchronize(self._event), "to wait for an event")
+
     def elapsed_time(self, end: CudaEvent, /) -> float:
         cu = self._device.cu
         return float(checked(cu, cu.cuEventElapsedTime(self._event, end._event), "the time between two events"))
@@ -73,7 +79,7 @@ class CudaEvent:
 class CudaDevice:
     """GPU number `index` of the driver `cu`: the module `cuda.bindings.driver`, or a stand-in with its functions.
 
-    Work goes to one stream, in order. The host waits in `download` and `synchronize` only.
+    Work goes to one stream, in order. The host waits in `download`, `synchronize` and `CudaEvent.synchronize`.
 
     Args:
         stream: address of a stream that somebody else owns, to put the work there; None makes one.
@@ -107,15 +113,32 @@ class CudaDevice:
     def allocate(self, n_bytes: int) -> DeviceMemory:
         return DeviceMemory(self, n_bytes)
 
+    def host_array(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
+        """Return page-locked host memory, which a copy reads and writes where it is; its values are arbitrary.
+
+        Other memory the driver copies into such memory of its own first, and has the host wait (CUDA driver API, "API
+        synchronization behavior").
+        """
+        cu, n_bytes = self.cu, prod(shape) * dtype.itemsize
+        self.make_current()
+        address = checked(cu, cu.cuMemHostAlloc(max(n_bytes, 1), 0), f"{n_bytes} bytes of page-locked memory")
+        memory = (ctypes.c_uint8 * n_bytes).from_address(int(address))
+        weakref.finalize(memory, self._free_host, int(address))  # arrays keep the memory alive
+        return np.frombuffer(memoryview(memory), dtype).reshape(shape)
+
+    def _free_host(self, address: int) -> None:
+        self.cu.cuCtxSetCurrent(self.context)  # any thread may collect it; no status would have anybody to go to
+        self.cu.cuStreamSynchronize(self.stream)  # a copy may be under way
+        self.cu.cuMemFreeHost(address)
+
     def upload(self, address: int, values: np.ndarray) -> None:
-        """Enqueue a copy to the device; `values`, C-contiguous, may be changed as soon as this returns."""
-        # The driver stages pageable memory before it returns (CUDA driver API, "API synchronization behavior").
+        """Enqueue a copy to the device; `values`, a `host_array`, must stay as they are until it is done."""
         copy, size = self.cu.cuMemcpyHtoDAsync, values.nbytes
         status = self.copies.run("h2d", lambda: copy(address, values.ctypes.data, size, self.stream))
         checked(self.cu, status, f"a copy of {size} bytes to the device")
 
     def download(self, values: np.ndarray, address: int) -> None:
-        """Fill `values`, C-contiguous, from the device; returns when they are there."""
+        """Fill `values`, a `host_array`, from the device; returns when they are there."""
         copy, size = self.cu.cuMemcpyDtoHAsync, values.nbytes
         status = self.copies.run("d2h", lambda: copy(values.ctypes.data, address, size, self.stream))
         checked(self.cu, status, f"a copy of {size} bytes from the device")

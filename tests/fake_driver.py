@@ -42,7 +42,7 @@ class FakeDriver:
         self.version = 13000
         self.failing = None
         self.calls = Counter()
-        self.memory = {}  # address: array
+        self.memory, self.host_memory = {}, {}  # address: array
         self.copies = []  # "HtoD", "DtoH" and "DtoD", in order
         self.graphs, self.handles, self.values = {}, [], {}
         self.owner_of_handle = {}
@@ -108,6 +108,10 @@ class FakeDriver:
         self.recorded_on[int(event)] = int(stream)
         return self._done("cuEventRecord")
 
+    def cuEventSynchronize(self, event):
+        assert int(event) in self.recorded_on
+        return self._done("cuEventSynchronize")
+
     def cuEventElapsedTime(self, start, end):
         return self._done("cuEventElapsedTime", self.events[int(end) - 1] - self.events[int(start) - 1])
 
@@ -125,6 +129,15 @@ class FakeDriver:
         array = np.full(n_bytes, 0xAB, np.uint8)
         self.memory[array.ctypes.data] = array
         return self._done("cuMemAlloc", self.CUdeviceptr(array.ctypes.data))
+
+    def cuMemHostAlloc(self, n_bytes, flags):
+        array = np.full(n_bytes, 0xCD, np.uint8)
+        self.host_memory[array.ctypes.data] = array
+        return self._done("cuMemHostAlloc", array.ctypes.data)
+
+    def cuMemFreeHost(self, address):
+        del self.host_memory[address]
+        return self._done("cuMemFreeHost")
 
     def cuMemGetInfo(self):
         used = sum(array.nbytes for array in self.memory.values())
@@ -146,16 +159,24 @@ class FakeDriver:
         raise AssertionError(f"{n_bytes} bytes at {address:#x} are not device memory")
 
     def cuMemcpyHtoDAsync(self, target, source, n_bytes, stream):
+        self._require_host(source, n_bytes)
         self.view(target, n_bytes)[:] = np.frombuffer(ctypes.string_at(source, n_bytes), np.uint8)
         return self._copied("HtoD")
 
     def cuMemcpyDtoHAsync(self, target, source, n_bytes, stream):
+        self._require_host(target, n_bytes)
         ctypes.memmove(target, self.view(source, n_bytes).ctypes.data, n_bytes)
         return self._copied("DtoH")
 
     def cuMemcpyDtoDAsync(self, target, source, n_bytes, stream):
         self.view(target, n_bytes)[:] = self.view(source, n_bytes)
         return self._copied("DtoD")
+
+    def _require_host(self, address, n_bytes):
+        within = any(
+            start <= address and address + n_bytes <= start + a.nbytes for start, a in self.host_memory.items()
+        )
+        assert within, f"{n_bytes} bytes at {address:#x} are not page-locked"
 
     def _copied(self, direction):
         self.copies.append(direction)

@@ -98,7 +98,7 @@ def test_memory_is_given_back(driver, bundle_copy, tiny, preprocessed):
         assert driver.memory
     del runtime
     gc.collect()
-    assert driver.memory == {}
+    assert (driver.memory, driver.host_memory) == ({}, {})
 
 
 def test_engine_that_fails_is_named_and_quoted(chain, notes):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from benchmarks import gpu, gpu_choices
+from engines.cuda_device import CudaDevice
 from engines.libcuda import Driver
 from export.bundle import Bundle
 from tests.fake_tensorrt import install_gpu
@@ -69,6 +70,17 @@ def test_blocks_are_timed_in_every_format():
     found = gpu_choices.block_formats()
     assert len(found) == 8
     assert all(us > 0 for row in found.values() for pair in row.values() for us in pair)
+
+
+def test_copies_are_timed_for_both_kinds_of_host_memory(monkeypatch, tmp_path):
+    driver = install_gpu(monkeypatch, tmp_path)
+    monkeypatch.setattr(driver, "_require_host", lambda address, n_bytes: None)
+    monkeypatch.setattr(gpu_choices, "open_device", lambda device: CudaDevice(driver, 0))
+    found = gpu_choices.host_copies(sizes=(3, 4))
+    assert set(found) == {"3", "4"}
+    assert all(len(row) == 4 and min(row.values()) > 0 for row in found.values())
+    directions = [driver.copies.count(name) for name in ("HtoD", "DtoH")]
+    assert directions == [2 * 2 * gpu_choices._LAUNCHES] * 2
 
 
 def test_backend_that_does_not_work_is_named_with_the_reason(bundle_copy, monkeypatch):

@@ -121,7 +121,7 @@ def test_closing_gives_everything_back(monkeypatch, tmp_path, tiny, pixels, prep
     gc.collect()
     for whole in (of_pixels, of_prepared):
         assert driver.destroyed.count(whole) == 2  # the graph, and what was made of it to launch
-    assert driver.memory == {}
+    assert (driver.memory, driver.host_memory) == ({}, {})
 
 
 def test_work_that_no_graph_may_hold_is_named(monkeypatch, tmp_path, tiny):

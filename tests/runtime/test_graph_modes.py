@@ -139,7 +139,7 @@ def test_closing_gives_everything_back(driver, tiny, preprocessed, mode):
     captured_or_made = set(driver.graphs) - _bodies(driver)
     assert captured_or_made == set(driver.destroyed)
     assert sorted(driver.ended) == sorted(driver.instantiated)
-    assert driver.memory == {}
+    assert (driver.memory, driver.host_memory) == ({}, {})
 
 
 def _bodies(driver):
