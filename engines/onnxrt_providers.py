@@ -23,7 +23,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from bdtool.errors import BackendError
 from bdtool.specs import BATCH_AXIS, PartSpec, TensorSpec
-from engines.gpu_cache import gpu_cache_directory
+from engines.gpu_cache import gpu_cache_directory, mark_used, prune
 from engines.libcuda import driver_from_libcuda
 from engines.trt_options import ONNXRUNTIME_TENSORRT, TensorRTOptions
 from export.files import sha256_of_bytes
@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
 TENSORRT_INSTALL = 'pip install "tensorrt>=10.13,<11"'  # the provider is linked with libnvinfer.so.10
+MAX_CACHE_BYTES = 4 * 2**30  # of all bundles, GPUs and versions; a ResNet-101's FP32 weights are 0.17 GiB
 _BATCHES, _LEVEL = "bdtool.batches", "bdtool.optimization_level"  # keys of an engine file's metadata
 _PRECISION_FLAGS = {"fp16": "trt_fp16_enable", "bf16": "trt_bf16_enable", "int8": "trt_int8_enable"}
 _FATAL_ONLY, _ORT_DEFAULT = 4, 2  # ONNX Runtime's log severities; its own default shows warnings
@@ -126,6 +127,7 @@ class TensorRTProvider(CudaProvider):
         except OSError as exc:
             logger.warning("%s cannot be made (%s): TensorRT compiles its engines again", self._cache, exc.strerror)
             return {}
+        mark_used(self._cache, digest)
         return {
             "trt_engine_cache_enable": "1",
             "trt_engine_cache_path": str(self._cache),
@@ -136,7 +138,7 @@ class TensorRTProvider(CudaProvider):
 
 
 def tensorrt_provider(device: str, options: TensorRTOptions) -> TensorRTProvider:
-    """Return the TensorRT provider with the cache of that GPU.
+    """Return the TensorRT provider with the cache of that GPU, once what all such caches hold is within its bound.
 
     Raises:
         BackendError: no driver, or no such GPU.
@@ -151,6 +153,7 @@ def tensorrt_provider(device: str, options: TensorRTOptions) -> TensorRTProvider
         cuda_version=driver.cuda_text,
         library=f"onnxruntime{ort.__version__}",
     )
+    prune(cache.parent, max_bytes=MAX_CACHE_BYTES)
     return TensorRTProvider(device, options, cache=cache)
 
 

@@ -1,6 +1,8 @@
 """ONNX Runtime's GPU providers, against a stand-in for its sessions that notes the options and runs on the CPU."""
 
+import functools
 import os
+import time
 
 import numpy as np
 import onnx
@@ -9,6 +11,7 @@ from onnx import numpy_helper
 
 from bdtool import Orchestrator
 from bdtool.errors import BackendError, UsageError
+from engines import onnxrt_providers
 from engines.libcuda import Driver
 from engines.onnxrt_providers import CudaProvider, TensorRTProvider, probe_part
 from engines.registry import identify_backend, open_backend
@@ -211,6 +214,28 @@ def test_session_that_lost_its_provider_is_refused(ort, tiny_bundle):
     ort.loadable = (CUDA, CPU)
     with pytest.raises(BackendError, match=r"part 'head': asked for TensorrtEx.*, ONNX Runtime chose \['CUDAEx"):
         backend.load(part, engine, layout="NCHW")
+
+
+def test_cache_is_bounded_and_what_was_used_last_stays(ort, monkeypatch, bundle_copy, tmp_path):
+    open_one = functools.partial(Orchestrator.open, bundle_copy, backend=BACKEND, device="cuda:0")
+    open_one().close()
+    [directory] = (tmp_path / "cache" / "bdtool" / "engines").iterdir()
+    part, model = probe_part()
+    used = TensorRTProvider("cuda:0", TensorRTOptions(), cache=directory)
+    digest = used.listed(part, used.engine_from_onnx(model))[0][1]["trt_engine_cache_prefix"]
+    other = directory.parent / "other GPU"
+    other.mkdir()
+    names = [other / "oldest", directory / f"{digest}_1.engine", directory / "newer.engine", directory / "newest.cache"]
+    for age, path in zip((4, 3, 2, 1), names, strict=True):
+        path.write_bytes(bytes(100))
+        os.utime(path, times=(time.time() - 1000 * age,) * 2)
+    monkeypatch.setattr(onnxrt_providers, "MAX_CACHE_BYTES", 300)
+    used.listed(part, used.engine_from_onnx(model))
+    with open_one():
+        assert [path.exists() for path in names] == [False, True, True, True]
+    monkeypatch.setattr(onnxrt_providers, "MAX_CACHE_BYTES", 150)
+    with open_one():
+        assert [path.exists() for path in names] == [False, True, False, False]
 
 
 def test_cache_that_cannot_be_made_costs_only_time(ort, tmp_path, caplog):
