@@ -48,8 +48,9 @@ class RangeCollector:
         if not np.isfinite(largest):
             raise CalibrationError(f"activation {key!r} is not finite on a calibration image; check the weights")
         before = self._histograms.get(key)
-        limit = max(largest, before.limit if before else 0.0) or 1.0
-        counts, _ = np.histogram(values, N_BINS, range=(-limit, limit))
+        limit = max(largest, before.limit if before else 0.0)
+        span = limit or 1.0  # of zeros alone
+        counts, _ = np.histogram(values, N_BINS, range=(-span, span))
         lowest, highest = float(values.min(initial=0.0)), float(values.max(initial=0.0))
         n_images = len(values)
         if before is not None:
@@ -80,6 +81,8 @@ class RangeCollector:
         if key not in self._histograms:
             raise CalibrationError(f"no value of {key!r} was seen; give more images")
         one = self._histograms[key]
+        if one.limit == 0:  # a unit that never fires: any scale represents 0
+            return 1.0
         if method == "min-max":
             return one.limit
         if method == "percentile":

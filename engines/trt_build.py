@@ -160,7 +160,7 @@ def _config(library: TensorRTLibrary, builder: Any, part: PartSpec, options: Ten
         config.hardware_compatibility_level = getattr(trt.HardwareCompatibilityLevel, level)
     if options.optimization_level is not None:
         config.builder_optimization_level = options.optimization_level
-    config.max_aux_streams = options.max_aux_streams
+    config.max_aux_streams = 0  # one stream an engine, as capturing it in a CUDA graph wants it
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # only makes the inspector's answer complete
     _add_profile(builder, config, part, options)
     return config

@@ -23,7 +23,7 @@ _OF_PROVIDER = ("min_batch", "opt_batch", "max_batch", "optimization_level")  # 
 
 @dataclass(frozen=True, kw_only=True)
 class TensorRTOptions:
-    """Options of one build; every field but `max_aux_streams` is named as trtexec names it.
+    """Options of one build; fields are named as trtexec names them.
 
     Args:
         min_batch, opt_batch, max_batch: the optimization profile. The batch is the only dynamic axis of a part, so one
@@ -33,7 +33,6 @@ class TensorRTOptions:
         hardware_compatibility: lets a TensorRT engine run on other GPUs than the one it was built on, more slowly.
         tf32: let float32 convolutions round their operands to 10 bits of mantissa on tensor cores. TensorRT does so
             unless told otherwise; here fp32 means fp32.
-        max_aux_streams: 0 keeps an engine on one stream, as capturing it in a CUDA graph wants it.
     """
 
     min_batch: int = 1
@@ -46,7 +45,6 @@ class TensorRTOptions:
     strip_weights: bool = False
     refit: bool = False
     tf32: bool = False
-    max_aux_streams: int = 0
 
     def __post_init__(self) -> None:
         if not 1 <= self.min_batch <= self.opt_batch <= self.max_batch:

@@ -82,6 +82,7 @@ def export_bundle(
         (partial / "onnx").mkdir(parents=True, exist_ok=True)
         (partial / _RECORDS).mkdir(exist_ok=True)
         with exclusive_lock(partial / "lock", purpose=f"an export to {target}"):
+            _check_target(target, force=force)  # again: another export may have ended since
             network, files = _write_parts(network, modules, partial, images, on_part)
             manifest = Manifest(
                 network=network,

@@ -56,7 +56,7 @@ def known_architectures() -> tuple[str, ...]:
 
 
 def architecture(name: str) -> Architecture:
-    """Return the ResNet called `name`: five ImageNet depths, and `resnet{6n+2}` with n >= 1 for CIFAR.
+    """Return the ResNet called `name`: the ImageNet depths, and `resnet{6n+2}` with n >= 1 for CIFAR.
 
     resnet50 and resnet152 are also of the form 6n + 2; these names mean the ImageNet networks, as everywhere.
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from bdtool.errors import CalibrationError
-from calibration.ranges import N_BINS, RangeCollector
+from calibration.ranges import METHODS, N_BINS, RangeCollector
 
 
 def _collected(*batches):
@@ -76,3 +76,15 @@ def test_nothing_seen_and_nan_are_refused():
         _collected([[1.0]]).range_of("y", method="min-max")
     with pytest.raises(CalibrationError, match="'x' is not finite"):
         _collected([[float("nan")]])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_zeros_that_came_first_leave_no_trace_in_the_range(method):
+    later = np.random.default_rng(0).normal(scale=0.01, size=(8, 100)).astype(np.float32)
+    zeros, expected = np.zeros((8, 100), np.float32), RangeCollector()
+    expected.add("x", np.concatenate([later, zeros]))
+    found = RangeCollector()
+    found.add("x", zeros)
+    assert found.range_of("x", method=method) == 1
+    found.add("x", later)
+    assert found.range_of("x", method=method) == pytest.approx(expected.range_of("x", method=method), rel=0.01)
