@@ -89,6 +89,7 @@ class CudaDevice:
         self.cu = cu
         self.index = index
         self.copies = CopyWatch()  # between host and device
+        self._modules: dict[bytes, Any] = {}  # CUmodule by machine code
         checked(cu, cu.cuInit(0), "to start")
         self._device = checked(cu, cu.cuDeviceGet(index), f"device cuda:{index}")
         self.context = checked(cu, cu.cuDevicePrimaryCtxRetain(self._device), "its primary context")
@@ -99,7 +100,9 @@ class CudaDevice:
     def _new_stream(self) -> Any:
         # Not the default stream: TensorRT would synchronise the device around each call on it, and it is not capturable
         flag = self.cu.CUstream_flags.CU_STREAM_NON_BLOCKING
-        return checked(self.cu, self.cu.cuStreamCreate(int(flag)), "a stream")
+        stream = checked(self.cu, self.cu.cuStreamCreate(int(flag)), "a stream")
+        weakref.finalize(self, self.cu.cuStreamDestroy, stream)
+        return stream
 
     @property
     def sm(self) -> int:
@@ -190,10 +193,14 @@ class CudaDevice:
         checked(self.cu, self.cu.cuGraphLaunch(executable, self.stream), "a graph launch")
 
     def function(self, cubin: bytes, name: str) -> Any:
-        """Load machine code and return its kernel `name` (CUfunction); it stays loaded as long as the context."""
+        """Load machine code, once, and return its kernel `name` (CUfunction); it stays as long as this object."""
         cu = self.cu
         self.make_current()
-        module = checked(cu, cu.cuModuleLoadData(cubin), f"the machine code of kernel {name}")
+        module = self._modules.get(cubin)
+        if module is None:
+            module = checked(cu, cu.cuModuleLoadData(cubin), f"the machine code of kernel {name}")
+            self._modules[cubin] = module
+            weakref.finalize(self, cu.cuModuleUnload, module)
         return checked(cu, cu.cuModuleGetFunction(module, name.encode()), f"kernel {name}")
 
     def _attribute(self, name: str) -> int:

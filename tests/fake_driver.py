@@ -91,6 +91,9 @@ class FakeDriver:
         assert flags == int(self.CUstream_flags.CU_STREAM_NON_BLOCKING)
         return self._done("cuStreamCreate", self.CUstream(0x5))
 
+    def cuStreamDestroy(self, stream):
+        return self._done("cuStreamDestroy")
+
     def cuStreamSynchronize(self, stream):
         assert self._capturing is None, "a stream that is captured cannot be waited for"
         return self._done("cuStreamSynchronize")
@@ -345,6 +348,9 @@ class FakeDriver:
     def cuModuleLoadData(self, image):
         assert image[:4] == b"\x7fELF"
         return self._done("cuModuleLoadData", self.CUmodule(0xD))
+
+    def cuModuleUnload(self, module):
+        return self._done("cuModuleUnload")
 
     def cuModuleGetFunction(self, module, name):
         addresses = {b"bd_dispatch": 0xF, b"bd_lookup": 0x10, b"bd_branch": 0x11}

@@ -28,7 +28,10 @@ from engines.network_graphs import NetworkGraphs, graph_spec
 
 ONLY_SWITCH = GraphPlan(modes=(SWITCH,), is_forced=True)
 _WARM_UP, _REPLAYS = 3, 10  # images of each mode when modes are compared
-_NO_MASKS = "no frequent masks are known; note some with `bdtool build BUNDLE --coverage 0.95 --data DATA`"
+_NO_MASKS = (
+    "no frequent masks are known; note some with `bdtool build BUNDLE --coverage 0.95 --data DATA`, for this --backend "
+    "and --device"
+)
 
 
 def graph_strategy(

@@ -140,6 +140,9 @@ def test_closing_gives_everything_back(driver, tiny, preprocessed, mode):
     assert captured_or_made == set(driver.destroyed)
     assert sorted(driver.ended) == sorted(driver.instantiated)
     assert (driver.memory, driver.host_memory) == ({}, {})
+    made_and_gone = (("cuStreamCreate", "cuStreamDestroy"), ("cuModuleLoadData", "cuModuleUnload"))
+    assert [driver.calls[made] - driver.calls[gone] for made, gone in made_and_gone] == [0, 0]
+    assert driver.calls["cuModuleLoadData"] == (mode in ("policy-cache", "switch", "if"))
 
 
 def _bodies(driver):
