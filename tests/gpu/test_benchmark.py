@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_choices
+from benchmarks import gpu, gpu_choices, host_loop
 from engines.cuda_device import CudaDevice
 from engines.libcuda import Driver
 from export.bundle import Bundle
@@ -70,6 +70,13 @@ def test_blocks_are_timed_in_every_format():
     found = gpu_choices.block_formats()
     assert len(found) == 8
     assert all(us > 0 for row in found.values() for pair in row.values() for us in pair)
+
+
+@pytest.mark.parametrize("strategy", ["graph@if", "graph@path-cache", "full", "chain"])
+def test_host_loop_times_our_own_code(monkeypatch, tmp_path, bundle_copy, strategy):
+    row = host_loop.host_loop(bundle_copy, strategy, 200, monkeypatch, tmp_path, n_warm_up=200)
+    assert 0 < row["us_an_image"] < 1e5
+    assert row["growth_bytes"] < 4 * 2**20  # of 200 images: nothing that adds up
 
 
 def test_copies_are_timed_for_both_kinds_of_host_memory(monkeypatch, tmp_path):
