@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from bdtool.runtime.controllers import Controller, Decision
 from bdtool.specs import NetworkSpec, PartSpec, TensorSpec
 from engines.base import Backend, Buffer, Call, Engine
 from engines.device_array import DeviceArray, DeviceBufferLike, Images, Logits
+from engines.device_timer import fastest_ms
 from engines.graph_modes import GraphChoice
 
 MAX_LANES = 8  # batch sizes whose buffers are kept; a choice that bounds memory
@@ -121,16 +121,6 @@ def joined(parts: Sequence[Logits]) -> Logits:
     return np.concatenate([part for part in parts if isinstance(part, np.ndarray)])
 
 
-def _fastest(action: Callable[[], object], *, n_runs: int = 3) -> float:
-    """Return the seconds that the fastest of some runs took."""
-    times = []
-    for _ in range(n_runs):
-        start = time.perf_counter()
-        action()
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
 def _kept_rows(keep: Decision, n_images: int) -> bool | np.ndarray:
     """Return the rows that keep a block; a bool where all images agree: no engine is called for an empty batch."""
     if isinstance(keep, bool):
@@ -233,9 +223,9 @@ class Lane:
         if key not in self._everyone:
             everyone = np.arange(n_images)
             scratch = self._scratch(part.inputs[0], "in")
-            move_s = _fastest(lambda: scratch.gather(step.inputs[side], everyone))
-            run_s = _fastest(step.block[side])  # writes the buffer that is free now
-            self._everyone[key] = math.ceil(n_images * (run_s + 2 * move_s) / (run_s + 4 * move_s))
+            move_ms = fastest_ms(self._backend, lambda: scratch.gather(step.inputs[side], everyone))
+            run_ms = fastest_ms(self._backend, step.block[side])  # writes the buffer that is free now
+            self._everyone[key] = math.ceil(n_images * (run_ms + 2 * move_ms) / (run_ms + 4 * move_ms))
         return self._everyone[key]
 
     def _run_rows(self, part: PartSpec, before: Buffer, after: Buffer, rows: np.ndarray) -> Mapping[str, Buffer]:

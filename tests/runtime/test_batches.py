@@ -6,7 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from bdtool import Orchestrator
 from bdtool.runtime.strategies import Lane
+from tests.fake_tensorrt import install_gpu
 
 K = 6
 MEASURED = Lane._everyone_from
@@ -104,3 +106,17 @@ def test_measured_cost_model_leaves_the_answers_right(fake, images_of, fake_orac
             keep = rng.random((64, K)) < kept
             logits = runtime.run(images_of(range(64)), policy=keep).logits[:, 0]
             assert logits.tolist() == [fake_oracle(value, row) for value, row in enumerate(keep)]
+
+
+@pytest.mark.parametrize(("copy_ms", "expected"), [(0, 8), (100, 5)])  # a block takes 1 ms there: 8 x 201 / 401
+def test_costs_on_a_device_are_those_of_the_device(monkeypatch, tmp_path, tiny, preprocessed, copy_ms, expected):
+    driver, thresholds = install_gpu(monkeypatch, tmp_path), []
+    driver.copy_ms["DtoD"] = copy_ms
+    monkeypatch.setattr(
+        Lane, "_everyone_from", lambda lane, step, side: thresholds.append(MEASURED(lane, step, side)) or thresholds[-1]
+    )
+    keep = np.ones((8, 3), bool)
+    keep[0, 0] = False
+    with Orchestrator.open(tiny.bundle, backend="tensorrt", device="cuda:0", strategy="chain") as runtime:
+        runtime.run(preprocessed(tiny.model, 8), policy=keep)
+    assert thresholds == [expected]
