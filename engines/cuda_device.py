@@ -8,8 +8,10 @@ tested against a stand-in that computes on host memory; run on an H100 with 13.3
 from __future__ import annotations
 
 import ctypes
+import gc
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from math import prod
 from typing import Any
 
@@ -33,6 +35,26 @@ def checked(cu: Any, result: tuple[Any, ...], what: str) -> Any:
     return values[0] if len(values) == 1 else tuple(values)
 
 
+def _in_context(cu: Any, context: Any, give_back: Callable[..., object], *what: object) -> None:
+    """Give something back in its context, whichever thread collects it; its status would have nobody to go to."""
+    status, *_ = cu.cuCtxPushCurrent(context)
+    if status == cu.CUresult.CUDA_SUCCESS:  # else the context is gone, and all that was in it
+        give_back(*what)
+        cu.cuCtxPopCurrent()
+
+
+@contextmanager
+def _nothing_collected() -> Iterator[None]:
+    """Within it no cycles are collected: giving memory back ends a capture (CUDA driver API, "Stream Management")."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
 class DeviceMemory:
     """Zeroed memory of a device, 256-byte aligned; given back when nothing refers to this object any more."""
 
@@ -42,8 +64,7 @@ class DeviceMemory:
         device.make_current()
         address = checked(cu, cu.cuMemAlloc(max(n_bytes, 1)), f"{n_bytes} bytes of memory")
         self.address = int(address)
-        # waits for work that may still use the memory; its status would have nobody to go to
-        self._finalizer = weakref.finalize(self, cu.cuMemFree, address)
+        device.on_collection(self, cu.cuMemFree, address)  # which waits for work that may still use the memory
         checked(cu, cu.cuMemsetD8Async(address, 0, n_bytes, device.stream), "to clear memory")
 
 
@@ -54,7 +75,7 @@ class CudaEvent:
         self._device = device
         cu = device.cu
         self._event = checked(cu, cu.cuEventCreate(int(cu.CUevent_flags.CU_EVENT_DEFAULT)), "an event")
-        self._finalizer = weakref.finalize(self, cu.cuEventDestroy, self._event)
+        device.on_collection(self, cu.cuEventDestroy, self._event)
 
     def record(self, stream: int | None = None) -> None:
         """Put it on the device's stream, or on another one."""
@@ -101,7 +122,7 @@ class CudaDevice:
         # Not the default stream: TensorRT would synchronise the device around each call on it, and it is not capturable
         flag = self.cu.CUstream_flags.CU_STREAM_NON_BLOCKING
         stream = checked(self.cu, self.cu.cuStreamCreate(int(flag)), "a stream")
-        weakref.finalize(self, self.cu.cuStreamDestroy, stream)
+        self.on_collection(self, self.cu.cuStreamDestroy, stream)
         return stream
 
     @property
@@ -112,6 +133,10 @@ class CudaDevice:
     def make_current(self) -> None:
         """Make the primary context that of the calling thread; contexts belong to threads."""
         checked(self.cu, self.cu.cuCtxSetCurrent(self.context), "its primary context")
+
+    def on_collection(self, owner: object, give_back: Callable[..., object], *what: object) -> None:
+        """Call `give_back` in the primary context once nothing refers to `owner` any more."""
+        weakref.finalize(owner, _in_context, self.cu, self.context, give_back, *what)
 
     def allocate(self, n_bytes: int) -> DeviceMemory:
         return DeviceMemory(self, n_bytes)
@@ -126,11 +151,10 @@ class CudaDevice:
         self.make_current()
         address = checked(cu, cu.cuMemHostAlloc(max(n_bytes, 1), 0), f"{n_bytes} bytes of page-locked memory")
         memory = (ctypes.c_uint8 * n_bytes).from_address(int(address))
-        weakref.finalize(memory, self._free_host, int(address))  # arrays keep the memory alive
+        self.on_collection(memory, self._free_host, int(address))  # arrays keep the memory alive
         return np.frombuffer(memoryview(memory), dtype).reshape(shape)
 
     def _free_host(self, address: int) -> None:
-        self.cu.cuCtxSetCurrent(self.context)  # any thread may collect it; no status would have anybody to go to
         self.cu.cuStreamSynchronize(self.stream)  # a copy may be under way
         self.cu.cuMemFreeHost(address)
 
@@ -180,13 +204,14 @@ class CudaDevice:
         """
         cu = self.cu
         mode = cu.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
-        checked(cu, cu.cuStreamBeginCapture(self.stream, mode), "to capture")
-        try:
-            enqueue()
-        except BaseException:
-            cu.cuStreamEndCapture(self.stream)
-            raise
-        return checked(cu, cu.cuStreamEndCapture(self.stream), "the captured work")
+        with _nothing_collected():
+            checked(cu, cu.cuStreamBeginCapture(self.stream, mode), "to capture")
+            try:
+                enqueue()
+            except BaseException:
+                cu.cuStreamEndCapture(self.stream)
+                raise
+            return checked(cu, cu.cuStreamEndCapture(self.stream), "the captured work")
 
     def launch(self, executable: Any) -> None:
         """Enqueue an instantiated graph (CUgraphExec)."""
@@ -200,7 +225,7 @@ class CudaDevice:
         if module is None:
             module = checked(cu, cu.cuModuleLoadData(cubin), f"the machine code of kernel {name}")
             self._modules[cubin] = module
-            weakref.finalize(self, cu.cuModuleUnload, module)
+            self.on_collection(self, cu.cuModuleUnload, module)
         return checked(cu, cu.cuModuleGetFunction(module, name.encode()), f"kernel {name}")
 
     def _attribute(self, name: str) -> int:

@@ -7,6 +7,7 @@ the real ones: what reaches the driver is read back from their memory, at the of
 """
 
 import ctypes
+import threading
 from collections import Counter
 
 import numpy as np
@@ -55,6 +56,7 @@ class FakeDriver:
         self.recorded_on, self.waited_for = {}, []  # streams
         self._capturing = None
         self._keep = []
+        self._thread = threading.local()  # its stack of contexts
 
     def __getattr__(self, name):
         return getattr(self._real, name)
@@ -85,7 +87,24 @@ class FakeDriver:
         return self._done("cuDevicePrimaryCtxRelease")
 
     def cuCtxSetCurrent(self, context):
+        self.contexts[-1:] = [context]
         return self._done("cuCtxSetCurrent")
+
+    def cuCtxPushCurrent(self, context):
+        self.contexts.append(context)
+        return self._done("cuCtxPushCurrent")
+
+    def cuCtxPopCurrent(self):
+        return self._done("cuCtxPopCurrent", self.contexts.pop())
+
+    @property
+    def contexts(self):
+        """The calling thread's contexts, the current one last."""
+        return self._thread.__dict__.setdefault("contexts", [])
+
+    def _has_context(self):
+        assert self._capturing is None, "nothing may be given back while work is captured"
+        return bool(self.contexts)
 
     def cuStreamCreate(self, flags):
         assert flags == int(self.CUstream_flags.CU_STREAM_NON_BLOCKING)
@@ -139,6 +158,8 @@ class FakeDriver:
         return self._done("cuMemHostAlloc", array.ctypes.data)
 
     def cuMemFreeHost(self, address):
+        if not self._has_context():
+            return (self.CUresult.CUDA_ERROR_INVALID_CONTEXT,)
         del self.host_memory[address]
         return self._done("cuMemFreeHost")
 
@@ -147,6 +168,8 @@ class FakeDriver:
         return self._done("cuMemGetInfo", 2**40 - used, 2**40)
 
     def cuMemFree(self, address):
+        if not self._has_context():
+            return (self.CUresult.CUDA_ERROR_INVALID_CONTEXT,)
         del self.memory[int(address)]
         return self._done("cuMemFree")
 

@@ -1,6 +1,7 @@
 """Device memory and the page-locked memory that copies go through, on a stand-in for the driver."""
 
 import gc
+import threading
 
 import numpy as np
 import pytest
@@ -58,3 +59,39 @@ def test_activation_that_never_leaves_the_device_takes_none(driver):
     second.gather(first, np.array([1, 0]))
     assert len(driver.host_memory) == 1
     np.testing.assert_array_equal(second.read(), VALUES[::-1])
+
+
+def test_memory_is_given_back_whichever_thread_collects_it(driver):
+    buffers = [DeviceBuffer(CudaDevice(driver, 0), (2, 3), "float32")]
+    buffers[0].write(VALUES)
+    contexts = []
+
+    def collect():
+        buffers.clear()
+        gc.collect()
+        contexts.extend(driver.contexts)
+
+    thread = threading.Thread(target=collect)
+    thread.start()
+    thread.join()
+    assert (driver.memory, driver.host_memory) == ({}, {})
+    assert contexts == []  # the thread has what it had
+    assert driver.calls["cuStreamDestroy"] == 1
+
+
+def test_cycles_are_not_collected_while_work_is_captured(driver):
+    device = CudaDevice(driver, 0)
+    cycle = [DeviceBuffer(device, (2, 3), "float32")]
+    cycle.append(cycle)
+
+    def enqueue():
+        nonlocal cycle
+        del cycle
+        made = [[i] for i in range(10 * gc.get_threshold()[0])]  # what sets off a collection
+        assert len(made) == 10 * gc.get_threshold()[0]
+
+    device.capture(enqueue)
+    assert len(driver.memory) == 1
+    assert gc.isenabled()
+    gc.collect()
+    assert driver.memory == {}
