@@ -51,8 +51,8 @@ class Workload:
 
 def split_name(name: str) -> tuple[str, str | None]:
     """Return the strategy that is measured under that name, and the CUDA graph mode of `STRATEGY@MODE`."""
-    strategy, _, mode = name.partition("@")
-    return strategy, mode or None
+    strategy, at, mode = name.partition("@")
+    return strategy, mode if at else None
 
 
 def is_static(name: str) -> bool:

@@ -85,6 +85,7 @@ def test_profile_measures_graph_modes_side_by_side(monkeypatch, tmp_path, bdtool
     [
         ("chain@off", "strategy 'chain@off': CUDA graph modes are of full and graph, not of 'chain'"),
         ("full@fast", "unknown CUDA graph mode 'fast'; this version has auto,"),
+        ("full@", "unknown CUDA graph mode ''; this version has auto,"),
     ],
 )
 def test_profile_refuses_a_graph_mode_that_there_is_not(monkeypatch, tmp_path, bdtool, bundle_copy, strategy, message):
