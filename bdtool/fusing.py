@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,17 +24,18 @@ _N_MASKS = 4
 def write_fused(bundle: Bundle, path: Path) -> float:
     """Fuse the bundle's parts into one ONNX file at `path`; return its worst error over the logits' range.
 
-    The file is compared with its own parts, run one after another, on a picture for each of some random masks, every
-    block and none.
+    The file is compared with its own parts, run one after another: on a picture for each of some random masks, every
+    block and none, and on a picture whose blocks the policy network chooses.
 
     Raises:
-        ExportError: the fused model gives other logits.
+        ExportError: the fused model gives other logits, or keeps other blocks.
         BundleError: the file cannot be written.
     """
     network = bundle.network
     pieces = {part.name: bundle.part_path(part).read_bytes() for part in network.parts if part.kind != "full"}
     model = fuse_parts(network, pieces)
-    error = max(_error(bundle, model, pieces, mask, seed) for seed, mask in enumerate(_masks(network.n_blocks)))
+    comparison = _Comparison(bundle, OnnxReference(model), pieces)
+    error = max(comparison.error(mask, seed) for seed, mask in enumerate([*_masks(network.n_blocks), None]))
     try:
         write_bytes(path, model)
     except OSError as exc:
@@ -46,17 +48,37 @@ def _masks(n_blocks: int) -> list[np.ndarray]:
     return [np.ones(n_blocks, bool), np.zeros(n_blocks, bool), *(rng.random((_N_MASKS, n_blocks)) < 0.5)]
 
 
-def _error(bundle: Bundle, model: bytes, pieces: dict[str, bytes], mask: np.ndarray, seed: int) -> float:
-    network = bundle.network
-    size = network.preprocessing
-    image = preprocess(synthetic_images(1, height=size.height, width=size.width, seed=seed), size)
-    path = compose_parts("path", [(part, pieces[part.name]) for part in parts_of_path(network, mask)])
-    force = np.where(mask, FORCE_KEEP, FORCE_DROP).astype(np.uint8)
-    expected = OnnxReference(path).run({"image": image})
-    actual = OnnxReference(model).run({"image": image, "force": force})
-    result = compare_outputs(expected, actual, tolerance=ENGINE_TOLERANCE)
-    if not result.ok or (actual["keep"] != mask).any():
-        raise ExportError(
-            f"the fused model differs from its parts by {result.error:.2g} of the logits' range; report this"
-        )
-    return result.error
+@dataclass(frozen=True)
+class _Comparison:
+    """The fused model beside the parts that it was made of."""
+
+    bundle: Bundle
+    fused: OnnxReference
+    pieces: dict[str, bytes]
+
+    def error(self, mask: np.ndarray | None, seed: int) -> float:
+        """Return the error of the logits for a mask bool [K], or for what the policy network chooses."""
+        network = self.bundle.network
+        size = network.preprocessing
+        image = preprocess(synthetic_images(1, height=size.height, width=size.width, seed=seed), size)
+        expected_keep = self._policy(image) if mask is None else mask
+        force = np.zeros(network.n_blocks) if mask is None else np.where(mask, FORCE_KEEP, FORCE_DROP)
+        path = [(part, self.pieces[part.name]) for part in parts_of_path(network, expected_keep)]
+        expected = OnnxReference(compose_parts("path", path)).run({"image": image})
+        actual = self.fused.run({"image": image, "force": force.astype(np.uint8)})
+        if (actual["keep"] != expected_keep).any():
+            raise ExportError("the fused model keeps other blocks than its parts do; report this")
+        result = compare_outputs(expected, actual, tolerance=ENGINE_TOLERANCE)
+        if not result.ok:
+            raise ExportError(
+                f"the fused model differs from its parts by {result.error:.2g} of the logits' range; report this"
+            )
+        return result.error
+
+    def _policy(self, image: np.ndarray) -> np.ndarray:
+        network = self.bundle.network
+        if network.find("policy") is None:
+            return np.ones(network.n_blocks, bool)
+        [probability] = OnnxReference(self.pieces["policy"]).run({"image": image}).values()
+        keep: np.ndarray = probability[0] >= network.threshold
+        return keep

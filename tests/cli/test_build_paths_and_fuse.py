@@ -1,12 +1,15 @@
 """`build --paths` and `fuse`: what strategy `path` starts with, and a bundle as one file."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 
 from bdtool import Orchestrator
+from export.fused import fuse_parts
 
 
 def _noted(bundle):
@@ -66,9 +69,30 @@ def test_fuse_writes_one_file_that_runs_alone(bdtool, bundle_copy, tmp_path):
     np.testing.assert_allclose(logits, expected.logits, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda network, pieces: (replace(network, threshold=2.0), pieces), "keeps other blocks than its parts do"),
+        (lambda network, pieces: (network, pieces | {"head": _doubled(pieces["head"])}), "of the logits' range"),
+    ],
+)
+def test_fuse_writes_no_model_that_differs_from_the_parts(monkeypatch, bdtool, bundle_copy, tmp_path, wrong, message):
+    monkeypatch.setattr("bdtool.fusing.fuse_parts", lambda network, pieces: fuse_parts(*wrong(network, pieces)))
+    assert message in bdtool("fuse", bundle_copy, "-o", tmp_path / "model.onnx", status=1).stderr
+    assert not (tmp_path / "model.onnx").exists()
+
+
 def test_fuse_into_a_missing_directory_says_so(bdtool, bundle_copy, tmp_path):
     result = bdtool("fuse", bundle_copy, "-o", tmp_path / "no" / "model.onnx", status=2)
     assert "no" in result.output
+
+
+def _doubled(part):
+    model = onnx.ModelProto.FromString(part)
+    for weight in model.graph.initializer:
+        if weight.data_type == onnx.TensorProto.FLOAT:
+            weight.CopyFrom(onnx.numpy_helper.from_array(2 * onnx.numpy_helper.to_array(weight), weight.name))
+    return model.SerializeToString()
 
 
 def _options():
