@@ -11,6 +11,7 @@ from bdtool.data.synthetic import synthetic_images
 from bdtool.errors import BundleError, ExportError
 from bdtool.runtime.paths import parts_of_path
 from bdtool.runtime.preprocess import preprocess
+from bdtool.specs import NetworkSpec
 from engines.base import ENGINE_TOLERANCE
 from export.bundle import Bundle
 from export.check import OnnxReference, compare_outputs
@@ -34,8 +35,8 @@ def write_fused(bundle: Bundle, path: Path) -> float:
     network = bundle.network
     pieces = {part.name: bundle.part_path(part).read_bytes() for part in network.parts if part.kind != "full"}
     model = fuse_parts(network, pieces)
-    comparison = _Comparison(bundle, OnnxReference(model), pieces)
-    error = max(comparison.error(mask, seed) for seed, mask in enumerate([*_masks(network.n_blocks), None]))
+    check = _Check(network, OnnxReference(model), pieces)
+    error = max(check.error(mask, seed) for seed, mask in enumerate([*_masks(network.n_blocks), None]))
     try:
         write_bytes(path, model)
     except OSError as exc:
@@ -49,16 +50,16 @@ def _masks(n_blocks: int) -> list[np.ndarray]:
 
 
 @dataclass(frozen=True)
-class _Comparison:
+class _Check:
     """The fused model beside the parts that it was made of."""
 
-    bundle: Bundle
+    network: NetworkSpec
     fused: OnnxReference
     pieces: dict[str, bytes]
 
     def error(self, mask: np.ndarray | None, seed: int) -> float:
-        """Return the error of the logits for a mask bool [K], or for what the policy network chooses."""
-        network = self.bundle.network
+        """Return the error of the logits for a mask bool [K]; None leaves it to the policy network."""
+        network = self.network
         size = network.preprocessing
         image = preprocess(synthetic_images(1, height=size.height, width=size.width, seed=seed), size)
         expected_keep = self._policy(image) if mask is None else mask
@@ -76,9 +77,9 @@ class _Comparison:
         return result.error
 
     def _policy(self, image: np.ndarray) -> np.ndarray:
-        network = self.bundle.network
-        if network.find("policy") is None:
-            return np.ones(network.n_blocks, bool)
-        [probability] = OnnxReference(self.pieces["policy"]).run({"image": image}).values()
-        keep: np.ndarray = probability[0] >= network.threshold
+        policy = self.network.find("policy")
+        if policy is None:
+            return np.ones(self.network.n_blocks, bool)
+        [probability] = OnnxReference(self.pieces[policy.name]).run({"image": image}).values()
+        keep: np.ndarray = probability[0] >= self.network.threshold
         return keep

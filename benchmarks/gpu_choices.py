@@ -30,7 +30,7 @@ from benchmarks.gpu import DEVICE, kept_masks, open_engines
 from benchmarks.latency import make_bundle
 from engines.cuda_buffer import DeviceBuffer
 from engines.cuda_device import open_device
-from engines.device_timer import DeviceTimer, TimedBackend
+from engines.device_timer import DeviceTimer, timer_of
 from engines.libcuda import driver_from_libcuda
 from engines.network_graphs import NetworkGraphs
 from export.bundle import Bundle
@@ -64,8 +64,7 @@ def main() -> None:
 def switch_sizes(bundle: Bundle, backend: str, sizes: Sequence[int] = _SIZES) -> dict[str, Any]:
     """Return the times of the graph that decides, for each number of blocks a SWITCH, and of those that know."""
     network, library, engines = open_engines(bundle, backend)
-    assert isinstance(library, TimedBackend)
-    timer = library.timer()
+    timer = timer_of(library)
     assert timer is not None
     masks = kept_masks(network.n_blocks)
     known = NetworkGraphs(network, library, engines)

@@ -45,7 +45,7 @@ def _in_context(cu: Any, context: Any, give_back: Callable[..., object], *what: 
 
 @contextmanager
 def _nothing_collected() -> Iterator[None]:
-    """Within it no cycles are collected: giving memory back ends a capture (CUDA driver API, "Stream Management")."""
+    """Within it no cycles are collected: giving their memory back waits for the stream, which ends a capture."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

@@ -96,9 +96,14 @@ class TimedBackend(Protocol):
         """Return a timer of its device; None where calls return when they are done."""
 
 
+def timer_of(backend: Backend) -> DeviceTimer | None:
+    """Return a timer of the backend's device; None where calls return when they are done."""
+    return backend.timer() if isinstance(backend, TimedBackend) else None
+
+
 def fastest_ms(backend: Backend, call: Call, *, n_runs: int = 3) -> float:
     """Return the milliseconds that the fastest of some runs took: by events where the backend's calls only enqueue."""
-    timer = backend.timer() if isinstance(backend, TimedBackend) else None
+    timer = timer_of(backend)
     times_ms: list[float] = []
     for _ in range(n_runs):
         if timer is None:

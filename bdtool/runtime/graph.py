@@ -22,7 +22,7 @@ from bdtool.runtime.strategies import ChainStrategy, Strategy, WrapCall, fill, j
 from bdtool.specs import NetworkSpec
 from engines.base import Backend, Call, Engine
 from engines.device_array import Images, Logits
-from engines.device_timer import DeviceTimer, TimedBackend
+from engines.device_timer import DeviceTimer, timer_of
 from engines.graph_modes import IF, OFF, PATH_CACHE, POLICY_CACHE, SWITCH, GraphChoice, GraphPlan
 from engines.network_graphs import NetworkGraphs, graph_spec
 
@@ -201,7 +201,7 @@ def _measured(
 
     The image is blank and its bits are given: the most frequent mask's, or, where none is known, half of the blocks'.
     """
-    timer = backend.timer() if isinstance(backend, TimedBackend) else None
+    timer = timer_of(backend)
     if timer is None:
         raise TypeError(f"modes are compared by a device's events, which {type(backend).__name__} does not have")
     source, n_blocks = network.require("stem").inputs[0], network.n_blocks

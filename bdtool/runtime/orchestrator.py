@@ -27,7 +27,7 @@ from bdtool.runtime.strategies import Strategy, WrapCall
 from bdtool.specs import PIXELS, NetworkSpec, PartSpec
 from engines.base import Backend, Engine
 from engines.device_array import DeviceArray, DeviceArrayBackend, Images, Logits, device_array
-from engines.device_timer import DeviceTimer, TimedBackend
+from engines.device_timer import DeviceTimer, timer_of
 from engines.graph_modes import AUTO as AUTO_GRAPH
 from engines.graph_modes import GraphChoice, GraphPlan, chosen
 from engines.registry import (
@@ -257,7 +257,7 @@ class Orchestrator:
     @property
     def device_timer(self) -> DeviceTimer | None:
         """A timer for engine calls that only enqueue; None where they return when they are done."""
-        return self._backend.timer() if isinstance(self._backend, TimedBackend) else None
+        return timer_of(self._backend)
 
     def engine(self, part: PartSpec) -> Engine:
         """Return the loaded engine of a part (for verification and profiling)."""

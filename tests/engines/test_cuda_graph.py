@@ -1,0 +1,164 @@
+"""The CUDA graphs around the decision, as a stand-in for the driver is told to build them. No GPU is needed."""
+
+import pytest
+
+from bdtool.errors import EngineError
+from engines.cuda_graph import CapturedBlock, CapturedNetwork, DispatchMemory, GraphBuilder, Kernels, LookupMemory
+from engines.graph_nodes import DeviceCopy
+from tests.fake_driver import FakeDriver
+
+MEMORY = DispatchMemory(probability=11, has_shortcut=12, force=0, kept=13)
+
+
+@pytest.fixture
+def driver():
+    return FakeDriver()
+
+
+def _network(driver, blocks=(((31, 32), None), ((41, 42), (43, 44)), ((61, 62), None))):
+    def both(addresses):
+        return None if addresses is None else tuple(map(driver.CUgraph, addresses))
+
+    captured = [CapturedBlock(block=both(block), shortcut=both(shortcut)) for block, shortcut in blocks]
+    policy, stem = driver.CUgraph(21), driver.CUgraph(22)
+    copies = [DeviceCopy(target=0x100 + k, source=0x200 + k, n_bytes=0x300 + k) for k in range(len(captured))]
+    return CapturedNetwork(policy=policy, stem=stem, blocks=captured, heads=both((51, 52)), copies_back=copies)
+
+
+def _kernels(driver):
+    dispatch, lookup, branch = map(driver.CUfunction, (0xF, 0x10, 0x11))
+    return Kernels(dispatch=dispatch, lookup=lookup, branch=branch)
+
+
+def _build(driver, network=None):
+    builder = GraphBuilder(driver, driver.CUcontext(0xC0), blocks_per_switch=2)
+    return builder.dispatch_graph(network or _network(driver), _kernels(driver), MEMORY, threshold=0.5)
+
+
+def test_graph_runs_policy_beside_stem_then_blocks_then_head(driver):
+    graph, executable = _build(driver)
+    entries = driver.graphs[int(graph)]
+    first = int(graph)
+    assert [entry[0] for entry, _ in entries] == ["child", "child", "kernel", "switch", "switch"]
+    assert [after for _, after in entries] == [[], [], [first + 1], [first + 3, first + 2], [first + 4]]
+    assert (entries[0][0][1], entries[1][0][1]) == (21, 22)
+    assert driver.instantiated == [first]
+    assert int(executable) == first
+
+
+def test_each_switch_has_its_own_handle_and_captured_bodies(driver):
+    graph, _ = _build(driver)
+    switches = [entry for entry, _ in driver.graphs[int(graph)] if entry[0] == "switch"]
+    assert [handle for _, handle, _ in switches] == driver.handles == [100, 101]
+    content = [[[child for (_, child), _ in driver.graphs[body]] for body in bodies] for _, _, bodies in switches]
+    # for the bits of two blocks, the first one's lowest, and within them for either buffer; the second has a shortcut
+    assert content[0] == [[43], [44], [31, 44], [32, 43], [41], [42], [31, 42], [32, 41]]
+    assert content[1] == [[51], [52], [61, 52], [62, 51]]  # what is left, and the head
+
+
+def test_nodes_of_a_body_run_one_after_the_other(driver):
+    graph, _ = _build(driver)
+    [first, _] = [entry[2] for entry, _ in driver.graphs[int(graph)] if entry[0] == "switch"]
+    assert [after for _, after in driver.graphs[first[6]]] == [[], [first[6] + 1]]
+
+
+def test_kernel_gets_the_memory_and_the_handles_in_order(driver):
+    graph, _ = _build(driver)
+    [arguments] = [entry[1] for entry, _ in driver.graphs[int(graph)] if entry[0] == "kernel"]
+    assert arguments[:-1] == [11, 12, 0, 3, 0.5, 2, 13]
+    assert arguments[-1][:3] == [100, 101, 0]
+
+
+@pytest.mark.parametrize("kind", ["HOST", "EVENT_RECORD", "MEM_ALLOC"])
+def test_captured_work_that_no_body_may_hold_is_refused_by_name(driver, kind):
+    driver.kinds[42] = ["KERNEL", kind]
+    with pytest.raises(EngineError, match=f"block 1: its captured work holds {kind} nodes"):
+        _build(driver)
+
+
+@pytest.mark.parametrize("call", ["cuGraphCreate", "cuGraphAddNode", "cuGraphInstantiateWithParams", "cuGraphGetNodes"])
+def test_driver_that_refuses_is_quoted(driver, call):
+    driver.failing = call
+    with pytest.raises(EngineError, match="CUDA_ERROR_INVALID_VALUE"):
+        _build(driver)
+
+
+@pytest.mark.parametrize("n_blocks", [0, 129])
+def test_number_of_blocks_that_has_no_handles_is_refused(driver, n_blocks):
+    with pytest.raises(ValueError, match=f"{n_blocks} blocks; .*at most 128"):
+        _build(driver, _network(driver, (((1, 2), None),) * n_blocks))
+
+
+def test_branch_graph_has_an_if_for_each_part_and_copies_back(driver):
+    builder = GraphBuilder(driver, driver.CUcontext(0xC0))
+    graph, executable = builder.branch_graph(_network(driver), _kernels(driver), MEMORY, threshold=0.5)
+    first, entries = int(graph), driver.graphs[int(graph)]
+    assert [entry[0] for entry, _ in entries] == ["child", "branch", "child", "if", "if", "if", "if", "child"]
+    after = [[node - first for node in nodes] for _, nodes in entries]
+    assert after == [[], [1], [], [2, 3], [4], [5], [6], [7]]
+    ifs = [entry for entry, _ in entries if entry[0] == "if"]
+    bodies = [driver.graphs[body] for _, _, [body] in ifs]
+    # block 1 and its shortcut part leave the activation in the same buffer
+    copies = [("copy", 0x100 + k, 0x200 + k, 0x300 + k) for k in range(3)]
+    parts = [(31, copies[0]), (41, copies[1]), (43, copies[1]), (61, copies[2])]
+    assert [[entry for entry, _ in body] for body in bodies] == [[("child", part), copy] for part, copy in parts]
+    assert all(body[1][1] == [ifs[i][2][0] + 1] for i, body in enumerate(bodies))  # the copy waits
+    assert entries[-1][0] == ("child", 51)  # the head reads buffer A
+    arguments = entries[1][0][1]
+    assert arguments[:6] == [11, 12, 0, 3, 0.5, 13]
+    assert (arguments[6][:4], arguments[7][:4]) == ([100, 101, 102, 0], [0, 103, 0, 0])
+    assert [handle for _, handle, _ in ifs] == [100, 101, 103, 102]
+    assert driver.instantiated == [int(executable)] == [first]
+
+
+def test_flat_graph_is_its_parts_one_after_the_other(driver):
+    builder = GraphBuilder(driver, driver.CUcontext(0xC0))
+    graph, executable = builder.flat_graph([driver.CUgraph(address) for address in (21, 22, 23)])
+    first = int(graph)
+    entries = driver.graphs[first]
+    assert [entry for entry, _ in entries] == [("child", 21), ("child", 22), ("child", 23)]
+    assert [after for _, after in entries] == [[], [first + 1], [first + 2]]
+    assert driver.instantiated == [int(executable)]
+
+
+LOOKUP = LookupMemory(masks=15, n_masks=2)
+
+
+def _cached(driver, paths=((61, 62), (63,))):
+    builder = GraphBuilder(driver, driver.CUcontext(0xC0), blocks_per_switch=2)
+    graphs = [[driver.CUgraph(address) for address in path] for path in paths]
+    return builder.cached_graph(_network(driver), _kernels(driver), MEMORY, LOOKUP, paths=graphs, threshold=0.5)
+
+
+def test_cached_graph_has_a_body_for_each_path_and_decides_in_the_last(driver):
+    graph, executable = _cached(driver)
+    first, entries = int(graph), driver.graphs[int(graph)]
+    assert [entry[0] for entry, _ in entries] == ["child", "lookup", "child", "switch"]
+    assert [after for _, after in entries] == [[], [first + 1], [], [first + 2, first + 3]]
+    _, handle, bodies = entries[3][0]
+    flat = [[(entry[1], after) for entry, after in driver.graphs[body]] for body in bodies[:2]]
+    assert flat == [[(61, []), (62, [bodies[0] + 1])], [(63, [])]]
+    assert [entry[0] for entry, _ in driver.graphs[bodies[2]]] == ["kernel", "switch", "switch"]
+    assert entries[1][0][1] == [11, 0, 3, 0.5, 15, 2, 13, handle]
+    assert driver.instantiated == [int(executable)] == [first]
+
+
+def test_handle_belongs_to_the_graph_that_holds_its_node(driver):
+    graph, _ = _cached(driver)
+    last = driver.graphs[int(graph)][3][0][2][2]
+    assert driver.owner_of_handle == {100: int(graph), 101: last, 102: last}
+
+
+def test_paths_that_are_not_as_many_as_masks_are_refused(driver):
+    with pytest.raises(ValueError, match="1 paths for 2 masks"):
+        _cached(driver, paths=((61,),))
+
+
+@pytest.mark.parametrize("is_of_12", [True, False])
+def test_bindings_of_cuda_12_take_no_edge_data(driver, is_of_12):
+    if is_of_12:
+        driver.cuGraphAddNode_v2 = None
+    elif hasattr(driver, "cuGraphAddNode_v2"):
+        pytest.skip("these bindings are of CUDA 12")
+    _build(driver, _network(driver))
+    assert driver.calls["cuGraphAddNode"] == 3
