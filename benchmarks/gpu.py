@@ -57,7 +57,8 @@ from export.files import write_json
 BACKENDS = ("torch", "tensorrt", "tensorrt-rtx", "onnxruntime", "onnxruntime-tensorrt")
 SHARE_KEPT = 17 / 54  # the mean of the paper
 AIMS = {"known path": 1.15, "full graph": 0.45}  # the most that strategy `graph` may take, as a ratio to each
-MODES = (SWITCH, POLICY_CACHE, IF, PATH_CACHE)
+BEGUN = f"{POLICY_CACHE} begun"  # its first blocks run beside the policy network, and are the right ones for "some"
+MODES = (SWITCH, POLICY_CACHE, BEGUN, IF, PATH_CACHE)
 PRECISIONS = ("fp32", "fp16")
 DEVICE = "cuda:0"
 _ROUNDS, _LAUNCHES = 20, 25
@@ -183,11 +184,13 @@ class GraphBench:
         """Return median milliseconds, their ratios, what the SWITCHes cost, and how much memory grew."""
         masks = kept_masks(self._network.n_blocks)
         switch, cache = self._graphs.deciding(), self._graphs.deciding([masks["some"]])
-        branch = self._graphs.branching()
+        branch, speculation = self._graphs.branching(), self._graphs.speculation([masks["some"]], [1.0])
+        begun = self._graphs.deciding([masks["some"]], speculation)
         runs: dict[str, Callable[[], object]] = {}
         for name, mask in masks.items():
             runs[f"{SWITCH}, {name} kept"] = self._deciding(switch, mask)
             runs[f"{POLICY_CACHE}, {name} kept"] = self._deciding(cache, mask)  # which knows "some"
+            runs[f"{BEGUN}, {name} kept"] = self._deciding(begun, mask)
             runs[f"{IF}, {name} kept"] = self._deciding(branch, mask)
             runs[f"{PATH_CACHE}, {name} kept"] = self._reading_back(mask)
             runs[f"known path, {name} kept"] = self._request(self._graphs.path(mask))
@@ -207,6 +210,7 @@ class GraphBench:
             "n_kept": int(masks["some"].sum()),
             "n_blocks": len(masks["some"]),
             "blocks_per_switch": BLOCKS_PER_SWITCH,
+            "n_begun": len(speculation.runs),
             "median_ms": ms,
             "ratios": ratios,
             "aims": AIMS,
@@ -307,6 +311,7 @@ def print_graphs(what: str, found: dict[str, Any]) -> None:
     for mode, ratios in found["ratios"].items():
         print(f"  {mode:<14} " + ", ".join(f"{ratio:.3f} {name}" for name, ratio in ratios.items()))
     switches = ", ".join(f"{us:.1f} us with {name} kept" for name, us in found["all_switches_us"].items())
+    print(f"  {BEGUN}: {found['n_begun']} blocks beside the policy network")
     print(f"  all SWITCHes, one for {found['blocks_per_switch']} blocks: {switches}")
     print(f"  memory after {found['memory']['images']} images: {found['memory']['growth_bytes']:+d} bytes")
 

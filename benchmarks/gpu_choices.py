@@ -3,6 +3,8 @@
     python -m benchmarks.gpu_choices [--bundle BUNDLE] [--backend NAME] [--out FILE]
 
     one SWITCH for 1, 2, ... 9 blocks (`engines.cuda_graph.BLOCKS_PER_SWITCH`), beside graphs that know the path
+    0, 1, ... 8 blocks of a path beside the policy network (`engines.speculation`), for a mask that begins with them and
+    for another one
     a residual block of CIFAR's three widths in PyTorch: additions and ReLUs launched apart or fused with the
     convolutions (`engines.torch_fusion`), channels-last or NCHW (`engines.torch_onnx.memory_format`)
     copies of images to the device and back, waited for, from page-locked memory (`engines.cuda_buffer`) and other
@@ -31,8 +33,10 @@ from benchmarks.latency import make_bundle
 from engines.cuda_buffer import DeviceBuffer
 from engines.cuda_device import open_device
 from engines.device_timer import DeviceTimer, timer_of
+from engines.dispatch import runs
 from engines.libcuda import driver_from_libcuda
 from engines.network_graphs import NetworkGraphs
+from engines.speculation import Speculation
 from export.bundle import Bundle
 
 _SIZES = tuple(range(1, 10))
@@ -54,8 +58,10 @@ def main() -> None:
         path = args.bundle or Path(directory) / "resnet110"
         if args.bundle is None:
             make_bundle(path)
-        graphs = switch_sizes(Bundle.open(path), args.backend)
-        figures = {"gpu": gpu, "graphs_us": graphs, "blocks_us": block_formats(), "copies_us": host_copies()}
+        bundle = Bundle.open(path)
+        graphs, begun = switch_sizes(bundle, args.backend), speculated(bundle, args.backend)
+        figures = {"gpu": gpu, "graphs_us": graphs, "begun_us": begun}
+        figures |= {"blocks_us": block_formats(), "copies_us": host_copies()}
     print(json.dumps(figures, indent=2))
     if args.out is not None:
         args.out.write_text(json.dumps(figures, indent=2) + "\n")
@@ -81,6 +87,24 @@ def switch_sizes(bundle: Bundle, backend: str, sizes: Sequence[int] = _SIZES) ->
             graphs.force.write(np.where(mask, 1, 2).astype(np.uint8))
             row[f"{name} kept"] = _us(timer, call)
         found["switch"][size] = row
+    return found
+
+
+def speculated(bundle: Bundle, backend: str, most: int = 8) -> dict[int, dict[str, float]]:
+    """Return times by the number of parts beside the policy network, which are the right and the wrong ones."""
+    network, library, engines = open_engines(bundle, backend)
+    timer = timer_of(library)
+    assert timer is not None
+    graphs, right = NetworkGraphs(network, library, engines), kept_masks(network.n_blocks)["some"]
+    wrong = right ^ (np.arange(network.n_blocks) == 0)
+    path, _ = runs(right.tolist(), [network.shortcut(k) is not None for k in range(network.n_blocks)])
+    found: dict[int, dict[str, float]] = {}
+    for n_begun in range(min(most, len(path)) + 1):
+        call = graphs.deciding([right, wrong], Speculation(tuple(path[:n_begun])))
+        found[n_begun] = {}
+        for name, mask in (("right", right), ("wrong", wrong)):
+            graphs.force.write(np.where(mask, 1, 2).astype(np.uint8))
+            found[n_begun][name] = _us(timer, call)
     return found
 
 

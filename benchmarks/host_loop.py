@@ -94,7 +94,7 @@ def _silence(driver: Any) -> None:
     done = (driver.CUresult.CUDA_SUCCESS,)
     for name in _SILENT:
         setattr(driver, name, lambda *arguments: done)
-    driver.enqueue = lambda work: None
+    driver.enqueue = lambda work, ms: None
 
 
 def _resident_bytes() -> int:

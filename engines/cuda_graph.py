@@ -5,9 +5,10 @@ the bodies. One launch runs an image; nothing of the policy comes back to the ho
 
 `dispatch_graph` has a SWITCH for every few blocks, whose bodies go from either buffer to the other; the head goes into
 those of the last SWITCH. With frequent masks known, `cached_graph` has one SWITCH over their flat paths first, and
-decides the others group by group within its last body. SWITCH needs a driver of CUDA 12.8. For drivers from 12.4 on
-`branch_graph` has an IF for each part; as a body cannot know where the part before it left the activation, each ends
-with a copy back into the first buffer. Source: CUDA programming guide, "Conditional Graph Nodes".
+decides the others group by group within its last body; blocks that many paths begin with can run before it, beside the
+policy network. SWITCH needs a driver of CUDA 12.8. For drivers from 12.4 on `branch_graph` has an IF for each part; as
+a body cannot know where the part before it left the activation, each ends with a copy back into the first buffer.
+Source: CUDA programming guide, "Conditional Graph Nodes".
 """
 
 from __future__ import annotations
@@ -117,12 +118,15 @@ class GraphBuilder:
         lookup: LookupMemory,
         *,
         paths: Sequence[Sequence[Any]],
+        begun: Sequence[Any] = (),
         threshold: float,
     ) -> tuple[Any, Any]:
         """Return (CUgraph, CUgraphExec) with one SWITCH: a body for each known mask, `dispatch_graph`'s in the last.
 
         Args:
-            paths: for each row of the table the captured graphs behind the stem, in order.
+            paths: for each row of the table the captured graphs of its body, in order: what is left to do behind the
+                stem and `begun`, or all from the stem on.
+            begun: captured graphs that run behind the stem while the policy network still decides.
 
         Raises:
             EngineError, ValueError: as `dispatch_graph`; or there are not as many paths as masks.
@@ -134,11 +138,12 @@ class GraphBuilder:
         handle = self._nodes.handle(graph)
         arguments = _lookup_arguments(memory, lookup, handle, len(network.blocks), threshold)
         found = self._nodes.kernel(graph, self._policy(graph, network), kernels.lookup, arguments)
-        stem = self._nodes.child(graph, [], network.stem)
-        _, bodies = self._nodes.conditional(graph, [found, stem], handle, "SWITCH", n_bodies=len(paths) + 1)
+        ready = [found, *self._nodes.chain(graph, [network.stem, *begun])]
+        _, bodies = self._nodes.conditional(graph, ready, handle, "SWITCH", n_bodies=len(paths) + 1)
         for index, path in enumerate(paths):
             self._nodes.chain(bodies[index], path)
-        self._decide(bodies[-1], [], [], network, kernels.dispatch, memory, threshold)
+        again = self._nodes.chain(bodies[-1], [network.stem] if begun else [])
+        self._decide(bodies[-1], [], again, network, kernels.dispatch, memory, threshold)
         return graph, self._nodes.instantiate(graph)
 
     def branch_graph(
@@ -167,6 +172,13 @@ class GraphBuilder:
         """Return (CUgraph, CUgraphExec) of captured graphs one after the other: a path that is known in advance."""
         graph = self._nodes.new_graph()
         self._nodes.chain(graph, parts)
+        return graph, self._nodes.instantiate(graph)
+
+    def begun_graph(self, network: CapturedNetwork, begun: Sequence[Any]) -> tuple[Any, Any]:
+        """Return (CUgraph, CUgraphExec) of the policy network, with the stem and captured graphs beside it."""
+        graph = self._nodes.new_graph()
+        self._policy(graph, network)
+        self._nodes.chain(graph, [network.stem, *begun])
         return graph, self._nodes.instantiate(graph)
 
     def _policy(self, graph: Any, network: CapturedNetwork) -> list[Any]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from bdtool.errors import BackendError, UsageError
 from engines.libcuda import Driver
+from engines.speculation import Speculation
 
 AUTO = "auto"
 POLICY_CACHE = "policy-cache"  # on the device: one SWITCH over the paths of frequent masks, `switch` for others
@@ -35,6 +36,7 @@ class GraphPlan:
     modes: tuple[str, ...]
     missing: Mapping[str, str] = field(default_factory=dict)
     is_forced: bool = False  # the user named the mode
+    speculation: Speculation | None = None  # of POLICY_CACHE, where it was found before
 
     @property
     def replays(self) -> bool:
@@ -49,6 +51,7 @@ class GraphChoice:
     mode: str
     reason: str
     measured_ms: Mapping[str, float] = field(default_factory=dict)  # of one image, where modes were compared
+    speculation: Speculation | None = None  # of POLICY_CACHE
 
 
 def graphs_of_machine(driver: Driver, version_of: Callable[[str], str | None]) -> GraphPlan:
@@ -89,7 +92,8 @@ def plan_for(mode: str, there: GraphPlan) -> GraphPlan:
 
 def chosen(plan: GraphPlan | None, choice: GraphChoice) -> GraphPlan:
     """Return the plan that leads to the same choice again, without comparing."""
-    return GraphPlan(modes=(choice.mode,), missing={} if plan is None else plan.missing, is_forced=True)
+    missing = {} if plan is None else plan.missing
+    return GraphPlan(modes=(choice.mode,), missing=missing, is_forced=True, speculation=choice.speculation)
 
 
 def cuda_extra(driver: Driver) -> str:

@@ -26,10 +26,14 @@ from engines.cuda_graph import (
     Kernels,
     LookupMemory,
 )
-from engines.dispatch import bits_from_words, mask_table, runs
+from engines.device_timer import fastest_ms
+from engines.dispatch import Run, bits_from_words, mask_table, runs
 from engines.dispatch_kernel import BRANCH_NAME, KERNEL_NAME, LOOKUP_NAME, SOURCE, cubin_from_source
 from engines.graph_nodes import DeviceCopy
+from engines.speculation import NO_SPECULATION, Speculation, best_speculation
 from export.fused import fused_spec
+
+_TIMED_RUNS = 10  # of each graph that is timed for a speculation: the fastest counts
 
 
 def graph_spec(network: NetworkSpec) -> PartSpec:
@@ -81,12 +85,38 @@ class NetworkGraphs:
         self._allocate_decision()
         self._parts = self._capture_parts()
 
-    def deciding(self, masks: Sequence[np.ndarray] = ()) -> Call:
+    def speculation(self, masks: Sequence[np.ndarray], shares: Sequence[float]) -> Speculation:
+        """Return what had best run beside the policy network, by the device's own times; nothing without a policy.
+
+        Args:
+            masks: frequent keep masks, bool [K] each.
+            shares: of the images that take each, 0 to 1.
+
+        Raises:
+            EngineError: the driver refuses a step.
+        """
+        if self._parts.policy is None:
+            return NO_SPECULATION
+        stem = self._parts.stem
+
+        def alone_ms(begun: Sequence[Run]) -> float:
+            return self._ms(self._flat([stem, *self._graphs_of(begun)]))
+
+        def beside_ms(begun: Sequence[Run]) -> float:
+            return self._ms(self._launch(*self._builder.begun_graph(self._parts, self._graphs_of(begun))))
+
+        again_ms = self._ms(self._flat([stem, stem])) - alone_ms(())
+        paths = [tuple(self._runs(mask)[0]) for mask in masks]
+        return best_speculation(paths, shares, beside_ms=beside_ms, alone_ms=alone_ms, again_ms=again_ms)
+
+    def deciding(self, masks: Sequence[np.ndarray] = (), speculation: Speculation = NO_SPECULATION) -> Call:
         """Return a call that runs `image` as one launch and reads nothing back: the policy decides, or `force`.
 
         Args:
             masks: frequent keep masks, bool [K] each: an image with one of them takes its flat path behind one SWITCH;
                 the others, and all where there are none, take a SWITCH for every few blocks.
+            speculation: what runs beside the policy network, where there are masks; paths that do not begin so start
+                again from the stem.
 
         Raises:
             EngineError: the driver refuses a step.
@@ -96,14 +126,20 @@ class NetworkGraphs:
         memory = self._dispatch_memory()
         if not table:
             graph, executable = self._builder.dispatch_graph(self._parts, kernels, memory, threshold=threshold)
-            return launch_call(device, executable, keep_alive=self, graph=graph)
+            return self._launch(graph, executable)
         values = np.array(table, np.uint64)
         keys = self._backend.allocate((values.nbytes,), "uint8")
         keys.write(values.reshape(-1).view(np.uint8))
         lookup = LookupMemory(masks=self._capturer.address(keys), n_masks=len(table))
-        paths = [self._path_parts(np.array(bits_from_words(words, self._network.n_blocks))) for words in table]
+        masks_in_order = [np.array(bits_from_words(words, self._network.n_blocks)) for words in table]
         graph, executable = self._builder.cached_graph(
-            self._parts, kernels, memory, lookup, paths=paths, threshold=threshold
+            self._parts,
+            kernels,
+            memory,
+            lookup,
+            paths=[self._path_behind(mask, speculation) for mask in masks_in_order],
+            begun=self._graphs_of(speculation.runs),
+            threshold=threshold,
         )
         return launch_call(device, executable, keep_alive=(self, keys), graph=graph)
 
@@ -116,7 +152,7 @@ class NetworkGraphs:
         graph, executable = self._builder.branch_graph(
             self._parts, self._kernels(), self._dispatch_memory(), threshold=self._network.threshold
         )
-        return launch_call(self._capturer.device, executable, keep_alive=self, graph=graph)
+        return self._launch(graph, executable)
 
     def policy(self) -> Call | None:
         """Return a call that writes `probability` of `image`; None where the network has no policy."""
@@ -124,7 +160,8 @@ class NetworkGraphs:
 
     def path(self, mask: np.ndarray) -> Call:
         """Return a call that runs `image` through the parts that a mask bool [K] keeps, as one launch."""
-        return self._flat([self._parts.stem, *self._path_parts(mask)])
+        runs, head = self._runs(mask)
+        return self._flat([self._parts.stem, *self._graphs_of(runs), head])
 
     def whole(self) -> Call:
         """Return a call that runs `image` through the engine of the whole static network, as one launch."""
@@ -196,18 +233,34 @@ class NetworkGraphs:
         self._releases.append(captured.release)
         return captured.graph
 
-    def _path_parts(self, mask: np.ndarray) -> list[Any]:
-        """Return the captured work of a mask's path behind the stem, each part in the direction that it runs in."""
+    def _path_behind(self, mask: np.ndarray, speculation: Speculation) -> list[Any]:
+        """Return the captured work of a mask's path that is left when the stem and the speculation are done."""
+        runs, head = self._runs(mask)
+        n_begun = len(speculation.runs)
+        if runs[:n_begun] == list(speculation.runs):
+            return [*self._graphs_of(runs[n_begun:]), head]
+        return [self._parts.stem, *self._graphs_of(runs), head]
+
+    def _runs(self, mask: np.ndarray) -> tuple[list[Run], Any]:
+        """Return what a mask runs behind the stem, and the captured head that reads where it ends."""
         if mask.shape != (self._network.n_blocks,):
             raise UsageError(
                 f"a mask of shape {list(mask.shape)} has no path; this network's have {self._network.n_blocks} bits"
             )
         found, side = runs(mask.tolist(), self._parts.has_shortcut)
-        return [*(self._parts.blocks[run.block].graph(run) for run in found), self._parts.heads[side]]
+        return found, self._parts.heads[side]
+
+    def _graphs_of(self, found: Sequence[Run]) -> list[Any]:
+        return [self._parts.blocks[run.block].graph(run) for run in found]
 
     def _flat(self, parts: Sequence[Any]) -> Call:
-        graph, executable = self._builder.flat_graph(parts)
+        return self._launch(*self._builder.flat_graph(parts))
+
+    def _launch(self, graph: Any, executable: Any) -> Call:
         return launch_call(self._capturer.device, executable, keep_alive=self, graph=graph)
+
+    def _ms(self, call: Call) -> float:
+        return fastest_ms(self._backend, call, n_runs=_TIMED_RUNS)
 
 
 def _run_all(actions: list[Callable[[], object]]) -> None:

@@ -50,9 +50,12 @@ class FakeDriver:
         self.kinds, self.instantiated, self.launched, self.destroyed = {}, [], [], []
         self.ended = []  # executables that were destroyed; they share the address of their graph
         self.owners = {}  # address: the context that it belongs to, where it is not the primary one
-        self.events, self.time_ms = [], 0.0  # each piece of work takes a millisecond
+        self.events, self.time_ms = [], 0.0  # each piece of work takes a millisecond, if nothing else is said
         self.launch_ms = self.conditional_ms = 0.0
         self.copy_ms = {"HtoD": 0.0, "DtoH": 0.0, "DtoD": 0.0}
+        self.last_first = (
+            False  # of nodes that wait for nothing more, which runs first: the order is nobody's to rely on
+        )
         self.recorded_on, self.waited_for = {}, []  # streams
         self._capturing = None
         self._keep = []
@@ -211,17 +214,17 @@ class FakeDriver:
 
     # --- captured work ------------------------------------------------------------------------------------------------
 
-    def enqueue(self, work):
+    def enqueue(self, work, ms=1):
         """Do what an engine does when it puts work on the stream."""
         if self._capturing is None:
             self.time_ms += self.launch_ms
-            self._work(work)
+            self._work(work, ms)
         else:
-            self._note(self._capturing, None, 0, ("work", work))
+            self._note(self._capturing, None, 0, ("work", work, ms))
 
-    def _work(self, work):
+    def _work(self, work, ms):
         work()
-        self.time_ms += 1
+        self.time_ms += ms
 
     def cuStreamBeginCapture(self, stream, mode):
         assert mode == self.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
@@ -319,30 +322,42 @@ class FakeDriver:
         return self._done("cuGraphLaunch")
 
     def _run(self, graph):
-        for entry, _ in self.graphs[graph]:
-            match entry:
-                case ("work", work):
-                    self._work(work)
-                case ("child", child):
-                    self._run(child)
-                case ("kernel", arguments):
-                    self._dispatch(*arguments)
-                case ("lookup", arguments):
-                    self._lookup(*arguments)
-                case ("branch", arguments):
-                    self._branch(*arguments)
-                case ("copy", target, source, n_bytes):
-                    self.view(target, n_bytes)[:] = self.view(source, n_bytes)
-                case ("switch", handle, bodies):
-                    self.time_ms += self.conditional_ms
-                    if self.values[handle] < len(bodies):
-                        self._run(bodies[self.values[handle]])
-                case ("if", handle, [body]):
-                    self.time_ms += self.conditional_ms
-                    if self.values[handle]:
-                        self._run(body)
-                case _:
-                    raise AssertionError(f"nobody knows how to run {entry}")
+        """Run the nodes, on a clock by which each begins when those are done that it waits for."""
+        began, done = self.time_ms, {}
+        left = {graph + number: node for number, node in enumerate(self.graphs[graph], 1)}
+        while left:
+            ready = [node for node, (_, after) in left.items() if all(other in done for other in after)]
+            node = ready[-1 if self.last_first else 0]
+            entry, after = left.pop(node)
+            self.time_ms = max((done[other] for other in after), default=began)
+            self._run_node(entry)
+            done[node] = self.time_ms
+        self.time_ms = max(done.values(), default=began)
+
+    def _run_node(self, entry):
+        match entry:
+            case ("work", work, ms):
+                self._work(work, ms)
+            case ("child", child):
+                self._run(child)
+            case ("kernel", arguments):
+                self._dispatch(*arguments)
+            case ("lookup", arguments):
+                self._lookup(*arguments)
+            case ("branch", arguments):
+                self._branch(*arguments)
+            case ("copy", target, source, n_bytes):
+                self.view(target, n_bytes)[:] = self.view(source, n_bytes)
+            case ("switch", handle, bodies):
+                self.time_ms += self.conditional_ms
+                if self.values[handle] < len(bodies):
+                    self._run(bodies[self.values[handle]])
+            case ("if", handle, [body]):
+                self.time_ms += self.conditional_ms
+                if self.values[handle]:
+                    self._run(body)
+            case _:
+                raise AssertionError(f"nobody knows how to run {entry}")
 
     def _dispatch(self, probability, has_shortcut, force, n_blocks, threshold, blocks_per_switch, kept, switches):
         p, shortcut = self.view(probability, 4 * n_blocks).view(np.float32), self.view(has_shortcut, n_blocks)

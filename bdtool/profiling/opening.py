@@ -16,7 +16,6 @@ from bdtool.runtime.masks import count_masks, read_masks
 from bdtool.runtime.orchestrator import Orchestrator
 from bdtool.runtime.paths import PathOptions
 from bdtool.runtime.place import Place
-from bdtool.runtime.policies import keep_of
 from bdtool.runtime.recommendation import AUTO, CANDIDATES
 from bdtool.specs import NetworkSpec
 from engines.graph_modes import GraphChoice
@@ -127,10 +126,9 @@ def path_options(bundle: Bundle, workload: Workload, place: Place) -> tuple[Path
     """Return the masks to join ahead and where they come from: those stored with the engines, else the workload's."""
     stored = read_masks(place.store(bundle).directory, bundle.network.n_blocks)
     if stored:
-        return PathOptions(ahead=stored, background=False), STORED
+        return PathOptions.of_counts(stored, background=False), STORED
     keep = workload.keep if workload.keep is not None else learned_bits(bundle, workload.images, place)
-    masks = [keep_of(count.mask) for count in count_masks([keep])]
-    return PathOptions(ahead=masks, background=False), COUNTED
+    return PathOptions.of_counts(count_masks([keep]), background=False), COUNTED
 
 
 def learned_bits(bundle: Bundle, images: np.ndarray, place: Place) -> np.ndarray:

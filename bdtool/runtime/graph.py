@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from itertools import islice
+from dataclasses import replace
 
 import numpy as np
 
@@ -25,9 +25,10 @@ from engines.device_array import Images, Logits
 from engines.device_timer import DeviceTimer, timer_of
 from engines.graph_modes import IF, OFF, PATH_CACHE, POLICY_CACHE, SWITCH, GraphChoice, GraphPlan
 from engines.network_graphs import NetworkGraphs, graph_spec
+from engines.speculation import Speculation
 
 ONLY_SWITCH = GraphPlan(modes=(SWITCH,), is_forced=True)
-_WARM_UP, _REPLAYS = 3, 10  # images of each mode when modes are compared
+_IMAGES, _ROUNDS = 10, 4  # that each mode runs when modes are compared; the fastest round of an image counts
 _NO_MASKS = (
     "no frequent masks are known; note some with `bdtool build BUNDLE --coverage 0.95 --data DATA`, for this --backend "
     "and --device"
@@ -60,9 +61,11 @@ def graph_strategy(
         modes = tuple(mode for mode in modes if mode != POLICY_CACHE)
         if not modes:
             raise UsageError(f"CUDA graph mode {POLICY_CACHE!r}: {_NO_MASKS}, or give PathOptions(ahead=...)")
-    makers = _Makers(network, backend, engines, options, wrap)
+    makers = _Makers(network, backend, engines, options, wrap, plan.speculation)
     found = {mode: makers.make(mode) for mode in modes}
     choice = _choose(plan, modes, missing, lambda: _measured(found, network, backend, options))
+    if choice.mode == POLICY_CACHE and makers.speculation is not None:
+        choice = replace(choice, reason=choice.reason + _begun(makers.speculation), speculation=makers.speculation)
     if choice.mode != PATH_CACHE:
         makers.release()  # only that one makes graphs later on
     strategy = found[choice.mode]
@@ -80,11 +83,13 @@ class _Makers:
         engines: Mapping[str, Engine],
         options: PathOptions,
         wrap: WrapCall,
+        speculation: Speculation | None,
     ) -> None:
         self._network, self._backend, self._engines = network, backend, engines
         self._options = options
         self._wrap = wrap
         self._graphs: NetworkGraphs | None = None
+        self.speculation = speculation  # of `policy-cache`; None: it is yet to be found
 
     def make(self, mode: str) -> GraphStrategy:
         if mode == OFF:
@@ -93,20 +98,24 @@ class _Makers:
             self._graphs = NetworkGraphs(self._network, self._backend, self._engines)
         if mode == PATH_CACHE:
             return PathCacheStrategy(self._network, self._graphs, wrap=self._wrap, options=self._options)
-        graphs, masks = self._graphs, _known(self._options) if mode == POLICY_CACHE else []
-        bound = BoundNetwork(
-            image=graphs.image,
-            force=graphs.force,
-            logits=graphs.logits,
-            keep=graphs.kept,
-            call=graphs.branching() if mode == IF else graphs.deciding(masks),
-        )
-        known = frozenset(mask.tobytes() for mask in masks) if masks else None
-        return OneCallStrategy(graph_spec(self._network), bound, wrap=self._wrap, known=known)
+        if mode == POLICY_CACHE:
+            return self._policy_cache(self._graphs)
+        return self._one_call(self._graphs, self._graphs.branching() if mode == IF else self._graphs.deciding())
 
     def release(self) -> None:
         if self._graphs is not None:
             self._graphs.release()
+
+    def _policy_cache(self, graphs: NetworkGraphs) -> OneCallStrategy:
+        masks, shares = zip(*self._options.frequent(), strict=True)
+        if self.speculation is None:
+            self.speculation = graphs.speculation(masks, shares)
+        known = frozenset(mask.tobytes() for mask in masks)
+        return self._one_call(graphs, graphs.deciding(masks, self.speculation), known=known)
+
+    def _one_call(self, graphs: NetworkGraphs, call: Call, *, known: frozenset[bytes] | None = None) -> OneCallStrategy:
+        bound = BoundNetwork(image=graphs.image, force=graphs.force, logits=graphs.logits, keep=graphs.kept, call=call)
+        return OneCallStrategy(graph_spec(self._network), bound, wrap=self._wrap, known=known)
 
 
 class PathCacheStrategy(Strategy):
@@ -124,7 +133,7 @@ class PathCacheStrategy(Strategy):
         policy, part = graphs.policy(), network.find("policy")
         self._policy = None if policy is None or part is None else wrap(part, policy)
         self._paths: OrderedDict[bytes, Call] = OrderedDict()
-        for mask in reversed(_known(options)):  # the most frequent one is dropped last
+        for mask, _ in reversed(options.frequent()):  # the most frequent one is dropped last
             self._path(mask)
 
     def run(self, images: Images, controller: Controller) -> Logits:
@@ -174,11 +183,6 @@ class PathCacheStrategy(Strategy):
 GraphStrategy = ChainStrategy | OneCallStrategy | PathCacheStrategy
 
 
-def _known(options: PathOptions) -> list[np.ndarray]:
-    """Return the frequent masks that graphs are made of when the bundle is opened."""
-    return [np.asarray(mask, dtype=bool) for mask in islice(options.ahead, options.max_paths)]
-
-
 def _choose(
     plan: GraphPlan, modes: Sequence[str], missing: Mapping[str, str], measure: Callable[[], dict[str, float]]
 ) -> GraphChoice:
@@ -190,29 +194,47 @@ def _choose(
     measured = measure()
     fastest = min(measured, key=lambda mode: measured[mode])  # of equal ones the first
     times = ", ".join(f"{mode} {ms:.3f} ms" for mode, ms in measured.items())
-    reason = f"the fastest here, median of {_REPLAYS} images: {times}{without}"
+    reason = f"the fastest here, mean of {_IMAGES} images: {times}{without}"
     return GraphChoice(mode=fastest, reason=reason, measured_ms=measured)
+
+
+def _begun(speculation: Speculation) -> str:
+    """Say what runs beside the policy network, if anything does."""
+    if not speculation.runs:
+        return ""
+    n_parts, share = len(speculation.runs), speculation.share
+    return f"; the {n_parts} part(s) that {100 * share:.0f} % of the images begin with run beside the policy network"
 
 
 def _measured(
     found: Mapping[str, GraphStrategy], network: NetworkSpec, backend: Backend, options: PathOptions
 ) -> dict[str, float]:
-    """Return the median milliseconds of one image in each mode, by events, in turns; with the policy network.
+    """Return the mean milliseconds of an image in each mode, by events, in turns; with the policy network.
 
-    The image is blank and its bits are given: the most frequent mask's, or, where none is known, half of the blocks'.
+    The images are blank and their bits are given: `_typical_masks`.
     """
     timer = timer_of(backend)
     if timer is None:
         raise TypeError(f"modes are compared by a device's events, which {type(backend).__name__} does not have")
-    source, n_blocks = network.require("stem").inputs[0], network.n_blocks
+    source = network.require("stem").inputs[0]
     image = np.zeros(source.shape_for(1), source.dtype)
-    half = parse_policy(f"distribute:{n_blocks // 2}", n_blocks=n_blocks, has_policy_network=False)
-    mask = _known(options)[0][None] if options.ahead else half.matrix(1)
     times: dict[str, list[float]] = {mode: [] for mode in found}
-    for i in range(_WARM_UP + _REPLAYS):
-        for mode, strategy in found.items():
-            _time_one(strategy, image, mask, network, timer, times[mode] if i >= _WARM_UP else [])
-    return {mode: float(np.median(values)) for mode, values in times.items()}
+    for _ in range(_ROUNDS):
+        for mask in _typical_masks(options, network.n_blocks):
+            for mode, strategy in found.items():
+                _time_one(strategy, image, mask[None], network, timer, times[mode])
+    return {mode: float(np.reshape(ms, (_ROUNDS, _IMAGES)).min(axis=0).mean()) for mode, ms in times.items()}
+
+
+def _typical_masks(options: PathOptions, n_blocks: int) -> np.ndarray:
+    """Return bool [_IMAGES, K]: the frequent masks, each as often as it comes up, or half of the blocks throughout."""
+    frequent = options.frequent()
+    if not frequent:
+        half = parse_policy(f"distribute:{n_blocks // 2}", n_blocks=n_blocks, has_policy_network=False)
+        return half.matrix(_IMAGES)
+    ends = np.cumsum([share for _, share in frequent])
+    found = np.searchsorted(ends, (np.arange(_IMAGES) + 0.5) / _IMAGES * ends[-1])
+    return np.array([frequent[i][0] for i in found])
 
 
 def _time_one(

@@ -24,6 +24,11 @@ class MaskCount:
     mask: str
     share: float
 
+    @property
+    def keep(self) -> np.ndarray:
+        """The mask as bool [K]."""
+        return keep_of(self.mask)
+
 
 def count_masks(keep: Iterable[np.ndarray]) -> list[MaskCount]:
     """Return the masks of keep matrices bool [N, K], the most frequent first."""
@@ -62,20 +67,27 @@ def write_masks(directory: Path, masks: list[MaskCount], *, source: str, policy:
         ) from exc
 
 
-def read_masks(directory: Path, n_blocks: int) -> list[np.ndarray]:
-    """Return the stored masks, bool [K] each, the most frequent first; none where there is no file.
+def read_masks(directory: Path, n_blocks: int) -> list[MaskCount]:
+    """Return the stored masks, the most frequent first; none where there is no file.
 
     Raises:
         BundleError: the file is damaged or does not fit the network.
     """
     path = directory / _FILE
     try:
-        masks = [row["mask"] for row in json.loads(path.read_bytes())["masks"]]
+        rows = json.loads(path.read_bytes())["masks"]
+        masks = [MaskCount(mask=row["mask"], share=float(row["share"])) for row in rows]
     except FileNotFoundError:
         return []
     except (OSError, ValueError, KeyError, TypeError) as exc:
         raise BundleError(f"{path} cannot be read ({exc}); run `bdtool build --paths` again") from exc
-    bad = [mask for mask in masks if not isinstance(mask, str) or len(mask) != n_blocks or set(mask) - {"0", "1"}]
-    if bad:
-        raise BundleError(f"{path}: {bad[0]!r} is not a mask of {n_blocks} bits; run `bdtool build --paths` again")
-    return [keep_of(mask) for mask in masks]
+    for found in masks:
+        if not isinstance(found.mask, str) or len(found.mask) != n_blocks or set(found.mask) - {"0", "1"}:
+            raise BundleError(
+                f"{path}: {found.mask!r} is not a mask of {n_blocks} bits; run `bdtool build --paths` again"
+            )
+        if not 0 <= found.share <= 1:
+            raise BundleError(
+                f"{path}: {found.share} is not a share of the images, 0 to 1; run `bdtool build --paths` again"
+            )
+    return masks

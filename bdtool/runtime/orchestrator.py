@@ -140,7 +140,7 @@ class Orchestrator:
         loaded = loader.load()
         network = loaded.network
         if strategy in ("path", "graph") and paths is None:
-            paths = PathOptions(ahead=read_masks(loader.store.directory, network.n_blocks))
+            paths = PathOptions.of_counts(read_masks(loader.store.directory, network.n_blocks))
         runtime = cls(
             network,
             library,

@@ -22,6 +22,7 @@ import numpy as np
 
 from bdtool.errors import BdtoolError, UsageError
 from bdtool.runtime.controllers import Controller, MaskController
+from bdtool.runtime.masks import MaskCount
 from bdtool.runtime.strategies import ChainStrategy, Lane, Strategy, WrapCall, take
 from bdtool.specs import NetworkSpec, PartSpec
 from engines.base import Backend, Call, Engine
@@ -47,17 +48,40 @@ class PathOptions:
         max_paths: engines kept; the least recently used one goes first.
         max_bytes: memory of all engines kept, estimated as `MEMORY_PER_FILE_BYTE` times their files.
         ahead: masks, bool [K] each, joined when the bundle is opened; the first are the most frequent.
+        shares: of the images that take each of `ahead`, 0 to 1. None: as many take each, and none takes another.
         background: join engines of masks that come up while running, in a thread of its own.
     """
 
     max_paths: int = 64
     max_bytes: int = 256 * 2**20
     ahead: Sequence[np.ndarray] = ()
+    shares: Sequence[float] | None = None
     background: bool = True
 
     def __post_init__(self) -> None:
         if self.max_paths < 1 or self.max_bytes < 1:
             raise ValueError(f"max_paths and max_bytes must be at least 1; got {self.max_paths} and {self.max_bytes}")
+        if self.shares is not None and (len(self.shares) != len(self.ahead) or not _are_shares(self.shares)):
+            raise ValueError(
+                f"shares: got {list(self.shares)} for {len(self.ahead)} masks ahead; expected as many, of at least 0 "
+                "and of at most 1 together"
+            )
+
+    @classmethod
+    def of_counts(cls, counts: Sequence[MaskCount], *, background: bool = True) -> PathOptions:
+        """Return the options for masks that were counted."""
+        masks, shares = [count.keep for count in counts], [count.share for count in counts]
+        return cls(ahead=masks, shares=shares, background=background)
+
+    def frequent(self) -> list[tuple[np.ndarray, float]]:
+        """Return the masks that are prepared for, bool [K] each, with the share of the images that take each."""
+        shares = [1 / len(self.ahead) for _ in self.ahead] if self.shares is None else self.shares
+        found = [(np.asarray(mask, dtype=bool), share) for mask, share in zip(self.ahead, shares, strict=True)]
+        return found[: self.max_paths]
+
+
+def _are_shares(values: Sequence[float]) -> bool:
+    return all(value >= 0 for value in values) and sum(values) <= 1 + 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)

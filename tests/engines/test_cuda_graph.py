@@ -124,10 +124,13 @@ def test_flat_graph_is_its_parts_one_after_the_other(driver):
 LOOKUP = LookupMemory(masks=15, n_masks=2)
 
 
-def _cached(driver, paths=((61, 62), (63,))):
+def _cached(driver, paths=((61, 62), (63,)), begun=()):
     builder = GraphBuilder(driver, driver.CUcontext(0xC0), blocks_per_switch=2)
     graphs = [[driver.CUgraph(address) for address in path] for path in paths]
-    return builder.cached_graph(_network(driver), _kernels(driver), MEMORY, LOOKUP, paths=graphs, threshold=0.5)
+    begun = [driver.CUgraph(address) for address in begun]
+    return builder.cached_graph(
+        _network(driver), _kernels(driver), MEMORY, LOOKUP, paths=graphs, begun=begun, threshold=0.5
+    )
 
 
 def test_cached_graph_has_a_body_for_each_path_and_decides_in_the_last(driver):
@@ -141,6 +144,28 @@ def test_cached_graph_has_a_body_for_each_path_and_decides_in_the_last(driver):
     assert [entry[0] for entry, _ in driver.graphs[bodies[2]]] == ["kernel", "switch", "switch"]
     assert entries[1][0][1] == [11, 0, 3, 0.5, 15, 2, 13, handle]
     assert driver.instantiated == [int(executable)] == [first]
+
+
+def test_begun_work_runs_beside_the_policy_and_other_masks_start_again(driver):
+    graph, _ = _cached(driver, begun=(31, 44))
+    first, entries = int(graph), driver.graphs[int(graph)]
+    assert [entry[:2] for entry, _ in entries[:1] + entries[2:5]] == [("child", n) for n in (21, 22, 31, 44)]
+    assert [entry[0] for entry, _ in entries[1::4]] == ["lookup", "switch"]
+    assert [[node - first for node in after] for _, after in entries] == [[], [1], [], [3], [4], [2, 5]]
+    other = entries[5][0][2][2]
+    body = driver.graphs[other]
+    assert [entry[0] for entry, _ in body] == ["child", "kernel", "switch", "switch"]
+    assert body[0][0] == ("child", 22)  # the stem, whose output was overwritten
+    assert [[node - other for node in after] for _, after in body] == [[], [], [2, 1], [3]]
+
+
+def test_begun_graph_has_the_policy_beside_the_others(driver):
+    builder = GraphBuilder(driver, driver.CUcontext(0xC0))
+    graph, executable = builder.begun_graph(_network(driver), [driver.CUgraph(31)])
+    entries = driver.graphs[int(graph)]
+    assert [entry for entry, _ in entries] == [("child", 21), ("child", 22), ("child", 31)]
+    assert [[node - int(graph) for node in after] for _, after in entries] == [[], [], [2]]
+    assert driver.instantiated == [int(executable)]
 
 
 def test_handle_belongs_to_the_graph_that_holds_its_node(driver):

@@ -11,6 +11,9 @@ from bdtool import Orchestrator
 from bdtool.errors import BackendError, BdtoolError
 from bdtool.runtime.factory import require_strategy
 from bdtool.runtime.paths import PathOptions
+from engines.dispatch import runs
+from engines.network_graphs import NetworkGraphs
+from engines.speculation import Speculation
 from tests.fake_tensorrt import FakeTensorRT
 
 
@@ -80,6 +83,28 @@ def test_every_graph_mode_equals_eager_pytorch(place, tiny, bundle_copy, preproc
     expected = torch_logits(tiny.model, images, keep)
     np.testing.assert_allclose(logits, expected, atol=place.tolerance, rtol=place.tolerance)
     np.testing.assert_allclose(again, expected[::-1], atol=place.tolerance, rtol=place.tolerance)
+
+
+@pytest.mark.parametrize("n_begun", [1, 2])
+def test_blocks_beside_the_policy_network_change_no_logits(
+    place, tiny, bundle_copy, preprocessed, torch_logits, monkeypatch, n_begun
+):
+    keep = np.array(list(itertools.product((False, True), repeat=3)))
+    images = preprocessed(tiny.model, len(keep))
+    found, _ = runs(keep[5].tolist(), [False, True, True])
+    monkeypatch.setattr(NetworkGraphs, "speculation", lambda *_: Speculation(tuple(found[:n_begun]), 0.5))
+    try:
+        runtime = _open(
+            place, bundle_copy, "graph", cuda_graph="policy-cache", paths=PathOptions(ahead=[keep[5], keep[2]])
+        )
+    except BackendError as error:
+        pytest.skip(str(error))
+    with runtime:
+        for order in (1, -1):  # right after wrong, and wrong after right
+            logits = runtime.run(images[::order].copy(), policy=keep[::order]).logits
+            expected = torch_logits(tiny.model, images, keep)[::order]
+            np.testing.assert_allclose(logits, expected, atol=place.tolerance, rtol=place.tolerance)
+        assert f"the {n_begun} part(s)" in runtime.graph_choice.reason
 
 
 def test_replayed_baseline_equals_plain_launches(place, tiny, bundle_copy, preprocessed):

@@ -10,7 +10,7 @@ from benchmarks import gpu, gpu_choices, host_loop
 from engines.cuda_device import CudaDevice
 from engines.libcuda import Driver
 from export.bundle import Bundle
-from tests.fake_tensorrt import install_gpu
+from tests.fake_tensorrt import FakeTensorRT, install_gpu
 
 
 def test_every_figure_is_there(monkeypatch, tmp_path, bundle_copy, capsys):
@@ -23,7 +23,7 @@ def test_every_figure_is_there(monkeypatch, tmp_path, bundle_copy, capsys):
     assert max(error for errors in result["parity"].values() for error in errors.values()) < 1e-4
     assert set(result) == {"parity", "profile", "graph, fp32", "graph, fp16"}
     graph = result["graph, fp16"]
-    assert set(graph["ratios"]) == {"switch", "policy-cache", "if", "path-cache"}
+    assert set(graph["ratios"]) == {"switch", "policy-cache", "policy-cache begun", "if", "path-cache"}
     assert {f"to {name}" for name in graph["aims"]} < set(graph["ratios"]["switch"])
     assert (graph["n_kept"], graph["n_blocks"]) == (1, 3)
     assert all(math.isfinite(ms) and ms > 0 for ms in graph["median_ms"].values())
@@ -62,6 +62,18 @@ def test_a_switch_for_more_blocks_costs_less(monkeypatch, tmp_path, export_rando
     n_switches = {size: round(row["none kept"] / 1e6) for size, row in found["switch"].items()}
     assert n_switches == {1: 6, 4: 2, 6: 1}
     assert found["full"] < found["known path, all kept"]
+
+
+def test_speculations_are_timed_right_and_wrong(monkeypatch, tmp_path, export_random):
+    bundle = Bundle.open(export_random("resnet14").bundle)
+    install_gpu(monkeypatch, tmp_path)
+    FakeTensorRT.notes["ms"] = {"keep_probability": 3}
+    found = gpu_choices.speculated(bundle, "tensorrt", most=3)
+    some = 3 + 2 + 2 + 1  # policy network, blocks, the shortcut parts of dropped ones, head; the stem is beside
+    right = {n: round(row["right"] / 1000) for n, row in found.items()}
+    assert right == {0: some, 1: some - 1, 2: some - 2, 3: some - 3 + 1}  # three and the stem take longer than 3 ms
+    wrong = {n: round(row["wrong"] / 1000) for n, row in found.items()}
+    assert [wrong[n] - wrong[0] for n in (1, 2, 3)] == [1, 1, 2]  # the stem again
 
 
 @pytest.mark.gpu

@@ -83,6 +83,7 @@ def test_policy_cache_takes_one_switch_for_a_frequent_mask_and_all_for_others(dr
     driver.conditional_ms = 1000
     image = preprocessed(tiny.model, 1)
     with _open(tiny.bundle, cuda_graph="policy-cache", paths=SOME) as runtime:
+        runtime.run(image)  # its graphs are made for such images
         launched, switches, hits = len(driver.launched), [], []
         for mask in (ALL_MASKS[5], ALL_MASKS[0]):
             before = driver.time_ms
@@ -91,6 +92,56 @@ def test_policy_cache_takes_one_switch_for_a_frequent_mask_and_all_for_others(dr
         assert len(driver.launched) == launched + 2  # one an image
     assert switches == [1, 1 + 1]  # a miss: one more, of all three blocks and the head, within the last body
     assert hits == [True, False]
+
+
+# 101 and 100 run block 0 and the shortcut of block 1 first; 011 begins otherwise
+COUNTED = PathOptions(ahead=[ALL_MASKS[5], ALL_MASKS[4], ALL_MASKS[3]], shares=[0.5, 0.3, 0.1])
+
+
+@pytest.mark.parametrize("last_first", [False, True])
+def test_images_run_what_pytorch_runs_behind_a_speculation(driver, tiny, preprocessed, torch_logits, last_first):
+    FakeTensorRT.notes["ms"] = {"keep_probability": 4}  # in which the device runs the stem and three parts
+    driver.last_first = last_first  # what runs beside something else may run before it, or after
+    images, keep = preprocessed(tiny.model, 8), np.array(ALL_MASKS)
+    with _open(tiny.bundle, cuda_graph="policy-cache", paths=COUNTED) as runtime:
+        result, learned = runtime.run(images, policy=keep), runtime.run(images)
+        assert "the 2 part(s) that 80 % of the images begin with run beside" in runtime.graph_choice.reason
+    np.testing.assert_allclose(result.logits, torch_logits(tiny.model, images, keep), atol=1e-4)
+    np.testing.assert_allclose(learned.logits, torch_logits(tiny.model, images, learned.policy), atol=1e-4)
+
+
+def test_right_speculation_saves_its_parts_and_a_wrong_one_costs_a_stem(driver, tiny, preprocessed):
+    image = preprocessed(tiny.model, 1)
+
+    def times(paths):
+        with _open(tiny.bundle, cuda_graph="policy-cache", paths=paths) as runtime:
+            runtime.run(image)
+            for mask in (ALL_MASKS[5], ALL_MASKS[4], ALL_MASKS[3], ALL_MASKS[7]):
+                before = driver.time_ms
+                runtime.run(image, policy=mask)
+                yield driver.time_ms - before
+
+    FakeTensorRT.notes["ms"] = {"keep_probability": 4}
+    nothing = PathOptions(ahead=COUNTED.ahead, shares=[0, 0, 0])
+    assert list(times(nothing)) == [4 + 3 + 1, 4 + 3 + 1, 4 + 2 + 1, 4 + 3 + 1]  # policy network, blocks, head
+    assert list(times(COUNTED)) == [4 + 1 + 1, 4 + 1 + 1, 4 + 1 + 2 + 1, 4 + 1 + 3 + 1]
+
+
+def test_no_speculation_where_the_policy_hides_nothing_or_is_not_there(driver, tiny, export_random):
+    without = export_random("resnet8", has_policy=False)
+    for bundle, ms in ((tiny.bundle, 0.5), (without.bundle, 4)):
+        FakeTensorRT.notes["ms"] = {"keep_probability": ms}
+        with _open(bundle, cuda_graph="policy-cache", paths=COUNTED) as runtime:
+            assert runtime.graph_choice.reason == "asked for"
+
+
+def test_modes_are_compared_on_masks_as_frequent_as_noted(driver, tiny):
+    FakeTensorRT.notes["ms"] = {"keep_probability": 4}
+    with _open(tiny.bundle, paths=COUNTED) as runtime:
+        measured = runtime.graph_choice.measured_ms
+    # of ten images 5 or 6 have the first mask, 3 the second, 1 the third
+    assert measured["path-cache"] == pytest.approx(4 + (9 * (1 + 3 + 1) + 1 * (1 + 2 + 1)) / 10)
+    assert measured["policy-cache"] == pytest.approx((9 * (4 + 1 + 1) + 1 * (4 + 1 + 2 + 1)) / 10)
 
 
 def test_if_takes_a_conditional_for_each_part_and_one_launch(driver, tiny, preprocessed):
@@ -171,7 +222,7 @@ def test_fastest_mode_is_measured_when_the_bundle_is_opened(driver, tiny, condit
         assert choice.mode == fastest
         assert set(choice.measured_ms) == set(MODES)
         assert choice.measured_ms[fastest] == min(choice.measured_ms.values())
-        assert choice.reason.startswith("the fastest here, median of 10 images: policy-cache ")
+        assert choice.reason.startswith("the fastest here, mean of 10 images: policy-cache ")
         launched = len(driver.launched)
         with runtime.timed(lambda part, call: call) as other:  # a profile's: nothing is compared again
             assert other.graph_choice.mode == fastest

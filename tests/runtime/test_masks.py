@@ -64,8 +64,10 @@ def test_coverage_takes_the_fewest_that_cover_it(coverage, chosen):
 
 def test_written_masks_are_read_back_in_order(tmp_path):
     write_masks(tmp_path, count_masks([_rows("110", "011", "110")]), source="sample", policy="learned")
-    np.testing.assert_array_equal(read_masks(tmp_path, 3), _rows("110", "011"))
-    assert all(mask.dtype == bool for mask in read_masks(tmp_path, 3))
+    found = read_masks(tmp_path, 3)
+    np.testing.assert_array_equal([count.keep for count in found], _rows("110", "011"))
+    assert all(count.keep.dtype == bool for count in found)
+    assert [count.share for count in found] == pytest.approx([2 / 3, 1 / 3])
 
 
 def test_bundle_without_masks_has_none(tmp_path):
@@ -87,6 +89,13 @@ def test_damaged_file_is_refused_with_advice(tmp_path, content):
 def test_mask_that_does_not_fit_the_network_is_refused_with_advice(tmp_path, mask):
     (tmp_path / "paths.json").write_text(f'{{"masks": [{{"mask": {mask}, "share": 1.0}}]}}')
     with pytest.raises(BundleError, match=r"paths\.json: .* is not a mask of 3 bits; run `bdtool build --paths` again"):
+        read_masks(tmp_path, 3)
+
+
+@pytest.mark.parametrize("share", ["-0.1", "1.1", "NaN"])
+def test_share_that_is_none_is_refused_with_advice(tmp_path, share):
+    (tmp_path / "paths.json").write_text(f'{{"masks": [{{"mask": "110", "share": {share}}}]}}')
+    with pytest.raises(BundleError, match=r"paths\.json: .* is not a share of the images, 0 to 1; run `bdtool build"):
         read_masks(tmp_path, 3)
 
 
@@ -119,7 +128,7 @@ def test_killed_writer_leaves_a_whole_file(tmp_path, delay_ms):
         finally:
             os.kill(process.pid, signal.SIGKILL)
     masks = read_masks(tmp_path, 16)
-    first = int("".join("01"[bit] for bit in masks[0].astype(int)), 2)
+    first = int(masks[0].mask, 2)
     assert len(masks) == 2000
     assert first >= 2  # the file of the third write or a later one
 
@@ -140,6 +149,6 @@ def test_writer_killed_in_the_middle_leaves_the_earlier_file(tmp_path):
     command = [sys.executable, "-c", _WRITE_UNTIL_KILLED, str(tmp_path)]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == -signal.SIGXFSZ, done.stderr
-    np.testing.assert_array_equal(read_masks(tmp_path, 16), [np.zeros(16, dtype=bool)])
+    assert [count.mask for count in read_masks(tmp_path, 16)] == ["0" * 16]
     (leftover,) = tmp_path.glob(".paths.json.*")
     assert leftover.stat().st_size == 20_000  # it really was in the middle

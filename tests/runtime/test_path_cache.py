@@ -49,6 +49,20 @@ def test_bound_that_holds_nothing_is_refused(bound):
         PathOptions(**bound)
 
 
+@pytest.mark.parametrize("shares", [[0.5], [0.5, 0.3, 0.1], [0.6, 0.5], [-0.1, 0.5], [float("nan"), 0.5]])
+def test_shares_that_are_none_are_refused(shares):
+    with pytest.raises(ValueError, match=r"shares: got \[.*\] for 2 masks ahead; expected as many"):
+        PathOptions(ahead=[_mask(1), _mask(2)], shares=shares)
+
+
+def test_shares_default_to_equal_ones_of_all_masks_ahead():
+    options = PathOptions(ahead=[_mask(n) for n in range(4)], max_paths=3)
+    masks, shares = zip(*options.frequent(), strict=True)
+    np.testing.assert_array_equal(masks, [_mask(n) for n in range(3)])
+    assert shares == (0.25, 0.25, 0.25)
+    assert PathOptions().frequent() == []
+
+
 def test_ahead_masks_that_do_not_fit_are_left_out(cache):
     held, joined = cache(max_paths=2, ahead=[_mask(n) for n in range(4)])
     assert joined == [format(n, "016b") for n in range(2)]
