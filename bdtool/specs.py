@@ -6,6 +6,7 @@ for each of its parts (`bdtool.models.parts` does it for ResNets), nothing more.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -104,8 +105,12 @@ class Preprocessing:
     resize: int | None = None
 
     def __post_init__(self) -> None:
-        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+        values = (*self.mean, *self.std)
+        if len(values) != 6 or len(self.std) != 3 or not all(map(math.isfinite, values)) or min(self.std) <= 0:
             raise ValueError(f"mean and std need three values each, std above 0; got mean={self.mean}, std={self.std}")
+        sizes = (self.height, self.width, *(() if self.resize is None else (self.resize,)))
+        if not all(isinstance(size, int) and size > 0 for size in sizes):
+            raise ValueError(f"height, width and resize are numbers of pixels, above 0; got {sizes}")
 
     @property
     def scale(self) -> tuple[float, float, float]:

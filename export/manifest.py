@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -25,7 +25,9 @@ from export.files import write_json
 FORMAT_VERSION = 1
 EXPORTED = "fp32"  # the precision of the parts that `bdtool export` writes
 MANIFEST_NAME = "manifest.json"
+_DTYPES = ("float32", "float16", "bfloat16", "int8", "uint8")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_NAME = re.compile(r"[A-Za-z0-9_-]+")  # of a part or precision: file names are made of it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +93,15 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
     )
 
 
+def is_bundle(directory: Path) -> bool:
+    """Say whether a directory has a manifest of ours, be it damaged in parts or of another format version."""
+    try:
+        data = json.loads((directory / MANIFEST_NAME).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(data, dict) and {"format_version", "parts"} <= set(data)
+
+
 def read_manifest(directory: Path) -> Manifest:
     """Read and check `manifest.json`.
 
@@ -129,13 +140,16 @@ def _check_version(path: Path, version: object) -> None:
 
 def _manifest_from_dict(data: Mapping[str, Any]) -> Manifest:
     parts = tuple(_part_from_dict(part) for part in data["parts"])
+    threshold = float(data["threshold"])
+    if not 0 <= threshold <= 1:
+        raise BundleError(f"threshold is {threshold}, expected a probability, 0 to 1; export the model again")
     network = NetworkSpec(
         arch=data["arch"],
         n_classes=int(data["n_classes"]),
         labels=None if data["labels"] is None else tuple(map(str, data["labels"])),
         preprocessing=preprocessing_from_dict(data["preprocessing"]),
         stages=tuple(map(int, data["stages"])),
-        threshold=float(data["threshold"]),
+        threshold=threshold,
         parts=parts,
     )
     _check_parts(network, data)
@@ -148,7 +162,7 @@ def _manifest_from_dict(data: Mapping[str, Any]) -> Manifest:
         provenance=data["provenance"],
         environment=data["environment"],
         variants={
-            str(name): _variant_from_dict(name, one, network) for name, one in data.get("precisions", {}).items()
+            _name(name): _variant_from_dict(name, one, network) for name, one in data.get("precisions", {}).items()
         },
     )
 
@@ -169,7 +183,7 @@ def _dict_from_variants(variants: Mapping[str, Variant]) -> dict[str, Any]:
 
 
 def _variant_from_dict(name: str, data: Mapping[str, Any], network: NetworkSpec) -> Variant:
-    files = {part: _file_from_dict(file) for part, file in data["parts"].items()}
+    files = {_name(part): _file_from_dict(file) for part, file in data["parts"].items()}
     missing = [part.name for part in network.parts if part.name not in files]
     if missing:
         raise BundleError(f"precision {name!r} lists no {', '.join(missing)}; run `bdtool calibrate` again")
@@ -219,10 +233,12 @@ def _dict_from_part(part: PartSpec, file: PartFile) -> dict[str, Any]:
 def _part_from_dict(data: Mapping[str, Any]) -> PartSpec:
     def tensors(names: list[str]) -> tuple[TensorSpec, ...]:
         shapes, dtypes = data["shapes"], data["dtypes"]
-        return tuple(TensorSpec(name=n, shape=tuple(shapes[n]), dtype=dtypes[n]) for n in names)
+        return tuple(TensorSpec(name=n, shape=_shape(n, shapes[n]), dtype=_dtype(n, dtypes[n])) for n in names)
 
+    if int(data["flops"]) < 0:
+        raise BundleError(f"part {data['name']!r} has {data['flops']} FLOPs; export the model again")
     return PartSpec(
-        name=data["name"],
+        name=_name(data["name"]),
         kind=data["kind"],
         index=data["index"],
         reads=tuple(data["reads"]),
@@ -245,9 +261,30 @@ def _file_from_dict(data: Mapping[str, Any]) -> PartFile:
 
 def _inside(file: str) -> str:
     path = PurePosixPath(file)
-    if path.is_absolute() or ".." in path.parts or "\\" in file or not path.parts:
+    if path.is_absolute() or ".." in path.parts or "\\" in file or not path.parts or not file.isprintable():
         raise BundleError(f"the path {file!r} leaves the bundle; do not use this bundle, export the model again")
     return file
+
+
+def _name(name: str) -> str:
+    if not _NAME.fullmatch(name):
+        raise BundleError(
+            f"{name!r} is no name of a part or precision: file names are made of it; do not use this bundle, export "
+            "the model again"
+        )
+    return name
+
+
+def _shape(tensor: str, axes: Sequence[int | str]) -> tuple[int | str, ...]:
+    if not all(isinstance(axis, str) or (isinstance(axis, int) and axis > 0) for axis in axes):
+        raise BundleError(f"tensor {tensor!r} has shape {list(axes)}, which is impossible; export the model again")
+    return tuple(axes)
+
+
+def _dtype(tensor: str, dtype: str) -> str:
+    if dtype not in _DTYPES:
+        raise BundleError(f"tensor {tensor!r} has dtype {dtype!r}, not one of {', '.join(_DTYPES)}; export it again")
+    return dtype
 
 
 def _digest(text: str) -> str:

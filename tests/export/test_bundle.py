@@ -80,7 +80,16 @@ def test_format_version_must_be_a_number(bundle_copy, version):
         Bundle.open(bundle_copy)
 
 
-@pytest.mark.parametrize("path", ["../stem.onnx", "onnx/../../stem.onnx", "/etc/passwd", "", ".", "onnx\\..\\..\\x"])
+@pytest.mark.parametrize("name", ["../../outside/pwned", "a/b", "", ".", "stem\0", "stem\n"])
+def test_part_whose_name_would_lead_elsewhere_is_refused(bundle_copy, name):
+    _edit(bundle_copy, lambda data: _part(data, "stem").update(name=name))
+    with pytest.raises(BundleError, match=r"is no name of a part or precision.*do not use this bundle"):
+        Bundle.open(bundle_copy)
+
+
+@pytest.mark.parametrize(
+    "path", ["onnx/stem\0.onnx", "../stem.onnx", "onnx/../../stem.onnx", "/etc/passwd", "", ".", "onnx\\..\\..\\x"]
+)
 def test_path_that_leaves_the_bundle_is_refused(bundle_copy, path):
     shutil.copy(bundle_copy / "onnx" / "stem.onnx", bundle_copy.parent / "stem.onnx")
     _edit(bundle_copy, lambda data: _part(data, "stem").update(file=path))
@@ -160,6 +169,14 @@ def _drop(name):
         (lambda data: data.update(max_batch="many"), "invalid literal"),
         (lambda data: data.update(labels=["one"]), "1 labels for 10 classes"),
         (lambda data: data["preprocessing"].update(std=[0, 1, 1]), "std above 0"),
+        (lambda data: data["preprocessing"].update(std=[float("nan"), 1, 1]), "std above 0"),
+        (lambda data: data["preprocessing"].update(height=0), "numbers of pixels, above 0; got"),
+        (lambda data: data["preprocessing"].update(width="32"), "numbers of pixels, above 0; got"),
+        (lambda data: data.update(threshold=float("nan")), "threshold is nan, expected a probability"),
+        (lambda data: data.update(threshold=7), r"threshold is 7\.0, expected a probability"),
+        (lambda data: _part(data, "stem").update(flops=-1), "part 'stem' has -1 FLOPs"),
+        (lambda data: _part(data, "head")["dtypes"].update(logits="float99"), "dtype 'float99', not one of float32"),
+        (lambda data: _part(data, "head")["shapes"].update(logits=["N", 0]), r"shape \['N', 0\], which is impossible"),
         (lambda data: data["preprocessing"].update(sharpen=1), "unexpected keyword argument 'sharpen'"),
         (lambda data: data.update(parts=5), "the file was changed, export the model again"),
         (lambda data: data.update(stages=None), "the file was changed, export the model again"),
