@@ -16,7 +16,7 @@ from engines.base import ENGINE_TOLERANCE
 from export.bundle import Bundle
 from export.check import OnnxReference, compare_outputs
 from export.compose import compose_parts
-from export.files import write_bytes
+from export.files import write_output
 from export.fused import FORCE_DROP, FORCE_KEEP, fuse_parts
 
 _N_MASKS = 4
@@ -38,7 +38,7 @@ def write_fused(bundle: Bundle, path: Path) -> float:
     check = _Check(network, OnnxReference(model), pieces)
     error = max(check.error(mask, seed) for seed, mask in enumerate([*_masks(network.n_blocks), None]))
     try:
-        write_bytes(path, model)
+        write_output(path, model)
     except OSError as exc:
         raise BundleError(f"{path} cannot be written ({exc.strerror or exc}); choose another place") from exc
     return error

@@ -33,13 +33,14 @@ from export.files import (
     write_bytes,
     write_json,
 )
-from export.manifest import MANIFEST_NAME, Manifest, PartFile, write_manifest
+from export.manifest import MANIFEST_NAME, Manifest, PartFile, is_bundle, write_manifest
 from export.onnx_model import OPSET, OnnxExporter, fold_batch_norm, structure
 from export.walk import Probe, walk
 
 WEIGHTS_NAME = "weights.safetensors"
 PRECISION = "fp32"
 _RECORDS = "records"
+_ENTRIES = frozenset({MANIFEST_NAME, WEIGHTS_NAME, "onnx", "engines", "calibration"})  # of a bundle
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,12 +78,13 @@ def export_bundle(
     """
     _check_target(target, force=force)
     target = target.resolve()  # "." has no name to derive another from, and a symbolic link must stay one
-    partial = target.with_name(f".{target.name}.partial")
+    partial, lock = (target.with_name(f".{target.name}.{what}") for what in ("partial", "lock"))
     try:
-        (partial / "onnx").mkdir(parents=True, exist_ok=True)
-        (partial / _RECORDS).mkdir(exist_ok=True)
-        with exclusive_lock(partial / "lock", purpose=f"an export to {target}"):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with exclusive_lock(lock, purpose=f"an export to {target}"):
             _check_target(target, force=force)  # again: another export may have ended since
+            (partial / "onnx").mkdir(parents=True, exist_ok=True)
+            (partial / _RECORDS).mkdir(exist_ok=True)
             network, files = _write_parts(network, modules, partial, images, on_part)
             manifest = Manifest(
                 network=network,
@@ -106,10 +108,15 @@ def export_bundle(
 def _check_target(target: Path, *, force: bool) -> None:
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
-    if not (target / MANIFEST_NAME).is_file():
+    if not is_bundle(target):
         raise BundleError(f"{target} exists and is not a bundle; it is left alone. Choose another -o BUNDLE")
     if not force:
         raise BundleError(f"{target} already holds a bundle; pass --force to replace it")
+    if others := sorted({entry.name for entry in target.iterdir()} - _ENTRIES):
+        raise BundleError(
+            f"{target} holds what is no part of a bundle and would be deleted: {', '.join(others)}. Move it away, or "
+            "choose another -o BUNDLE"
+        )
 
 
 def _write_parts(
@@ -212,7 +219,6 @@ def _put_in_place(partial: Path, target: Path, manifest: Manifest) -> None:
         shutil.rmtree(partial / "engines")
     if (target / "engines").is_dir():
         shutil.copytree(target / "engines", partial / "engines")
-    (partial / "lock").unlink()
     swap_directory(partial, target)
 
 

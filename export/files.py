@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from bdtool.errors import BundleError
 
@@ -48,7 +48,19 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 def write_json(path: Path, data: Any) -> None:
     """Write `data` as indented JSON to `path` atomically."""
-    write_bytes(path, (json.dumps(data, indent=2) + "\n").encode())
+    write_bytes(path, bytes_from_json(data))
+
+
+def bytes_from_json(data: Any) -> bytes:
+    return (json.dumps(data, indent=2) + "\n").encode()
+
+
+def write_output(path: Path, data: bytes) -> None:
+    """Write to a place that a user named: atomically, a symbolic link staying one, or straight to a device or pipe."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        path.write_bytes(data)  # /dev/null, /dev/fd/3: nothing could be renamed over it
+    else:
+        write_bytes(path.resolve(), data)
 
 
 def sha256_of_bytes(data: bytes) -> str:
@@ -91,17 +103,33 @@ def swap_directory(new: Path, target: Path) -> None:
 
 @contextmanager
 def exclusive_lock(path: Path, *, purpose: str) -> Iterator[None]:
-    """Hold an advisory lock on the file `path`; the system frees it when the process dies.
+    """Hold an advisory lock on the file `path`, which goes with it; the system frees it when the process dies.
 
     Raises:
         BundleError: another process holds it.
     """
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as exc:
-            raise BundleError(f"{purpose} is already running in another process (lock {path}); wait for it") from exc
-        yield
+    while True:
+        with path.open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as exc:
+                raise BundleError(
+                    f"{purpose} is already running in another process (lock {path}); wait for it"
+                ) from exc
+            if not _is_at(file, path):  # its holder has removed it since we opened it
+                continue
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
+
+
+def _is_at(file: IO[str], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _exchange(first: Path, second: Path) -> bool:

@@ -25,10 +25,10 @@ def emit(result: Any, json_file: str | None, text: Callable[[], None]) -> None:
         return
     text()  # first: what a full disk keeps from the file is then still on the terminal
     if json_file is not None:
-        from export.files import write_json
+        from export.files import bytes_from_json, write_output
 
         try:
-            write_json(Path(json_file), result)
+            write_output(Path(json_file), bytes_from_json(result))
         except OSError as exc:
             raise click.ClickException(f"{json_file}: cannot be written ({exc.strerror or exc})") from exc
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from bdtool.errors import UsageError
 from bdtool.report import words
 from bdtool.report.data import ReportData
-from export.files import write_bytes
+from export.files import write_output
 
 if TYPE_CHECKING:
     import jinja2
@@ -24,7 +24,7 @@ def write_report(path: Path, data: ReportData) -> None:
     Raises:
         UsageError: the extra `report` is not installed.
     """
-    write_bytes(path, render(data).encode())
+    write_output(path, render(data).encode())
 
 
 def require_extra() -> None:

@@ -1,5 +1,6 @@
 """Files and directories are whole or absent."""
 
+import fcntl
 import os
 import stat
 
@@ -7,7 +8,15 @@ import pytest
 
 from bdtool.errors import BundleError
 from export import files
-from export.files import atomic_path, exclusive_lock, sha256_of_bytes, sha256_of_files, swap_directory, write_bytes
+from export.files import (
+    atomic_path,
+    exclusive_lock,
+    sha256_of_bytes,
+    sha256_of_files,
+    swap_directory,
+    write_bytes,
+    write_output,
+)
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
@@ -119,3 +128,36 @@ def test_second_holder_of_a_lock_is_refused(tmp_path):
         pytest.fail("two hold the lock")
     with exclusive_lock(tmp_path / "lock", purpose="x"):
         pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_lock_that_its_holder_removed_meanwhile_is_no_lock(tmp_path, monkeypatch):
+    """A process that opened the file just before its holder removed it must not share the next holder's place."""
+    path, flock, waited = tmp_path / "lock", fcntl.flock, []
+
+    def flock_after_the_holder_left(file, flags):
+        if not waited:
+            waited.append(path.unlink())
+        flock(file, flags)
+
+    monkeypatch.setattr("export.files.fcntl.flock", flock_after_the_holder_left)
+    refused = pytest.raises(BundleError, match="already running")
+    with exclusive_lock(path, purpose="x"), refused, exclusive_lock(path, purpose="x"):
+        pytest.fail("two hold the lock")
+
+
+def test_output_goes_through_a_symbolic_link(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    for data in (b"first", b"second"):
+        write_output(tmp_path / "link", data)
+        assert (tmp_path / "target").read_bytes() == data
+    assert (tmp_path / "link").is_symlink()
+
+
+def test_output_goes_straight_into_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    write_output(tmp_path / "pipe", b"data")
+    assert os.read(reader, 10) == b"data"
+    os.close(reader)
+    assert (tmp_path / "pipe").is_fifo()

@@ -112,6 +112,22 @@ def test_what_is_not_a_bundle_is_left_alone(tiny, tmp_path, force):
     assert sorted(os.listdir(tmp_path)) == ["file", "photos"]
 
 
+def test_manifest_of_another_program_makes_no_bundle(tiny, tmp_path):
+    (tmp_path / "extension" / "src").mkdir(parents=True)
+    (tmp_path / "extension" / "manifest.json").write_text('{"manifest_version": 3}')
+    with pytest.raises(BundleError, match=r"extension exists and is not a bundle; it is left alone"):
+        export_model(tiny.path, tmp_path / "extension", force=True)
+    assert (tmp_path / "extension" / "src").is_dir()
+
+
+def test_files_of_others_in_a_bundle_are_named_and_left_alone(other, bundle_copy, digests):
+    (bundle_copy / "NOTES.txt").write_text("precious")
+    before = digests(bundle_copy)
+    with pytest.raises(BundleError, match=r"no part of a bundle and would be deleted: NOTES\.txt\. Move it away"):
+        export_model(other, bundle_copy, force=True)
+    assert digests(bundle_copy) == before
+
+
 def test_existing_bundle_needs_force(other, bundle_copy, digests):
     before = digests(bundle_copy)
     with pytest.raises(BundleError, match="already holds a bundle; pass --force to replace it"):
@@ -153,10 +169,9 @@ def test_engines_of_the_earlier_bundle_come_along(other, bundle_copy):
 
 
 def test_concurrent_export_to_the_same_place_is_refused(other, bundle_copy, digests):
-    before, partial = digests(bundle_copy), bundle_copy.with_name(".bundle.partial")
-    partial.mkdir()
+    before, lock = digests(bundle_copy), bundle_copy.with_name(".bundle.lock")
     refused = pytest.raises(BundleError, match=r"an export to .*bundle is already running in another process")
-    with exclusive_lock(partial / "lock", purpose="the other export"), refused:
+    with exclusive_lock(lock, purpose="the other export"), refused:
         export_model(other, bundle_copy, force=True)
     assert digests(bundle_copy) == before
     export_model(other, bundle_copy, force=True)
