@@ -94,7 +94,7 @@ def verify(
     limit: int = 256,
     on_rung: Callable[[Rung], None] = lambda rung: None,
 ) -> Verification:
-    """Climb the ladder with an opened bundle, whose digests were checked when it was opened.
+    """Climb the ladder with a bundle, which may be opened without a look at its digests; it ends where they differ.
 
     Args:
         data: images for the upper rungs; at most `limit` of them.
@@ -104,11 +104,14 @@ def verify(
         BundleError: the weights are not those of the manifest's network.
         BackendError: the engines cannot be built or run.
     """
+    bundle.require_precision(place.precision)
+    rungs = [_digests(bundle)]
+    on_rung(rungs[0])
+    if not rungs[0].ok:  # whatever else is compared would be of another network
+        return Verification(rungs=tuple(rungs), n_images=0, input_source=data.description)
     model = _load_weights(bundle)
     batch = data.take(limit)
     images = batch.images
-    rungs = []
-    bundle.require_precision(place.precision)
     with ExitStack() as stack:
         chain, full = [stack.enter_context(place.open(bundle, strategy)) for strategy in ("chain", "full")]
         for rung in _climb(bundle, model, batch, chain, full, place.precision):
@@ -120,6 +123,12 @@ def verify(
 def _json_number(worst: float | None) -> float | None:
     """JSON has no infinity: `worst` is null and `ok` false."""
     return worst if worst is not None and math.isfinite(worst) else None
+
+
+def _digests(bundle: Bundle) -> Rung:
+    n_files, differing = bundle.compare_digests()
+    detail = "; ".join(differing) or f"{n_files} files as in the manifest"
+    return Rung(name="digests", worst=len(differing), bound=0, detail=detail)
 
 
 def _load_weights(bundle: Bundle) -> BlockDropModel:
@@ -136,8 +145,6 @@ def _climb(
     bundle: Bundle, model: BlockDropModel, batch: ImageBatch, chain: Orchestrator, full: Orchestrator, precision: str
 ) -> Iterator[Rung]:
     images = batch.images
-    n_files = len(bundle.manifest.files) + 1
-    yield Rung(name="digests", worst=0, bound=0, detail=f"{n_files} files as in the manifest")
     if precision != EXPORTED:
         yield from _climb_lower(bundle, model, batch, chain, full, precision)
         return

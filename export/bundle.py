@@ -93,14 +93,21 @@ class Bundle:
         Raises:
             BundleError: a file differs.
         """
+        _, differing = self.compare_digests()
+        if differing:
+            raise BundleError(f"{self.path}: {differing[0]}")
+
+    def compare_digests(self) -> tuple[int, list[str]]:
+        """Return how many files were compared with their digests, and what to say of each that differs."""
         listed = [row for row in self._listed_files() if self._staging is None or (self.path / row[1]).is_file()]
         found = sha256_of_files([self.path / file for _, file, _ in listed])
-        for (what, file, digest), actual in zip(listed, found, strict=True):
-            if actual != digest:
-                raise BundleError(
-                    f"{self.path}: {what}, {file}, has SHA-256 {actual[:12]}..., the manifest says {digest[:12]}...: "
-                    "the file was changed or cut short. Copy the bundle again, or export the model again"
-                )
+        differing = [
+            f"{what}, {file}, has SHA-256 {actual[:12]}..., the manifest says {digest[:12]}...: the file was changed "
+            "or cut short. Copy the bundle again, or export the model again"
+            for (what, file, digest), actual in zip(listed, found, strict=True)
+            if actual != digest
+        ]
+        return len(listed), differing
 
     def _listed_files(self) -> list[tuple[str, str, str]]:
         parts = [(f"part {name!r}", file.file, file.sha256) for name, file in self.manifest.files.items()]
