@@ -14,7 +14,8 @@ from bdtool.specs import Preprocessing
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
 # Named, so that Pillow never hands a file to the decoders that start other programs (EPS runs Ghostscript).
 _FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
-_OPAQUE_MODES = frozenset({"1", "L", "RGB"})
+# CMYK and YCbCr as torchvision converts them: ImageNet's training images have some, and networks are trained on that
+_OPAQUE_MODES = frozenset({"1", "L", "RGB", "CMYK", "YCbCr"})
 _ALPHA_MODES = frozenset({"P", "PA", "LA", "La", "RGBA", "RGBa"})  # a palette may hold transparent colours
 _MAX_RESIZED_PIXELS = 100_000_000
 
@@ -22,7 +23,7 @@ _MAX_RESIZED_PIXELS = 100_000_000
 def read_image(path: Path) -> np.ndarray:
     """Return the picture in a file as uint8 [H, W, 3], RGB, turned upright by its EXIF orientation.
 
-    Grey, bilevel and palette pictures become RGB, as do pictures whose alpha channel is opaque everywhere. Of an
+    Grey, bilevel, CMYK and palette pictures become RGB, as do pictures whose alpha channel is opaque everywhere. Of an
     animation the first frame is read; 16-bit RGB files keep the upper 8 bits, as Pillow reads them.
 
     Raises:

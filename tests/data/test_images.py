@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torchvision import transforms
+from torchvision.datasets.folder import default_loader
 
 from bdtool.data.images import fit_image, read_image
 from bdtool.errors import DataError
@@ -56,7 +57,12 @@ def test_transparent_palette_colour_is_refused(tmp_path: Path) -> None:
         read_image(saved(image, tmp_path / "a.png", transparency=0))
 
 
-@pytest.mark.parametrize(("mode", "suffix"), [("CMYK", "jpg"), ("I;16", "png"), ("F", "tif"), ("LAB", "tif")])
+def test_cmyk_becomes_what_torchvision_makes_of_it(tmp_path: Path) -> None:
+    path = saved(Image.fromarray(COLOURS).convert("CMYK"), tmp_path / "a.jpg")
+    np.testing.assert_array_equal(read_image(path), np.asarray(default_loader(str(path))))
+
+
+@pytest.mark.parametrize(("mode", "suffix"), [("I;16", "png"), ("F", "tif"), ("LAB", "tif")])
 def test_modes_without_safe_conversion_are_refused(tmp_path: Path, mode: str, suffix: str) -> None:
     with pytest.raises(DataError, match=f"a.{suffix}: got mode {mode}, .*Save it as 8-bit RGB"):
         read_image(saved(Image.new(mode, (4, 4)), tmp_path / f"a.{suffix}"))
