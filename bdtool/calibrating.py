@@ -13,7 +13,7 @@ import onnx
 from bdtool.calibration_set import CalibrationSet, PathStatistics, collect_statistics
 from bdtool.candidate_trial import Trial
 from bdtool.data.batches import ImageSource
-from bdtool.errors import CalibrationError, PolicyError
+from bdtool.errors import CalibrationError, PolicyError, UsageError
 from bdtool.gates import Gates
 from bdtool.runtime.orchestrator import Orchestrator
 from bdtool.runtime.policies import PolicyRequest, parse_policy
@@ -116,6 +116,7 @@ def calibrate(
 
     Raises:
         CalibrationError: the images are not real ones, or an activation is not finite.
+        UsageError: `include` with another precision than int8.
         PolicyError: the policy does not fit, or holds a row for each image of one data set.
         BundleError: another calibration of the bundle is running, or it cannot be written.
     """
@@ -123,6 +124,11 @@ def calibrate(
         made_up = evaluation if data.is_real else data
         raise CalibrationError(
             f"calibration needs real images: {made_up.description}. Give the ones the network will see with --data"
+        )
+    if request.include and request.precision != "int8":
+        raise UsageError(
+            f"--include {sorted(request.include)[0]} adds a part to --precision int8, and {request.precision} was "
+            "asked for. Leave it out"
         )
     network = bundle.network
     policy = parse_policy(request.policy, n_blocks=network.n_blocks, has_policy_network=network.has_policy)

@@ -84,7 +84,8 @@ def _class_numbers(folders: tuple[str, ...], *, network: NetworkSpec, root: Path
     if len(folders) != network.n_classes:
         raise DataError(
             f"{root}: got {len(folders)} class folders, the model has {network.n_classes} classes. Name the folders "
-            "after the model's labels, or give one folder for every class, in alphabetical order"
+            "after the model's labels, or give one folder for every class, in alphabetical order; `train pretrain` "
+            f"takes --classes {len(folders)}"
         )
     return {name: number for number, name in enumerate(folders)}
 

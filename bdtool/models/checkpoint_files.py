@@ -50,7 +50,8 @@ def _read_pickle(path: Path) -> Any:
         if reason := _needs_more_than_weights(str(exc)):
             raise CheckpointError(f"{path} needs more than weights ({reason}) and is not loaded; {_RESAVE}") from exc
         raise CheckpointError(
-            f"{path} is truncated, or not a checkpoint by torch.save ({type(exc).__name__}); download it again"
+            f"{path} is truncated, or not a checkpoint by torch.save but for instance a plain pickle "
+            f"({type(exc).__name__}); download it again, or {_RESAVE}"
         ) from exc
 
 

@@ -145,7 +145,7 @@ def profile(
     splits = {name: one.split() for name, one in passes.items()}
     on_device = {name: row["device"] for name, row in splits.items() if row["device"] is not None}
     result = Profile(
-        bundle=bundle.path.name,
+        bundle=bundle.path.resolve().name,  # of ".", too
         arch=network.arch,
         policy=request.name,
         policy_network=_policy_network(network.has_policy, request.is_learned),

@@ -208,7 +208,8 @@ def _file_rows(keep: np.ndarray, name: str, n_images: int, first: int) -> np.nda
     if first + n_images > len(keep):
         raise PolicyError(
             f"policy {name}: has {len(keep)} rows, but image {first + n_images - 1} of the data set needs row "
-            f"{first + n_images - 1}. Give a row for each image, one row [K] for all, or use --limit {len(keep)}"
+            f"{first + n_images - 1}. Give a row for each image, or one row [K] for all; `evaluate` also takes "
+            f"--limit {len(keep)}"
         )
     return keep[first : first + n_images].copy()
 

@@ -185,6 +185,12 @@ def test_policy_network_and_head_are_quantized_when_asked(calibrate, bundle_copy
     assert verified["rungs"]["policy"]["bound"] > found["gates"]["policy_flips"]
 
 
+@pytest.mark.parametrize("precision", ["fp16", "mixed"])
+def test_part_to_quantize_in_another_precision_is_refused(bdtool, bundle_copy, labelled, precision):
+    words = ("calibrate", bundle_copy, "--data", labelled, "--precision", precision, "--include", "policy")
+    assert f"--include policy adds a part to --precision int8, and {precision} was" in bdtool(*words, status=2).stderr
+
+
 def test_corrected_biases_come_closer(calibrate, bundle_copy):
     plain = calibrate("--no-bias-correction")["gates"]
     assert Bundle.open(bundle_copy).manifest.variants["int8"].calibration["bias_correction"] is False
