@@ -67,7 +67,8 @@ def replayed_call(
     """
     captured = capturer.capture(engine, inputs, outputs, beside=False)
     device = capturer.device
-    executable = GraphNodes(device.cu, device.context).instantiate(captured.graph)
+    with device.current():
+        executable = GraphNodes(device.cu, device.context).instantiate(captured.graph)
     captured.release()
     return launch_call(device, executable, keep_alive=(captured.keep_alive, inputs, outputs))
 

@@ -58,6 +58,7 @@ class DeviceBuffer:
         self._device.make_current()
         self._device.wait_for(values.stream)
         self._device.copy(self.address, values.address, values.n_bytes)
+        self._device.hold_back(values.stream)  # which may give the memory to others next
 
     def copy_out(self) -> DeviceArray:
         self._device.make_current()

@@ -12,6 +12,7 @@ import gc
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from math import prod
 from typing import Any
 
@@ -21,6 +22,7 @@ from bdtool.errors import BackendError, EngineError
 from engines.device_timer import CopyWatch
 
 _INSTALL = 'pip install "bdtool[cuda]"'
+_TIMING_OF_13 = 12080  # cuEventElapsedTime_v2, which cuda-bindings 13 call, is in drivers since CUDA 12.8
 
 
 def checked(cu: Any, result: tuple[Any, ...], what: str) -> Any:
@@ -44,7 +46,7 @@ def _in_context(cu: Any, context: Any, give_back: Callable[..., object], *what: 
 
 
 @contextmanager
-def _nothing_collected() -> Iterator[None]:
+def nothing_collected() -> Iterator[None]:
     """Within it no cycles are collected: giving their memory back waits for the stream, which ends a capture."""
     was_enabled = gc.isenabled()
     gc.disable()
@@ -61,11 +63,11 @@ class DeviceMemory:
     def __init__(self, device: CudaDevice, n_bytes: int) -> None:
         cu = device.cu
         self.n_bytes = n_bytes
-        device.make_current()
-        address = checked(cu, cu.cuMemAlloc(max(n_bytes, 1)), f"{n_bytes} bytes of memory")
-        self.address = int(address)
-        device.on_collection(self, cu.cuMemFree, address)  # which waits for work that may still use the memory
-        checked(cu, cu.cuMemsetD8Async(address, 0, n_bytes, device.stream), "to clear memory")
+        with device.current():
+            address = checked(cu, cu.cuMemAlloc(max(n_bytes, 1)), f"{n_bytes} bytes of memory")
+            self.address = int(address)
+            device.on_collection(self, cu.cuMemFree, address)  # which waits for work that may still use the memory
+            checked(cu, cu.cuMemsetD8Async(address, 0, n_bytes, device.stream), "to clear memory")
 
 
 class CudaEvent:
@@ -83,10 +85,11 @@ class CudaEvent:
         where = self._device.stream if stream is None else cu.CUstream(stream)
         checked(cu, cu.cuEventRecord(self._event, where), "to record an event")
 
-    def hold(self) -> None:
-        """Let the device's stream wait until the event is passed."""
+    def hold(self, stream: int | None = None) -> None:
+        """Let the device's stream, or another one, wait until the event is passed."""
         cu = self._device.cu
-        checked(cu, cu.cuStreamWaitEvent(self._device.stream, self._event, 0), "to wait for an event")
+        where = self._device.stream if stream is None else cu.CUstream(stream)
+        checked(cu, cu.cuStreamWaitEvent(where, self._event, 0), "to wait for an event")
 
     def synchronize(self) -> None:
         """Wait until it is passed."""
@@ -103,10 +106,10 @@ class CudaDevice:
     Work goes to one stream, in order. The host waits in `download`, `synchronize` and `CudaEvent.synchronize`.
 
     Args:
-        stream: address of a stream that somebody else owns, to put the work there; None makes one.
+        stream: gives the address of somebody else's stream, asked each time that work is put there; None: one is made.
     """
 
-    def __init__(self, cu: Any, index: int, *, stream: int | None = None) -> None:
+    def __init__(self, cu: Any, index: int, *, stream: Callable[[], int] | None = None) -> None:
         self.cu = cu
         self.index = index
         self.copies = CopyWatch()  # between host and device
@@ -115,8 +118,15 @@ class CudaDevice:
         self._device = checked(cu, cu.cuDeviceGet(index), f"device cuda:{index}")
         self.context = checked(cu, cu.cuDevicePrimaryCtxRetain(self._device), "its primary context")
         self._released = weakref.finalize(self, cu.cuDevicePrimaryCtxRelease, self._device)
-        self.make_current()
-        self.stream = self._new_stream() if stream is None else cu.CUstream(stream)
+        self._others_stream = stream
+        if stream is None:
+            with self.current():
+                self._own_stream = self._new_stream()
+
+    @property
+    def stream(self) -> Any:
+        """The CUstream that work is put on now."""
+        return self._own_stream if self._others_stream is None else self.cu.CUstream(self._others_stream())
 
     def _new_stream(self) -> Any:
         # Not the default stream: TensorRT would synchronise the device around each call on it, and it is not capturable
@@ -134,6 +144,15 @@ class CudaDevice:
         """Make the primary context that of the calling thread; contexts belong to threads."""
         checked(self.cu, self.cu.cuCtxSetCurrent(self.context), "its primary context")
 
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        """Within it the primary context is that of the calling thread, and behind it the one that was before."""
+        checked(self.cu, self.cu.cuCtxPushCurrent(self.context), "its primary context")
+        try:
+            yield
+        finally:
+            self.cu.cuCtxPopCurrent()
+
     def on_collection(self, owner: object, give_back: Callable[..., object], *what: object) -> None:
         """Call `give_back` in the primary context once nothing refers to `owner` any more."""
         weakref.finalize(owner, _in_context, self.cu, self.context, give_back, *what)
@@ -148,8 +167,8 @@ class CudaDevice:
         synchronization behavior").
         """
         cu, n_bytes = self.cu, prod(shape) * dtype.itemsize
-        self.make_current()
-        address = checked(cu, cu.cuMemHostAlloc(max(n_bytes, 1), 0), f"{n_bytes} bytes of page-locked memory")
+        with self.current():
+            address = checked(cu, cu.cuMemHostAlloc(max(n_bytes, 1), 0), f"{n_bytes} bytes of page-locked memory")
         memory = (ctypes.c_uint8 * n_bytes).from_address(int(address))
         self.on_collection(memory, self._free_host, int(address))  # arrays keep the memory alive
         return np.frombuffer(memoryview(memory), dtype).reshape(shape)
@@ -182,15 +201,24 @@ class CudaDevice:
         event.record(stream)
         event.hold()
 
+    def hold_back(self, stream: int) -> None:
+        """Let another stream wait for what is enqueued here now, before it goes on; the host does not wait."""
+        event = CudaEvent(self)
+        event.record()
+        event.hold(stream)
+
     def owns(self, address: int) -> bool:
-        """Say whether memory belongs to the primary context, or to a pool, which belongs to none.
+        """Say whether memory belongs to the primary context, or to a pool of this GPU, which belongs to none.
 
         Raises:
             EngineError: it is no device memory.
         """
-        attribute = self.cu.CUpointer_attribute.CU_POINTER_ATTRIBUTE_CONTEXT
-        context = checked(self.cu, self.cu.cuPointerGetAttribute(attribute, address), f"the address {address:#x}")
-        return int(context) in (0, int(self.context))
+        context, ordinal = (self._of_pointer(name, address) for name in ("CONTEXT", "DEVICE_ORDINAL"))
+        return int(context) in (0, int(self.context)) and int(ordinal) == self.index
+
+    def _of_pointer(self, name: str, address: int) -> Any:
+        attribute = getattr(self.cu.CUpointer_attribute, f"CU_POINTER_ATTRIBUTE_{name}")
+        return checked(self.cu, self.cu.cuPointerGetAttribute(attribute, address), f"the address {address:#x}")
 
     def synchronize(self) -> None:
         """Wait for all enqueued work; what failed in it shows here."""
@@ -204,26 +232,33 @@ class CudaDevice:
         """
         cu = self.cu
         mode = cu.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
-        with _nothing_collected():
+        with nothing_collected():
             checked(cu, cu.cuStreamBeginCapture(self.stream, mode), "to capture")
             try:
                 enqueue()
             except BaseException:
-                cu.cuStreamEndCapture(self.stream)
+                status, graph = cu.cuStreamEndCapture(self.stream)
+                if status == cu.CUresult.CUDA_SUCCESS:
+                    cu.cuGraphDestroy(graph)
                 raise
             return checked(cu, cu.cuStreamEndCapture(self.stream), "the captured work")
 
     def launch(self, executable: Any) -> None:
         """Enqueue an instantiated graph (CUgraphExec)."""
-        checked(self.cu, self.cu.cuGraphLaunch(executable, self.stream), "a graph launch")
+        cu, stream = self.cu, self.stream
+        checked(cu, cu.cuCtxPushCurrent(self.context), "its primary context")  # each context has a default stream
+        try:
+            checked(cu, cu.cuGraphLaunch(executable, stream), "a graph launch")
+        finally:
+            cu.cuCtxPopCurrent()
 
     def function(self, cubin: bytes, name: str) -> Any:
         """Load machine code, once, and return its kernel `name` (CUfunction); it stays as long as this object."""
         cu = self.cu
-        self.make_current()
         module = self._modules.get(cubin)
         if module is None:
-            module = checked(cu, cu.cuModuleLoadData(cubin), f"the machine code of kernel {name}")
+            with self.current():
+                module = checked(cu, cu.cuModuleLoadData(cubin), f"the machine code of kernel {name}")
             self._modules[cubin] = module
             self.on_collection(self, cu.cuModuleUnload, module)
         return checked(cu, cu.cuModuleGetFunction(module, name.encode()), f"kernel {name}")
@@ -233,17 +268,31 @@ class CudaDevice:
         return int(checked(self.cu, self.cu.cuDeviceGetAttribute(attribute, self._device), "its compute capability"))
 
 
-def open_device(device: str, *, stream: int | None = None) -> CudaDevice:
+def _require_timing(driver: Any, device: str) -> None:
+    """Refuse bindings that time events by a function which the driver does not have: it would be missed much later."""
+    checked(driver, driver.cuInit(0), "to start")
+    supported = checked(driver, driver.cuDriverGetVersion(), "its version")
+    if supported < _TIMING_OF_13 and int(version("cuda-bindings").partition(".")[0]) >= 13:
+        raise BackendError(
+            f"device {device!r}: cuda-bindings {version('cuda-bindings')} need a driver of CUDA 12.8, this one "
+            f"supports CUDA {supported // 1000}.{supported % 1000 // 10}. Install the older ones: pip install "
+            '"bdtool[cuda12]"'
+        )
+
+
+def open_device(device: str, *, stream: Callable[[], int] | None = None) -> CudaDevice:
     """Open "cuda:N" through the installed `cuda.bindings`; `stream` as for `CudaDevice`.
 
     Raises:
-        BackendError: cuda-bindings is not installed, there is no driver, or no such GPU.
+        BackendError: cuda-bindings is not installed or too new for the driver, there is no driver, or no such GPU.
     """
     try:
         from cuda.bindings import driver
     except ImportError as exc:
         raise BackendError(f"device {device!r}: needs cuda-bindings ({exc}); add it with: {_INSTALL}") from exc
     try:
+        if stream is None:
+            _require_timing(driver, device)
         return CudaDevice(driver, int(device.partition(":")[2]), stream=stream)
     except EngineError as exc:
         raise BackendError(f"device {device!r}: {exc}. See `bdtool doctor`") from exc

@@ -6,6 +6,7 @@ Numba); the rest by DLPack, which PyTorch reads.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -131,7 +132,15 @@ def device_array(values: Any) -> DeviceArray | None:
 
         values = torch.from_dlpack(values)  # type: ignore[attr-defined]  # public, but not in its list
         interface = values.__cuda_array_interface__
-    return None if interface is None else _from_interface(interface, values)
+    return None if interface is None else _from_interface({"stream": _torch_stream(values), **interface}, values)
+
+
+def _torch_stream(values: Any) -> int | None:
+    """Return PyTorch's current stream for one of its tensors, whose interface (version 2) names none."""
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(values, torch.Tensor):
+        return None
+    return int(torch.cuda.current_stream(values.device).cuda_stream)
 
 
 def _is_dlpack_on_cuda(values: Any) -> bool:
@@ -142,7 +151,7 @@ def _is_dlpack_on_cuda(values: Any) -> bool:
 def _from_interface(interface: Mapping[str, Any], owner: object) -> DeviceArray:
     shape, dtype = tuple(interface["shape"]), np.dtype(interface["typestr"])
     strides = interface.get("strides")
-    if strides is not None and tuple(strides) != _contiguous_strides(shape, dtype):
+    if strides is not None and not _is_contiguous(shape, strides, dtype):
         raise DataError(
             f"images: the GPU array {list(shape)} has strides {list(strides)}; expected them C-contiguous. Pass a "
             "contiguous copy"
@@ -153,10 +162,12 @@ def _from_interface(interface: Mapping[str, Any], owner: object) -> DeviceArray:
         address=int(interface["data"][0]),
         shape=shape,
         dtype=dtype,
-        stream=LEGACY_STREAM if stream is None else int(stream),
+        stream=int(stream or LEGACY_STREAM),
         owner=owner,
     )
 
 
-def _contiguous_strides(shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[int, ...]:
-    return tuple(prod(shape[axis + 1 :]) * dtype.itemsize for axis in range(len(shape)))
+def _is_contiguous(shape: tuple[int, ...], strides: Sequence[int], dtype: np.dtype[Any]) -> bool:
+    """Compare the strides of axes along which there is a step to take."""
+    expected = [prod(shape[axis + 1 :]) * dtype.itemsize for axis in range(len(shape))]
+    return all(length == 1 or a == b for length, a, b in zip(shape, strides, expected, strict=True))

@@ -10,7 +10,7 @@ import torch
 from bdtool.errors import EngineError
 from engines.base import Buffer, Engine
 from engines.capture import Captured
-from engines.cuda_device import CudaDevice
+from engines.cuda_device import CudaDevice, checked, nothing_collected
 
 _WARM_UP_CALLS = 3  # cuDNN chooses its kernels and cuBLAS makes its workspace before anything is captured
 
@@ -24,6 +24,8 @@ class TorchCapturer:
 
     def __init__(self, device: CudaDevice) -> None:
         self.device = device
+        # PyTorch's own default for captures belongs to the GPU that captured first
+        self._stream = torch.cuda.Stream(device.index)  # type: ignore[no-untyped-call]
         self._pools = [torch.cuda.graph_pool_handle() for _ in range(2)]
 
     def address(self, buffer: Buffer) -> int:
@@ -41,13 +43,20 @@ class TorchCapturer:
         graph = torch.cuda.CUDAGraph(keep_graph=True)
         try:
             with torch.cuda.device(self.device.index):
-                with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
+                with torch.cuda.stream(self._stream):
                     for _ in range(_WARM_UP_CALLS):
                         call()
                 torch.cuda.synchronize()
-                with torch.cuda.graph(graph, pool=self._pools[beside], capture_error_mode="thread_local"):
+                capturing = torch.cuda.graph(
+                    graph, pool=self._pools[beside], stream=self._stream, capture_error_mode="thread_local"
+                )
+                with nothing_collected(), capturing:
                     call()
         except RuntimeError as exc:
             raise EngineError(f"PyTorch cannot capture its work in a CUDA graph: {exc}") from exc
-        raw: Any = self.device.cu.CUgraph(graph.raw_cuda_graph())
+        cu = self.device.cu
+        raw: Any = cu.CUgraph(graph.raw_cuda_graph())
+        _, n_nodes = checked(cu, cu.cuGraphGetNodes(raw, 0), "the captured work")
+        if not n_nodes:  # PyTorch warns of it, or of nothing
+            raise EngineError("PyTorch captured no work: it went to another stream than the one captured")
         return Captured(graph=raw, keep_alive=(graph, call))  # PyTorch owns the graph and its share of the pool

@@ -108,12 +108,13 @@ class TorchBackend:
     def timer(self) -> DeviceTimer | None:
         if self.device.type == "cpu":
             return None
-        return DeviceTimer(_timing_event, lambda: torch.cuda.synchronize(self.device), self._copies)
+        device = self.device
+        return DeviceTimer(lambda: _TimingEvent(device), lambda: torch.cuda.synchronize(device), self._copies)
 
     def capturer(self) -> Capturer:
-        with torch.cuda.device(self.device):
-            stream = torch.cuda.current_stream().cuda_stream
-        return TorchCapturer(open_device(str(self.device), stream=stream))
+        device = self.device
+        # asked at each launch, as PyTorch asks at each copy: a user may have changed it
+        return TorchCapturer(open_device(str(device), stream=lambda: torch.cuda.current_stream(device).cuda_stream))
 
     def _open(self, part: PartSpec, data: bytes) -> TorchEngine:
         function = self._function(part, data)
@@ -179,8 +180,10 @@ class _TorchBuffer:
             self._copies.run("h2d", self._staging.filled(values).to_device)
 
     def copy_from(self, values: DeviceArray) -> None:
-        _wait_for(values.stream, self.tensor.device)
-        self.tensor.copy_(torch.as_tensor(values, device=self.tensor.device))
+        device = self.tensor.device
+        _wait_for(values.stream, device)
+        self.tensor.copy_(torch.as_tensor(values, device=device))
+        _hold_back(values.stream, device)
 
     def copy_out(self) -> DeviceArray:
         return _device_array(self.tensor.clone(memory_format=torch.contiguous_format))
@@ -247,6 +250,14 @@ def _wait_for(stream: int, device: torch.device) -> None:
         torch.cuda.current_stream(device).wait_stream(torch_stream(stream, device))
 
 
+def _hold_back(stream: int, device: torch.device) -> None:
+    """Let another stream wait for PyTorch's current one: it may give the memory that was read to others next."""
+    if stream == PER_THREAD_STREAM:
+        torch.cuda.synchronize(device)
+    else:
+        torch_stream(stream, device).wait_stream(torch.cuda.current_stream(device))
+
+
 def _device_array(tensor: Tensor) -> DeviceArray:
     """Return a contiguous tensor as an array on its device, made on PyTorch's current stream."""
     stream = torch.cuda.current_stream(tensor.device).cuda_stream
@@ -266,8 +277,18 @@ def _owned(values: DeviceArray) -> Tensor:
     return values.owner
 
 
-def _timing_event() -> torch.cuda.Event:
-    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+class _TimingEvent:
+    """An event on the current stream of one GPU; PyTorch's own take the current GPU's."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+    def record(self) -> None:
+        self._event.record(torch.cuda.current_stream(self._device))
+
+    def elapsed_time(self, end: _TimingEvent, /) -> float:
+        return float(self._event.elapsed_time(end._event))
 
 
 def _usable_device(device: str) -> torch.device:

@@ -50,13 +50,15 @@ class FakeDriver:
         self.kinds, self.instantiated, self.launched, self.destroyed = {}, [], [], []
         self.ended = []  # executables that were destroyed; they share the address of their graph
         self.owners = {}  # address: the context that it belongs to, where it is not the primary one
+        self.ordinals = {}  # address: the number of its GPU, where it is not 0
         self.events, self.time_ms = [], 0.0  # each piece of work takes a millisecond, if nothing else is said
         self.launch_ms = self.conditional_ms = 0.0
         self.copy_ms = {"HtoD": 0.0, "DtoH": 0.0, "DtoD": 0.0}
         self.last_first = (
             False  # of nodes that wait for nothing more, which runs first: the order is nobody's to rely on
         )
-        self.recorded_on, self.waited_for = {}, []  # streams
+        self.recorded_on, self.waited_for, self.held_back = {}, [], []  # streams
+        self.launched_on = []  # streams
         self._capturing = None
         self._keep = []
         self._thread = threading.local()  # its stack of contexts
@@ -142,9 +144,12 @@ class FakeDriver:
 
     def cuStreamWaitEvent(self, stream, event, flags):
         self.waited_for.append(self.recorded_on[int(event)])
+        self.held_back.append(int(stream))
         return self._done("cuStreamWaitEvent")
 
     def cuPointerGetAttribute(self, attribute, address):
+        if attribute == self.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL:
+            return self._done("cuPointerGetAttribute", self.ordinals.get(address, 0))
         assert attribute == self.CUpointer_attribute.CU_POINTER_ATTRIBUTE_CONTEXT
         return self._done("cuPointerGetAttribute", self.CUcontext(self.owners.get(address, 0xC0)))
 
@@ -315,7 +320,9 @@ class FakeDriver:
 
     def cuGraphLaunch(self, executable, stream):
         assert int(executable) not in self.ended
+        assert self.contexts, "each context has a default stream of its own"
         self.launched.append(int(executable))
+        self.launched_on.append(int(stream))
         self.values = dict.fromkeys(self.handles, 0)  # each launch begins with the default value
         self.time_ms += self.launch_ms
         self._run(int(executable))

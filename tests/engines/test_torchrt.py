@@ -119,6 +119,30 @@ def test_float32_on_a_gpu_lies_as_its_convolutions_without_tensor_cores_want_it(
     assert memory_format(cuda, torch.float16) == memory_format(cpu, torch.float32) == torch.channels_last
 
 
+def test_events_are_put_on_the_current_stream_of_their_gpu(monkeypatch):
+    """PyTorch's own take the current GPU's, which need not be the backend's."""
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: SimpleNamespace(record=recorded.append))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    recorded = []
+    torchrt._TimingEvent(torch.device("cuda:1")).record()
+    assert recorded == ["stream of cuda:1"]
+
+
+@pytest.mark.parametrize(("stream", "waited_for"), [(0, "default"), (1, "default"), (2, "all"), (77, 77)])
+def test_memory_that_was_read_is_not_given_to_others_before(monkeypatch, stream, waited_for):
+    waits = []
+
+    def other(name):
+        return SimpleNamespace(wait_stream=lambda current: waits.append((name, current)))
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "current")
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: other("default"))
+    monkeypatch.setattr(torch.cuda, "ExternalStream", lambda stream, device: other(stream))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: waits.append(("all", "current")))
+    torchrt._hold_back(stream, torch.device("cuda:0"))
+    assert waits == [(waited_for, "current")]
+
+
 @pytest.mark.parametrize(("stream", "waited_for"), [(0, "default"), (1, "default"), (2, "all"), (77, 77)])
 def test_current_stream_waits_for_the_one_that_makes_an_array(monkeypatch, stream, waited_for):
     """PyTorch does not take the driver's numbers of the default streams, which `__cuda_array_interface__` gives."""

@@ -219,6 +219,20 @@ def open_driver_error():
     return None
 
 
+@pytest.mark.parametrize(("supported", "bindings", "is_refused"), [(12040, "13.5.0", True), (12080, "13.5.0", False)])
+def test_bindings_too_new_for_the_driver_are_refused_at_once(monkeypatch, supported, bindings, is_refused):
+    driver = FakeDriver()
+    driver.version = supported
+    monkeypatch.setattr("engines.cuda_device.version", {"cuda-bindings": bindings}.get)
+    monkeypatch.setattr("cuda.bindings.driver", driver)
+    if is_refused:
+        with pytest.raises(BackendError, match=r"need a driver of CUDA 12\.8, this one supports CUDA 12\.4.*cuda12"):
+            open_device("cuda:0")
+        open_device("cuda:0", stream=lambda: 0)  # of PyTorch, which times by itself
+    else:
+        open_device("cuda:0")
+
+
 def test_machine_without_a_driver_says_so():
     error = open_driver_error()
     if error is None:

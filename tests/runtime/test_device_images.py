@@ -69,6 +69,7 @@ def test_neither_images_nor_logits_pass_through_the_host(
         expected = torch_logits(tiny.model, preprocessed(tiny.model, 3), keep)
         np.testing.assert_allclose(_values(driver, result.logits), expected, atol=1e-4)
     assert STREAM in driver.waited_for  # until the array is there
+    assert STREAM in driver.held_back  # until it was read: its memory may be given to others next
     assert result.logits.__cuda_array_interface__["stream"] == 5  # of the device's stream, for others to wait for
     with pytest.raises(TypeError, match="the logits are on the GPU, like the images"):
         _ = result.classes
@@ -130,9 +131,10 @@ def test_batch_beyond_the_bundle_runs_in_slices(driver, tiny, preprocessed, torc
     np.testing.assert_allclose(logits[[0, 69]], torch_logits(tiny.model, images[[0, 69]], KEEP[[0, 0]]), atol=1e-4)
 
 
-def test_memory_of_another_context_is_refused(driver, tiny, preprocessed):
+@pytest.mark.parametrize(("context", "gpu"), [(0xBAD, 0), (0, 1)])  # pools belong to no context
+def test_memory_of_another_context_or_gpu_is_refused(driver, tiny, preprocessed, context, gpu):
     images = GpuArray(driver, preprocessed(tiny.model, 1))
-    driver.owners[images.address] = 0xBAD
+    driver.owners[images.address], driver.ordinals[images.address] = context, gpu
     with _open(tiny.bundle) as runtime, pytest.raises(DataError, match=r"another CUDA context.*pycuda\.autoprimaryctx"):
         runtime.run(images)
 
@@ -206,7 +208,7 @@ def test_dlpack_is_made_by_pytorch_on_the_stream_of_the_values(monkeypatch, driv
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: Within("stream_of_values", stream))
     monkeypatch.setattr(torch.cuda, "ExternalStream", lambda number, device: ("external", number))
     monkeypatch.setattr(torch.cuda, "default_stream", lambda device: "default")
-    buffer = DeviceBuffer(CudaDevice(driver, 3, stream=stream), (2, 3), "float32")
+    buffer = DeviceBuffer(CudaDevice(driver, 3, stream=lambda: stream), (2, 3), "float32")
     array = buffer.copy_out()
     assert array.__dlpack_device__() == array[1:].__dlpack_device__() == (2, 3)
     assert array.__dlpack__(stream=7, max_version=(1, 0)) == {
@@ -220,6 +222,27 @@ def test_dlpack_is_made_by_pytorch_on_the_stream_of_the_values(monkeypatch, driv
     of_somebody_else = device_array(GpuArray(driver, np.zeros((4, 3), np.float32)))
     with pytest.raises(BufferError, match="take it by __cuda_array_interface__"):
         of_somebody_else.__dlpack__()
+
+
+def test_tensor_is_made_on_the_current_stream_of_pytorch(monkeypatch, driver):
+    """Its interface, of version 2, says nothing of streams."""
+
+    class OnGpu(torch.Tensor):
+        __cuda_array_interface__ = GpuArray(driver, np.zeros((4, 3), np.float32)).__cuda_array_interface__
+
+    del OnGpu.__cuda_array_interface__["stream"]
+    for current, stream in ((0x77, 0x77), (0, 1)):
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device, current=current: _stream(current))
+        assert device_array(torch.zeros(4, 3).as_subclass(OnGpu)).stream == stream
+
+
+def _stream(number):
+    return type("Stream", (), {"cuda_stream": number})
+
+
+def test_strides_of_axes_with_one_row_do_not_matter(driver):
+    found = device_array(GpuArray(driver, np.zeros((1, 2, 3), np.float32), strides=(999, 12, 4)))
+    assert found.shape == (1, 2, 3)
 
 
 def test_no_stream_means_the_default_one(driver):

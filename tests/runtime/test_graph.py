@@ -6,6 +6,7 @@ and of each SWITCH the body that the twin chose.
 
 import gc
 from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -197,14 +198,14 @@ def torch_on_a_stand_in(monkeypatch):
         return buffer
 
     @contextmanager
-    def capture(graph, pool, capture_error_mode):
-        assert capture_error_mode == "thread_local"
+    def capture(graph, pool, stream, capture_error_mode):
+        assert (stream, capture_error_mode) == ("stream of GPU 0", "thread_local")
         driver.pools.append(pool)
         driver.cuStreamBeginCapture(None, driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
         yield
         graph.raw = int(driver.cuStreamEndCapture(None)[1])
 
-    driver.pools = []
+    driver.pools, driver.current_stream = [], 0
     monkeypatch.setattr(TorchEngine, "bind", bound)
     monkeypatch.setattr(TorchBackend, "allocate", allocated)
     handles = iter(("one after the other", "beside"))
@@ -214,9 +215,9 @@ def torch_on_a_stand_in(monkeypatch):
         "graph_pool_handle": lambda: next(handles),
         "device": lambda device: nullcontext(),
         "stream": lambda stream: nullcontext(),
-        "Stream": lambda: None,
+        "Stream": lambda device: f"stream of GPU {device}",
         "synchronize": lambda: None,
-        "current_stream": lambda: type("Stream", (), {"cuda_stream": 0}),
+        "current_stream": lambda device: SimpleNamespace(cuda_stream=driver.current_stream),
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr("engines.torchrt.open_device", lambda device, stream: CudaDevice(driver, 0, stream=stream))
@@ -239,11 +240,46 @@ def test_torch_graph_runs_what_pytorch_runs(torch_on_a_stand_in, tiny, preproces
     [probability] = OnnxReference(bundle.part_path(policy).read_bytes()).run({policy.inputs[0].name: images}).values()
     np.testing.assert_array_equal(learned.policy, probability >= 0.5)
     assert len(driver.launched) == 16
+    driver.current_stream = 0x77  # as within `with torch.cuda.stream(...)`: the copies go there, too
+    runtime.run(images[:1])
+    assert driver.launched_on[-2:] == [0, 0x77]
+
+
+def test_torch_that_captured_nothing_is_an_error(torch_on_a_stand_in, monkeypatch, tiny):
+    driver, bundle, backend = torch_on_a_stand_in, Bundle.open(tiny.bundle), TorchBackend()
+    monkeypatch.setattr(driver, "cuGraphGetNodes", lambda graph, count: driver._done("", [], 0), raising=False)
+    parts = bundle.network.parts
+    engines = {p.name: backend.load(p, bundle.part_path(p).read_bytes(), layout="NCHW") for p in parts}
+    with pytest.raises(EngineError, match="PyTorch captured no work"):
+        Orchestrator(bundle.network, backend, engines, strategy="graph", max_batch=8)
+
+
+@pytest.mark.parametrize("was_enabled", [True, False])
+def test_nothing_is_collected_while_torch_captures(torch_on_a_stand_in, monkeypatch, tiny, was_enabled):
+    """What a cycle gives back waits for the device, which a capture does not survive."""
+    enqueue, seen = torch_on_a_stand_in.enqueue, []
+
+    def noted(work):
+        if torch_on_a_stand_in._capturing is not None:
+            seen.append(gc.isenabled())
+        enqueue(work)
+
+    monkeypatch.setattr(torch_on_a_stand_in, "enqueue", noted)
+    bundle, backend = Bundle.open(tiny.bundle), TorchBackend()
+    parts = bundle.network.parts
+    engines = {p.name: backend.load(p, bundle.part_path(p).read_bytes(), layout="NCHW") for p in parts}
+    (gc.enable if was_enabled else gc.disable)()
+    try:
+        Orchestrator(bundle.network, backend, engines, strategy="graph", max_batch=8)
+        assert gc.isenabled() == was_enabled
+    finally:
+        gc.enable()
+    assert set(seen) == {False}
 
 
 def test_torch_that_cannot_capture_is_quoted(torch_on_a_stand_in, monkeypatch, tiny):
     @contextmanager
-    def refused(graph, pool, capture_error_mode):
+    def refused(graph, pool, stream, capture_error_mode):
         yield
         raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
 
