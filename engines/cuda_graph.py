@@ -104,11 +104,11 @@ class GraphBuilder:
             ValueError: no blocks, or too many.
         """
         self._check(network)
-        graph = self._nodes.new_graph()
-        policy = self._policy(graph, network)
-        stem = self._nodes.child(graph, [], network.stem)
-        self._decide(graph, policy, [stem], network, kernels.dispatch, memory, threshold)
-        return graph, self._nodes.instantiate(graph)
+        with self._nodes.new_graph() as graph:
+            policy = self._policy(graph, network)
+            stem = self._nodes.child(graph, [], network.stem)
+            self._decide(graph, policy, [stem], network, kernels.dispatch, memory, threshold)
+            return graph, self._nodes.instantiate(graph)
 
     def cached_graph(
         self,
@@ -134,17 +134,18 @@ class GraphBuilder:
         self._check(network)
         if len(paths) != lookup.n_masks:
             raise ValueError(f"{len(paths)} paths for {lookup.n_masks} masks; expected as many")
-        graph = self._nodes.new_graph()
-        handle = self._nodes.handle(graph)
-        arguments = _lookup_arguments(memory, lookup, handle, len(network.blocks), threshold)
-        found = self._nodes.kernel(graph, self._policy(graph, network), kernels.lookup, arguments)
-        ready = [found, *self._nodes.chain(graph, [network.stem, *begun])]
-        _, bodies = self._nodes.conditional(graph, ready, handle, "SWITCH", n_bodies=len(paths) + 1)
-        for index, path in enumerate(paths):
-            self._nodes.chain(bodies[index], path)
-        again = self._nodes.chain(bodies[-1], [network.stem] if begun else [])
-        self._decide(bodies[-1], [], again, network, kernels.dispatch, memory, threshold)
-        return graph, self._nodes.instantiate(graph)
+        nodes = self._nodes
+        with nodes.new_graph() as graph:
+            handle = nodes.handle(graph)
+            arguments = _lookup_arguments(memory, lookup, handle, len(network.blocks), threshold)
+            found = nodes.kernel(graph, self._policy(graph, network), kernels.lookup, arguments)
+            ready = [found, *nodes.chain(graph, [network.stem, *begun])]
+            _, bodies = nodes.conditional(graph, ready, handle, "SWITCH", n_bodies=len(paths) + 1)
+            for index, path in enumerate(paths):
+                nodes.chain(bodies[index], path)
+            again = nodes.chain(bodies[-1], [network.stem] if begun else [])
+            self._decide(bodies[-1], [], again, network, kernels.dispatch, memory, threshold)
+            return graph, nodes.instantiate(graph)
 
     def branch_graph(
         self, network: CapturedNetwork, kernels: Kernels, memory: DispatchMemory, *, threshold: float
@@ -155,31 +156,32 @@ class GraphBuilder:
             EngineError, ValueError: as `dispatch_graph`.
         """
         self._check(network)
-        nodes, graph = self._nodes, self._nodes.new_graph()
-        keeps = [nodes.handle(graph) for _ in network.blocks]
-        drops = [nodes.handle(graph) if shortcut else None for shortcut in network.has_shortcut]
-        arguments = _branch_arguments(memory, keeps, drops, threshold)
-        last = [nodes.kernel(graph, self._policy(graph, network), kernels.branch, arguments)]
-        last.append(nodes.child(graph, [], network.stem))
-        for block, back, keep, drop in zip(network.blocks, network.copies_back, keeps, drops, strict=True):
-            last = [self._if(graph, last, keep, block.block[0], back)]
-            if block.shortcut is not None:
-                last = [self._if(graph, last, drop, block.shortcut[0], back)]
-        nodes.child(graph, last, network.heads[0])
-        return graph, nodes.instantiate(graph)
+        nodes = self._nodes
+        with nodes.new_graph() as graph:
+            keeps = [nodes.handle(graph) for _ in network.blocks]
+            drops = [nodes.handle(graph) if shortcut else None for shortcut in network.has_shortcut]
+            arguments = _branch_arguments(memory, keeps, drops, threshold)
+            last = [nodes.kernel(graph, self._policy(graph, network), kernels.branch, arguments)]
+            last.append(nodes.child(graph, [], network.stem))
+            for block, back, keep, drop in zip(network.blocks, network.copies_back, keeps, drops, strict=True):
+                last = [self._if(graph, last, keep, block.block[0], back)]
+                if block.shortcut is not None:
+                    last = [self._if(graph, last, drop, block.shortcut[0], back)]
+            nodes.child(graph, last, network.heads[0])
+            return graph, nodes.instantiate(graph)
 
     def flat_graph(self, parts: Sequence[Any]) -> tuple[Any, Any]:
         """Return (CUgraph, CUgraphExec) of captured graphs one after the other: a path that is known in advance."""
-        graph = self._nodes.new_graph()
-        self._nodes.chain(graph, parts)
-        return graph, self._nodes.instantiate(graph)
+        with self._nodes.new_graph() as graph:
+            self._nodes.chain(graph, parts)
+            return graph, self._nodes.instantiate(graph)
 
     def begun_graph(self, network: CapturedNetwork, begun: Sequence[Any]) -> tuple[Any, Any]:
         """Return (CUgraph, CUgraphExec) of the policy network, with the stem and captured graphs beside it."""
-        graph = self._nodes.new_graph()
-        self._policy(graph, network)
-        self._nodes.chain(graph, [network.stem, *begun])
-        return graph, self._nodes.instantiate(graph)
+        with self._nodes.new_graph() as graph:
+            self._policy(graph, network)
+            self._nodes.chain(graph, [network.stem, *begun])
+            return graph, self._nodes.instantiate(graph)
 
     def _policy(self, graph: Any, network: CapturedNetwork) -> list[Any]:
         return [] if network.policy is None else [self._nodes.child(graph, [], network.policy)]

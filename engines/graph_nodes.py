@@ -6,7 +6,8 @@ Written against cuda-bindings 12.9 to 13.x; run on an H100 with 13.3, but for IF
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -38,9 +39,15 @@ class GraphNodes:
         self._cu = driver
         self._context = context
 
-    def new_graph(self) -> Any:
-        """Return an empty CUgraph."""
-        return self._call(self._cu.cuGraphCreate(0))
+    @contextmanager
+    def new_graph(self) -> Iterator[Any]:
+        """Give an empty CUgraph, which is given back where it cannot be finished."""
+        graph = self._call(self._cu.cuGraphCreate(0))
+        try:
+            yield graph
+        except BaseException:
+            self._cu.cuGraphDestroy(graph)
+            raise
 
     def handle(self, graph: Any) -> Any:
         """Make a conditional handle that every launch resets to 0: nothing runs, or the first body of a SWITCH."""

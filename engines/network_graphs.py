@@ -9,6 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -103,7 +104,7 @@ class NetworkGraphs:
             return self._ms(self._flat([stem, *self._graphs_of(begun)]))
 
         def beside_ms(begun: Sequence[Run]) -> float:
-            return self._ms(self._launch(*self._builder.begun_graph(self._parts, self._graphs_of(begun))))
+            return self._ms(self._call(lambda: self._builder.begun_graph(self._parts, self._graphs_of(begun))))
 
         again_ms = self._ms(self._flat([stem, stem])) - alone_ms(())
         paths = [tuple(self._runs(mask)[0]) for mask in masks]
@@ -121,18 +122,18 @@ class NetworkGraphs:
         Raises:
             EngineError: the driver refuses a step.
         """
-        device, threshold, kernels = self._capturer.device, self._network.threshold, self._kernels()
+        threshold, kernels = self._network.threshold, self._kernels()
         table = mask_table([mask.tolist() for mask in masks])
         memory = self._dispatch_memory()
         if not table:
-            graph, executable = self._builder.dispatch_graph(self._parts, kernels, memory, threshold=threshold)
-            return self._launch(graph, executable)
+            return self._call(lambda: self._builder.dispatch_graph(self._parts, kernels, memory, threshold=threshold))
         values = np.array(table, np.uint64)
         keys = self._backend.allocate((values.nbytes,), "uint8")
         keys.write(values.reshape(-1).view(np.uint8))
         lookup = LookupMemory(masks=self._capturer.address(keys), n_masks=len(table))
         masks_in_order = [np.array(bits_from_words(words, self._network.n_blocks)) for words in table]
-        graph, executable = self._builder.cached_graph(
+        build = partial(
+            self._builder.cached_graph,
             self._parts,
             kernels,
             memory,
@@ -141,7 +142,7 @@ class NetworkGraphs:
             begun=self._graphs_of(speculation.runs),
             threshold=threshold,
         )
-        return launch_call(device, executable, keep_alive=(self, keys), graph=graph)
+        return self._call(build, keep_alive=keys)
 
     def branching(self) -> Call:
         """Return a call like `deciding`'s, with an IF for each part: for drivers that have no SWITCH.
@@ -149,10 +150,8 @@ class NetworkGraphs:
         Raises:
             EngineError: the driver refuses a step.
         """
-        graph, executable = self._builder.branch_graph(
-            self._parts, self._kernels(), self._dispatch_memory(), threshold=self._network.threshold
-        )
-        return self._launch(graph, executable)
+        kernels, memory, threshold = self._kernels(), self._dispatch_memory(), self._network.threshold
+        return self._call(lambda: self._builder.branch_graph(self._parts, kernels, memory, threshold=threshold))
 
     def policy(self) -> Call | None:
         """Return a call that writes `probability` of `image`; None where the network has no policy."""
@@ -254,10 +253,14 @@ class NetworkGraphs:
         return [self._parts.blocks[run.block].graph(run) for run in found]
 
     def _flat(self, parts: Sequence[Any]) -> Call:
-        return self._launch(*self._builder.flat_graph(parts))
+        return self._call(lambda: self._builder.flat_graph(parts))
 
-    def _launch(self, graph: Any, executable: Any) -> Call:
-        return launch_call(self._capturer.device, executable, keep_alive=self, graph=graph)
+    def _call(self, build: Callable[[], tuple[Any, Any]], *, keep_alive: object = None) -> Call:
+        """Return the launch of a graph that `build` makes, with its executable, in the device's context."""
+        device = self._capturer.device
+        with device.current():
+            graph, executable = build()
+        return launch_call(device, executable, keep_alive=(self, keep_alive), graph=graph)
 
     def _ms(self, call: Call) -> float:
         return fastest_ms(self._backend, call, n_runs=_TIMED_RUNS)

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from bdtool.errors import UsageError
+from bdtool.errors import BackendError, EngineError, UsageError
 from bdtool.runtime.controllers import Controller, MaskController
 from bdtool.runtime.one_call import BoundNetwork, OneCallStrategy
 from bdtool.runtime.paths import PathOptions
@@ -23,6 +23,7 @@ from bdtool.specs import NetworkSpec
 from engines.base import Backend, Call, Engine
 from engines.device_array import Images, Logits
 from engines.device_timer import DeviceTimer, timer_of
+from engines.dispatch import MAX_BLOCKS
 from engines.graph_modes import IF, OFF, PATH_CACHE, POLICY_CACHE, SWITCH, GraphChoice, GraphPlan
 from engines.network_graphs import NetworkGraphs, graph_spec
 from engines.speculation import Speculation
@@ -31,7 +32,7 @@ ONLY_SWITCH = GraphPlan(modes=(SWITCH,), is_forced=True)
 _IMAGES, _ROUNDS = 10, 4  # that each mode runs when modes are compared; the fastest round of an image counts
 _NO_MASKS = (
     "no frequent masks are known; note some with `bdtool build BUNDLE --coverage 0.95 --data DATA`, for this --backend "
-    "and --device"
+    "and --device, or give PathOptions(ahead=...)"
 )
 
 
@@ -51,19 +52,25 @@ def graph_strategy(
         graphs: the modes that may be used; where there are several, they are timed on one image here. None: "switch".
 
     Raises:
-        UsageError: "policy-cache" was asked for and no masks are known; or the engines cannot be captured.
-        EngineError: a part cannot be captured, or the driver refuses a step.
+        UsageError: a mode was asked for that this network or the known masks do not allow; or the backend's engines
+            cannot be captured.
+        EngineError, BackendError: in the mode that was asked for, or in every one, a part cannot be captured, the
+            kernels do not compile, or the driver refuses a step.
     """
     plan, options = graphs or ONLY_SWITCH, paths or PathOptions()
-    modes, missing = plan.modes, dict(plan.missing)
-    if POLICY_CACHE in modes and not options.ahead:
-        missing[POLICY_CACHE] = _NO_MASKS
-        modes = tuple(mode for mode in modes if mode != POLICY_CACHE)
-        if not modes:
-            raise UsageError(f"CUDA graph mode {POLICY_CACHE!r}: {_NO_MASKS}, or give PathOptions(ahead=...)")
+    missing = {**plan.missing, **_unfit(network, options)}
+    if plan.is_forced and plan.modes[0] in missing:
+        raise UsageError(f"CUDA graph mode {plan.modes[0]!r}: {missing[plan.modes[0]]}")
     makers = _Makers(network, backend, engines, options, wrap, plan.speculation)
-    found = {mode: makers.make(mode) for mode in modes}
-    choice = _choose(plan, modes, missing, lambda: _measured(found, network, backend, options))
+    found: dict[str, GraphStrategy] = {}
+    for mode in (mode for mode in plan.modes if mode not in missing):
+        try:
+            found[mode] = makers.make(mode)
+        except (BackendError, EngineError) as exc:
+            if mode == plan.modes[-1]:  # the one that was asked for, or nothing is left
+                raise
+            missing[mode] = str(exc)
+    choice = _choose(plan, list(found), missing, lambda: _measured(found, network, backend, options))
     if choice.mode == POLICY_CACHE and makers.speculation is not None:
         choice = replace(choice, reason=choice.reason + _begun(makers.speculation), speculation=makers.speculation)
     if choice.mode != PATH_CACHE:
@@ -181,6 +188,14 @@ class PathCacheStrategy(Strategy):
 
 
 GraphStrategy = ChainStrategy | OneCallStrategy | PathCacheStrategy
+
+
+def _unfit(network: NetworkSpec, options: PathOptions) -> dict[str, str]:
+    """Return the modes that this network cannot run in, whatever the machine, and why."""
+    if network.n_blocks > MAX_BLOCKS:
+        reason = f"its kernel decides on at most {MAX_BLOCKS} blocks, and this network has {network.n_blocks}"
+        return dict.fromkeys((POLICY_CACHE, SWITCH, IF), reason)
+    return {} if options.ahead else {POLICY_CACHE: _NO_MASKS}
 
 
 def _choose(

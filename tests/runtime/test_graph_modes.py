@@ -297,6 +297,57 @@ def test_missing_packages_leave_less(packages, modes, words):
     assert words is None or plan.missing["switch"].startswith(words)
 
 
+def _refused_by(driver, monkeypatch, what):
+    if what == "a part cannot be captured":
+        kinds, capture = driver.kinds, driver.cuStreamEndCapture
+
+        def with_event(stream):
+            status, graph = capture(stream)
+            kinds[int(graph)] = ["KERNEL", "EVENT_RECORD"]
+            return status, graph
+
+        monkeypatch.setattr(driver, "cuStreamEndCapture", with_event, raising=False)
+    else:
+        monkeypatch.setattr("engines.network_graphs.cubin_from_source", _too_old)
+
+
+def _too_old(source, sm):
+    raise BackendError("NVRTC is too old for sm_90")
+
+
+@pytest.mark.parametrize("what", ["a part cannot be captured", "the kernels do not compile"])
+def test_mode_that_fails_is_left_out_and_the_reason_given(driver, monkeypatch, tiny, preprocessed, torch_logits, what):
+    _refused_by(driver, monkeypatch, what)
+    images, keep = preprocessed(tiny.model, 2), np.array(ALL_MASKS[4:6])
+    with _open(tiny.bundle, paths=SOME) as runtime:
+        logits = runtime.run(images, policy=keep).logits
+        choice = runtime.graph_choice
+    assert choice.mode in ("path-cache", "off")
+    assert not {"policy-cache", "switch"} & set(choice.measured_ms)
+    assert ("EVENT_RECORD" if "captured" in what else "NVRTC is too old") in choice.reason
+    np.testing.assert_allclose(logits, torch_logits(tiny.model, images, keep), atol=1e-4)
+    with pytest.raises((EngineError, BackendError), match=r"EVENT_RECORD|NVRTC is too old"):
+        _open(tiny.bundle, cuda_graph="switch")
+
+
+@pytest.mark.parametrize("call", ["cuGraphInstantiateWithParams", "cuGraphAddNode"])
+def test_graph_that_is_refused_halfway_is_given_back(driver, tiny, call):
+    driver.failing = call
+    with pytest.raises(EngineError, match="CUDA_ERROR_INVALID_VALUE"):
+        _open(tiny.bundle, cuda_graph="switch")
+    gc.collect()
+    assert set(driver.graphs) - _bodies(driver) == set(driver.destroyed)
+
+
+def test_network_of_many_blocks_takes_the_modes_that_need_no_kernel(driver, monkeypatch, tiny):
+    monkeypatch.setattr("bdtool.runtime.graph.MAX_BLOCKS", 2)
+    with _open(tiny.bundle, paths=SOME) as runtime:
+        assert set(runtime.graph_choice.measured_ms) == {"path-cache", "off"}
+        assert "its kernel decides on at most 2 blocks, and this network has 3" in runtime.graph_choice.reason
+    with pytest.raises(UsageError, match="mode 'switch': its kernel decides on at most 2 blocks"):
+        _open(tiny.bundle, cuda_graph="switch")
+
+
 def test_forced_mode_is_the_only_one_of_the_plan():
     there = graphs_of_machine(NEW, CUDA_13.get)
     assert plan_for("auto", there) is there
