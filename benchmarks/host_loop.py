@@ -31,6 +31,8 @@ _N_MASKS, _N_KEPT = 8, 17
 _WARM_UP = 1000  # images; the allocator's pools fill
 _SILENT = (  # the driver's functions that a request calls
     "cuCtxSetCurrent",
+    "cuCtxPushCurrent",
+    "cuCtxPopCurrent",
     "cuEventRecord",
     "cuEventSynchronize",
     "cuGraphLaunch",

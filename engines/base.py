@@ -7,8 +7,9 @@ TensorRT's HWC8). Images, keep probabilities and logits are always plain arrays,
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from bdtool.errors import EngineError
 from bdtool.specs import NetworkSpec, PartSpec, TensorSpec
@@ -182,3 +183,11 @@ class Backend(Protocol):
         """
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer: ...
+
+
+@runtime_checkable
+class ContextBackend(Protocol):
+    """A backend whose calls need a context of its own in the calling thread, where a user may have another."""
+
+    def current(self) -> AbstractContextManager[None]:
+        """Return a `with` in which that context is current; behind it the user's is again."""

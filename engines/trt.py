@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import Any
 
@@ -115,6 +116,9 @@ class TensorRTBackend:
 
     def concatenate(self, values: Sequence[DeviceArray]) -> DeviceArray:
         return concatenate(self._runtime.device, values)
+
+    def current(self) -> AbstractContextManager[None]:
+        return self._runtime.device.current()
 
     def timer(self) -> DeviceTimer:
         device = self._runtime.device

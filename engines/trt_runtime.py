@@ -33,8 +33,7 @@ class TensorRTRuntime:
         self.device = device
         self.library = library
         self._cache = cache  # of the kernels that TensorRT-RTX compiles when it makes a context
-        device.make_current()
-        with library.quoting(f"{library.name} does not start on cuda:{device.index}", EngineError):
+        with device.current(), library.quoting(f"{library.name} does not start on cuda:{device.index}", EngineError):
             self._runtime = library.module.Runtime(library.log)
         self._scratch_bytes = 0
         self._scratch: DeviceMemory | None = None
@@ -46,8 +45,8 @@ class TensorRTRuntime:
             EngineError: the library refuses it (quoted), or its tensors are not those of the part.
         """
         name = self.library.name
-        self.device.make_current()
-        with self.library.quoting(f"part {part.name!r}: {name} cannot load its engine", EngineError):
+        loading = f"part {part.name!r}: {name} cannot load its engine"
+        with self.device.current(), self.library.quoting(loading, EngineError):
             engine = self._runtime.deserialize_cuda_engine(data)
             if engine is None:
                 raise EngineError(
@@ -66,9 +65,8 @@ class TensorRTRuntime:
         Raises:
             EngineError: the library gives none.
         """
-        self.device.make_current()
         what = f"part {part.name!r}: {self.library.name} makes no execution context"
-        with self.library.quoting(what, EngineError):
+        with self.device.current(), self.library.quoting(what, EngineError):
             context = engine.create_execution_context(self._allocation(engine))
             if context is None:
                 raise EngineError(f"{what}: {self.library.quoted() or 'no reason given'}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
@@ -25,7 +26,7 @@ from bdtool.runtime.recommendation import AUTO, read_recommendation
 from bdtool.runtime.result import RunResult
 from bdtool.runtime.strategies import Strategy, WrapCall
 from bdtool.specs import PIXELS, NetworkSpec, PartSpec
-from engines.base import Backend, Engine
+from engines.base import Backend, ContextBackend, Engine
 from engines.device_array import DeviceArray, DeviceArrayBackend, Images, Logits, device_array
 from engines.device_timer import DeviceTimer, timer_of
 from engines.graph_modes import AUTO as AUTO_GRAPH
@@ -75,6 +76,7 @@ class Orchestrator:
         self._max_batch = max_batch
         self._graphs, self._paths = graphs, paths
         self._wrap = wrap
+        self._current = backend.current if isinstance(backend, ContextBackend) else nullcontext
         self._strategy: Strategy | None = self._make_strategy(Loaded(network, engines))
         self._load_prepared = prepared
         self._prepared_strategy: Strategy | None = None
@@ -188,8 +190,9 @@ class Orchestrator:
     def _run_slice(self, images: Images, controller: Controller, *, first: int) -> RunResult:
         """Run at most `max_batch` images, of which the first is number `first` of the caller's batch."""
         taken = images if isinstance(images, DeviceArray) else self.prepare(images)
-        strategy = self._strategy_for(taken)
-        logits = strategy.run(taken, controller)
+        with self._current():
+            strategy = self._strategy_for(taken)
+            logits = strategy.run(taken, controller)
         if isinstance(logits, np.ndarray) and not all_finite(logits):
             bad = np.flatnonzero(~np.isfinite(logits).all(axis=1))
             raise EngineError(
@@ -225,11 +228,14 @@ class Orchestrator:
         part = self.network.find("policy")
         if part is None:
             raise PolicyError("the bundle has no policy network; give a POLICY")
+        if part.name not in self._engines:
+            raise PolicyError(f"strategy {self.strategy_name!r} loads no policy network; open the bundle with 'chain'")
         taken = self.prepare(images)
         slices = [taken[i : i + self._max_batch] for i in range(0, len(taken), self._max_batch)]
         engines = self._prepared().engines if self._needs_prepared(taken) else self._engines
         engine = engines[part.name]
-        return np.concatenate([engine.run({part.inputs[0].name: s})[part.outputs[0].name] for s in slices])
+        with self._current():
+            return np.concatenate([engine.run({part.inputs[0].name: s})[part.outputs[0].name] for s in slices])
 
     @property
     def path_stats(self) -> PathStats | None:
@@ -361,15 +367,16 @@ class Orchestrator:
         return parse_policy(policy, n_blocks=self.network.n_blocks, has_policy_network=self.network.has_policy)
 
     def _make_strategy(self, loaded: Loaded) -> Strategy:
-        return make_strategy(
-            self.strategy_name,
-            loaded.network,
-            self._backend,
-            loaded.engines,
-            wrap=self._wrap,
-            paths=self._paths,
-            graphs=self._graphs,
-        )
+        with self._current():
+            return make_strategy(
+                self.strategy_name,
+                loaded.network,
+                self._backend,
+                loaded.engines,
+                wrap=self._wrap,
+                paths=self._paths,
+                graphs=self._graphs,
+            )
 
     def _require_open(self) -> Strategy:
         if self._strategy is None:

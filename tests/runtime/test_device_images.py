@@ -123,6 +123,17 @@ def test_torch_gives_its_own_memory_and_joins_it(monkeypatch):
     np.testing.assert_array_equal(found, np.concatenate([values, -values]))
 
 
+@pytest.mark.parametrize("strategy", ["chain", "graph", "full"])
+def test_context_of_the_caller_is_what_it_was(driver, tiny, pixels, strategy):
+    """As of one who has pycuda.autoinit, or PyTorch on another GPU, and gives images on the host."""
+    driver.contexts[:] = ["the caller's"]
+    with _open(tiny.bundle, strategy) as runtime:
+        runtime.run(pixels(tiny.model, 2))
+        if strategy != "full":
+            runtime.keep_probability(pixels(tiny.model, 2))
+    assert driver.contexts == ["the caller's"]
+
+
 def test_batch_beyond_the_bundle_runs_in_slices(driver, tiny, preprocessed, torch_logits):
     images = np.resize(preprocessed(tiny.model, 4), (70, 3, 32, 32))
     with _open(tiny.bundle) as runtime:

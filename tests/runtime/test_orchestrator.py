@@ -342,3 +342,9 @@ def test_failing_build_names_the_first_part(bundle_copy, monkeypatch):
     monkeypatch.setattr(FakeBackend, "build", build)
     with pytest.raises(EngineError, match=r"9 engines did not build; the first: part 'policy': broken"):
         Orchestrator.open(bundle_copy, backend="fake")
+
+
+def test_strategy_without_a_policy_network_gives_no_probabilities(tiny, pixels):
+    refused = pytest.raises(PolicyError, match="strategy 'full' loads no policy network; open the bundle with 'chain'")
+    with Orchestrator.open(tiny.bundle, strategy="full") as runtime, refused:
+        runtime.keep_probability(pixels(tiny.model, 1))
