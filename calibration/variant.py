@@ -11,7 +11,7 @@ from bdtool.errors import BundleError
 from bdtool.specs import NetworkSpec, PartSpec
 from export.bundle import Bundle
 from export.compose import compose_parts
-from export.files import sha256_of_bytes, write_bytes
+from export.files import advice_on, sha256_of_bytes, write_bytes
 from export.manifest import Manifest, PartFile, Variant, write_manifest
 
 
@@ -82,7 +82,7 @@ def commit_candidate(candidate: Bundle, precision: str, sidecars: Mapping[str, b
     except OSError as exc:
         raise BundleError(
             f"{candidate.path}: the {precision} parts cannot be written ({exc.strerror or exc}). "
-            "The bundle is as it was; make room and run the same command again"
+            f"The bundle is as it was; {advice_on(exc)} and run the same command again"
         ) from exc
     return manifest
 

@@ -20,7 +20,7 @@ from bdtool.errors import BundleError, EngineError, ExportError
 from bdtool.specs import NetworkSpec, PartSpec
 from engines.base import PLAIN_LAYOUT, Backend, BackendIdentity, BuiltEngine, Engine, LayoutError
 from export.bundle import Bundle
-from export.files import sha256_of_bytes, sha256_of_files, write_bytes, write_json
+from export.files import advice_on, sha256_of_bytes, sha256_of_files, write_bytes, write_json
 from export.half_spec import HALF_DTYPES, HALF_VERSION
 from export.manifest import EXPORTED
 from export.pixels_spec import pixels_key
@@ -162,7 +162,7 @@ class EngineStore:
         except OSError as exc:
             raise BundleError(
                 f"{self.directory}: engines cannot be written ({exc.strerror or exc}). The bundle and the finished "
-                "engines are whole; make room and run the same command again"
+                f"engines are whole; {advice_on(exc)} and run the same command again"
             ) from exc
 
     def find(self, parts: Sequence[PartSpec] | None = None) -> dict[str, EngineRecord]:

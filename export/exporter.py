@@ -25,6 +25,7 @@ from bdtool.specs import NetworkSpec, PartSpec
 from export.check import check_part
 from export.compose import compose_parts
 from export.files import (
+    advice_on,
     atomic_path,
     exclusive_lock,
     sha256_of_bytes,
@@ -99,8 +100,9 @@ def export_bundle(
             _put_in_place(partial, target, manifest)
     except OSError as exc:
         raise BundleError(
-            f"{target}: writing stopped ({exc.strerror or exc}). What was there before is unchanged; the finished "
-            f"parts wait in {partial.name}. Make room, or choose another place, and run the same command again"
+            f"{target}: writing stopped ({exc.strerror or exc}). What was there before is unchanged"
+            f"{f'; the finished parts wait in {partial.name}' if partial.exists() else ''}. "
+            f"{advice_on(exc).capitalize()}, or choose another place, and run the same command again"
         ) from exc
     return manifest
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import hashlib
 import json
@@ -61,6 +62,15 @@ def write_output(path: Path, data: bytes) -> None:
         path.write_bytes(data)  # /dev/null, /dev/fd/3: nothing could be renamed over it
     else:
         write_bytes(path.resolve(), data)
+
+
+def advice_on(error: OSError) -> str:
+    """Return what to do about a place that cannot be written to."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "make room"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "make the place writable"
+    return "clear the way"
 
 
 def sha256_of_bytes(data: bytes) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from bdtool.cli.options import EXISTING_FILE, MODEL_OR_BUNDLE, NEW_FILE, NumberList, json_option
+from bdtool.cli.options import EXISTING_FILE, MODEL_OR_BUNDLE, NEW_MODEL, NumberList, json_option
 from bdtool.cli.output import emit, mega, percent, print_table
 
 _CIFAR10 = "cifar10"
@@ -25,7 +25,7 @@ _CIFAR10 = "cifar10"
     help="Whose key names the checkpoint uses.",
 )
 @click.option("--classes", type=click.IntRange(min=1), help="Refuse a checkpoint with another number of classes.")
-@click.option("--mean", type=NumberList(3), metavar="R,G,B", help="Of the input, pixels being 0 to 1.")
+@click.option("--mean", type=NumberList(3, low=0, high=1), metavar="R,G,B", help="Of the input, pixels being 0 to 1.")
 @click.option("--std", type=NumberList(3), metavar="R,G,B", help="Of the input, pixels being 0 to 1.")
 @click.option(
     "--shortcut",
@@ -37,7 +37,7 @@ _CIFAR10 = "cifar10"
     metavar="cifar10|FILE",
     help="Class names: a text file with one a line. Default: CIFAR-10's or ImageNet's where they fit.",
 )
-@click.option("-o", "--output", "model", type=NEW_FILE, required=True, metavar="MODEL", help="The file to write.")
+@click.option("-o", "--output", "model", type=NEW_MODEL, required=True, metavar="MODEL", help="The file to write.")
 def import_cmd(
     checkpoint: Path,
     arch: str,

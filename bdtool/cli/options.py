@@ -31,6 +31,16 @@ class NewFile(click.Path):
         return path
 
 
+class NewModel(NewFile):
+    """A MODEL to write: a whole file, after maybe hours of work."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        path = Path(super().convert(value, param, ctx))
+        if path.exists() and not path.is_file():
+            self.fail(f"{str(path)!r} is a device or a pipe, and a MODEL needs a regular file", param, ctx)
+        return path
+
+
 class ModelPath(click.Path):
     """A MODEL file, or the name of one that ships with the package; a file of that name goes first."""
 
@@ -49,6 +59,7 @@ class ModelPath(click.Path):
 MODEL = ModelPath(exists=True, dir_okay=False, path_type=Path)
 MODEL_OR_BUNDLE = ModelPath(exists=True, path_type=Path)
 NEW_FILE = NewFile(dir_okay=False, path_type=Path)
+NEW_MODEL = NewModel(dir_okay=False, path_type=Path)
 JSON_FILE = NewFile(dir_okay=False, allow_dash=True, path_type=str)
 
 
@@ -110,7 +121,10 @@ def data_option(*, required: bool) -> Callable[[_Command], _Command]:
 
 
 def resize_option(command: _Command) -> _Command:
-    help_text = "Scale and centre-crop images of another size to the network's input instead of refusing them."
+    help_text = (
+        "Scale and centre-crop images of another size to the network's input instead of refusing them; a model whose "
+        "own preprocessing resizes, as ImageNet's do, needs no asking."
+    )
     return click.option("--resize", is_flag=True, help=help_text)(command)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from bdtool.cli.options import MODEL, NEW_FILE, FiniteRange, NumberList, json_option
+from bdtool.cli.options import MODEL, NEW_MODEL, FiniteRange, NumberList, json_option
 from bdtool.cli.output import emit
 from bdtool.cli.training_output import logs, print_figures, show
 from bdtool.training.options import CurriculumOptions, FinetuneOptions, ImitateOptions, PretrainOptions, StageOptions
@@ -56,7 +56,7 @@ def _run_options(command: _Command) -> _Command:
             help="Labelled training images: FILE.npz, a folder per class, cifar10:ROOT, cifar100:ROOT, imagenet:ROOT.",
         ),
         click.option("--val", metavar="DATA", help="Labelled images to measure on, after each epoch and at the end."),
-        click.option("-o", "--output", type=NEW_FILE, required=True, metavar="MODEL", help="The MODEL file to write."),
+        click.option("-o", "--output", type=NEW_MODEL, required=True, metavar="MODEL", help="The MODEL file to write."),
         click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda", help="Where to train."),
         click.option("--threads", type=click.IntRange(min=1), help="CPU threads. Default: torch's own choice."),
         json_option,
@@ -148,7 +148,7 @@ _TRUNK = click.option(
     type=click.IntRange(min=1),
     help="Number of classes. Default: the named data set's; of a file or folder 10 (CIFAR) or 1000.",
 )
-@click.option("--mean", type=NumberList(3), metavar="R,G,B", help="Of the input, pixels being 0 to 1.")
+@click.option("--mean", type=NumberList(3, low=0, high=1), metavar="R,G,B", help="Of the input, pixels being 0 to 1.")
 @click.option("--std", type=NumberList(3), metavar="R,G,B", help="Of the input, pixels being 0 to 1.")
 @_options_of(PretrainOptions, {**_SHARED_HELP, **_SGD_HELP, "compile": "Compile the network with torch.compile."})
 @_run_options

@@ -44,11 +44,16 @@ def save_model(model: BlockDropModel, path: Path) -> None:
     if bad := non_finite_names(tensors):
         raise CheckpointError(f"{path.name} not written: NaN or infinite weights in {listing(bad)}; train again")
     metadata = {_METADATA_KEY: json.dumps(_header_from_spec(model.spec), sort_keys=True, allow_nan=False)}
+    target = path.resolve()  # a symbolic link stays one
+    if target.exists() and not target.is_file():
+        raise CheckpointError(f"{path} is no regular file, and a MODEL needs one; choose another place")
     try:
-        with atomic_path(path) as temporary:
+        with atomic_path(target) as temporary:
             save_file(tensors, temporary, metadata=metadata)
     except OSError as exc:
         raise CheckpointError(f"{path} cannot be written: {exc.strerror or exc}") from exc
+    except SafetensorError as exc:  # of a full disk
+        raise CheckpointError(f"{path} cannot be written: {exc}") from exc
 
 
 def load_model(path: Path) -> BlockDropModel:

@@ -12,7 +12,7 @@ import numpy as np
 
 from bdtool.errors import BundleError
 from bdtool.runtime.policies import bits_of, keep_of
-from export.files import write_json
+from export.files import advice_on, write_json
 
 _FILE = "paths.json"
 
@@ -63,7 +63,8 @@ def write_masks(directory: Path, masks: list[MaskCount], *, source: str, policy:
         write_json(directory / _FILE, {"source": source, "policy": policy, "masks": rows})
     except OSError as exc:
         raise BundleError(
-            f"{directory / _FILE} cannot be written ({exc.strerror or exc}); make room and run `bdtool build` again"
+            f"{directory / _FILE} cannot be written ({exc.strerror or exc}); {advice_on(exc)} and run `bdtool build` "
+            "again"
         ) from exc
 
 

@@ -16,9 +16,19 @@ FORMAT_VERSION = 1
 
 
 def write_progress(path: Path, state: Mapping[str, Any]) -> None:
-    """Write tensors, numbers and texts to `path`, atomically."""
-    with atomic_path(path) as temporary:
-        torch.save({"format_version": FORMAT_VERSION, **state}, temporary)
+    """Write tensors, numbers and texts to `path`, atomically.
+
+    Raises:
+        TrainingError: it cannot be written; an earlier one is whole.
+    """
+    try:
+        with atomic_path(path) as temporary:
+            torch.save({"format_version": FORMAT_VERSION, **state}, temporary)
+    except (OSError, RuntimeError) as exc:  # of a full disk PyTorch says something of positions
+        raise TrainingError(
+            f"{path}: the checkpoint cannot be written ({str(exc).strip().splitlines()[0]}); the one before is whole. "
+            "Make room, then go on with --resume"
+        ) from exc
 
 
 def read_progress(path: Path, *, request: Mapping[str, Any]) -> dict[str, Any]:

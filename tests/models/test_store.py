@@ -1,4 +1,7 @@
 import json
+import os
+import resource
+import signal
 import subprocess
 import sys
 
@@ -154,3 +157,27 @@ def test_reading_a_header_loads_no_torch(saved):
 def test_model_without_policy_says_so_when_asked_for_probabilities(make_model):
     with pytest.raises(PolicyError, match="resnet8 has no policy network"):
         make_model("resnet8", has_policy=False).keep_probability(torch.zeros(1, 3, 32, 32))
+
+
+def test_model_goes_through_a_symbolic_link_and_into_no_device(random_model, tmp_path):
+    model = random_model("resnet8")
+    (tmp_path / "link").symlink_to(tmp_path / "model.safetensors")
+    save_model(model, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert load_model(tmp_path / "model.safetensors").spec == model.spec
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(CheckpointError, match=r"pipe is no regular file, and a MODEL needs one; choose another place"):
+        save_model(model, tmp_path / "pipe")
+
+
+def test_disk_that_is_full_is_named(random_model, tmp_path):
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be written: .*File too large"):
+            save_model(random_model("resnet8"), tmp_path / "model.safetensors")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, previous)
+    assert not list(tmp_path.iterdir())

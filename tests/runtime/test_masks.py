@@ -100,7 +100,9 @@ def test_share_that_is_none_is_refused_with_advice(tmp_path, share):
 
 
 def test_place_that_cannot_be_written_is_named(tmp_path):
-    with pytest.raises(BundleError, match=r"paths\.json cannot be written \(No such file or directory\); make room"):
+    with pytest.raises(
+        BundleError, match=r"paths\.json cannot be written \(No such file or directory\); clear the way"
+    ):
         write_masks(tmp_path / "absent", [], source="sample", policy="learned")
 
 
