@@ -170,6 +170,8 @@ def require_provider(device: str, provider: Provider) -> None:
             f"(it has {', '.join(ort.get_available_providers())}); "
             "install it with: pip uninstall onnxruntime; pip install onnxruntime-gpu"
         )
+    if error := driver_from_libcuda().error:  # of which the provider would speak in riddles
+        raise BackendError(f"device {device!r}: {error}. See `bdtool doctor`, or use --device cpu")
     if provider.name == TENSORRT:
         os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")  # read when its libraries load
     load_libraries(tensorrt=provider.name == TENSORRT)

@@ -51,6 +51,7 @@ class TensorRTBackend:
     ) -> None:
         if library.is_rtx:
             library.check_targets(options.sms)
+            _check_refit(options, driver)
         self._library = library
         self._options = options
         self._driver = driver
@@ -163,6 +164,16 @@ class TensorRTBackend:
                 raise EngineError(f"part {part.name!r}: its engine cannot be read back: {self._library.quoted()}")
             text: str = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
             return text
+
+
+def _check_refit(options: TensorRTOptions, driver: Driver) -> None:
+    """Raise BackendError where TensorRT-RTX would build part for part in vain: these two it compiles on a GPU."""
+    asked = [flag for flag, given in (("--refit", options.refit), ("--strip-weights", options.strip_weights)) if given]
+    if asked and not driver.usable:
+        raise BackendError(
+            f"{' and '.join(asked)}: TensorRT-RTX needs a GPU for it, and here there is none "
+            f"({driver.error or 'the driver lists no GPU'}). Leave it out, or build where there is one"
+        )
 
 
 def open_tensorrt(identity: BackendIdentity, device: str, options: TensorRTOptions) -> TensorRTBackend:

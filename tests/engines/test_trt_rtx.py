@@ -208,12 +208,13 @@ def test_garbage_is_refused_in_the_parsers_words(tiny_bundle):
         backend.build(tiny_bundle.network.part("head"), b"garbage", layout=CHANNELS_LAST)
 
 
-def test_stripped_weights_need_a_gpu_and_the_library_says_so(tiny_bundle):
-    """TensorRT-RTX 1.7 compiles refittable engines with the driver; without one the build fails, it must not crash."""
-    backend = open_backend(RTX, "cpu", tensorrt=TensorRTOptions(sms=(89,), strip_weights=True))
-    part = tiny_bundle.network.part("block_00")
-    with pytest.raises(EngineError, match=r"part 'block_00': tensorrt-rtx builds no engine of it: .*CUDA"):
-        backend.build(part, tiny_bundle.part_path(part).read_bytes(), layout=CHANNELS_LAST)
+@pytest.mark.parametrize("option", ["refit", "strip_weights"])
+def test_engines_whose_weights_change_need_a_gpu(monkeypatch, option):
+    """TensorRT-RTX 1.7 compiles them with the driver; without one each part would fail in words of its own."""
+    monkeypatch.setattr("engines.trt.driver_from_libcuda", lambda: Driver(installed=False, error="no driver"))
+    flag = option.replace("_", "-")
+    with pytest.raises(BackendError, match=rf"--{flag}: TensorRT-RTX needs a GPU for it, .* none \(no driver\)"):
+        open_backend(RTX, "cpu", tensorrt=TensorRTOptions(sms=(89,), **{option: True}))
 
 
 def test_unknown_architecture_lists_the_known_ones():
