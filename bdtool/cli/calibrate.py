@@ -154,7 +154,9 @@ def _failure(result: Calibrated) -> str:
 
 def _print(result: Calibrated) -> None:
     gates = result.gates
-    click.echo(f"{result.precision} from {result.n_images} images of {result.input_source}, policy {gates.policy}")
+    count = f"{result.n_images} of "
+    source = result.input_source.removeprefix(count)  # which a set that was drawn begins with
+    click.echo(f"{result.precision} from {count}{source}, policy {gates.policy}")
     for name, n_images in result.topped_up.items():
         click.echo(f"  {name}: too few images run it; {n_images} that do not were added for its ranges")
     worst = max(result.part_errors, key=lambda name: result.part_errors[name].share_of_bound, default=None)
@@ -170,7 +172,10 @@ def _print(result: Calibrated) -> None:
     if gates.accuracy is not None and gates.accuracy_fp32 is not None:
         figures = f"{percent(gates.accuracy, 2)}, fp32 {percent(gates.accuracy_fp32, 2)}"
         rows.append(["accuracy", _state(gates.ok), figures, f"-{gates.max_accuracy_drop:g} points"])
-    print_table(["gate", "", "measured", "allowed"], rows, title=f"{gates.n_images} images of {gates.input_source}")
+    title = f"{gates.n_images} images of {gates.input_source}"
+    if not gates.n_images:
+        title = "logits and accuracy were not measured"
+    print_table(["gate", "", "measured", "allowed"], rows, title=title)
     chosen = result.extra.get("chosen")
     if chosen is not None:
         blocks = [name for name in result.obtained if name.startswith("block")]

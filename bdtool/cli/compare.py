@@ -64,7 +64,12 @@ def _print_comparison(a: Path, b: Path, result: Comparison) -> None:
         print_table(["differs", "A", "B"], shown, title="What else is different")
     count = sum(map(len, result.regressions.values()))
     bound = f"more than {percent(result.max_slowdown)} slower and beyond the spread"
-    click.echo(f"\n{count} regressions ({bound})" if count else f"\nno regression ({bound})")
+    if count:
+        click.echo(f"\n{count} regressions ({bound})")
+    elif result.incomparable:
+        click.echo(f"\nno verdict: the profiles are not comparable ({', '.join(result.incomparable)})")
+    else:
+        click.echo(f"\nno regression ({bound})")
 
 
 def _number(value: float | None) -> str:

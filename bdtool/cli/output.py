@@ -61,7 +61,7 @@ def warn(message: str) -> None:
 @contextmanager
 def progress(description: str, total: float | None) -> Iterator[Callable[..., None]]:
     """Show a progress bar on stderr; the yielded function takes what was done since the last call (default 1)."""
-    if not sys.stderr.isatty():
+    if sys.stderr is None or not sys.stderr.isatty():  # a daemon may have closed it
         yield lambda advance=1, name="": None
         return
     from rich.console import Console

@@ -39,7 +39,7 @@ def print_profile(data: dict[str, Any]) -> None:
     if data["peak_memory_mib"] is not None:
         click.echo(f"\npeak memory: {data['peak_memory_mib']:.0f} MiB, {data['peak_memory_boundary']}")
     if data["recommendation"]:
-        _print_recommendation(data["recommendation"])
+        _print_recommendation(data["recommendation"], is_recorded=data["recommendation_recorded"])
 
 
 def _gpu_line(environment: dict[str, Any]) -> str:
@@ -174,12 +174,12 @@ def _print_sweep(sweep: dict[str, Any]) -> None:
     print_table(columns, rows, title="Throughput by batch, each batch in alternating rounds of its own")
 
 
-def _print_recommendation(recommendation: dict[str, Any]) -> None:
+def _print_recommendation(recommendation: dict[str, Any], *, is_recorded: bool) -> None:
     medians = ", ".join(f"{name} {ms:.3f} ms" for name, ms in recommendation["medians_ms"].items())
     click.echo(
         f"\nrecommended: {recommendation['strategy']} (medians at batch {recommendation['batch']}, "
-        f"{recommendation['threads']} threads, policy {recommendation['policy']}: {medians}); "
-        "strategy 'auto' now takes it with as many threads"
+        f"{recommendation['threads']} threads, policy {recommendation['policy']}: {medians})"
+        + ("; strategy 'auto' now takes it with as many threads" if is_recorded else "; it could not be recorded")
     )
 
 

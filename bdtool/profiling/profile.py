@@ -56,6 +56,7 @@ class Profile:
     graphs: dict[str, GraphChoice] = field(default_factory=dict)  # how strategies use CUDA graphs, on a GPU
     peak_memory_mib: float | None = None
     recommendation: Recommendation | None = None
+    is_recorded: bool = False  # so that strategy `auto` takes it
 
     @property
     def pass_note(self) -> str:
@@ -93,6 +94,7 @@ class Profile:
             "peak_memory_mib": self.peak_memory_mib,
             "peak_memory_boundary": MEMORY_NOTE,
             "recommendation": None if self.recommendation is None else asdict(self.recommendation),
+            "recommendation_recorded": self.is_recorded,
             "warnings": self.warnings,
             "environment": self.environment,
         }
@@ -253,12 +255,14 @@ def _recommended(result: Profile, bundle: Bundle, place: Place) -> Profile:
     if medians[recommendation.strategy] > medians[BASELINE]:
         measured = ", ".join(name for name in medians if name in CANDIDATES)
         warnings.append(f"none of {measured} is faster than `full` here; `auto` takes the fastest of them")
+    is_recorded = True
     try:
         write_recommendation(place.store(bundle).directory, recommendation)
     except OSError as exc:
+        is_recorded = False
         reason = exc.strerror or exc
         warnings.append(f"the recommendation could not be recorded ({reason}); strategy 'auto' does not know it")
-    return replace(result, recommendation=recommendation, warnings=warnings)
+    return replace(result, recommendation=recommendation, is_recorded=is_recorded, warnings=warnings)
 
 
 def _peak_memory_mib() -> float:

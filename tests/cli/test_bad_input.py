@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from engines.libcuda import Driver
 from export.files import sha256_of_file
 
 
@@ -377,6 +378,30 @@ def test_gpu_that_is_not_there_is_refused_never_replaced(bdtool, bundle_copy, pi
         assert "device 'cuda:0': this onnxruntime has no CUDA provider" in message
     assert digests(bundle_copy) == before
     assert not (bundle_copy / "engines").exists()
+
+
+def test_gpu_that_is_not_there_is_refused_in_our_own_words(bdtool, bundle_copy, monkeypatch):
+    nothing = Driver(installed=False, error="no NVIDIA driver (libcuda not found)")
+    monkeypatch.setattr("engines.onnxrt_providers.driver_from_libcuda", lambda: nothing)
+    message = bdtool("build", bundle_copy, "--device", "cuda:0", status=1).stderr
+    assert message.startswith("Error: device 'cuda:0': no NVIDIA driver (libcuda not found). See `bdtool doctor`")
+
+
+def test_model_is_not_written_into_a_device(bdtool, tiny, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    words = ("train", "finetune", tiny.path, "--data", "none.npz", "-o", tmp_path / "pipe")
+    assert "is a device or a pipe, and a MODEL needs a regular file" in bdtool(*words, status=2).stderr
+
+
+def test_means_that_are_not_of_pixels_from_0_to_1_are_refused(bdtool, tiny, tmp_path):
+    words = ("import", tiny.path, "--arch", "resnet20", "--mean", "125,120,110", "-o", tmp_path / "model.safetensors")
+    assert "each number must lie between 0 and 1" in bdtool(*words, status=2).stderr
+
+
+def test_closed_stderr_stops_nothing(bdtool_json, tiny, npz, monkeypatch):
+    """As of a daemon: `2>&-`."""
+    monkeypatch.setattr("bdtool.cli.output.sys.stderr", None)
+    assert bdtool_json("evaluate", tiny.bundle, "--data", npz)["n_images"] > 0
 
 
 def test_precision_that_the_bundle_lacks(bdtool, tiny, picture):

@@ -60,6 +60,7 @@ def test_other_machine_is_a_loud_warning(bdtool, write):
     assert "warning: NOT COMPARABLE" in result.stderr
     assert "differ in threads" in result.stderr
     assert "What else is different" in result.stdout
+    assert "no verdict: the profiles are not comparable (threads)" in result.stdout
 
 
 def test_foreign_file_is_wrong_usage(bdtool, write, tmp_path):

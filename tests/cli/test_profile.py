@@ -157,6 +157,8 @@ def test_auto_that_cannot_be_recorded_is_a_warning(fresh, bdtool, monkeypatch):
     result = bdtool("profile", fresh, "--strategy", "auto", *QUICK)
     assert "warning: the recommendation could not be recorded (Permission denied)" in result.stderr
     assert "recommended: " in result.stdout
+    assert "it could not be recorded" in result.stdout
+    assert "now takes it" not in result.stdout
 
 
 def test_text_shows_every_table(built, bdtool, npz):

@@ -71,7 +71,7 @@ def test_profile_measures_graph_modes_side_by_side(monkeypatch, tmp_path, bdtool
     assert list(modes.values()) == ["replay", "off", "if", "path-cache", "off"]
     split = profile["split"]["strategies"]
     assert {name: split[name]["device"]["compute_ms"]["median"] for name in ("graph@if", "graph@off")} == {
-        "graph@if": 10 + 6,  # one launch of policy, stem, three blocks or shortcuts, head
+        "graph@if": 10 + 5,  # one launch of policy beside stem, three blocks or shortcuts, head
         "graph@off": 6 * (10 + 1),
     }
     assert set(profile["latency_against_blocks"]) == set(names) - {"full@off"}
