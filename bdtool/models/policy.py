@@ -40,7 +40,8 @@ class PolicyNetwork(nn.Module):
         features = self.features(images)
         if self.hidden is not None:
             features = F.relu(self.hidden(features))
-        return torch.sigmoid(self.logit(features))
+        # under autocast the logit is bfloat16, in which every P(keep) above 0.998 is 1, and has no gradient
+        return torch.sigmoid(self.logit(features).float())
 
     def features(self, images: Tensor) -> Tensor:
         """Return what the trunk makes of the images, float32 [N, n_features]; arguments as for `forward`."""

@@ -77,6 +77,23 @@ def test_mean_gradient_of_a_policy_network_is_that_of_the_expected_reward(
     torch.testing.assert_close(total, expected, atol=1e-6, rtol=1e-4)
 
 
+def test_a_block_that_is_nearly_always_kept_can_still_be_unlearned_in_bfloat16(
+    random_model: Callable[..., BlockDropModel],
+) -> None:
+    policy = random_model("resnet8").policy
+    assert policy is not None
+    with torch.no_grad():
+        policy.logit.weight.zero_()
+        policy.logit.bias.fill_(8.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        probability = policy(torch.zeros(1, 3, 32, 32))
+    expected = torch.tensor(8.0, requires_grad=True)
+    torch.testing.assert_close(probability, torch.sigmoid(expected).detach().expand(1, 3))
+    [gradient] = torch.autograd.grad(probability.sum(), policy.logit.bias)
+    torch.sigmoid(expected).backward()
+    torch.testing.assert_close(gradient, expected.grad.expand(3), rtol=0.01, atol=0)  # bfloat16 has 8 bits
+
+
 def test_entropy_counts_the_learned_blocks_alone() -> None:
     bounded = torch.full((3, 4), 0.5)
     assert entropy(bounded, learned_blocks(4, 2)).item() == pytest.approx(2 * math.log(2))
