@@ -52,6 +52,7 @@ from bdtool.training.trainer import Epoch, Report, Trainer
 from bdtool.version import version
 from export.files import sha256_of_file
 
+_CHECKPOINT = ".checkpoint"
 _FIRST_LOGIT = 1.5  # of a new policy network: P(keep) = 0.82
 
 
@@ -60,7 +61,7 @@ class Place:
     """Where a run reads, writes and computes.
 
     Attributes:
-        output: the MODEL file to write; the checkpoint of the unfinished run lies beside it, with suffix .checkpoint.
+        output: the MODEL file to write; the checkpoint of the unfinished run lies beside it, as OUTPUT.checkpoint.
         val: labelled images to measure on after each epoch and at the end; None measures nothing.
         start: digest of the MODEL that the run starts from; a checkpoint of a run from another one is refused.
     """
@@ -76,9 +77,16 @@ class Place:
     on_epoch: Callable[[Epoch], None] = lambda epoch: None
     on_progress: Callable[[float, str], None] = lambda share, text: None
 
+    def __post_init__(self) -> None:
+        if self.output.name.lower().endswith(_CHECKPOINT):
+            raise UsageError(
+                f"output {self.output}: files that end in {_CHECKPOINT} hold unfinished runs; give the MODEL another "
+                f"name, for instance {Path(self.output.stem).with_suffix('.safetensors')}"
+            )
+
     @property
     def checkpoint(self) -> Path:
-        return self.output.with_suffix(".checkpoint")
+        return self.output.with_name(self.output.name + _CHECKPOINT)  # whole: net.v1 and net.v2 are two runs
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -126,6 +126,8 @@ def test_what_users_get_wrong_is_named(
         in bdtool("train", "curriculum", base, *output, "--seed", -1, status=2).stderr
     )
     assert "expected at most the 20 images" in bdtool("train", "curriculum", base, *output, status=1).stderr
+    unfinished = ("--data", npz, *_QUICK, "-o", tmp_path / "x.checkpoint")
+    assert "hold unfinished runs" in bdtool("train", "curriculum", base, *unfinished, status=2).stderr
     unlabelled = ("--data", picture.parent, "-o", tmp_path / "x.safetensors")
     assert "has no labels" in bdtool("train", "curriculum", base, *unlabelled, status=1).stderr
     assert not (tmp_path / "x.safetensors").exists()

@@ -86,7 +86,7 @@ def test_a_killed_process_loses_at_most_what_it_did_since_the_last_save(stripes:
     model = tmp_path / "model.safetensors"
     command = [sys.executable, "-m", "bdtool", "train", "pretrain", "--arch", "resnet8", "--data", str(stripes)]
     command += ["-o", str(model), "--epochs", "500", "--batch", "32", "--save-every", "0", "--threads", "1"]
-    checkpoint = tmp_path / "model.checkpoint"
+    checkpoint = tmp_path / "model.safetensors.checkpoint"
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 120
         while not checkpoint.exists() and time.monotonic() < deadline:
@@ -98,6 +98,18 @@ def test_a_killed_process_loses_at_most_what_it_did_since_the_last_save(stripes:
     assert refused.returncode == 2
     assert "holds an unfinished run: add --resume" in refused.stderr
     assert not model.exists()
+
+
+def test_models_that_differ_in_their_suffix_have_checkpoints_of_their_own(
+    place: Callable[..., Place], tmp_path: Path
+) -> None:
+    names = ("net", "net.v1", "net.v2", "net.safetensors")
+    assert len({place(output=tmp_path / name).checkpoint for name in names}) == len(names)
+
+
+def test_a_model_is_not_named_like_a_checkpoint(place: Callable[..., Place], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"files that end in .checkpoint hold unfinished runs; .* net.safetensors$"):
+        place(output=tmp_path / "net.safetensors.checkpoint")
 
 
 def test_checkpoint_of_other_options_is_refused_by_name(place: Callable[..., Place]) -> None:
