@@ -14,7 +14,7 @@ from torch import nn
 
 from bdtool.data.batches import ImageSource
 from bdtool.data.torchvision_sets import N_CLASSES
-from bdtool.errors import UsageError
+from bdtool.errors import PolicyError, UsageError
 from bdtool.evaluation import evaluate
 from bdtool.models.architectures import architecture
 from bdtool.models.checkpoint_formats import (
@@ -190,12 +190,19 @@ def finetune(start: BlockDropModel, options: FinetuneOptions, place: Place) -> T
     """Train base and policy network of `start` together, or its base alone under the heuristic `options.policy`.
 
     Raises:
-        PolicyError: the policy does not fit the model or the data, or is learned and `start` has no policy network.
+        PolicyError: the policy does not fit the model or the data, or is learned and `start` has no policy network; or
+            it gives each training image its own bits, which `place.val` cannot be measured with.
         UsageError: `freeze_policy` beside a heuristic.
     """
     request = parse_policy(options.policy, n_blocks=start.n_blocks, has_policy_network=start.policy is not None)
     if options.freeze_policy and not request.is_learned:
         raise UsageError(f"policy {request.name}: has no policy network to freeze; use freeze_policy with learned")
+    if request.n_rows is not None and place.val is not None:
+        raise PolicyError(
+            f"policy {request.name}: has a row for each training image, which says nothing of the images of --val "
+            f"({place.val.description}). Leave --val out, and measure by `bdtool evaluate` with rows for those images, "
+            f"or give one row [{start.n_blocks}] for all"
+        )
     model = start if request.is_learned else without_policy(start)
     if options.blocks:
         shift_policy(model, place.train, options.blocks)
