@@ -14,7 +14,7 @@ from torch import nn
 
 from bdtool.data.batches import ImageSource
 from bdtool.data.torchvision_sets import N_CLASSES
-from bdtool.errors import PolicyError, UsageError
+from bdtool.errors import DataError, PolicyError, UsageError
 from bdtool.evaluation import evaluate
 from bdtool.models.architectures import architecture
 from bdtool.models.checkpoint_formats import (
@@ -82,6 +82,12 @@ class Place:
             raise UsageError(
                 f"output {self.output}: files that end in {_CHECKPOINT} hold unfinished runs; give the MODEL another "
                 f"name, for instance {Path(self.output.stem).with_suffix('.safetensors')}"
+            )
+
+        if self.val is not None and not self.val.has_labels:  # class numbers are checked where it is opened
+            raise DataError(
+                f"{self.val.description} has no labels, by which to measure; give --val an .npz with y, or one folder "
+                "a class, or leave it out"
             )
 
     @property

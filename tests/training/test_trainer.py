@@ -179,6 +179,12 @@ def test_images_without_labels_are_refused(place: Callable[..., Place], tmp_path
         pretrain(spec, PretrainOptions(**_FAST), place(train=source))
 
 
+def test_images_to_measure_on_without_labels_are_refused_before_training(place: Callable[..., Place]) -> None:
+    unlabelled = dataclasses.replace(place().train, labels=None)
+    with pytest.raises(DataError, match="has no labels, by which to measure; give --val"):
+        place(val=unlabelled)
+
+
 @pytest.mark.parametrize("schedule", ["constant", "one-cycle", "cosine", "step"])
 def test_schedules_peak_at_one_and_never_rise_again(schedule: str) -> None:
     factors = [schedule_factor(schedule, 100)(step) for step in range(101)]
