@@ -23,6 +23,7 @@ from bdtool.training.passes import frozen_copy
 from bdtool.training.trainer import schedule_factor
 
 _BATCH = 250
+_LEAST_SPREAD = 1e-3  # of a feature, as a share of the mean spread
 OnProgress = Callable[[float, str], None]  # the share that is done, and a line of text
 
 
@@ -68,7 +69,9 @@ def fit_head(policy: PolicyNetwork, features: Tensor, targets: Tensor, options: 
         features: float32 [2, N, n_features], of the images and of the flipped images.
         targets: keep bits, float32 [N, K].
     """
-    mean, std = features.mean(dim=(0, 1)), features.std(dim=(0, 1)) + 1e-6
+    mean, std = features.mean(dim=(0, 1)), features.std(dim=(0, 1))
+    # a feature that hardly varies on these images says nothing; scaled up, it would decide on others
+    std[std <= _LEAST_SPREAD * std.mean()] = torch.inf
     features = (features - mean) / std  # as Adam's steps are alike for all weights; undone in `_unscale`
     first = policy.logit if policy.hidden is None else policy.hidden
     head = nn.Sequential(first) if first is policy.logit else nn.Sequential(first, nn.ReLU(), policy.logit)

@@ -13,6 +13,7 @@ from bdtool.errors import UsageError
 from bdtool.models.model import BlockDropModel
 from bdtool.models.policy import PolicyNetwork
 from bdtool.models.store import load_model
+from bdtool.training import nested
 from bdtool.training.distributed import Group
 from bdtool.training.imitation import fit_head
 from bdtool.training.nested import blocks_by_rank, nested_masks, path_losses
@@ -36,6 +37,35 @@ def test_the_block_missed_least_is_dropped_next(
             with torch.no_grad():
                 losses[k] = float(F.cross_entropy(model(images, keep.expand(12, -1)), labels))
         assert (larger & ~smaller).nonzero().item() == min(losses, key=lambda k: losses[k])
+
+
+def test_many_images_run_in_pieces(
+    random_model: Callable[..., BlockDropModel],
+    preprocessed: Callable[..., np.ndarray],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All the images that judge masks would take gigabytes of a network of ImageNet."""
+    model, seen = random_model("resnet8"), []
+    model.base.register_forward_pre_hook(lambda base, inputs: seen.append(len(inputs[0])))
+    images, labels = torch.from_numpy(preprocessed(model, 8)), torch.arange(8)
+    mask = torch.tensor([True, True, False])
+    whole = path_losses(model.base, images, labels, mask)
+    monkeypatch.setattr(nested, "_AT_ONCE", 3)
+    torch.testing.assert_close(path_losses(model.base, images, labels, mask), whole)
+    assert seen == [8, 3, 3, 2]
+
+
+@pytest.mark.parametrize("n_hidden", [0, 16])
+def test_a_feature_that_never_varied_decides_nothing(n_hidden: int) -> None:
+    """As of a channel that fires on none of the training images."""
+    features = torch.randn(2, 400, 64, generator=torch.Generator().manual_seed(0))
+    features[..., 5] = 0
+    targets = (features[0, :, :2] > 0).float()
+    policy = PolicyNetwork("cifar", n_blocks=2, n_hidden=n_hidden)
+    fit_head(policy, features, targets, ImitateOptions(epochs=5, batch=100, hidden=n_hidden))
+    first = policy.logit if policy.hidden is None else policy.hidden
+    assert first.weight[:, 5].abs().max() == 0
+    assert 0 < first.weight.abs().max() < 100
 
 
 def test_losses_are_those_of_each_image_alone(
