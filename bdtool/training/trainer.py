@@ -112,6 +112,7 @@ class Trainer:
         self.n_steps = max(1, round(options.epochs * self._steps_per_epoch))
         self.step = 0
         self.epochs: list[Epoch] = []
+        self._note = ""  # what the last step had to show
         self._sums = torch.zeros(5, dtype=torch.float64)  # loss, correct, blocks, reward, seconds of this epoch's steps
         self._optimizers = task.optimizers()
         factor = schedule_factor(options.schedule, self.n_steps)
@@ -128,18 +129,21 @@ class Trainer:
             TrainingError: the loss became NaN or infinite; the checkpoint holds the state before that.
             Interrupted: SIGINT or SIGTERM came; the step in hand was finished and saved.
         """
+        if len(self.epochs) < self._n_epochs_trained():
+            self._finish_epoch()  # the checkpoint is of a run that broke off while it measured
         saved = time.monotonic()
         with _stop_requested() as stop, ThreadPoolExecutor(max_workers=1) as ahead:
             following = ahead.submit(self._batch, self.step)
             while self.step < self.n_steps:
                 batch = following.result()
                 following = ahead.submit(self._batch, self.step + 1)  # read while this step computes
-                note = self._train_step(batch)
-                ends_epoch = self.step % self._steps_per_epoch == 0 or self.step == self.n_steps
-                if ends_epoch:
-                    self._finish_epoch(note)
+                self._train_step(batch)
+                if len(self.epochs) < self._n_epochs_trained():
+                    self._save()  # before measuring, which may fail
+                    saved = time.monotonic()
+                    self._finish_epoch()
                 stopping = self._anyone(stop.is_set())
-                if ends_epoch or stopping or time.monotonic() - saved > self._save_every_s:
+                if stopping or time.monotonic() - saved > self._save_every_s:
                     self._save()
                     saved = time.monotonic()
                 if stopping and self.step < self.n_steps:
@@ -148,9 +152,9 @@ class Trainer:
                     )
         return self.epochs
 
-    def _train_step(self, batch: _Batch) -> str:
+    def _train_step(self, batch: _Batch) -> None:
         start = time.perf_counter()
-        note = self._task.begin_step(
+        self._note = self._task.begin_step(
             Step(self.step, self._steps_per_epoch, batch.index, rank=self._group.rank, n_ranks=self._group.size)
         )
         outcome: Outcome = self._module(batch.images, batch.labels, batch.uniforms)
@@ -170,8 +174,7 @@ class Trainer:
         self._sums[:4] += means
         self._sums[4] += time.perf_counter() - start
         if self._group.is_first:
-            self._on_step(self._report(note))
-        return note
+            self._on_step(self._report())
 
     def _batch(self, step: int) -> _Batch:
         mine = slice(self._group.rank, None, self._group.size)
@@ -192,7 +195,12 @@ class Trainer:
     def _steps_of_epoch(self) -> int:
         return (self.step - 1) % self._steps_per_epoch + 1
 
-    def _report(self, note: str) -> Report:
+    def _n_epochs_trained(self) -> int:
+        """Return how many epochs are over, the last one maybe a part of one; `epochs` has those that are measured."""
+        whole, rest = divmod(self.step, self._steps_per_epoch)
+        return whole + (rest > 0 and self.step == self.n_steps)
+
+    def _report(self) -> Report:
         loss, accuracy, blocks, reward, _ = (self._sums / self._steps_of_epoch()).tolist()
         return Report(
             step=self.step,
@@ -201,12 +209,12 @@ class Trainer:
             accuracy=accuracy,
             blocks_mean=blocks,
             reward=reward,
-            note=note,
+            note=self._note,
         )
 
-    def _finish_epoch(self, note: str) -> None:
+    def _finish_epoch(self) -> None:
         validation = dict(self._validate()) if self._group.is_first else {}
-        report = asdict(self._report(note))
+        report = asdict(self._report())
         epoch = Epoch(
             epoch=len(self.epochs) + 1,
             seconds=float(self._sums[4]),
@@ -234,6 +242,7 @@ class Trainer:
                 "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
                 "schedulers": [scheduler.state_dict() for scheduler in self._schedulers],
                 "sums": self._sums,
+                "note": self._note,
                 "epochs": [asdict(epoch) for epoch in self.epochs],
             },
         )
@@ -245,7 +254,7 @@ class Trainer:
         for scheduler, saved in zip(self._schedulers, state["schedulers"], strict=True):
             scheduler.load_state_dict(saved)
         self.step = state["step"]
-        self._sums = state["sums"].clone()
+        self._sums, self._note = state["sums"].clone(), state.get("note", "")
         self.epochs = [Epoch(**epoch) for epoch in state["epochs"]]
 
 

@@ -1,6 +1,7 @@
 """Long jobs: killed, interrupted, diverging, and gone on with."""
 
 import dataclasses
+import itertools
 import os
 import shutil
 import signal
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from bdtool.data.batches import ImageSource
 from bdtool.data.sources import open_data
 from bdtool.errors import DataError, TrainingError, UsageError
 from bdtool.models.model import BlockDropModel, ModelSpec
@@ -68,6 +70,41 @@ def test_run_after_a_kill_ends_like_an_unbroken_one(
     assert [(e.loss, e.accuracy, e.blocks_mean, e.reward) for e in broken.epochs] == [
         (e.loss, e.accuracy, e.blocks_mean, e.reward) for e in unbroken.epochs
     ]
+
+
+@pytest.mark.parametrize("n_measured", [0, 1])
+def test_an_epoch_that_could_not_be_measured_is_not_lost(n_measured: int, place: Callable[..., Place]) -> None:
+    options = PretrainOptions(**_FAST)
+    unbroken = pretrain(_spec(), options, place("unbroken"))
+    measured: list[int] = []
+    failing = dataclasses.replace(place().val, image_at=failing_image(place().val, after=n_measured * 256))
+    with pytest.raises(DataError, match="a damaged picture"):
+        pretrain(_spec(), options, place(val=failing, on_epoch=lambda epoch: measured.append(epoch.epoch)))
+    steps: list[int] = []
+    again = place(
+        resume=True,
+        on_step=lambda report: steps.append(report.step),
+        on_epoch=lambda epoch: measured.append(epoch.epoch),
+    )
+    broken = pretrain(_spec(), options, again)
+    assert steps == list(range(9, 13))[n_measured * 4 :], "no step was done twice"
+    assert measured == [1, 2]
+    assert [dataclasses.replace(epoch, seconds=0) for epoch in broken.epochs] == [
+        dataclasses.replace(epoch, seconds=0) for epoch in unbroken.epochs
+    ]
+    assert again.output.read_bytes() == place("unbroken").output.read_bytes()
+
+
+def failing_image(source: ImageSource, *, after: int) -> Callable[[int], np.ndarray]:
+    """Return an `image_at` that gives so many images, and no more."""
+    given = itertools.count()
+
+    def image_at(index: int) -> np.ndarray:
+        if next(given) >= after:
+            raise DataError("a damaged picture")
+        return source.image_at(index)
+
+    return image_at
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
