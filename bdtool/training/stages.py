@@ -168,13 +168,15 @@ def imitate(
 ) -> Trained:
     """Train a policy network for the base of `start` to give harder images more blocks: `bdtool.training.imitation`.
 
-    It takes minutes, so it is not resumed: an unfinished run leaves nothing behind.
+    It takes minutes, so it is not resumed: an unfinished run leaves nothing behind. Its MODEL is saved before it is
+    measured, and again with the figures.
 
     Args:
         trunk: as for `curriculum`.
 
     Raises:
         UsageError: `trunk` does not fit, the model has not so many blocks, or several processes were started.
+        DataError: images cannot be read; if those are of `place.val`, the MODEL is there, without figures.
     """
     if place.group.size > 1:
         raise UsageError(f"imitate: got {place.group.size} processes, expected one; start it without torchrun")
@@ -184,12 +186,31 @@ def imitate(
     model.to(device=place.group.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     images = training_images(place.train, model.spec.preprocessing, device=torch.device("cpu"), limit=options.limit)
     masks = imitate_losses(model, place.train, options, on_progress=place.on_progress)
-    figures = _measure(model, options, place.val)
-    finished = _finished(model, "imitate", options, images.facts, place.val, figures)
     bits = {str(int(mask.sum())): bits_of(mask.numpy()) for mask in masks}
-    finished.spec = dataclasses.replace(finished.spec, provenance={**finished.spec.provenance, "masks": bits})
-    save_model(finished, place.output)
+
+    def save(val: ImageSource | None, figures: Mapping[str, float]) -> BlockDropModel:
+        finished = _finished(model, "imitate", options, images.facts, val, figures)
+        finished.spec = dataclasses.replace(finished.spec, provenance={**finished.spec.provenance, "masks": bits})
+        save_model(finished, place.output)
+        return finished
+
+    finished, figures = save(None, {}), {}
+    if place.val is not None:
+        figures = _measured_after_saving(model, options, place.val, place.output)
+        finished = save(place.val, figures)
     return Trained(model=finished, figures=figures, epochs=[])
+
+
+def _measured_after_saving(
+    model: BlockDropModel, options: StageOptions, val: ImageSource, output: Path
+) -> dict[str, float]:
+    try:
+        return _measure(model, options, val)
+    except DataError as exc:
+        raise DataError(
+            f"{exc}. The MODEL is trained and saved all the same, without figures: measure it with "
+            f"`bdtool evaluate {output}` on images that can be read"
+        ) from exc
 
 
 def finetune(start: BlockDropModel, options: FinetuneOptions, place: Place) -> Trained:

@@ -1,6 +1,7 @@
 """A policy network that gives harder images more blocks, from what the base's own losses show."""
 
 import copy
+import dataclasses
 import itertools
 from collections.abc import Callable
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bdtool.errors import UsageError
+from bdtool.errors import DataError, UsageError
 from bdtool.models.model import BlockDropModel
 from bdtool.models.policy import PolicyNetwork
 from bdtool.models.store import load_model
@@ -134,6 +135,21 @@ def test_a_policy_without_hidden_layer_is_fitted_too(
     trained = imitate(random_model("resnet8", has_policy=False), options, place())
     assert trained.model.spec.policy_hidden == 0
     assert trained.model.spec.provenance["data"]["n_images"] == 128
+
+
+def test_images_that_cannot_be_measured_on_leave_the_model(
+    random_model: Callable[..., BlockDropModel], place: Callable[..., Place]
+) -> None:
+    def image_at(index: int) -> np.ndarray:
+        raise DataError("a damaged picture")
+
+    where = place(val=dataclasses.replace(place().train, image_at=image_at))
+    options = ImitateOptions(epochs=1, batch=64, fewest=1, most=3, judges=32, limit=64)
+    with pytest.raises(DataError, match=r"a damaged picture. The MODEL is trained and saved .*model.safetensors"):
+        imitate(random_model("resnet8", has_policy=False), options, where)
+    provenance = load_model(where.output).spec.provenance
+    assert "masks" in provenance
+    assert "figures" not in provenance
 
 
 @pytest.mark.parametrize(("fewest", "most"), [(3, 2), (1, 4)])
