@@ -64,7 +64,7 @@ class CalibrationSet:
 
     def some(self, rows: np.ndarray) -> PathBatch:
         """Return the images of these numbers, int [n], as one batch of their own."""
-        images = np.stack([self.images.image_at(int(row)) for row in rows])
+        images = self.images.images_at(rows.tolist())
         return PathBatch(first=0, images=preprocess(images, self.preprocessing), keep=self.keep[rows])
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import pickle
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -308,3 +310,18 @@ def test_imagenet_with_missing_classes_is_refused(tmp_path: Path) -> None:
 def test_torchvision_is_not_loaded_for_other_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchvision", None)  # importing it now fails
     assert open_data(npz(tmp_path, x=X), network=NETWORK).n_images == 5
+
+
+def test_files_are_decoded_side_by_side_and_stay_in_order(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1})
+    both = threading.Barrier(2, timeout=60)  # passed only by two threads at the same time
+
+    def image_at(index: int) -> np.ndarray:
+        both.wait()
+        return X[index]
+
+    files = ImageSource(
+        description="files", is_real=True, names="abcd", labels=None, image_at=image_at, picture_at=image_at
+    )
+    np.testing.assert_array_equal(files.images_at([2, 0, 1, 3]), X[[2, 0, 1, 3]])
+    np.testing.assert_array_equal(all_images(files, 4), X[:4])
