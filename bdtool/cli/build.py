@@ -151,6 +151,11 @@ class _MaskOptions:
             raise click.UsageError("--paths and --coverage count masks on images: give them with --data")
         if self.paths is not None and self.coverage is not None:
             raise click.UsageError("--paths and --coverage both say how many masks to note; give one of them")
+        given = [name for name in ("data", "policy", "limit", "resize") if getattr(self, name)]
+        if given and not self.wanted:
+            raise click.UsageError(
+                f"--{given[0]} is for counting masks: give --paths or --coverage, too, or leave it out"
+            )
 
     @property
     def wanted(self) -> bool:

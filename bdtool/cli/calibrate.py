@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from click.core import ParameterSource
 
 from bdtool.cli.options import BUNDLE, FiniteRange, data_option, json_option, policy_option, resize_option
 from bdtool.cli.output import emit, percent, print_table, progress, warn
@@ -111,6 +112,7 @@ def calibrate_cmd(
     from bdtool.data.sources import open_data
     from export.bundle import Bundle
 
+    _refuse_idle_percentile(method)
     opened = Bundle.open(bundle)
     images = open_data(data, network=opened.network, resize=resize, split="train" if split == "train" else "test")
     judged = open_data(evaluation or data, network=opened.network, resize=resize)
@@ -150,6 +152,13 @@ def _failure(result: Calibrated) -> str:
         f"{result.precision} loses {result.gates.accuracy_drop:.2f} percentage points of accuracy, allowed is "
         f"{result.gates.max_accuracy_drop:g}. Try --precision mixed, another --method, or more images (--limit)"
     )
+
+
+def _refuse_idle_percentile(method: str) -> None:
+    """Refuse what somebody asked for and would not get."""
+    source = click.get_current_context().get_parameter_source("percentile")
+    if source == ParameterSource.COMMANDLINE and method != "percentile":
+        raise click.UsageError("--percentile is for --method percentile: give that, too, or leave it out")
 
 
 def _print(result: Calibrated) -> None:

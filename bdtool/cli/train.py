@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from bdtool.training.stages import Place, Trained
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
+_COUNTS = ("batch", "judges", "stage_blocks")  # of at least 1
 _CHOICES = {
     "schedule": ["constant", "one-cycle", "cosine", "step"],
     "amp": ["auto", "bf16", "off"],
@@ -109,6 +110,8 @@ def _option_from_field(field: dataclasses.Field[Any], help_text: str) -> Callabl
         return click.option(name, is_flag=True, default=default, help=help_text)
     if default is None:
         return click.option(name, type=click.IntRange(min=1), help=help_text)
+    if field.name in _COUNTS:
+        return click.option(name, type=click.IntRange(min=1), default=default, show_default=True, help=help_text)
     # a floor of 0 for all; what must lie above it, or below something, the dataclass refuses by name
     is_float = isinstance(default, float) or field.type == "float"
     number: Any = FiniteRange(min=0) if is_float else click.IntRange(min=0) if isinstance(default, int) else str

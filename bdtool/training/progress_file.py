@@ -46,13 +46,22 @@ def read_progress(path: Path, *, request: Mapping[str, Any]) -> dict[str, Any]:
         raise TrainingError(
             f"{path} has format_version {version}, this bdtool reads up to {FORMAT_VERSION}; upgrade bdtool"
         )
+    before, now = _flat(previous), _flat(request)
     if differing := [
-        f"{name} was {previous.get(name)!r}, is {request.get(name)!r}"
-        for name in sorted({*previous, *request})
-        if previous.get(name) != request.get(name)
+        f"{name} was {before.get(name)!r}, is {now.get(name)!r}"
+        for name in sorted({*before, *now})
+        if before.get(name) != now.get(name)
     ]:
         raise TrainingError(
             f"{path} belongs to a run that was asked for otherwise ({'; '.join(differing)}); "
             "use the same options, or remove it to start anew"
         )
     return state
+
+
+def _flat(request: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a run was asked for with its options one by one, so that a difference can be named."""
+    flat: dict[str, Any] = {}
+    for name, value in request.items():
+        flat |= value if isinstance(value, Mapping) else {name: value}
+    return flat

@@ -398,6 +398,19 @@ def test_means_that_are_not_of_pixels_from_0_to_1_are_refused(bdtool, tiny, tmp_
     assert "each number must lie between 0 and 1" in bdtool(*words, status=2).stderr
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("build", "--data", "x.npz"), "--data is for counting masks: give --paths or --coverage, too"),
+        (("build", "--limit", "5"), "--limit is for counting masks"),
+        (("calibrate", "--data", "x.npz", "--percentile", "99"), "--percentile is for --method percentile"),
+    ],
+)
+def test_option_that_would_do_nothing_is_refused(bdtool, tiny, words, message):
+    command, *others = words
+    assert message in bdtool(command, tiny.bundle, *others, status=2).stderr
+
+
 def test_closed_stderr_stops_nothing(bdtool_json, tiny, npz, monkeypatch):
     """As of a daemon: `2>&-`."""
     monkeypatch.setattr("bdtool.cli.output.sys.stderr", None)

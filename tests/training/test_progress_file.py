@@ -30,3 +30,9 @@ def test_full_disk_leaves_the_checkpoint_before(tmp_path, small_files):
         write_progress(path, {"request": request, "step": 2, "weights": torch.zeros(100_000)})
     assert read_progress(path, request=request)["step"] == 1
     assert [file.name for file in tmp_path.iterdir()] == ["m.checkpoint"]
+
+
+def test_option_that_differs_is_named_alone(tmp_path):
+    write_progress(tmp_path / "m.checkpoint", {"request": {"arch": "resnet8", "options": {"lr": 0.1, "seed": 0}}})
+    with pytest.raises(TrainingError, match=r"otherwise \(lr was 0\.1, is 0\.2\); use the same"):
+        read_progress(tmp_path / "m.checkpoint", request={"arch": "resnet8", "options": {"lr": 0.2, "seed": 0}})
