@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ from bdtool.training.paths import deployed_paths, heuristic_paths
 from bdtool.training.tasks import CurriculumTask, FinetuneTask, Paths, PretrainTask, Task
 from bdtool.training.trainer import Epoch, Report, Trainer
 from bdtool.version import version
-from export.files import sha256_of_file
+from export.files import exclusive_lock, sha256_of_file
 
 _CHECKPOINT = ".checkpoint"
 _FIRST_LOGIT = 1.5  # of a new policy network: P(keep) = 0.82
@@ -62,6 +63,7 @@ class Place:
 
     Attributes:
         output: the MODEL file to write; the checkpoint of the unfinished run lies beside it, as OUTPUT.checkpoint.
+            While a run is at work others into the same output are refused, by the lock file .OUTPUT.lock.
         val: labelled images to measure on after each epoch and at the end; None measures nothing.
         start: digest of the MODEL that the run starts from; a checkpoint of a run from another one is refused.
     """
@@ -141,8 +143,9 @@ def base_spec(
 
 def pretrain(spec: ModelSpec, options: PretrainOptions, place: Place) -> Trained:
     """Train a base network from random weights; `spec` says which, without a policy network."""
-    model = build_model(dataclasses.replace(spec, has_policy=False), seed=options.seed)
-    return _train(model, "pretrain", options, place, lambda m, amp: PretrainTask(m, options, amp=amp))
+    with _reserved(place):
+        model = build_model(dataclasses.replace(spec, has_policy=False), seed=options.seed)
+        return _train(model, "pretrain", options, place, lambda m, amp: PretrainTask(m, options, amp=amp))
 
 
 def curriculum(
@@ -157,10 +160,11 @@ def curriculum(
     Raises:
         UsageError: `trunk` has another architecture or shortcut than the policy network.
     """
-    model = with_policy(start, seed=options.seed)
-    if trunk is not None:
-        start_from_trunk(model, trunk)
-    return _train(model, "curriculum", options, place, lambda m, amp: CurriculumTask(m, options, amp=amp))
+    with _reserved(place):
+        model = with_policy(start, seed=options.seed)
+        if trunk is not None:
+            start_from_trunk(model, trunk)
+        return _train(model, "curriculum", options, place, lambda m, amp: CurriculumTask(m, options, amp=amp))
 
 
 def imitate(
@@ -180,6 +184,11 @@ def imitate(
     """
     if place.group.size > 1:
         raise UsageError(f"imitate: got {place.group.size} processes, expected one; start it without torchrun")
+    with _reserved(place):
+        return _imitate(start, options, place, trunk)
+
+
+def _imitate(start: BlockDropModel, options: ImitateOptions, place: Place, trunk: BlockDropModel | None) -> Trained:
     model = with_policy(start, seed=options.seed, n_hidden=options.hidden)
     if trunk is not None:
         start_from_trunk(model, trunk)
@@ -230,11 +239,12 @@ def finetune(start: BlockDropModel, options: FinetuneOptions, place: Place) -> T
             f"({place.val.description}). Leave --val out, and measure by `bdtool evaluate` with rows for those images, "
             f"or give one row [{start.n_blocks}] for all"
         )
-    model = start if request.is_learned else without_policy(start)
-    if options.blocks:
-        shift_policy(model, place.train, options.blocks)
-    paths = _fixed_paths(model, request, options, place)
-    return _train(model, "finetune", options, place, lambda m, amp: FinetuneTask(m, options, paths, amp=amp))
+    with _reserved(place):
+        model = start if request.is_learned else without_policy(start)
+        if options.blocks:
+            shift_policy(model, place.train, options.blocks)
+        paths = _fixed_paths(model, request, options, place)
+        return _train(model, "finetune", options, place, lambda m, amp: FinetuneTask(m, options, paths, amp=amp))
 
 
 def _fixed_paths(model: BlockDropModel, request: PolicyRequest, options: FinetuneOptions, place: Place) -> Paths | None:
@@ -295,6 +305,22 @@ def computes_in_bfloat16(amp: Amp, device: torch.device) -> bool:
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return torch.cpu._is_amx_tile_supported()
+
+
+@contextmanager
+def _reserved(place: Place) -> Iterator[None]:
+    """Keep other runs from the same output, as each would overwrite the other's MODEL and checkpoint.
+
+    The first process of a group holds the lock for all. Its file stays: to remove it would let a third run in.
+
+    Raises:
+        BundleError: another run is at work.
+    """
+    with ExitStack() as held:
+        if place.group.is_first:
+            lock = place.output.with_name(f".{place.output.name}.lock")
+            held.enter_context(exclusive_lock(lock, purpose=f"training into {place.output}"))
+        yield
 
 
 def _train(

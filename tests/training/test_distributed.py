@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from bdtool.models.store import load_model
+from export.files import exclusive_lock
 
 _GRADIENTS = '''
 """Writes the gradient of one batch's policy loss; alone, or as one of several processes."""
@@ -87,3 +88,16 @@ def test_torchrun_trains_every_stage(stripes: Path, tmp_path: Path) -> None:
     assert trained.spec.provenance["created_by"] == "bdtool train finetune"
     assert trained.spec.provenance["start"]["created_by"] == "bdtool train curriculum"
     assert trained.spec.provenance["figures"]["n_images"] == 256
+
+
+@pytest.mark.slow
+def test_torchrun_ends_where_another_run_is_at_work(stripes: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model.safetensors"
+    words = ["pretrain", "--arch", "resnet8", "--data", stripes, "--batch", 32, "--threads", 1, "-o", model]
+    with (
+        exclusive_lock(tmp_path / ".model.safetensors.lock", purpose="the other run"),
+        pytest.raises(subprocess.CalledProcessError) as refused,
+    ):
+        run("-m", "bdtool", "train", *words, processes=2)
+    assert f"training into {model} is already running in another process" in refused.value.stderr
+    assert not model.exists()

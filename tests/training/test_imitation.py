@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bdtool.errors import DataError, UsageError
+from bdtool.errors import BundleError, DataError, UsageError
 from bdtool.models.model import BlockDropModel
 from bdtool.models.policy import PolicyNetwork
 from bdtool.models.store import load_model
@@ -135,6 +135,16 @@ def test_a_policy_without_hidden_layer_is_fitted_too(
     trained = imitate(random_model("resnet8", has_policy=False), options, place())
     assert trained.model.spec.policy_hidden == 0
     assert trained.model.spec.provenance["data"]["n_images"] == 128
+
+
+def test_a_second_run_into_the_same_model_is_refused_while_one_is_at_work(
+    random_model: Callable[..., BlockDropModel], place: Callable[..., Place]
+) -> None:
+    start, options = random_model("resnet8"), ImitateOptions(epochs=1, fewest=1, most=3, judges=32, limit=64)
+    where = place(on_progress=lambda share, text: imitate(start, options, place()))
+    with pytest.raises(BundleError, match=r"training into .*model.safetensors is already running in another process"):
+        imitate(start, options, where)
+    assert not where.output.exists()
 
 
 def test_images_that_cannot_be_measured_on_leave_the_model(

@@ -17,7 +17,7 @@ import torch
 
 from bdtool.data.batches import ImageSource
 from bdtool.data.sources import open_data
-from bdtool.errors import DataError, TrainingError, UsageError
+from bdtool.errors import BundleError, DataError, TrainingError, UsageError
 from bdtool.models.model import BlockDropModel, ModelSpec
 from bdtool.models.parts import network_spec
 from bdtool.models.state import meta_model
@@ -147,6 +147,17 @@ def test_models_that_differ_in_their_suffix_have_checkpoints_of_their_own(
 def test_a_model_is_not_named_like_a_checkpoint(place: Callable[..., Place], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"files that end in .checkpoint hold unfinished runs; .* net.safetensors$"):
         place(output=tmp_path / "net.safetensors.checkpoint")
+
+
+@pytest.mark.parametrize("second", STAGES)
+def test_a_second_run_into_the_same_model_is_refused_while_one_is_at_work(
+    second: str, place: Callable[..., Place], random_model: Callable[..., BlockDropModel]
+) -> None:
+    asked = place(on_step=stop_at(_BREAK_AT, lambda: STAGES[second](random_model("resnet8"), place(resume=True))))
+    with pytest.raises(BundleError, match=r"training into .*model.safetensors is already running in another process"):
+        pretrain(_spec(), PretrainOptions(**_FAST), asked)
+    assert not asked.output.exists()
+    pretrain(_spec(), PretrainOptions(**_FAST), place())
 
 
 def test_checkpoint_of_other_options_is_refused_by_name(place: Callable[..., Place]) -> None:
