@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from bdtool.models.model import BlockDropModel
     from bdtool.models.model_spec import ModelSpec
     from bdtool.specs import NetworkSpec
-    from bdtool.training.stages import Place, Trained
+    from bdtool.training.place import Place
+    from bdtool.training.stages import Trained
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 _COUNTS = ("batch", "judges", "stage_blocks")  # of at least 1
@@ -285,7 +286,7 @@ def _options_from(kind: type[_Options], given: dict[str, Any]) -> _Options:
 def _run(given: dict[str, Any], spec: ModelSpec, start: str, stage: Callable[[Place], Trained]) -> None:
     """Open the data, train, and print what came out; under torchrun the first process alone speaks."""
     from bdtool.training.distributed import open_group
-    from bdtool.training.stages import Place
+    from bdtool.training.place import Place
 
     network = _network(spec)
     device = _device(given["device"])

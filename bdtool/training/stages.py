@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import platform
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,7 @@ from bdtool.models.store import save_model
 from bdtool.runtime.policies import PolicyRequest, bits_of, parse_policy
 from bdtool.torch_classifier import TorchClassifier
 from bdtool.training.budget import shift_policy
-from bdtool.training.distributed import Group, synchronize_batch_norms
+from bdtool.training.distributed import synchronize_batch_norms
 from bdtool.training.images import data_name, training_images
 from bdtool.training.imitation import imitate_losses
 from bdtool.training.options import (
@@ -48,53 +47,13 @@ from bdtool.training.options import (
     TrainOptions,
 )
 from bdtool.training.paths import deployed_paths, heuristic_paths
+from bdtool.training.place import Place
 from bdtool.training.tasks import CurriculumTask, FinetuneTask, Paths, PretrainTask, Task
-from bdtool.training.trainer import Epoch, Report, Trainer
+from bdtool.training.trainer import Epoch, Trainer
 from bdtool.version import version
-from export.files import exclusive_lock, sha256_of_file
+from export.files import sha256_of_file
 
-_CHECKPOINT = ".checkpoint"
 _FIRST_LOGIT = 1.5  # of a new policy network: P(keep) = 0.82
-
-
-@dataclass(frozen=True, kw_only=True)
-class Place:
-    """Where a run reads, writes and computes.
-
-    Attributes:
-        output: the MODEL file to write; the checkpoint of the unfinished run lies beside it, as OUTPUT.checkpoint.
-            While a run is at work others into the same output are refused, by the lock file .OUTPUT.lock.
-        val: labelled images to measure on after each epoch and at the end; None measures nothing.
-        start: digest of the MODEL that the run starts from; a checkpoint of a run from another one is refused.
-    """
-
-    train: ImageSource
-    val: ImageSource | None
-    output: Path
-    group: Group
-    resume: bool = False
-    start: str = ""
-    save_every_s: float = 120
-    on_step: Callable[[Report], None] = lambda report: None
-    on_epoch: Callable[[Epoch], None] = lambda epoch: None
-    on_progress: Callable[[float, str], None] = lambda share, text: None
-
-    def __post_init__(self) -> None:
-        if self.output.name.lower().endswith(_CHECKPOINT):
-            raise UsageError(
-                f"output {self.output}: files that end in {_CHECKPOINT} hold unfinished runs; give the MODEL another "
-                f"name, for instance {Path(self.output.stem).with_suffix('.safetensors')}"
-            )
-
-        if self.val is not None and not self.val.has_labels:  # class numbers are checked where it is opened
-            raise DataError(
-                f"{self.val.description} has no labels, by which to measure; give --val an .npz with y, or one folder "
-                "a class, or leave it out"
-            )
-
-    @property
-    def checkpoint(self) -> Path:
-        return self.output.with_name(self.output.name + _CHECKPOINT)  # whole: net.v1 and net.v2 are two runs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +102,7 @@ def base_spec(
 
 def pretrain(spec: ModelSpec, options: PretrainOptions, place: Place) -> Trained:
     """Train a base network from random weights; `spec` says which, without a policy network."""
-    with _reserved(place):
+    with place.reserved():
         model = build_model(dataclasses.replace(spec, has_policy=False), seed=options.seed)
         return _train(model, "pretrain", options, place, lambda m, amp: PretrainTask(m, options, amp=amp))
 
@@ -160,7 +119,7 @@ def curriculum(
     Raises:
         UsageError: `trunk` has another architecture or shortcut than the policy network.
     """
-    with _reserved(place):
+    with place.reserved():
         model = with_policy(start, seed=options.seed)
         if trunk is not None:
             start_from_trunk(model, trunk)
@@ -184,7 +143,7 @@ def imitate(
     """
     if place.group.size > 1:
         raise UsageError(f"imitate: got {place.group.size} processes, expected one; start it without torchrun")
-    with _reserved(place):
+    with place.reserved():
         return _imitate(start, options, place, trunk)
 
 
@@ -239,7 +198,7 @@ def finetune(start: BlockDropModel, options: FinetuneOptions, place: Place) -> T
             f"({place.val.description}). Leave --val out, and measure by `bdtool evaluate` with rows for those images, "
             f"or give one row [{start.n_blocks}] for all"
         )
-    with _reserved(place):
+    with place.reserved():
         model = start if request.is_learned else without_policy(start)
         if options.blocks:
             shift_policy(model, place.train, options.blocks)
@@ -305,22 +264,6 @@ def computes_in_bfloat16(amp: Amp, device: torch.device) -> bool:
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return torch.cpu._is_amx_tile_supported()
-
-
-@contextmanager
-def _reserved(place: Place) -> Iterator[None]:
-    """Keep other runs from the same output, as each would overwrite the other's MODEL and checkpoint.
-
-    The first process of a group holds the lock for all. Its file stays: to remove it would let a third run in.
-
-    Raises:
-        BundleError: another run is at work.
-    """
-    with ExitStack() as held:
-        if place.group.is_first:
-            lock = place.output.with_name(f".{place.output.name}.lock")
-            held.enter_context(exclusive_lock(lock, purpose=f"training into {place.output}"))
-        yield
 
 
 def _train(

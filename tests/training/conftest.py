@@ -10,7 +10,7 @@ import pytest
 if TYPE_CHECKING:
     from bdtool.data.batches import ImageSource
     from bdtool.models.model import BlockDropModel
-    from bdtool.training.stages import Place
+    from bdtool.training.place import Place
 
 
 @pytest.fixture(scope="session")
@@ -39,7 +39,7 @@ def place(stripes_source: "ImageSource", tmp_path: Path) -> Callable[..., "Place
     import torch
 
     from bdtool.training.distributed import Group
-    from bdtool.training.stages import Place
+    from bdtool.training.place import Place
 
     def make(name: str = "model", **options: object) -> Place:
         group = Group(rank=0, size=1, device=torch.device("cpu"))

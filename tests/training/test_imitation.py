@@ -19,7 +19,8 @@ from bdtool.training.distributed import Group
 from bdtool.training.imitation import fit_head
 from bdtool.training.nested import blocks_by_rank, nested_masks, path_losses
 from bdtool.training.options import ImitateOptions
-from bdtool.training.stages import Place, imitate
+from bdtool.training.place import Place
+from bdtool.training.stages import imitate
 
 
 def test_the_block_missed_least_is_dropped_next(

@@ -12,7 +12,8 @@ from bdtool.models.shipped import shipped_models
 from bdtool.models.store import load_model
 from bdtool.training.distributed import Group
 from bdtool.training.options import CurriculumOptions, FinetuneOptions, PretrainOptions
-from bdtool.training.stages import Place, base_spec, curriculum, finetune, pretrain, with_policy, without_policy
+from bdtool.training.place import Place
+from bdtool.training.stages import base_spec, curriculum, finetune, pretrain, with_policy, without_policy
 
 
 @pytest.fixture

@@ -14,7 +14,8 @@ from bdtool.torch_classifier import TorchClassifier
 from bdtool.training.budget import shift_policy
 from bdtool.training.options import CurriculumOptions, FinetuneOptions
 from bdtool.training.paths import deployed_paths
-from bdtool.training.stages import Place, computes_in_bfloat16, curriculum, finetune, start_from_trunk
+from bdtool.training.place import Place
+from bdtool.training.stages import computes_in_bfloat16, curriculum, finetune, start_from_trunk
 from bdtool.training.tasks import Step
 
 

@@ -1,0 +1,70 @@
+"""Where a training run reads, writes and computes, which it has to itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from bdtool.data.batches import ImageSource
+from bdtool.errors import DataError, UsageError
+from bdtool.training.distributed import Group
+from bdtool.training.trainer import Epoch, Report
+from export.files import exclusive_lock
+
+_CHECKPOINT = ".checkpoint"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a run reads, writes and computes.
+
+    Attributes:
+        output: the MODEL file to write; the checkpoint of the unfinished run lies beside it, as OUTPUT.checkpoint.
+            While a run is at work others into the same output are refused, by the lock file .OUTPUT.lock.
+        val: labelled images to measure on after each epoch and at the end; None measures nothing.
+        start: digest of the MODEL that the run starts from; a checkpoint of a run from another one is refused.
+    """
+
+    train: ImageSource
+    val: ImageSource | None
+    output: Path
+    group: Group
+    resume: bool = False
+    start: str = ""
+    save_every_s: float = 120
+    on_step: Callable[[Report], None] = lambda report: None
+    on_epoch: Callable[[Epoch], None] = lambda epoch: None
+    on_progress: Callable[[float, str], None] = lambda share, text: None
+
+    def __post_init__(self) -> None:
+        if self.output.name.lower().endswith(_CHECKPOINT):
+            raise UsageError(
+                f"output {self.output}: files that end in {_CHECKPOINT} hold unfinished runs; give the MODEL another "
+                f"name, for instance {Path(self.output.stem).with_suffix('.safetensors')}"
+            )
+        if self.val is not None and not self.val.has_labels:  # class numbers are checked where it is opened
+            raise DataError(
+                f"{self.val.description} has no labels, by which to measure; give --val an .npz with y, or one folder "
+                "a class, or leave it out"
+            )
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.output.with_name(self.output.name + _CHECKPOINT)  # whole: net.v1 and net.v2 are two runs
+
+    @contextmanager
+    def reserved(self) -> Iterator[None]:
+        """Keep other runs from the same output, as each would overwrite the other's MODEL and checkpoint.
+
+        The first process of a group holds the lock for all.
+
+        Raises:
+            BundleError: another run is at work.
+        """
+        with ExitStack() as held:
+            if self.group.is_first:
+                lock = self.output.with_name(f".{self.output.name}.lock")
+                held.enter_context(exclusive_lock(lock, purpose=f"training into {self.output}"))
+            yield
