@@ -1,34 +1,35 @@
-"""The checkpoint of an unfinished run, where it cannot be written."""
+"""The checkpoint of an unfinished run, where it cannot be written, and where it is of another run."""
 
-import resource
-import signal
+import re
+import subprocess
+import sys
 
 import pytest
-import torch
 
 from bdtool.errors import TrainingError
 from bdtool.training.progress_file import read_progress, write_progress
 
+_WRITE_ON_A_SMALL_DISK = """
+import resource, signal, sys
+from pathlib import Path
+import torch
+from bdtool.training.progress_file import write_progress
 
-@pytest.fixture
-def small_files():
-    """Let no file grow beyond 10 kB, as on a disk that is nearly full."""
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    signal.signal(signal.SIGXFSZ, previous)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+write_progress(Path(sys.argv[1]), {"request": {}, "step": 2, "weights": torch.zeros(100_000)})
+"""
 
 
-def test_full_disk_leaves_the_checkpoint_before(tmp_path, small_files):
-    path, request = tmp_path / "m.checkpoint", {"epochs": 2}
-    write_progress(path, {"request": request, "step": 1})
-    with pytest.raises(
-        TrainingError, match=r"m\.checkpoint: the checkpoint cannot be written .*the one before is whole"
-    ):
-        write_progress(path, {"request": request, "step": 2, "weights": torch.zeros(100_000)})
-    assert read_progress(path, request=request)["step"] == 1
+def test_full_disk_leaves_the_checkpoint_before(tmp_path):
+    path = tmp_path / "m.checkpoint"
+    write_progress(path, {"request": {}, "step": 1})
+    command = [sys.executable, "-c", _WRITE_ON_A_SMALL_DISK, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    said = r"TrainingError: .*m\.checkpoint: the checkpoint cannot be written .*the one before is whole"
+    assert re.search(said, done.stderr)
+    assert read_progress(path, request={})["step"] == 1
     assert [file.name for file in tmp_path.iterdir()] == ["m.checkpoint"]
 
 
