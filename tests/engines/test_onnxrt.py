@@ -14,6 +14,7 @@ from bdtool.errors import BackendError, EngineError, UsageError
 from bdtool.specs import NetworkSpec, PartSpec, Preprocessing, TensorSpec
 from engines.base import LayoutError
 from engines.layouts import pack, run_plain, unpack
+from engines.libcuda import Driver
 from engines.onnxrt import OnnxRuntimeBackend
 from engines.onnxrt_providers import CudaProvider
 from engines.registry import identify_backend, open_backend
@@ -227,11 +228,16 @@ def _has_cuda():
     return session.get_providers()[0] == "CUDAExecutionProvider"
 
 
-def test_cuda_without_a_gpu_is_refused_with_the_reason(capfd):
+@pytest.mark.parametrize(
+    ("driver", "reason"),
+    [(Driver(installed=False, error="no driver"), "no driver"), (Driver((13, 0)), "the CUDA provider cannot")],
+)
+def test_cuda_without_a_gpu_is_refused_with_the_reason(capfd, monkeypatch, driver, reason):
     if "CUDAExecutionProvider" in ort.get_available_providers() and _has_cuda():
         pytest.skip("this machine has CUDA")
+    monkeypatch.setattr("engines.onnxrt_providers.driver_from_libcuda", lambda: driver)
     capfd.readouterr()
-    with pytest.raises(BackendError, match=r"device 'cuda:0': (this onnxruntime has no CUDA|the CUDA provider cannot)"):
+    with pytest.raises(BackendError, match=rf"device 'cuda:0': (this onnxruntime has no CUDA|{reason})"):
         open_backend("onnxruntime", "cuda:0")
     assert capfd.readouterr() == ("", "")
 
