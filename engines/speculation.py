@@ -6,7 +6,7 @@ policy network hides. Which guess pays is a matter of the device's own times: `b
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -34,12 +34,12 @@ def speculations(paths: Sequence[Path], shares: Sequence[float]) -> Iterator[Spe
         shares: of the images that take each.
     """
     for n_runs in range(1, max(map(len, paths), default=0) + 1):
-        counts: Counter[Path] = Counter()
+        found: dict[Path, float] = defaultdict(float)
         for path, share in zip(paths, shares, strict=True):
             if len(path) >= n_runs:
-                counts[path[:n_runs]] += share  # type: ignore[assignment]  # a Counter of shares
-        [(runs, share)] = counts.most_common(1)
-        yield Speculation(runs, share)
+                found[path[:n_runs]] += share
+        runs = max(found, key=lambda begun: found[begun])
+        yield Speculation(runs, found[runs])
 
 
 def best_speculation(

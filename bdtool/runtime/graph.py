@@ -49,7 +49,7 @@ def graph_strategy(
 
     Args:
         paths: bounds of the graphs of known masks (`max_paths`), and the frequent masks (`ahead`).
-        graphs: the modes that may be used; where there are several, they are timed on one image here. None: "switch".
+        graphs: the modes that may be used; where there are several, they are timed on a few images. None: "switch".
 
     Raises:
         UsageError: a mode was asked for that this network or the known masks do not allow; or the backend's engines
