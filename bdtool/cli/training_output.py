@@ -74,8 +74,8 @@ def _print_epoch(epoch: Epoch) -> None:
 
 
 def print_figures(output: Path, trained: Trained) -> None:
-    epochs = f", {len(trained.epochs)} epochs" if trained.epochs else ""
-    click.echo(f"{output}: {trained.model.spec.arch}{epochs}")
+    epochs = trained.model.spec.provenance["options"]["epochs"]
+    click.echo(f"{output}: {trained.model.spec.arch}, {epochs:g} epoch{'' if epochs == 1 else 's'}")
     if trained.figures:
         figures = trained.figures
         blocks = f"{figures['blocks_mean']:.2f} ± {figures['blocks_std']:.2f} blocks"

@@ -311,8 +311,7 @@ def _train(
         validate=lambda: _measure(model, options, place.val),
     )
     epochs = trainer.run()
-    model.eval()
-    figures = _measure(model, options, place.val)
+    figures = epochs[-1].validation  # of the model as it is: a run ends with an epoch
     finished = _finished(model, stage, options, images.facts, place.val, figures)
     if group.is_first:
         save_model(finished, place.output)

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -127,30 +127,29 @@ class Trainer:
 
         Raises:
             TrainingError: the loss became NaN or infinite; the checkpoint holds the state before that.
-            Interrupted: SIGINT or SIGTERM came; the step in hand was finished and saved.
+            Interrupted: SIGINT or SIGTERM came; the step in hand was finished and saved, a measurement broken off.
         """
-        if len(self.epochs) < self._n_epochs_trained():
-            self._finish_epoch()  # the checkpoint is of a run that broke off while it measured
         saved = time.monotonic()
-        with _stop_requested() as stop, ThreadPoolExecutor(max_workers=1) as ahead:
+        with _stop_signals() as stop, ThreadPoolExecutor(max_workers=1) as ahead:
+            if self._epoch_is_over():
+                self._finish_epoch(stop)  # the checkpoint is of a run that broke off while it measured
             following = ahead.submit(self._batch, self.step)
             while self.step < self.n_steps:
                 batch = following.result()
                 following = ahead.submit(self._batch, self.step + 1)  # read while this step computes
                 self._train_step(batch)
-                if len(self.epochs) < self._n_epochs_trained():
-                    self._save()  # before measuring, which may fail
-                    saved = time.monotonic()
-                    self._finish_epoch()
-                stopping = self._anyone(stop.is_set())
-                if stopping or time.monotonic() - saved > self._save_every_s:
-                    self._save()
+                stopping = self._anyone(stop.requested)
+                if self._epoch_is_over() or stopping or time.monotonic() - saved > self._save_every_s:
+                    self._save()  # before measuring, which may fail or be broken off
                     saved = time.monotonic()
                 if stopping and self.step < self.n_steps:
-                    raise Interrupted(
-                        f"stopped after step {self.step} of {self.n_steps}; the same command with --resume goes on"
-                    )
+                    raise self._interrupted()
+                if self._epoch_is_over():
+                    self._finish_epoch(stop)
         return self.epochs
+
+    def _interrupted(self) -> Interrupted:
+        return Interrupted(f"stopped after step {self.step} of {self.n_steps}; the same command with --resume goes on")
 
     def _train_step(self, batch: _Batch) -> None:
         start = time.perf_counter()
@@ -195,10 +194,10 @@ class Trainer:
     def _steps_of_epoch(self) -> int:
         return (self.step - 1) % self._steps_per_epoch + 1
 
-    def _n_epochs_trained(self) -> int:
-        """Return how many epochs are over, the last one maybe a part of one; `epochs` has those that are measured."""
+    def _epoch_is_over(self) -> bool:
+        """Say whether an epoch is trained, the last one maybe a part of one, that `epochs` does not have yet."""
         whole, rest = divmod(self.step, self._steps_per_epoch)
-        return whole + (rest > 0 and self.step == self.n_steps)
+        return len(self.epochs) < whole + (rest > 0 and self.step == self.n_steps)
 
     def _report(self) -> Report:
         loss, accuracy, blocks, reward, _ = (self._sums / self._steps_of_epoch()).tolist()
@@ -212,8 +211,13 @@ class Trainer:
             note=self._note,
         )
 
-    def _finish_epoch(self) -> None:
-        validation = dict(self._validate()) if self._group.is_first else {}
+    def _finish_epoch(self, stop: _Stop) -> None:
+        try:
+            # several processes stop together, after a step: the others wait there for the one that measures
+            with stop.at_once() if self._group.size == 1 else nullcontext():
+                validation = dict(self._validate()) if self._group.is_first else {}
+        except _StopNow:
+            raise self._interrupted() from None
         report = asdict(self._report())
         epoch = Epoch(
             epoch=len(self.epochs) + 1,
@@ -288,22 +292,44 @@ def _means(outcome: Outcome) -> Tensor:
     return torch.stack([value.detach().float() for value in values]).double()
 
 
-@contextmanager
-def _stop_requested() -> Iterator[threading.Event]:
-    """Turn SIGINT and SIGTERM into an event; a second SIGINT ends the process as usual."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
+class _StopNow(BaseException):
+    """Raised by a signal where nothing is lost by stopping at once. No `Exception`: nobody on its way may handle it."""
 
-    def on_signal(number: int, frame: FrameType | None) -> None:
-        if event.is_set():
+
+class _Stop:
+    """What SIGINT and SIGTERM ask for: a stop after the step in hand, or one at once. A second one ends the process."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._at_once = False
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        self._at_once = True
+        try:
+            yield
+        finally:
+            self._at_once = False
+
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._at_once:
+            self._at_once = False
+            raise _StopNow
+        if self.requested:
             raise KeyboardInterrupt
-        event.set()
+        self.requested = True
 
-    previous = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+
+@contextmanager
+def _stop_signals() -> Iterator[_Stop]:
+    """Handle SIGINT and SIGTERM, where this is the main thread: no other one may."""
+    stop = _Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    previous = {number: signal.signal(number, stop.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield event
+        yield stop
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

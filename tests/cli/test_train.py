@@ -10,6 +10,7 @@ import pytest
 from click.testing import Result
 
 from bdtool.models.store import load_model, read_spec
+from bdtool.training.options import ImitateOptions
 
 _QUICK = ("--epochs", 1, "--batch", 20, "--amp", "off")
 
@@ -59,7 +60,7 @@ def test_imitate_makes_a_model_that_finetune_goes_on_with(
     words = ["--fewest", 1, "--most", 3, "--judges", 32, "--data", npz, "--val", npz]
     done = bdtool("train", "imitate", base, "--trunk", base, *words, "--json", figures, "-o", policy)
     first, second = done.stdout.splitlines()
-    assert first.endswith("policy.safetensors: resnet8")  # it has no epochs to count
+    assert first.endswith(f"policy.safetensors: resnet8, {ImitateOptions().epochs:g} epochs")
     assert "blocks on" in second
     assert 1 <= json.loads(figures.read_text())["figures"]["blocks_mean"] <= 3
     bdtool("train", "finetune", policy, "--freeze-policy", "--data", npz, *_QUICK, "-o", model)
@@ -73,6 +74,32 @@ def test_imitate_refuses_what_it_would_not_do(
     refused = bdtool("train", "imitate", base, "--data", npz, *option, "-o", tmp_path / "p.safetensors", status=2)
     assert "No such option" in refused.stderr
     assert option[0] in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("stage", "words"), [("finetune", []), ("curriculum", []), ("curriculum", ["--trunk"]), ("imitate", ["--trunk"])]
+)
+def test_the_model_to_start_from_is_not_overwritten(
+    bdtool: Callable[..., Result], base: Path, npz: Path, tmp_path: Path, stage: str, words: list[str]
+) -> None:
+    before = base.read_bytes()
+    other = tmp_path / "other.safetensors"
+    other.write_bytes(before)
+    words = [str(other), words[0], str(base)] if words else [str(base)]
+    link = tmp_path / "link.safetensors"
+    link.symlink_to(base)
+    refused = bdtool("train", stage, *words, "--data", npz, "-o", link, status=2)
+    assert f"{link} is the MODEL to start from, which the trained one would replace" in " ".join(refused.stderr.split())
+    assert base.read_bytes() == before
+
+
+@pytest.mark.parametrize(("epochs", "shown"), [(0.5, "0.5 epochs"), (1, "1 epoch"), (2, "2 epochs")])
+def test_epochs_are_shown_as_asked_for(
+    bdtool: Callable[..., Result], npz: Path, tmp_path: Path, epochs: float, shown: str
+) -> None:
+    words = ["--batch", 20, "--amp", "off", "--epochs", epochs, "-o", tmp_path / "base.safetensors"]
+    done = bdtool("train", "pretrain", "--arch", "resnet8", "--data", npz, *words)
+    assert done.stdout.splitlines()[0].endswith(f"base.safetensors: resnet8, {shown}")
 
 
 def test_curriculum_starts_from_a_trained_classifier(

@@ -120,6 +120,36 @@ def test_a_signal_saves_first(number: signal.Signals, place: Callable[..., Place
     assert steps == list(range(_BREAK_AT + 1, 13))
 
 
+@pytest.mark.parametrize("n_measured", [0, 1], ids=["first epoch", "last epoch"])
+def test_a_signal_breaks_a_measurement_off(n_measured: int, place: Callable[..., Place]) -> None:
+    source = place().val
+    given = itertools.count()
+
+    def image_at(index: int) -> np.ndarray:
+        if next(given) == n_measured * source.n_images + 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        return source.image_at(index)
+
+    measured: list[int] = []
+    val = dataclasses.replace(source, image_at=image_at)
+    asked = place(val=val, on_epoch=lambda epoch: measured.append(epoch.epoch))
+    with pytest.raises(Interrupted, match=f"after step {(8, 12)[n_measured]} of 12; the same command with --resume"):
+        pretrain(_spec(), PretrainOptions(**_FAST), asked)
+    assert measured == [1][:n_measured]
+    assert not asked.output.exists()
+    trained = pretrain(_spec(), PretrainOptions(**_FAST), place(resume=True))
+    assert [epoch.validation["n_images"] for epoch in trained.epochs] == [source.n_images] * len(trained.epochs)
+
+
+def test_each_epoch_is_measured_once(place: Callable[..., Place]) -> None:
+    source = place().val
+    indices: list[int] = []
+    val = dataclasses.replace(source, image_at=lambda index: indices.append(index) or source.image_at(index))
+    trained = pretrain(_spec(), PretrainOptions(**_FAST), place(val=val))
+    assert len(indices) == len(trained.epochs) * source.n_images
+    assert trained.figures == trained.epochs[-1].validation != {}
+
+
 def test_a_killed_process_loses_at_most_what_it_did_since_the_last_save(stripes: Path, tmp_path: Path) -> None:
     model = tmp_path / "model.safetensors"
     command = [sys.executable, "-m", "bdtool", "train", "pretrain", "--arch", "resnet8", "--data", str(stripes)]
