@@ -14,8 +14,7 @@ from bdtool.calibration_set import CalibrationSet, PathStatistics, collect_stati
 from bdtool.candidate_trial import Trial
 from bdtool.data.batches import ImageSource
 from bdtool.errors import CalibrationError, PolicyError, UsageError
-from bdtool.gates import Gates
-from bdtool.runtime.orchestrator import Orchestrator
+from bdtool.gates import Gates, Reference
 from bdtool.runtime.policies import PolicyRequest, parse_policy
 from bdtool.specs import PartSpec
 from bdtool.version import version
@@ -174,9 +173,10 @@ class _Calibration:
 
     def run(self) -> Calibrated:
         with self._trial.open(self._bundle, "fp32") as fp32:
+            reference = self._trial.reference(fp32)
             source = CalibrationSet.decide(self._images, self._policy, fp32)
             if self._request.precision in HALF_DTYPES:
-                return self._finish(fp32, self._half_candidates(), source, TopUp(rows={}))
+                return self._finish(reference, self._half_candidates(), source, TopUp(rows={}))
             top_up = TopUp.plan(self._bundle.network, source.keep, at_least=self._request.at_least)
             statistics = collect_statistics(
                 self._bundle,
@@ -186,9 +186,9 @@ class _Calibration:
                 on_share=lambda share: self._on_progress("collecting ranges", share),
             )
             if self._request.precision == "mixed":
-                return self._finish(fp32, self._mixed_candidates(fp32, statistics), source, top_up)
+                return self._finish(reference, self._mixed_candidates(reference, statistics), source, top_up)
             models = self._quantized_models(statistics, integer_activations=True)
-            return self._finish(fp32, Candidates(activation="int8", models=models), source, top_up)
+            return self._finish(reference, Candidates(activation="int8", models=models), source, top_up)
 
     def _quantized_models(self, statistics: PathStatistics, *, integer_activations: bool) -> dict[str, bytes]:
         """Return the INT8 models by part name; a part that stays fp32 is there only where it must take integers."""
@@ -234,7 +234,7 @@ class _Calibration:
         models = {part.name: half_from_fp32(self._fp32(part), part, precision) for part in parts}
         return Candidates(activation=HALF_DTYPES[precision], models=models)
 
-    def _mixed_candidates(self, fp32: Orchestrator, statistics: PathStatistics) -> Candidates:
+    def _mixed_candidates(self, reference: Reference, statistics: PathStatistics) -> Candidates:
         """Let each block take the precision that pays; the activation stays float32, so that they can differ."""
         from bdtool.sensitivity import mixed_models
 
@@ -243,7 +243,7 @@ class _Calibration:
         chosen, extra, sidecars = mixed_models(
             self._bundle,
             {name: model for name, model in models.items() if name in blocks},
-            fp32,
+            reference,
             self._trial,
             statistics,
             self._work,
@@ -251,7 +251,7 @@ class _Calibration:
         )
         return Candidates(activation="float32", models=chosen, extra=extra, sidecars=sidecars)
 
-    def _finish(self, fp32: Orchestrator, made: Candidates, source: CalibrationSet, top_up: TopUp) -> Calibrated:
+    def _finish(self, reference: Reference, made: Candidates, source: CalibrationSet, top_up: TopUp) -> Calibrated:
         """Compare the parts, measure the gates, and put the candidate into the bundle where it passes."""
         precision = self._request.precision
         errors = self._part_errors(made, source)
@@ -260,7 +260,7 @@ class _Calibration:
         )
         result = Calibrated(
             precision=precision,
-            gates=self._gates(fp32, candidate, errors),
+            gates=self._gates(reference, candidate, errors),
             part_errors=errors,
             topped_up={name: len(rows) for name, rows in top_up.rows.items()},
             n_images=len(source.keep),
@@ -308,13 +308,13 @@ class _Calibration:
         few = replace(first, images=first.images[:_N_COMPARED], keep=first.keep[:_N_COMPARED])
         return part_errors(self._bundle.network.with_activation(made.activation), self._fp32, made.models, few)
 
-    def _gates(self, fp32: Orchestrator, candidate: Bundle, errors: Mapping[str, Comparison]) -> Gates:
+    def _gates(self, reference: Reference, candidate: Bundle, errors: Mapping[str, Comparison]) -> Gates:
         precision = self._request.precision
         if precision == "bf16" or not all(one.ok for one in errors.values()):
             # no CPU engine computes in bfloat16; and a part that is wrong needs no figures of the whole
             return self._trial.unmeasured()
         with self._trial.open(candidate, precision) as other:
-            return self._trial.measure(fp32, other)
+            return self._trial.measure(reference, other)
 
     def _keeps_float(self, part: PartSpec) -> bool:
         return part.kind in _FLOAT_KINDS and part.kind not in self._request.include

@@ -13,7 +13,7 @@ import numpy as np
 
 from bdtool.data.batches import ImageSource
 from bdtool.errors import EngineError
-from bdtool.gates import Gates, measure_gates
+from bdtool.gates import Gates, Reference, measure_gates
 from bdtool.runtime.factory import parts_for
 from bdtool.runtime.orchestrator import Orchestrator
 from bdtool.runtime.policies import PolicyRequest
@@ -74,7 +74,10 @@ class Trial:
         with Orchestrator(network, library, engines, strategy="chain", max_batch=bundle.manifest.max_batch) as runtime:
             yield runtime
 
-    def measure(self, fp32: Orchestrator, other: Orchestrator) -> Gates:
+    def reference(self, fp32: Orchestrator) -> Reference:
+        return Reference(fp32, self.evaluation, self.policy, limit=self.limit)
+
+    def measure(self, reference: Reference, other: Orchestrator) -> Gates:
         """Measure the gates of any engines against fp32."""
         total = min(self.limit or self.evaluation.n_images, self.evaluation.n_images)
         done = 0
@@ -84,15 +87,7 @@ class Trial:
             done += n_images
             self.on_share(done / total)
 
-        return measure_gates(
-            fp32,
-            other,
-            self.evaluation,
-            self.policy,
-            limit=self.limit,
-            max_accuracy_drop=self.max_accuracy_drop,
-            on_batch=on_batch,
-        )
+        return measure_gates(reference, other, max_accuracy_drop=self.max_accuracy_drop, on_batch=on_batch)
 
     def unmeasured(self) -> Gates:
         """Return the gates of a candidate that was not run."""

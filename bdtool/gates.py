@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
-from bdtool.data.batches import ImageSource
+from bdtool.data.batches import ImageBatch, ImageSource
 from bdtool.evaluation import keep_for
 from bdtool.runtime.orchestrator import Orchestrator
 from bdtool.runtime.policies import PolicyRequest
@@ -48,37 +48,62 @@ class Gates:
         return {**asdict(self), "accuracy_drop": self.accuracy_drop, "ok": self.ok}
 
 
+@dataclass(frozen=True)
+class _Answers:
+    """What fp32 says of a batch: along `keep`, and the `bits` of its policy network, where it has one."""
+
+    keep: np.ndarray
+    bits: np.ndarray | None
+    logits: np.ndarray
+
+
+class Reference:
+    """What fp32 says of the first `limit` images (None: all), asked once for all that is compared with it.
+
+    The keep bits are those of `request`, decided by the fp32 policy network where it is learned: a flipped bit would
+    make any comparison of logits meaningless, so flips are counted apart. Keeps logits and bits, but no images.
+    """
+
+    def __init__(self, fp32: Orchestrator, data: ImageSource, request: PolicyRequest, *, limit: int | None) -> None:
+        self.fp32, self.data, self.request, self._limit = fp32, data, request, limit
+        self._answers: list[_Answers] = []
+
+    def batches(self) -> Iterator[tuple[ImageBatch, _Answers]]:
+        first = 0
+        for i, batch in enumerate(self.data.batches(_BATCH, limit=self._limit)):
+            if i == len(self._answers):
+                self._answers.append(self._ask(batch.images, first))
+            yield batch, self._answers[i]
+            first += len(batch.images)
+
+    def _ask(self, images: np.ndarray, first: int) -> _Answers:
+        bits = _keep_bits(self.fp32, images) if self.fp32.network.has_policy else None
+        keep = keep_for(self.request, len(images), first)
+        keep = bits if keep is None else keep
+        assert keep is not None
+        return _Answers(keep, bits, self.fp32.run(images, policy=keep).logits)
+
+
 def measure_gates(
-    fp32: Orchestrator,
+    reference: Reference,
     other: Orchestrator,
-    data: ImageSource,
-    request: PolicyRequest,
     *,
-    limit: int | None,
     max_accuracy_drop: float,
     on_batch: Callable[[int], None] = lambda n_images: None,
 ) -> Gates:
-    """Run both on the first `limit` images (None: all) and compare.
-
-    The keep bits are those of `request`, decided by the fp32 policy network where it is learned: a flipped bit would
-    make any comparison of logits meaningless, so flips are counted apart.
-    """
+    """Run `other` on the reference's images and compare."""
     tally = _Tally()
-    first = 0
-    for batch in data.batches(_BATCH, limit=limit):
-        keep = keep_for(request, len(batch.images), first)
-        bits = _keep_bits(fp32, batch.images) if fp32.network.has_policy else None
-        keep = bits if keep is None else keep
-        assert keep is not None
-        tally.add(fp32.run(batch.images, policy=keep).logits, other.run(batch.images, policy=keep).logits, batch.labels)
-        if bits is not None:
-            tally.add_flips(bits != _keep_bits(other, batch.images))
-        first += len(batch.images)
+    n_images = 0
+    for batch, fp32 in reference.batches():
+        tally.add(fp32.logits, other.run(batch.images, policy=fp32.keep).logits, batch.labels)
+        if fp32.bits is not None:
+            tally.add_flips(fp32.bits != _keep_bits(other, batch.images))
+        n_images += len(batch.images)
         on_batch(len(batch.images))
     return Gates(
-        policy=request.name,
-        n_images=first,
-        input_source=data.description,
+        policy=reference.request.name,
+        n_images=n_images,
+        input_source=reference.data.description,
         max_accuracy_drop=max_accuracy_drop,
         **tally.figures(),
     )

@@ -14,7 +14,7 @@ import numpy as np
 
 from bdtool.calibration_set import PathStatistics
 from bdtool.candidate_trial import Trial
-from bdtool.gates import Gates
+from bdtool.gates import Gates, Reference
 from bdtool.runtime.orchestrator import Orchestrator
 from bdtool.specs import PartSpec
 from calibration.cache import ResultCache, content_key
@@ -32,7 +32,7 @@ TABLE, PLOT = "calibration/mixed.json", "calibration/mixed.svg"
 def mixed_models(
     bundle: Bundle,
     models: Mapping[str, bytes],
-    fp32: Orchestrator,
+    reference: Reference,
     trial: Trial,
     statistics: PathStatistics,
     work: Path,
@@ -46,7 +46,7 @@ def mixed_models(
         statistics: what `models` came from.
         work: directory for what was measured before an interruption.
     """
-    bench = _Bench(models, fp32, trial, max_batch=bundle.manifest.max_batch)
+    bench = _Bench(models, reference, trial, max_batch=bundle.manifest.max_batch)
     cache = ResultCache(work / f"sensitivity-{bench.key(bundle, statistics)}.json")
     rows = []
     for i, name in enumerate(sorted(models)):
@@ -62,8 +62,9 @@ def mixed_models(
 class _Bench:
     """Runs the fp32 chain with some of its blocks exchanged."""
 
-    def __init__(self, models: Mapping[str, bytes], fp32: Orchestrator, trial: Trial, *, max_batch: int) -> None:
-        self._models, self._fp32, self._trial, self._max_batch = models, fp32, trial, max_batch
+    def __init__(self, models: Mapping[str, bytes], reference: Reference, trial: Trial, *, max_batch: int) -> None:
+        self._models, self._reference, self._trial, self._max_batch = models, reference, trial, max_batch
+        self._fp32 = reference.fp32
         self._backend = open_backend("onnxruntime", "cpu", threads=trial.threads)
         self._engines: dict[str, Engine] = {}
 
@@ -101,7 +102,7 @@ class _Bench:
         parts = [part for part in network.parts if part.kind != "full"]
         engines = {p.name: self._engine(p.name) if p.name in chosen else self._fp32.engine(p) for p in parts}
         with Orchestrator(network, self._backend, engines, strategy="chain", max_batch=self._max_batch) as other:
-            return self._trial.measure(self._fp32, other)
+            return self._trial.measure(self._reference, other)
 
     def _engine(self, name: str) -> Engine:
         if name not in self._engines:

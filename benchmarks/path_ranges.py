@@ -18,7 +18,7 @@ from pathlib import Path
 
 from bdtool.calibrating import DEFAULT_LIMIT, CalibrationRequest, calibrate
 from bdtool.data.sources import open_data
-from bdtool.gates import Gates, measure_gates
+from bdtool.gates import Gates, Reference, measure_gates
 from bdtool.models.shipped import shipped_models
 from bdtool.pipeline import export_model
 from bdtool.runtime.orchestrator import Orchestrator
@@ -82,7 +82,7 @@ def measure(bundle: Bundle, args: argparse.Namespace, policy: str, source: str, 
         Orchestrator.open(bundle.path, threads=args.threads) as fp32,
         Orchestrator.open(bundle.path, threads=args.threads, precision="int8") as int8,
     ):
-        return measure_gates(fp32, int8, judged, parsed, limit=args.eval_limit, max_accuracy_drop=100)
+        return measure_gates(Reference(fp32, judged, parsed, limit=args.eval_limit), int8, max_accuracy_drop=100)
 
 
 def formatted(gates: Gates) -> list[str]:

@@ -231,9 +231,7 @@ def imitate_cmd(base: Path, trunk: Path | None, **given: Any) -> None:
     _run(given, start.spec, digests, lambda place: imitate(start, options, place, trunk=first_trunk))
 
 
-def _policy_start(
-    base: Path, trunk: Path | None, output: Path
-) -> tuple[BlockDropModel, BlockDropModel | None, str]:
+def _policy_start(base: Path, trunk: Path | None, output: Path) -> tuple[BlockDropModel, BlockDropModel | None, str]:
     """Return the model and the trunk that a policy network starts from, and their digests."""
     from bdtool.models.store import load_model
     from export.files import sha256_of_file

@@ -1,0 +1,65 @@
+"""Gates: another precision beside fp32, which is asked once for all candidates."""
+
+import dataclasses
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+
+from bdtool import Orchestrator
+from bdtool.data.batches import ImageSource
+from bdtool.data.synthetic import synthetic_images
+from bdtool.gates import Reference, measure_gates
+from bdtool.runtime.policies import parse_policy
+from tests.conftest import Exported
+
+_N = 100  # two batches
+
+
+@pytest.fixture
+def images() -> ImageSource:
+    pictures = synthetic_images(_N, height=32, width=32)
+    return ImageSource(
+        description="pictures",
+        is_real=True,
+        names=[str(i) for i in range(_N)],
+        labels=np.arange(_N) % 3,
+        image_at=lambda index: pictures[index],
+    )
+
+
+@pytest.mark.parametrize("policy", [None, "random:2"])
+def test_fp32_is_asked_once_for_all_candidates(tiny: Exported, images: ImageSource, policy: str | None) -> None:
+    with Orchestrator.open(tiny.bundle) as fp32, Orchestrator.open(tiny.bundle) as other:
+        request = parse_policy(policy, n_blocks=fp32.network.n_blocks, has_policy_network=fp32.network.has_policy)
+        reference = Reference(fp32, images, request, limit=None)
+        first = measure_gates(reference, other, max_accuracy_drop=1)
+        with (
+            patch.object(fp32, "run", side_effect=AssertionError),
+            patch.object(fp32, "keep_probability", side_effect=AssertionError),
+        ):
+            again = measure_gates(reference, other, max_accuracy_drop=1)
+    assert again == first
+    assert (first.n_images, first.logits_error, first.policy_flips, first.accuracy_drop) == (_N, 0, 0, 0)
+
+
+def test_differences_are_counted_over_all_batches(tiny: Exported, images: ImageSource) -> None:
+    with Orchestrator.open(tiny.bundle) as fp32, Orchestrator.open(tiny.bundle) as other:
+        request = parse_policy("all", n_blocks=fp32.network.n_blocks, has_policy_network=fp32.network.has_policy)
+        reference = Reference(fp32, images, request, limit=90)
+        run = other.run
+
+        def shifted(batch: np.ndarray, policy: np.ndarray) -> object:
+            result = run(batch, policy=policy)
+            return dataclasses.replace(result, logits=result.logits + np.float32(0.25))
+
+        with patch.object(other, "run", side_effect=shifted):
+            gates = measure_gates(reference, other, max_accuracy_drop=1)
+        squares = sum(
+            float((fp32.run(batch.images, policy="all").logits ** 2).sum()) for batch in images.batches(90, limit=90)
+        )
+        n_classes = fp32.network.n_classes
+    assert gates.n_images == 90
+    assert gates.changed_classes == 0
+    assert gates.logits_worst == pytest.approx(0.25, rel=1e-5)
+    assert gates.logits_error == pytest.approx((90 * n_classes * 0.25**2 / squares) ** 0.5, rel=1e-4)
