@@ -80,10 +80,11 @@ class _Builder:
             self._constant("flat", np.array([n_blocks], dtype=np.int64))
             self._node("Reshape", [probability, "flat"], ["flat_probability"])
             self._node("GreaterOrEqual", ["flat_probability", "threshold"], ["decided"])
-        self._constant("force_none", np.array(0, dtype=np.uint8))
-        self._constant("force_keep", np.array(FORCE_KEEP, dtype=np.uint8))
-        self._node("Equal", [force, "force_none"], ["is_free"])
-        self._node("Equal", [force, "force_keep"], ["is_kept"])
+        self._constant("force_none", np.array(0, dtype=np.int32))
+        self._constant("force_keep", np.array(FORCE_KEEP, dtype=np.int32))
+        self._node("Cast", [force], ["forced"], to=onnx.TensorProto.INT32)  # the CUDA provider compares no uint8
+        self._node("Equal", ["forced", "force_none"], ["is_free"])
+        self._node("Equal", ["forced", "force_keep"], ["is_kept"])
         self._node("And", ["is_free", "decided"], ["is_chosen"])
         self._node("Or", ["is_chosen", "is_kept"], [keep])  # ONNX Runtime has no Where for booleans
         names = [f"keep_{k}" for k in range(n_blocks)]

@@ -6,12 +6,16 @@ Options are refused unless the installed library of that provider knows them, so
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime as ort
+from onnx import TensorProto
 
 from engines.libcuda import Driver, Gpu
 from export.ort_threads import any_threads_options
 
 ALL = ("TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider")
+# What its CUDA provider compares, by its own list: docs/OperatorKernels.md.
+_COMPARED = {getattr(TensorProto, name) for name in "BOOL DOUBLE FLOAT FLOAT16 INT32 INT64 UINT32 UINT64".split()}
 _LIBRARIES = {ALL[0]: "libonnxruntime_providers_tensorrt.so", ALL[1]: "libonnxruntime_providers_cuda.so"}
 
 
@@ -39,6 +43,7 @@ class FakeOnnxRuntime:
         for name, given in asked.items():
             assert all(isinstance(value, str) for value in given.values()), given
             assert set(given) <= known_options(name), set(given) - known_options(name)
+        _refuse_what_cuda_does_not_compare(data)
         self.sessions.append(asked)
         session = ort.InferenceSession(data, any_threads_options(), providers=["CPUExecutionProvider"])
         chosen = [name for name in asked if name in self.loadable]
@@ -47,6 +52,15 @@ class FakeOnnxRuntime:
 
     def prefixes(self):
         return [asked[ALL[0]]["trt_engine_cache_prefix"] for asked in self.sessions]
+
+
+def _refuse_what_cuda_does_not_compare(data):
+    """Fail as ONNX Runtime does where a node has no kernel on the GPU and `disable_cpu_ep_fallback` is set."""
+    graph = onnx.shape_inference.infer_shapes(onnx.ModelProto.FromString(data)).graph
+    types = {value.name: value.type.tensor_type.elem_type for value in (*graph.input, *graph.value_info)}
+    for node in graph.node:
+        if node.op_type == "Equal" and types[node.input[0]] not in _COMPARED:
+            raise RuntimeError(f"{node.name}: this session contains graph nodes that are assigned to the default CPU EP")
 
 
 def known_options(provider):

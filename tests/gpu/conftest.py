@@ -18,7 +18,7 @@ class Place(NamedTuple):
 
 
 STAND_IN = "tensorrt, stand-in"
-BACKENDS = ("torch", "tensorrt", "tensorrt-rtx", "onnxruntime-tensorrt")
+BACKENDS = ("torch", "tensorrt", "tensorrt-rtx", "onnxruntime", "onnxruntime-tensorrt")
 
 
 @pytest.fixture(params=[STAND_IN, *(pytest.param(name, marks=pytest.mark.gpu) for name in BACKENDS)])
