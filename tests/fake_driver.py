@@ -52,7 +52,7 @@ class FakeDriver:
         self.owners = {}  # address: the context that it belongs to, where it is not the primary one
         self.ordinals = {}  # address: the number of its GPU, where it is not 0
         self.events, self.time_ms = [], 0.0  # each piece of work takes a millisecond, if nothing else is said
-        self.launch_ms = self.conditional_ms = 0.0
+        self.launch_ms = self.conditional_ms = self.instantiate_ms = 0.0
         self.copy_ms = {"HtoD": 0.0, "DtoH": 0.0, "DtoD": 0.0}
         self.last_first = (
             False  # of nodes that wait for nothing more, which runs first: the order is nobody's to rely on
@@ -307,6 +307,7 @@ class FakeDriver:
 
     def cuGraphInstantiateWithParams(self, graph, params):
         self.instantiated.append(int(graph))
+        self.time_ms += self.instantiate_ms
         return self._done("cuGraphInstantiateWithParams", self.CUgraphExec(int(graph)))
 
     def cuGraphDestroy(self, graph):

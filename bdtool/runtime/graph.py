@@ -8,7 +8,7 @@ graphs can, and launches the flat graph of the mask; "off" is the chain.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -17,7 +17,6 @@ from bdtool.errors import BackendError, EngineError, UsageError
 from bdtool.runtime.controllers import Controller, MaskController
 from bdtool.runtime.one_call import BoundNetwork, OneCallStrategy
 from bdtool.runtime.paths import PathOptions
-from bdtool.runtime.policies import parse_policy
 from bdtool.runtime.strategies import ChainStrategy, Strategy, WrapCall, fill, joined, take
 from bdtool.specs import NetworkSpec
 from engines.base import Backend, Call, Engine
@@ -29,7 +28,7 @@ from engines.network_graphs import NetworkGraphs, graph_spec
 from engines.speculation import Speculation
 
 ONLY_SWITCH = GraphPlan(modes=(SWITCH,), is_forced=True)
-_IMAGES, _ROUNDS = 10, 4  # that each mode runs when modes are compared; the fastest round of an image counts
+_IMAGES, _ROUNDS = 10, 4  # that each mode runs when modes are compared; the fastest round of a mask counts
 _NO_MASKS = (
     "no frequent masks are known; note some with `bdtool build BUNDLE --coverage 0.95 --data DATA`, for this --backend "
     "and --device, or give PathOptions(ahead=...)"
@@ -70,7 +69,7 @@ def graph_strategy(
             if mode == plan.modes[-1]:  # the one that was asked for, or nothing is left
                 raise
             missing[mode] = str(exc)
-    choice = _choose(plan, list(found), missing, lambda: _measured(found, network, backend, options))
+    choice = _choose(plan, missing, _Comparison(found, network, backend, options))
     if choice.mode == POLICY_CACHE and makers.speculation is not None:
         choice = replace(choice, reason=choice.reason + _begun(makers.speculation), speculation=makers.speculation)
     if choice.mode != PATH_CACHE:
@@ -140,7 +139,13 @@ class PathCacheStrategy(Strategy):
         policy, part = graphs.policy(), network.find("policy")
         self._policy = None if policy is None or part is None else wrap(part, policy)
         self._paths: OrderedDict[bytes, Call] = OrderedDict()
-        for mask, _ in reversed(options.frequent()):  # the most frequent one is dropped last
+        self._frequent = options.frequent()
+        self.prepare()
+
+    def prepare(self) -> None:
+        """Keep the graphs of the frequent masks, and no others."""
+        self._paths.clear()
+        for mask, _ in reversed(self._frequent):  # the most frequent one is dropped last
             self._path(mask)
 
     def run(self, images: Images, controller: Controller) -> Logits:
@@ -198,18 +203,17 @@ def _unfit(network: NetworkSpec, options: PathOptions) -> dict[str, str]:
     return {} if options.ahead else {POLICY_CACHE: _NO_MASKS}
 
 
-def _choose(
-    plan: GraphPlan, modes: Sequence[str], missing: Mapping[str, str], measure: Callable[[], dict[str, float]]
-) -> GraphChoice:
+def _choose(plan: GraphPlan, missing: Mapping[str, str], comparison: _Comparison) -> GraphChoice:
+    modes = list(comparison.found)
     if plan.is_forced:
         return GraphChoice(mode=modes[0], reason="asked for")
     without = "".join(f"; not {mode}: {reason}" for mode, reason in missing.items())
     if len(modes) == 1:
         return GraphChoice(mode=modes[0], reason=f"the only one here{without}")
-    measured = measure()
+    measured = comparison.measured_ms()
     fastest = min(measured, key=lambda mode: measured[mode])  # of equal ones the first
     times = ", ".join(f"{mode} {ms:.3f} ms" for mode, ms in measured.items())
-    reason = f"the fastest here, mean of {_IMAGES} images: {times}{without}"
+    reason = f"the fastest here, {comparison.new_share:.0%} of the images with a mask never seen: {times}{without}"
     return GraphChoice(mode=fastest, reason=reason, measured_ms=measured)
 
 
@@ -221,35 +225,58 @@ def _begun(speculation: Speculation) -> str:
     return f"; the {n_parts} part(s) that {100 * share:.0f} % of the images begin with run beside the policy network"
 
 
-def _measured(
-    found: Mapping[str, GraphStrategy], network: NetworkSpec, backend: Backend, options: PathOptions
-) -> dict[str, float]:
-    """Return the mean milliseconds of an image in each mode, by events, in turns; with the policy network.
+class _Comparison:
+    """What an image takes in each mode, by events, with the policy network. Images are blank, and their bits given.
 
-    The images are blank and their bits are given: `_typical_masks`.
+    An image has a frequent mask as often as was noted, or else one that no mode was prepared for: where no masks were
+    noted, nothing is known of those to come, and each is a new one.
     """
-    timer = timer_of(backend)
-    if timer is None:
-        raise TypeError(f"modes are compared by a device's events, which {type(backend).__name__} does not have")
-    source = network.require("stem").inputs[0]
-    image = np.zeros(source.shape_for(1), source.dtype)
-    times: dict[str, list[float]] = {mode: [] for mode in found}
-    for _ in range(_ROUNDS):
-        for mask in _typical_masks(options, network.n_blocks):
-            for mode, strategy in found.items():
-                _time_one(strategy, image, mask[None], network, timer, times[mode])
-    return {mode: float(np.reshape(ms, (_ROUNDS, _IMAGES)).min(axis=0).mean()) for mode, ms in times.items()}
 
+    def __init__(
+        self, found: Mapping[str, GraphStrategy], network: NetworkSpec, backend: Backend, options: PathOptions
+    ) -> None:
+        self.found = found
+        self.new_share = 1 - options.frequent_share()
+        self._network, self._backend, self._frequent = network, backend, options.frequent()
 
-def _typical_masks(options: PathOptions, n_blocks: int) -> np.ndarray:
-    """Return bool [_IMAGES, K]: the frequent masks, each as often as it comes up, or half of the blocks throughout."""
-    frequent = options.frequent()
-    if not frequent:
-        half = parse_policy(f"distribute:{n_blocks // 2}", n_blocks=n_blocks, has_policy_network=False)
-        return half.matrix(_IMAGES)
-    ends = np.cumsum([share for _, share in frequent])
-    found = np.searchsorted(ends, (np.arange(_IMAGES) + 0.5) / _IMAGES * ends[-1])
-    return np.array([frequent[i][0] for i in found])
+    def measured_ms(self) -> dict[str, float]:
+        """Return the mean milliseconds of an image in each mode."""
+        timer = timer_of(self._backend)
+        if timer is None:
+            raise TypeError(f"modes are compared by a device's events, which {type(self._backend).__name__} has not")
+        times = dict.fromkeys(self.found, 0.0)
+        for share, masks in ((1 - self.new_share, self._known_masks), (self.new_share, self._new_masks)):
+            if share > 0:
+                for mode, ms in self._mean_times(masks(), timer).items():
+                    times[mode] += share * ms
+        for strategy in self.found.values():
+            if isinstance(strategy, PathCacheStrategy):
+                strategy.prepare()  # it keeps graphs of the new masks, in place of frequent ones
+        return times
+
+    def _mean_times(self, masks: np.ndarray, timer: DeviceTimer) -> dict[str, float]:
+        """Return by mode the mean over images, each in its fastest round; modes take turns."""
+        source = self._network.require("stem").inputs[0]
+        image = np.zeros(source.shape_for(1), source.dtype)
+        times: dict[str, list[float]] = {mode: [] for mode in self.found}
+        for mask in (masks[0], *masks):  # the first image in a mode sets things up, and is not counted
+            for mode, strategy in self.found.items():
+                _time_one(strategy, image, mask[None], self._network, timer, times[mode])
+        return {mode: float(np.reshape(ms[1:], (_ROUNDS, _IMAGES)).min(axis=0).mean()) for mode, ms in times.items()}
+
+    def _known_masks(self) -> np.ndarray:
+        """Return bool [_ROUNDS * _IMAGES, K]: the frequent masks, each as often as it comes up, the same each round."""
+        ends = np.cumsum([share for _, share in self._frequent])
+        found = np.searchsorted(ends, (np.arange(_IMAGES) + 0.5) / _IMAGES * ends[-1])
+        return np.array([self._frequent[i][0] for i in found] * _ROUNDS)
+
+    def _new_masks(self) -> np.ndarray:
+        """Return bool [_ROUNDS * _IMAGES, K]: masks that are not among the frequent ones, as many as there are."""
+        n_blocks = self._network.n_blocks
+        drawn = np.random.default_rng(0).random((4 * _ROUNDS * _IMAGES, n_blocks)) < 0.5
+        known = {mask.tobytes() for mask, _ in self._frequent}
+        new = {mask.tobytes(): mask for mask in drawn if mask.tobytes() not in known}
+        return np.resize(list(new.values()) or drawn, (_ROUNDS * _IMAGES, n_blocks))
 
 
 def _time_one(

@@ -79,6 +79,10 @@ class PathOptions:
         found = [(np.asarray(mask, dtype=bool), share) for mask, share in zip(self.ahead, shares, strict=True)]
         return found[: self.max_paths]
 
+    def frequent_share(self) -> float:
+        """Return the share of the images that takes one of the masks prepared for, 0 to 1."""
+        return min(1.0, sum(share for _, share in self.frequent()))
+
 
 def _are_shares(values: Sequence[float]) -> bool:
     return all(value >= 0 for value in values) and sum(values) <= 1 + 1e-6
