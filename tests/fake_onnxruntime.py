@@ -15,7 +15,10 @@ from export.ort_threads import any_threads_options
 
 ALL = ("TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider")
 # What its CUDA provider compares, by its own list: docs/OperatorKernels.md.
-_COMPARED = {getattr(TensorProto, name) for name in "BOOL DOUBLE FLOAT FLOAT16 INT32 INT64 UINT32 UINT64".split()}
+_COMPARED = {
+    *(TensorProto.BOOL, TensorProto.INT32, TensorProto.INT64, TensorProto.UINT32, TensorProto.UINT64),
+    *(TensorProto.DOUBLE, TensorProto.FLOAT, TensorProto.FLOAT16),
+}
 _LIBRARIES = {ALL[0]: "libonnxruntime_providers_tensorrt.so", ALL[1]: "libonnxruntime_providers_cuda.so"}
 
 
@@ -60,7 +63,7 @@ def _refuse_what_cuda_does_not_compare(data):
     types = {value.name: value.type.tensor_type.elem_type for value in (*graph.input, *graph.value_info)}
     for node in graph.node:
         if node.op_type == "Equal" and types[node.input[0]] not in _COMPARED:
-            raise RuntimeError(f"{node.name}: this session contains graph nodes that are assigned to the default CPU EP")
+            raise RuntimeError(f"{node.name}: this session contains graph nodes assigned to the default CPU EP")
 
 
 def known_options(provider):
