@@ -10,7 +10,7 @@ import numpy as np
 
 from engines.base import Buffer
 from engines.cuda_device import CudaDevice, CudaEvent, DeviceMemory
-from engines.device_array import DeviceArray
+from engines.device_array import LEGACY_STREAM, DeviceArray
 
 # numpy has no bfloat16; nobody but an engine reads such an activation
 _HOST_DTYPES = {"bfloat16": "uint16"}
@@ -64,7 +64,7 @@ class DeviceBuffer:
         self._device.make_current()
         copy = DeviceBuffer(self._device, self.shape, self._dtype)
         self._device.copy(copy.address, self.address, self.n_bytes)
-        return copy.device_array()
+        return handed_out(self._device, copy)
 
     def device_array(self) -> DeviceArray:
         """Return this buffer's own memory as an array, which keeps the buffer alive."""
@@ -116,7 +116,17 @@ def concatenate(device: CudaDevice, values: Sequence[DeviceArray]) -> DeviceArra
     for one in values:
         device.copy(target, one.address, one.n_bytes)
         target += one.n_bytes
-    return result.device_array()
+    return handed_out(device, result)
+
+
+def handed_out(device: CudaDevice, buffer: DeviceBuffer) -> DeviceArray:
+    """Return a buffer whose values are enqueued as an array for others.
+
+    The default stream waits for them: who takes it by `__cuda_array_interface__` should wait for `stream` of it, but
+    PyTorch's `as_tensor` and PyCUDA's kernels read the address alone.
+    """
+    device.hold_back(LEGACY_STREAM)
+    return buffer.device_array()
 
 
 def device_buffer(buffer: Buffer) -> DeviceBuffer:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from bdtool.errors import BackendError, EngineError
-from engines.device_timer import CopyWatch
+from engines.device_timer import CopyWatch, DeviceTimer
 
 _INSTALL = 'pip install "bdtool[cuda]"'
 _TIMING_OF_13 = 12080  # cuEventElapsedTime_v2, which cuda-bindings 13 call, is in drivers since CUDA 12.8
@@ -110,7 +110,8 @@ class CudaEvent:
 
     def elapsed_time(self, end: CudaEvent, /) -> float:
         cu = self._device.cu
-        return float(checked(cu, cu.cuEventElapsedTime(self._event, end._event), "the time between two events"))
+        with self._device.current():
+            return float(checked(cu, cu.cuEventElapsedTime(self._event, end._event), "the time between two events"))
 
 
 class CudaDevice:
@@ -232,6 +233,15 @@ class CudaDevice:
     def synchronize(self) -> None:
         """Wait for all enqueued work; what failed in it shows here."""
         checked(self.cu, self.cu.cuStreamSynchronize(self.stream), "to finish the work enqueued")
+
+    def timer(self) -> DeviceTimer:
+        """Return a timer by events on the stream; it collects whichever context is current."""
+
+        def synchronize() -> None:
+            with self._current:
+                self.synchronize()
+
+        return DeviceTimer(lambda: CudaEvent(self), synchronize, self.copies)
 
     def capture(self, enqueue: Callable[[], None]) -> Any:
         """Return the CUgraph of what `enqueue` puts on the stream; nothing of it runs.

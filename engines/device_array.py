@@ -26,7 +26,9 @@ class DeviceArray:
 
     `stream` is the one on which its values were, or are being, made; `device` the number of the GPU, where that is
     known, as of what engines give. By `__cuda_array_interface__` PyTorch (`torch.as_tensor`), CuPy (`cupy.asarray`),
-    Numba and PyCUDA's kernels take it where it is; by DLPack `from_dlpack` of any library, whose stream waits.
+    Numba and PyCUDA's kernels take it where it is; by DLPack `from_dlpack` of any library, whose stream waits. What
+    engines give the default stream waits for, too; any other must wait for `stream`, which CuPy and Numba see to, and
+    PyTorch and PyCUDA do not.
     """
 
     address: int

@@ -42,7 +42,7 @@ class GraphNodes:
     @contextmanager
     def new_graph(self) -> Iterator[Any]:
         """Give an empty CUgraph, which is given back where it cannot be finished."""
-        graph = self._call(self._cu.cuGraphCreate(0))
+        graph = self._call(self._cu.cuGraphCreate(0), "a new graph")
         try:
             yield graph
         except BaseException:
@@ -52,10 +52,13 @@ class GraphNodes:
     def handle(self, graph: Any) -> Any:
         """Make a conditional handle that every launch resets to 0: nothing runs, or the first body of a SWITCH."""
         flag = self._cu.CU_GRAPH_COND_ASSIGN_DEFAULT
-        return self._call(self._cu.cuGraphConditionalHandleCreate(graph, self._context, 0, flag))
+        return self._call(
+            self._cu.cuGraphConditionalHandleCreate(graph, self._context, 0, flag), "a conditional handle"
+        )
 
     def child(self, graph: Any, after: list[Any], child: Any) -> Any:
-        return self._call(self._cu.cuGraphAddChildGraphNode(graph, after or None, len(after), child))
+        added = self._cu.cuGraphAddChildGraphNode(graph, after or None, len(after), child)
+        return self._call(added, "captured work as a child graph")
 
     def chain(self, graph: Any, parts: Sequence[Any]) -> list[Any]:
         """Add captured graphs one after the other; return the last one's node, if there are any."""
@@ -71,7 +74,8 @@ class GraphNodes:
         params.srcDevice, params.dstDevice = cu.CUdeviceptr(copy.source), cu.CUdeviceptr(copy.target)
         params.WidthInBytes = params.srcPitch = params.dstPitch = copy.n_bytes
         params.Height = params.Depth = params.srcHeight = params.dstHeight = 1
-        return self._call(cu.cuGraphAddMemcpyNode(graph, after or None, len(after), params, self._context))
+        added = cu.cuGraphAddMemcpyNode(graph, after or None, len(after), params, self._context)
+        return self._call(added, f"a copy of {copy.n_bytes} bytes")
 
     def kernel(self, graph: Any, after: list[Any], function: Any, arguments: Sequence[Any]) -> Any:
         """Add one of `engines.dispatch_kernel`: one group of `N_THREADS` threads."""
@@ -85,7 +89,7 @@ class GraphNodes:
         kernel.blockDimX, kernel.blockDimY, kernel.blockDimZ = N_THREADS, 1, 1
         kernel.sharedMemBytes = 0
         kernel.kernelParams = ctypes.addressof(pointers)  # the driver copies the values when the node is added
-        return self._add(graph, after, params)
+        return self._add(graph, after, params, "a kernel")
 
     def conditional(
         self, graph: Any, after: list[Any], handle: Any, kind: Literal["IF", "SWITCH"], *, n_bodies: int = 1
@@ -102,15 +106,16 @@ class GraphNodes:
         conditional.ctx = self._context
         conditional.size = n_bodies
         conditional.type = getattr(cu.CUgraphConditionalNodeType, f"CU_GRAPH_COND_TYPE_{kind}")
-        node = self._add(graph, after, params)
+        node = self._add(graph, after, params, f"a conditional node ({kind}, {n_bodies} bodies)")
         return node, [cu.CUgraph(int(params.conditional.phGraph_out[index])) for index in range(n_bodies)]
 
     def check_content(self, captured: Any, what: str) -> None:
         """Refuse what no body may hold; the driver would only say "invalid argument", when all is put together."""
         cu = self._cu
-        _, n_nodes = self._call(cu.cuGraphGetNodes(captured, 0))
-        nodes, _ = self._call(cu.cuGraphGetNodes(captured, n_nodes))
-        kinds = {self._call(cu.cuGraphNodeGetType(node)).name.removeprefix(_PREFIX) for node in nodes}
+        asked = f"to list the nodes of {what}"
+        _, n_nodes = self._call(cu.cuGraphGetNodes(captured, 0), asked)
+        nodes, _ = self._call(cu.cuGraphGetNodes(captured, n_nodes), asked)
+        kinds = {self._call(cu.cuGraphNodeGetType(node), asked).name.removeprefix(_PREFIX) for node in nodes}
         if bad := sorted(kinds - set(_ALLOWED_IN_BODY)):
             raise EngineError(
                 f"{what}: its captured work holds {', '.join(bad)} nodes, which a conditional body may not hold. "
@@ -120,13 +125,19 @@ class GraphNodes:
     def instantiate(self, graph: Any) -> Any:
         """Return the CUgraphExec of a CUgraph, which may be destroyed then."""
         params = self._cu.CUDA_GRAPH_INSTANTIATE_PARAMS()
-        return self._call(self._cu.cuGraphInstantiateWithParams(graph, params))
+        made = self._cu.cuGraphInstantiateWithParams(graph, params)
+        return self._call(made, f"to instantiate the graph ({params.result_out.name})")
 
-    def _add(self, graph: Any, after: list[Any], params: Any) -> Any:
+    def _add(self, graph: Any, after: list[Any], params: Any, what: str) -> Any:
         cu, dependencies = self._cu, after or None
         if hasattr(cu, "cuGraphAddNode_v2"):  # 12.x: the plain one takes no edge data; 13.x: it does
-            return self._call(cu.cuGraphAddNode(graph, dependencies, len(after), params))
-        return self._call(cu.cuGraphAddNode(graph, dependencies, None, len(after), params))
+            return self._call(cu.cuGraphAddNode(graph, dependencies, len(after), params), what)
+        return self._call(cu.cuGraphAddNode(graph, dependencies, None, len(after), params), what)
 
-    def _call(self, result: tuple[Any, ...]) -> Any:
-        return checked(self._cu, result, "a step of the graph")
+    def _call(self, result: tuple[Any, ...], what: str) -> Any:
+        try:
+            return checked(self._cu, result, what)
+        except EngineError as exc:
+            raise EngineError(
+                f"CUDA graph: {exc}. Use another --cuda-graph mode (off: plain launches), or --strategy chain"
+            ) from exc

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from bdtool.errors import UsageError
+from bdtool.errors import EngineError, UsageError
 from bdtool.specs import NetworkSpec, PartSpec, TensorSpec
 from engines.base import Backend, Buffer, Call, Engine
 from engines.capture import Captured, CapturingBackend, launch_call
@@ -227,7 +227,12 @@ class NetworkGraphs:
     def _add(self, part: PartSpec, source: Buffer, target: Buffer, *, beside: bool = False) -> Any:
         """Capture a part from one buffer into another; return its CUgraph."""
         inputs, outputs = {part.inputs[0].name: source}, {part.outputs[0].name: target}
-        captured = self._capturer.capture(self._engines[part.name], inputs, outputs, beside=beside)
+        try:
+            captured = self._capturer.capture(self._engines[part.name], inputs, outputs, beside=beside)
+        except EngineError as exc:
+            if part.name in str(exc):
+                raise
+            raise EngineError(f"part {part.name!r}: cannot be captured: {exc}. Use --strategy chain") from exc
         self._captured.append(captured)
         self._releases.append(captured.release)
         return captured.graph

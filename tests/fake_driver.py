@@ -120,6 +120,8 @@ class FakeDriver:
 
     def cuStreamSynchronize(self, stream):
         assert self._capturing is None, "a stream that is captured cannot be waited for"
+        if not self.contexts:
+            return (self.CUresult.CUDA_ERROR_INVALID_CONTEXT,)
         return self._done("cuStreamSynchronize")
 
     def cuEventCreate(self, flags):
@@ -140,6 +142,8 @@ class FakeDriver:
         return self._done("cuEventSynchronize")
 
     def cuEventElapsedTime(self, start, end):
+        if not self.contexts:
+            return self.CUresult.CUDA_ERROR_INVALID_CONTEXT, 0.0
         return self._done("cuEventElapsedTime", self.events[int(end) - 1] - self.events[int(start) - 1])
 
     def cuStreamWaitEvent(self, stream, event, flags):

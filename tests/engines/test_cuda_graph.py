@@ -76,10 +76,21 @@ def test_captured_work_that_no_body_may_hold_is_refused_by_name(driver, kind):
         _build(driver)
 
 
-@pytest.mark.parametrize("call", ["cuGraphCreate", "cuGraphAddNode", "cuGraphInstantiateWithParams", "cuGraphGetNodes"])
-def test_driver_that_refuses_is_quoted(driver, call):
+@pytest.mark.parametrize(
+    ("call", "step"),
+    [
+        ("cuGraphCreate", "a new graph"),
+        ("cuGraphConditionalHandleCreate", "a conditional handle"),
+        ("cuGraphAddChildGraphNode", "captured work as a child graph"),
+        ("cuGraphAddNode", "a kernel"),
+        ("cuGraphInstantiateWithParams", r"to instantiate the graph \(CUDA_GRAPH_INSTANTIATE_SUCCESS\)"),
+        ("cuGraphGetNodes", "to list the nodes of stem"),
+    ],
+)
+def test_driver_that_refuses_is_quoted_with_the_step(driver, call, step):
     driver.failing = call
-    with pytest.raises(EngineError, match="CUDA_ERROR_INVALID_VALUE"):
+    words = rf"^CUDA graph: the CUDA driver refuses {step}: CUDA_ERROR_INVALID_VALUE\. Use another --cuda-graph mode"
+    with pytest.raises(EngineError, match=words):
         _build(driver)
 
 

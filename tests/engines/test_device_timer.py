@@ -3,8 +3,7 @@
 import ctypes
 import gc
 
-from engines.cuda_device import CudaDevice, CudaEvent
-from engines.device_timer import DeviceTimer
+from engines.cuda_device import CudaDevice
 from engines.nvml import GpuState, gpu_state, state_from_calls
 from tests.fake_driver import FakeDriver
 
@@ -12,7 +11,7 @@ from tests.fake_driver import FakeDriver
 def test_times_are_those_of_the_device_and_events_are_used_again():
     driver = FakeDriver()
     device = CudaDevice(driver, 0)
-    timer = DeviceTimer(lambda: CudaEvent(device), device.synchronize)
+    timer = device.timer()
     times = {"short": [], "long": []}
 
     def enqueue(n):

@@ -12,7 +12,7 @@ from bdtool.errors import DataError
 from bdtool.runtime.paths import PathOptions
 from engines.cuda_buffer import DeviceBuffer
 from engines.cuda_device import CudaDevice
-from engines.device_array import device_array
+from engines.device_array import LEGACY_STREAM, device_array
 from engines.torchrt import TorchBackend
 from tests.fake_tensorrt import install_gpu
 
@@ -70,6 +70,7 @@ def test_neither_images_nor_logits_pass_through_the_host(
         np.testing.assert_allclose(_values(driver, result.logits), expected, atol=1e-4)
     assert STREAM in driver.waited_for  # until the array is there
     assert STREAM in driver.held_back  # until it was read: its memory may be given to others next
+    assert driver.held_back[-1] == LEGACY_STREAM  # PyTorch and PyCUDA read there, and ask for no stream
     assert result.logits.__cuda_array_interface__["stream"] == 5  # of the device's stream, for others to wait for
     with pytest.raises(TypeError, match="the logits are on the GPU, like the images"):
         _ = result.classes
