@@ -56,6 +56,7 @@ class BackendIdentity:
     settings: str | None = None  # of the build, as a text to compare; None: engines of any settings fit
     converts_fp16: bool = False  # fp16 engines can be built from a bundle's fp32 parts
     lists_targets: bool = False  # engines for several targets, as "sm86-sm89", serve each of them
+    wider_targets: tuple[str, ...] = ()  # targets whose engines run here, too
     takes_pixels: bool = False  # engines read images as uint8 [N, height, width, 3] and normalise them on the device
 
 
@@ -183,6 +184,14 @@ class Backend(Protocol):
         """
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer: ...
+
+
+@runtime_checkable
+class HostCodeBackend(Protocol):
+    """A backend some of whose engines bring machine code for the host along, which it does not run unless allowed."""
+
+    def allow_host_code(self) -> None:
+        """Let such engines be loaded from now on."""
 
 
 @runtime_checkable

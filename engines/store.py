@@ -18,7 +18,8 @@ from typing import Any, Literal
 
 from bdtool.errors import BundleError, EngineError, ExportError
 from bdtool.specs import NetworkSpec, PartSpec
-from engines.base import PLAIN_LAYOUT, Backend, BackendIdentity, BuiltEngine, Engine, LayoutError
+from engines.base import PLAIN_LAYOUT, Backend, BackendIdentity, BuiltEngine, Engine, HostCodeBackend, LayoutError
+from engines.trt_options import has_host_code
 from export.bundle import Bundle
 from export.files import advice_on, sha256_of_bytes, sha256_of_files, write_bytes, write_json
 from export.half_spec import HALF_DTYPES, HALF_VERSION
@@ -185,7 +186,9 @@ class EngineStore:
         return None
 
     def _wider(self) -> Iterator[EngineStore]:
-        """Yield the stores beside this one whose target lists this store's among others."""
+        """Yield the stores beside this one whose target lists this store's among others, or is a wider one."""
+        for target in self.identity.wider_targets:
+            yield self._beside(self.directory.parent, target)
         if not self.identity.lists_targets:
             return
         name, version, own = self.identity.name, self.identity.version, self.identity.target
@@ -193,8 +196,11 @@ class EngineStore:
         for directory in sorted(self.directory.parent.glob(f"{start}*{end}")):
             target = directory.name.removeprefix(start).removesuffix(end)
             if target != own and own in target.split("-"):
-                identity = replace(self.identity, target=target)
-                yield EngineStore(self._bundle, identity, precision=self.precision, directory=directory.parent)
+                yield self._beside(directory.parent, target)
+
+    def _beside(self, directory: Path, target: str) -> EngineStore:
+        identity = replace(self.identity, target=target)
+        return EngineStore(self._bundle, identity, precision=self.precision, directory=directory)
 
     def load(self, backend: Backend, records: Mapping[str, EngineRecord], *, joinable: bool = False) -> EngineSet:
         """Load the engines of `records`, as `find` gave them.
@@ -205,6 +211,8 @@ class EngineStore:
         Raises:
             EngineError: the backend cannot load one.
         """
+        if isinstance(backend, HostCodeBackend) and any(has_host_code(record.settings) for record in records.values()):
+            backend.allow_host_code()  # they were built so on purpose, and a bundle is loaded by who trusts it
         engines: dict[str, Engine] = {}
         files: dict[str, bytes] = {}
         for name, record in records.items():

@@ -26,17 +26,35 @@ class TimingCache:
 
     @contextmanager
     def applied(self, config: Any) -> Iterator[None]:
-        """Give `config` what the file holds; after a build, add to the file what the build learned."""
-        config.set_timing_cache(config.create_timing_cache(self._read()), False)
+        """Give `config` what the file holds; after a build, add to the file what the build learned.
+
+        Whatever is wrong with the cache is logged, and costs only time.
+        """
+        if not self._give(config, self._read()):
+            logger.warning(
+                "the timing cache %s is not one for this GPU and version, or is damaged; it is made anew", self.path
+            )
+            self._give(config, b"")
         yield
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self._locked():
-                merged = config.create_timing_cache(self._read())  # another build may have written meanwhile
-                merged.combine(config.get_timing_cache(), False)
-                write_bytes(self.path, bytes(merged.serialize()))
-        except OSError as exc:  # the engine is built all the same, only the next build is slower
-            logger.warning("the timing cache %s cannot be written (%s)", self.path, exc.strerror or exc)
+            self._add(config, config.get_timing_cache())
+        except Exception as exc:  # the engine is built; bindings raise what they like
+            reason = exc.strerror if isinstance(exc, OSError) and exc.strerror else exc
+            logger.warning("the timing cache %s cannot be written (%s)", self.path, reason)
+
+    def _give(self, config: Any, content: bytes) -> bool:
+        try:
+            return bool(config.set_timing_cache(config.create_timing_cache(content), False))
+        except (RuntimeError, TypeError):  # no cache was made of it
+            return False
+
+    def _add(self, config: Any, learned: Any) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self._locked():
+            merged = config.create_timing_cache(self._read())  # another build may have written meanwhile
+            if merged is None or not merged.combine(learned, False):
+                merged = learned  # the file is none that fits
+            write_bytes(self.path, bytes(merged.serialize()))
 
     def _read(self) -> bytes:
         try:

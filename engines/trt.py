@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import Any
 
@@ -14,7 +14,7 @@ from engines.base import PLAIN_LAYOUT, BackendIdentity, Buffer, BuiltEngine, Eng
 from engines.capture import Capturer
 from engines.check import check_engine
 from engines.cuda_buffer import DeviceBuffer, concatenate
-from engines.cuda_device import CudaDevice, CudaEvent, open_device
+from engines.cuda_device import CudaDevice, open_device
 from engines.device_array import DeviceArray
 from engines.device_timer import DeviceTimer
 from engines.gpu_cache import gpu_cache_path
@@ -70,9 +70,10 @@ class TensorRTBackend:
         return CHANNELS_LAST if fits else PLAIN_LAYOUT
 
     def build(self, part: PartSpec, model: bytes, *, layout: str) -> BuiltEngine:
-        compiled = compile_part(
-            self._library, part, model, layout=layout, options=self._options, timing_cache=self._timing_cache
-        )
+        with self.current() if self._runs_here else nullcontext():  # TensorRT times kernels on the GPU that is current
+            compiled = compile_part(
+                self._library, part, model, layout=layout, options=self._options, timing_cache=self._timing_cache
+            )
         details: dict[str, Any] = {"convolutions": compiled.convolutions}
         plan = plan_from_bytes(compiled.data)
         if plan is not None:
@@ -86,7 +87,7 @@ class TensorRTBackend:
         stripped = self._options.strip_weights
         error = layers = None
         if self._runs_here and not stripped:
-            layers = self._inspect(part, compiled.data)
+            layers = self._runtime.layers(part, compiled.data)
             error = self._check(part, model, compiled.data, layout)
         return BuiltEngine(
             data=compiled.data, layout=layout, error=error, details=details, layers=layers, loadable=not stripped
@@ -94,6 +95,9 @@ class TensorRTBackend:
 
     def load(self, part: PartSpec, data: bytes, *, layout: str) -> Engine:
         return self._runtime.load(part, data, layout=layout)
+
+    def allow_host_code(self) -> None:
+        self._runtime.allow_host_code()
 
     def join(self, joined: PartSpec, pieces: Sequence[tuple[PartSpec, bytes]]) -> tuple[Engine, int]:
         raise EngineError(f"{self._library.name} cannot join engines; build the parts joined as ONNX instead")
@@ -122,8 +126,7 @@ class TensorRTBackend:
         return self._runtime.device.current()
 
     def timer(self) -> DeviceTimer:
-        device = self._runtime.device
-        return DeviceTimer(lambda: CudaEvent(device), device.synchronize, device.copies)
+        return self._runtime.device.timer()
 
     def capturer(self) -> Capturer:
         return TensorRTCapturer(self._runtime.device)
@@ -146,6 +149,8 @@ class TensorRTBackend:
             path = gpu_cache_path("runtime", gpu=self._gpu.name, cuda_version=cuda, library=self._library.title)
             cache = RuntimeCache(path)
         runtime = TensorRTRuntime(self._library, self._open_device(), cache=cache)
+        if self._options.version_compatible:
+            runtime.allow_host_code()
         if cache is not None:
             weakref.finalize(self, cache.save)  # when the last engine may have been compiled, at the latest at exit
         return runtime
@@ -154,16 +159,6 @@ class TensorRTBackend:
         if "bfloat16" in {tensor.dtype for tensor in (*part.inputs, *part.outputs)}:
             return None  # neither numpy nor ONNX Runtime on the CPU computes in it
         return check_engine(part, model, self.load(part, data, layout=layout))
-
-    def _inspect(self, part: PartSpec, data: bytes) -> str:
-        """Return TensorRT's own account of the engine, layer by layer, as JSON; it takes a GPU."""
-        trt = self._library.module
-        with self._library.quoting(f"part {part.name!r}: its engine cannot be read back", EngineError):
-            engine = trt.Runtime(self._library.log).deserialize_cuda_engine(data)
-            if engine is None:
-                raise EngineError(f"part {part.name!r}: its engine cannot be read back: {self._library.quoted()}")
-            text: str = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
-            return text
 
 
 def _check_refit(options: TensorRTOptions, driver: Driver) -> None:

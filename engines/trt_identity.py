@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 from bdtool.errors import BackendError, UsageError
 from engines.base import BackendIdentity
 from engines.libcuda import Driver, Gpu
 from engines.trt_library import installed_version
-from engines.trt_options import TENSORRT_RTX, TensorRTOptions, target_name
+from engines.trt_options import TENSORRT_RTX, HardwareCompatibility, TensorRTOptions, target_name
 
 
 def tensorrt_identity(
@@ -26,13 +27,17 @@ def tensorrt_identity(
     version = installed_version(backend)
     chosen = options or TensorRTOptions()
     chosen.check_for(backend)
+    wider: tuple[str, ...] = ()
     if backend == TENSORRT_RTX:
         if not chosen.sms:
             chosen = replace(chosen, sms=(_target_gpu(backend, device, driver, builds=options is not None).sm,))
         target = target_name(chosen.sms)
     else:
         gpu = _target_gpu(backend, device, driver, builds=options is not None)
-        target = f"{target_name((gpu.sm,))}-cuda{driver.cuda_text}"
+        targets = {level: f"{name}-cuda{driver.cuda_text}" for level, name in _names_by_compatibility(gpu).items()}
+        target = targets[chosen.hardware_compatibility]
+        if options is None:
+            wider = tuple(name for level, name in targets.items() if level != "none" and _serves(level, gpu))
     settings = None if options is None else chosen.settings
     identity = BackendIdentity(
         name=backend,
@@ -42,9 +47,27 @@ def tensorrt_identity(
         settings=settings,
         converts_fp16=True,
         lists_targets=backend == TENSORRT_RTX,
+        wider_targets=wider,
         takes_pixels=True,
     )
     return identity, chosen
+
+
+def _names_by_compatibility(gpu: Gpu) -> dict[HardwareCompatibility, str]:
+    """Return what an engine that is built on this GPU is for: by default this model, as others of its capability have
+    other numbers of multiprocessors and other memory (TensorRT documentation, "Hardware Compatibility").
+    """
+    model = re.sub(r"[^\w.]+", "_", gpu.name)
+    return {
+        "none": f"{target_name((gpu.sm,))}-{model}",
+        "same-compute-capability": f"{target_name((gpu.sm,))}-all",
+        "ampere-plus": "ampere-plus",
+    }
+
+
+def _serves(level: HardwareCompatibility, gpu: Gpu) -> bool:
+    """Say whether engines of that level, built on another GPU, run on this one."""
+    return level != "ampere-plus" or gpu.sm >= 80
 
 
 def _target_gpu(backend: str, device: str, driver: Driver, *, builds: bool) -> Gpu:

@@ -87,6 +87,11 @@ class TensorRTOptions:
         return json.dumps({"recipe": _RECIPE, **values}, sort_keys=True)
 
 
+def has_host_code(settings: str) -> bool:
+    """Say whether engines of these settings bring TensorRT's lean runtime along."""
+    return bool(settings) and json.loads(settings).get("version_compatible", False) is True
+
+
 def flag_of(field_name: str) -> str:
     """Return the command line's option for a field of `TensorRTOptions`."""
     return _FLAGS.get(field_name, "--" + field_name.replace("_", "-"))

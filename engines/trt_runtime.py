@@ -38,12 +38,33 @@ class TensorRTRuntime:
         self._scratch_bytes = 0
         self._scratch: DeviceMemory | None = None
 
+    def allow_host_code(self) -> None:
+        """Let engines be loaded that bring TensorRT's lean runtime along, machine code that the host runs."""
+        self._runtime.engine_host_code_allowed = True
+
     def load(self, part: PartSpec, data: bytes, *, layout: str) -> TensorRTEngine:
         """Deserialize an engine.
 
         Raises:
             EngineError: the library refuses it (quoted), or its tensors are not those of the part.
         """
+        engine = self._deserialize(part, data)
+        self._scratch_bytes = max(self._scratch_bytes, int(engine.device_memory_size_v2))
+        return TensorRTEngine(part, engine, self, layout=layout)
+
+    def layers(self, part: PartSpec, data: bytes) -> str:
+        """Return the library's own account of an engine, layer by layer, as JSON.
+
+        Raises:
+            EngineError: the library refuses the engine (quoted).
+        """
+        form = self.library.module.LayerInformationFormat.JSON
+        engine = self._deserialize(part, data)
+        with self.device.current(), self.library.quoting(f"part {part.name!r}: its layers", EngineError):
+            text: str = engine.create_engine_inspector().get_engine_information(form)
+            return text
+
+    def _deserialize(self, part: PartSpec, data: bytes) -> Any:
         name = self.library.name
         loading = f"part {part.name!r}: {name} cannot load its engine"
         with self.device.current(), self.library.quoting(loading, EngineError):
@@ -53,8 +74,7 @@ class TensorRTRuntime:
                     f"part {part.name!r}: {name} {self.library.module.__version__} cannot load its engine: "
                     f"{self.library.quoted() or 'no reason given'}. Build it again on this machine"
                 )
-        self._scratch_bytes = max(self._scratch_bytes, int(engine.device_memory_size_v2))
-        return TensorRTEngine(part, engine, self, layout=layout)
+        return engine
 
     def context(self, part: PartSpec, engine: Any, *, beside: bool = False) -> tuple[Any, DeviceMemory]:
         """Return a new execution context and the scratch memory it works in, which must live as long.

@@ -67,6 +67,8 @@ class IBuilderConfig:
         return ITimingCache(name for name in blob.decode().split(",") if name)
 
     def set_timing_cache(self, cache, ignore_mismatch):
+        if cache is None:
+            raise TypeError("set_timing_cache(): incompatible function arguments")
         self.cache = cache
         return True
 
@@ -134,6 +136,7 @@ class Builder:
     def __init__(self, log):
         self.log = log
         self.notes = FakeTensorRT.notes
+        self.notes["builder's contexts"] = list(self.notes["driver"].contexts)
 
     def create_network(self, flags):
         self.notes["network_flags"] = flags
@@ -156,6 +159,7 @@ class Builder:
             "formats": {tensor.name: tensor.allowed_formats for tensor in tensors},
             "types": {tensor.name: tensor.dtype.name for tensor in tensors},
             "profile": config.shapes,
+            "host code": "VERSION_COMPATIBLE" in config.flags_set,
             "model": base64.b64encode(network.model).decode(),
         }
         return self.notes.get("data", json.dumps(plan).encode())
@@ -164,15 +168,21 @@ class Builder:
 class Runtime:
     """Its engines compute what their ONNX says, on the memory of `notes["driver"]`, in their formats."""
 
+    engine_host_code_allowed = False
+
     def __init__(self, log):
         self.log = log
 
     def deserialize_cuda_engine(self, data):
         try:
-            return ICudaEngine(json.loads(data), self)
+            plan = json.loads(data)
         except ValueError:
             self.log.log(ILogger.ERROR, "Serialization assertion stdVersionRead == kSERIALIZATION_VERSION failed")
             return None
+        if plan["host code"] and not self.engine_host_code_allowed:
+            self.log.log(ILogger.ERROR, "IRuntime::getEngineHostCodeAllowed() is false")
+            return None
+        return ICudaEngine(plan, self)
 
 
 class ICudaEngine:

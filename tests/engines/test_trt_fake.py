@@ -227,6 +227,35 @@ def test_timing_cache_that_cannot_be_written_costs_only_time(tmp_path, caplog):
     assert "cannot be written" in caplog.text
 
 
+@pytest.mark.parametrize("refusal", ["set_timing_cache says no", "create_timing_cache gives nothing"])
+def test_timing_cache_that_does_not_fit_is_made_anew(build, monkeypatch, caplog, refusal):
+    path = gpu_cache_path("timing", gpu="NVIDIA H200", cuda_version="13.0", library="tensorrt10.14.1")
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"of another GPU")
+    create, give = IBuilderConfig.create_timing_cache, IBuilderConfig.set_timing_cache
+    if refusal.startswith("set"):
+        fits = lambda cache: "of another GPU" not in cache.entries  # noqa: E731
+        monkeypatch.setattr(
+            IBuilderConfig, "set_timing_cache", lambda self, cache, ignore: fits(cache) and give(self, cache, ignore)
+        )
+        monkeypatch.setattr(ITimingCache, "combine", lambda self, other, ignore: fits(self))
+    else:
+        monkeypatch.setattr(
+            IBuilderConfig,
+            "create_timing_cache",
+            lambda self, blob: None if blob == b"of another GPU" else create(self, blob),
+        )
+    assert build().error <= 1e-4
+    assert f"the timing cache {path} is not one for this GPU and version, or is damaged; it is made anew" in caplog.text
+    assert path.read_bytes() == b"block_00"
+
+
+def test_build_whose_cache_cannot_be_read_back_is_built_all_the_same(build, monkeypatch, caplog):
+    monkeypatch.setattr(IBuilderConfig, "get_timing_cache", lambda self: None)
+    assert build().error <= 1e-4
+    assert "cannot be written" in caplog.text
+
+
 # --- what engines are made for ----------------------------------------------------------------------------------------
 
 
@@ -237,7 +266,12 @@ def installed(monkeypatch):
 
 def test_tensorrt_engines_are_named_after_gpu_and_cuda(installed):
     identity, _ = tensorrt_identity("tensorrt", "cuda:0", None, H200)
-    assert (identity.version, identity.target, identity.suffix) == ("10.14.1", "sm90-cuda13.0", ".plan")
+    assert (identity.version, identity.target, identity.suffix) == ("10.14.1", "sm90-NVIDIA_H200-cuda13.0", ".plan")
+
+
+def test_builder_times_kernels_on_the_gpu_that_was_asked_for(build, notes):
+    build()
+    assert [int(context) for context in notes["builder's contexts"]] == [0xC0]  # that of the GPU's stand-in
 
 
 def test_rtx_engines_default_to_the_gpu_that_is_here(installed):

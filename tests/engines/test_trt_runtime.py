@@ -11,6 +11,7 @@ from bdtool.errors import BackendError, EngineError, UsageError
 from bdtool.runtime.preprocess import preprocess
 from engines.cuda_buffer import DeviceBuffer
 from engines.cuda_device import CudaDevice, open_device
+from engines.libcuda import Driver, Gpu
 from engines.registry import identify_backend, open_backend
 from engines.store import EngineStore
 from engines.trt_library import load_library
@@ -260,8 +261,10 @@ def test_rows_move_by_runs_of_neighbours(driver):
 
 
 def test_new_memory_is_zero_and_a_wrong_shape_is_refused(driver):
-    buffer = DeviceBuffer(CudaDevice(driver, 0), (2, 3), "bfloat16")
-    assert buffer.read().tolist() == [[0, 0, 0], [0, 0, 0]]
+    device = CudaDevice(driver, 0)
+    buffer = DeviceBuffer(device, (2, 3), "bfloat16")
+    with device.current():
+        assert buffer.read().tolist() == [[0, 0, 0], [0, 0, 0]]
     with pytest.raises(ValueError, match=r"values \[3, 2\] for a buffer \[2, 3\]"):
         buffer.write(np.zeros((3, 2), np.uint16))
 
@@ -274,7 +277,8 @@ def test_capture_of_work_that_fails_leaves_the_stream_usable(driver):
 
     with pytest.raises(EngineError, match="no"):
         device.capture(fail)
-    device.synchronize()  # the stand-in refuses it on a stream that is still captured
+    with device.current():
+        device.synchronize()  # the stand-in refuses it on a stream that is still captured
 
 
 def test_record_says_whether_an_engine_can_be_loaded(driver, bundle_copy):
@@ -283,3 +287,50 @@ def test_record_says_whether_an_engine_can_be_loaded(driver, bundle_copy):
         store = EngineStore(Bundle.open(bundle_copy), identify_backend("tensorrt", "cuda:0", tensorrt=options))
         store.build(lambda options=options: open_backend("tensorrt", "cuda:0", tensorrt=options))
         assert json.loads((store.directory / "head.engine.json").read_bytes())["loadable"] is loadable
+
+
+def _build(bundle, **options):
+    asked = TensorRTOptions(**options)
+    store = EngineStore(Bundle.open(bundle), identify_backend("tensorrt", "cuda:0", tensorrt=asked))
+    statuses = store.build(lambda: open_backend("tensorrt", "cuda:0", tensorrt=asked))
+    assert {status.status for status in statuses} == {"built"}
+    return store
+
+
+def test_version_compatible_engines_are_loaded_where_they_were_asked_for(driver, bundle_copy, pixels, tiny):
+    _build(bundle_copy, version_compatible=True)
+    with Orchestrator.open(bundle_copy, backend="tensorrt", device="cuda:0") as runtime:
+        assert runtime.run(pixels(tiny.model, 1)).logits.shape == (1, 10)
+
+
+def test_host_code_of_other_engines_is_refused(driver, bundle_copy):
+    store = _build(bundle_copy, version_compatible=True)
+    for path in store.directory.glob("*.engine.json"):
+        record = json.loads(path.read_bytes())
+        path.write_text(json.dumps({**record, "settings": TensorRTOptions().settings}))
+    with pytest.raises(EngineError, match=r"cannot load its engine: IRuntime::getEngineHostCodeAllowed\(\) is false"):
+        Orchestrator.open(bundle_copy, backend="tensorrt", device="cuda:0")
+
+
+@pytest.mark.parametrize(
+    ("level", "other", "serves"),
+    [
+        ("none", "NVIDIA H100", False),  # another model of the same capability
+        ("same-compute-capability", "NVIDIA H100", True),
+        ("ampere-plus", "NVIDIA H100", True),
+    ],
+)
+def test_engines_serve_another_gpu_if_they_were_built_for_it(monkeypatch, driver, bundle_copy, level, other, serves):
+    built = _build(bundle_copy, hardware_compatibility=level)
+    found = Driver((13, 0), (Gpu(other, (9, 0)),))
+    monkeypatch.setattr("engines.registry.driver_from_libcuda", lambda: found)
+    store = EngineStore(Bundle.open(bundle_copy), identify_backend("tensorrt", "cuda:0"))
+    serving = store.find_complete(store.network.parts)
+    assert (serving is not None and serving[0].directory == built.directory) == serves
+
+
+def test_engines_for_ampere_and_later_do_not_serve_turing(monkeypatch, driver, bundle_copy):
+    _build(bundle_copy, hardware_compatibility="ampere-plus")
+    monkeypatch.setattr("engines.registry.driver_from_libcuda", lambda: Driver((13, 0), (Gpu("NVIDIA T4", (7, 5)),)))
+    store = EngineStore(Bundle.open(bundle_copy), identify_backend("tensorrt", "cuda:0"))
+    assert store.find_complete(store.network.parts) is None
