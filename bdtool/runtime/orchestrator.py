@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
 
 import numpy as np
-import numpy.typing as npt
 
 from bdtool.errors import DataError, EngineError, PolicyError
 from bdtool.runtime.controllers import Controller, MaskController, all_finite
@@ -20,9 +19,9 @@ from bdtool.runtime.factory import DEFAULT_STRATEGY, make_strategy, parts_for, r
 from bdtool.runtime.loading import Loaded, Loader
 from bdtool.runtime.masks import read_masks
 from bdtool.runtime.paths import PathOptions, PathStats, PathStrategy
-from bdtool.runtime.policies import PolicyRequest, keep_matrix_from, parse_policy
 from bdtool.runtime.preprocess import Preprocessor
 from bdtool.runtime.recommendation import AUTO, read_recommendation
+from bdtool.runtime.requests import PolicyLike, PolicyReader
 from bdtool.runtime.result import RunResult
 from bdtool.runtime.strategies import Strategy, WrapCall
 from bdtool.specs import PIXELS, NetworkSpec, PartSpec
@@ -43,13 +42,13 @@ from engines.store import EngineStore
 from export.bundle import Bundle
 
 logger = logging.getLogger(__name__)
-PolicyLike = str | npt.ArrayLike | None
 
 
 class Orchestrator:
     """A bundle's engines, chained for each image by its policy vector.
 
-    Not thread-safe: the buffers between engines are its own. Open one for each thread.
+    Threads may share one, whose images then run one call after the other: the buffers between engines are its own. To
+    run them side by side, open one for each thread.
 
     Args:
         network: as `engines` take it, images as pixels or preprocessed.
@@ -76,6 +75,7 @@ class Orchestrator:
         self._max_batch = max_batch
         self._graphs, self._paths = graphs, paths
         self._wrap = wrap
+        self._lock = threading.RLock()  # a controller may ask for P(keep) while it runs
         self._current = backend.current if isinstance(backend, ContextBackend) else nullcontext
         self._strategy: Strategy | None = self._make_strategy(Loaded(network, engines))
         self._load_prepared = prepared
@@ -84,7 +84,7 @@ class Orchestrator:
         self._preprocess = Preprocessor(network.preprocessing)
         self._takes_pixels = network.takes_pixels  # once: `run` asks for each image
         self._input = np.empty((0, 3, network.preprocessing.height, network.preprocessing.width), dtype=np.float32)
-        self._parse = lru_cache(maxsize=64)(self._parse_text)
+        self._policies = PolicyReader(network, runs_all=strategy == "full")
 
     @classmethod
     def open(
@@ -176,8 +176,7 @@ class Orchestrator:
             EngineError: an engine fails, or a result on the host is not finite.
         """
         taken = images if isinstance(images, np.ndarray) else self._from_device(images)
-        request = self._request(policy, len(taken))
-        return self._run_slices(taken, request, run_policy=False)
+        return self._run_slices(taken, self._policies.keep_matrix(policy, len(taken)), run_policy=False)
 
     def run_with_policy_cost(self, images: Images, policy: np.ndarray) -> RunResult:
         """Classify with given bits, but run the policy network too: what a learned policy of these bits would cost."""
@@ -189,17 +188,18 @@ class Orchestrator:
 
     def _run_slice(self, images: Images, controller: Controller, *, first: int) -> RunResult:
         """Run at most `max_batch` images, of which the first is number `first` of the caller's batch."""
-        taken = images if isinstance(images, DeviceArray) else self.prepare(images)
-        with self._current():
+        with self._lock, self._current():
+            taken = images if isinstance(images, DeviceArray) else self.prepare(images)
             strategy = self._strategy_for(taken)
             logits = strategy.run(taken, controller)
+            hits = strategy.hits
         if isinstance(logits, np.ndarray) and not all_finite(logits):
             bad = np.flatnonzero(~np.isfinite(logits).all(axis=1))
             raise EngineError(
                 f"the logits of image {first + bad[0]} are not finite ({len(bad)} of {len(logits)} images). "
                 "Check the input for NaN or huge values, and run `bdtool verify` on the bundle"
             )
-        return RunResult(logits=logits, policy=controller.matrix, hits=strategy.hits)
+        return RunResult(logits=logits, policy=controller.matrix, hits=hits)
 
     def prepare(self, images: np.ndarray) -> np.ndarray:
         """Return the network's input for a batch; valid until the next call. `run` does this, and takes it as it is.
@@ -230,11 +230,11 @@ class Orchestrator:
             raise PolicyError("the bundle has no policy network; give a POLICY")
         if part.name not in self._engines:
             raise PolicyError(f"strategy {self.strategy_name!r} loads no policy network; open the bundle with 'chain'")
-        taken = self.prepare(images)
-        slices = [taken[i : i + self._max_batch] for i in range(0, len(taken), self._max_batch)]
-        engines = self._prepared().engines if self._needs_prepared(taken) else self._engines
-        engine = engines[part.name]
-        with self._current():
+        with self._lock, self._current():
+            taken = self.prepare(images)
+            slices = [taken[i : i + self._max_batch] for i in range(0, len(taken), self._max_batch)]
+            engines = self._prepared().engines if self._needs_prepared(taken) else self._engines
+            engine = engines[part.name]
             return np.concatenate([engine.run({part.inputs[0].name: s})[part.outputs[0].name] for s in slices])
 
     @property
@@ -288,12 +288,13 @@ class Orchestrator:
         )
 
     def close(self) -> None:
-        """Let go of engines and buffers, and stop what runs in the background."""
-        for strategy in (self._strategy, self._prepared_strategy):
-            if strategy is not None:
-                strategy.close()
-        self._strategy = self._prepared_strategy = self._load_prepared = None
-        self._engines = {}
+        """Let go of engines and buffers, and stop what runs in the background; after what runs in other threads."""
+        with self._lock:
+            for strategy in (self._strategy, self._prepared_strategy):
+                if strategy is not None:
+                    strategy.close()
+            self._strategy = self._prepared_strategy = self._load_prepared = None
+            self._engines = {}
 
     def __enter__(self) -> Orchestrator:
         return self
@@ -344,27 +345,6 @@ class Orchestrator:
 
     def _controller(self, keep: np.ndarray | None, run_policy: bool) -> Controller:
         return MaskController(keep, threshold=self.network.threshold, run_policy=run_policy)
-
-    def _request(self, policy: PolicyLike, n_images: int) -> np.ndarray | None:
-        """Return the keep matrix bool [N, K] asked for, or None where the policy network decides."""
-        if self.strategy_name == "full":
-            every_block = np.ones((n_images, self.network.n_blocks), dtype=bool)
-            if policy is None or self._keeps_every_block(policy, n_images):
-                return every_block
-            raise PolicyError("strategy 'full' runs every block; open the bundle with strategy='chain' for a policy")
-        if policy is None or isinstance(policy, str):
-            request = self._parse(policy)
-            return None if request.is_learned else request.matrix(n_images)
-        return keep_matrix_from(policy, n_images, self.network.n_blocks)
-
-    def _keeps_every_block(self, policy: str | npt.ArrayLike, n_images: int) -> bool:
-        if not isinstance(policy, str):
-            return bool(keep_matrix_from(policy, n_images, self.network.n_blocks).all())
-        request = self._parse(policy)
-        return not request.is_learned and bool(request.matrix(n_images).all())
-
-    def _parse_text(self, policy: str | None) -> PolicyRequest:
-        return parse_policy(policy, n_blocks=self.network.n_blocks, has_policy_network=self.network.has_policy)
 
     def _make_strategy(self, loaded: Loaded) -> Strategy:
         with self._current():

@@ -1,0 +1,53 @@
+"""What a caller of `Orchestrator.run` asks for by `policy`, as the keep matrix of the batch."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+from bdtool.errors import PolicyError
+from bdtool.runtime.policies import PolicyRequest, keep_matrix_from, parse_policy
+from bdtool.specs import NetworkSpec
+
+PolicyLike = str | npt.ArrayLike | None
+
+
+class PolicyReader:
+    """Reads policies for one network; texts that came before are not parsed again.
+
+    Args:
+        runs_all: every block runs whatever is asked for, so nothing else may be asked for.
+    """
+
+    def __init__(self, network: NetworkSpec, *, runs_all: bool) -> None:
+        self._network = network
+        self._runs_all = runs_all
+        self._parse = lru_cache(maxsize=64)(self._parse_text)
+
+    def keep_matrix(self, policy: PolicyLike, n_images: int) -> np.ndarray | None:
+        """Return the keep matrix bool [n_images, K] asked for, or None where the policy network decides.
+
+        Raises:
+            PolicyError: the policy does not fit the network or the number of images, or drops what always runs.
+        """
+        if self._runs_all:
+            every_block = np.ones((n_images, self._network.n_blocks), dtype=bool)
+            if policy is None or self._keeps_every_block(policy, n_images):
+                return every_block
+            raise PolicyError("strategy 'full' runs every block; open the bundle with strategy='chain' for a policy")
+        if policy is None or isinstance(policy, str):
+            request = self._parse(policy)
+            return None if request.is_learned else request.matrix(n_images)
+        return keep_matrix_from(policy, n_images, self._network.n_blocks)
+
+    def _keeps_every_block(self, policy: str | npt.ArrayLike, n_images: int) -> bool:
+        if not isinstance(policy, str):
+            return bool(keep_matrix_from(policy, n_images, self._network.n_blocks).all())
+        request = self._parse(policy)
+        return not request.is_learned and bool(request.matrix(n_images).all())
+
+    def _parse_text(self, policy: str | None) -> PolicyRequest:
+        network = self._network
+        return parse_policy(policy, n_blocks=network.n_blocks, has_policy_network=network.has_policy)
