@@ -155,7 +155,6 @@ class EngineStore:
             for status in statuses:
                 on_part(status)
             return statuses
-        self._bundle.check_digests()
         backend = open_backend()  # first: one that is not to be had leaves no empty directory behind
         try:
             self.directory.mkdir(parents=True, exist_ok=True)

@@ -27,11 +27,12 @@ _ONNX_NAMES = {TensorProto.FLOAT: "float", TensorProto.FLOAT16: "half", TensorPr
 # and pad the channels to the number in their name.
 _CHANNELS_LAST_FORMATS = {"float32": "HWC", "float16": "HWC8", "bfloat16": "HWC8", "int8": "HWC16"}
 CHANNEL_BLOCK = 16
+_INT8 = "int8"
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """A serialized engine, and in which types its convolutions run: {"half": 2}."""
+    """A serialized engine, and in which types its convolutions multiply: {"half": 2}."""
 
     data: bytes
     convolutions: dict[str, int]
@@ -91,14 +92,20 @@ def _reason(error: Any) -> str:
 
 
 def _obtained_precision(trt: Any, network: Any, part: PartSpec, model: bytes) -> dict[str, int]:
-    """Return the types of the network's convolutions, which in a strongly typed network are the types they run in.
+    """Return the types that the network's convolutions multiply in, which a strongly typed network fixes.
+
+    One whose operands are both dequantised has float tensors around it and runs in int8: the library fuses the
+    dequantisation into it (TensorRT documentation, "Explicit Quantization").
 
     Raises:
         EngineError: they are not those that the ONNX model states.
     """
     layers = [network.get_layer(i) for i in range(network.num_layers)]
     convolutions = [layer for layer in layers if layer.type == trt.LayerType.CONVOLUTION]
-    obtained = Counter(layer.get_output(0).dtype.name.lower() for layer in convolutions)
+    dequantised = {layer.get_output(0).name for layer in layers if layer.type == trt.LayerType.DEQUANTIZE}
+    obtained = Counter(
+        _INT8 if _operands(layer) <= dequantised else layer.get_output(0).dtype.name.lower() for layer in convolutions
+    )
     stated = Counter(_stated_types(model))
     if obtained != stated:
         raise EngineError(
@@ -108,14 +115,28 @@ def _obtained_precision(trt: Any, network: Any, part: PartSpec, model: bytes) ->
     return dict(obtained)
 
 
+def _operands(convolution: Any) -> set[str | None]:
+    """Return the names of the tensors that it multiplies; None stands for weights that are its own."""
+    image = convolution.get_input(0).name
+    weight = convolution.get_input(1) if convolution.num_inputs > 1 else None
+    return {image, None if weight is None else weight.name}
+
+
 def _stated_types(model: bytes) -> Iterator[str]:
-    """Yield for each Conv the type its result has: that of its weight, or of the scale that dequantises it."""
+    """Yield for each Conv the type it multiplies in: that of its weight, or int8 where both operands are dequantised.
+
+    With only the weight dequantised it is that of the scale.
+    """
     graph = onnx.ModelProto.FromString(model).graph
     types = {weight.name: weight.data_type for weight in graph.initializer}
     scales = {node.output[0]: node.input[1] for node in graph.node if node.op_type == "DequantizeLinear"}
     for node in graph.node:
-        if node.op_type == "Conv":
-            weight = node.input[1]
+        if node.op_type != "Conv":
+            continue
+        image, weight = node.input[:2]
+        if image in scales and weight in scales:
+            yield _INT8
+        else:
             dtype = types.get(scales.get(weight, weight), TensorProto.UNDEFINED)
             yield _ONNX_NAMES.get(dtype, TensorProto.DataType.Name(dtype).lower())
 

@@ -21,7 +21,7 @@ from tests.fake_driver import FakeDriver
 CHANNELS_LAST = {1 << 2, 1 << 8, 1 << 11}  # HWC8, HWC, HWC16
 DType = enum.Enum("DataType", ["FLOAT", "HALF", "UINT8"])
 NUMPY_TYPES = {"FLOAT": np.dtype(np.float32), "HALF": np.dtype(np.float16), "UINT8": np.dtype(np.uint8)}
-LayerType = enum.Enum("LayerType", ["CONVOLUTION", "ACTIVATION"])
+LayerType = enum.Enum("LayerType", ["CONVOLUTION", "ACTIVATION", "DEQUANTIZE"])
 
 
 class ILogger:
@@ -112,7 +112,12 @@ def _dtype(onnx_type):
 
 
 def _layer(dtype):
-    return SimpleNamespace(type=LayerType.CONVOLUTION, get_output=lambda i: SimpleNamespace(dtype=dtype))
+    return SimpleNamespace(
+        type=LayerType.CONVOLUTION,
+        num_inputs=1,
+        get_input=lambda i: SimpleNamespace(name="x"),
+        get_output=lambda i: SimpleNamespace(dtype=dtype),
+    )
 
 
 class INetworkDefinition:

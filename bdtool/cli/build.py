@@ -79,7 +79,7 @@ def build_cmd(
     from export.bundle import Bundle
 
     options = _MaskOptions(paths=paths, coverage=coverage, data=data, policy=policy, limit=limit, resize=resize)
-    opened = Bundle.open(bundle, check_digests=False)  # `build` checks them if it has to read a part
+    opened = Bundle.open(bundle)
     trt = tensorrt_options_from(backend, tensorrt, default_max_batch=opened.manifest.max_batch)
     identity = identify_backend(backend, device, tensorrt=trt)
     store = EngineStore(opened, identity, precision=precision)

@@ -91,7 +91,7 @@ def details_lines(records: Sequence[EngineRecord]) -> list[str]:
     details = [record.details for record in records if record.details]
     if not details:
         return []
-    lines = [f"convolutions run in: {_counts(d['convolutions'] for d in details)}"]
+    lines = [f"convolutions by the type of their operands: {_counts(d['convolutions'] for d in details)}"]
     if all("kernel_types" in d for d in details):
         n_kernels = sum(len(d["kernels"]) for d in details)
         tf32 = "on" if any(d["tf32"] for d in details) else "off"

@@ -301,8 +301,11 @@ DAMAGE = {
 }
 
 
+@pytest.mark.parametrize("is_built", [False, True], ids=["new", "built"])
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_damaged_bundle_is_refused_by_every_command(bdtool, bundle_copy, npz, picture, digests, damage):
+def test_damaged_bundle_is_refused_by_every_command(bdtool, bundle_copy, npz, picture, digests, damage, is_built):
+    if is_built:
+        bdtool("build", bundle_copy)
     make, message = DAMAGE[damage]
     make(bundle_copy)
     before = digests(bundle_copy)

@@ -16,7 +16,7 @@ def test_build_prints_the_precision_obtained(bdtool, bundle_copy):
     assert "sm86-sm89-fp16" in text
     assert "9 built" in text
     assert "precision fp16, activations NHWC; not compared with ONNX" in text
-    assert "convolutions run in: half 14, float 7" in text  # the policy network stays in fp32
+    assert "convolutions by the type of their operands: half 14, float 7" in text  # the policy network stays in fp32
     assert "TF32 off" in text
     assert "CUDA graph" not in text  # static engines can all be captured
 
@@ -27,7 +27,7 @@ def test_engines_that_no_cuda_graph_can_hold_are_named():
         return SimpleNamespace(part=part, details={**details, "tf32": False, "capturable": capturable})
 
     assert details_lines([record("stem", True), record("head", False)]) == [
-        "convolutions run in: half 2",
+        "convolutions by the type of their operands: half 2",
         "4 kernels, writing half 4; TF32 off",
         "cannot be captured in a CUDA graph: head",
     ]

@@ -86,6 +86,8 @@ def test_every_int8_part_builds_with_integer_activations(parts):
         details = backend.build(part.with_activation("int8"), quantized, layout=CHANNELS_LAST).details
         assert details["architectures"] == ["sm86", "sm89", "sm120"]
         assert "int8" in details["kernel_types"] or part.kind in ("head", "shortcut"), part.name
+        assert set(details["convolutions"]) <= {"int8"}, part.name
+        assert part.kind != "block" or details["convolutions"]["int8"] >= 2, part.name
 
 
 @pytest.mark.slow
@@ -120,7 +122,7 @@ def test_integer_and_bfloat16_stems_take_pixels(tiny_bundle):
     for dtype, lower in forms.items():
         part = stem.with_activation(dtype).with_pixels()
         built = backend.build(part, pixels_from_prepared(lower, stem, size), layout=CHANNELS_LAST)
-        assert sum(built.details["convolutions"].values()) == 1, dtype
+        assert built.details["convolutions"] == {"bf16" if dtype == "bfloat16" else "int8": 1}
 
 
 def test_bf16_parts_build_in_bfloat16(tiny_bundle):
