@@ -200,7 +200,7 @@ def profile_cmd(
     emit(figures, json_file, lambda: print_profile(figures))
     if html_file is not None:
         from bdtool.cli.report import write_page
-        from bdtool.report.gather import ReportRequest, first_images
+        from bdtool.report.gather import ReportRequest
 
         request = ReportRequest(
             bundle=bundle,
@@ -211,7 +211,7 @@ def profile_cmd(
             resize=resize,
             place=place,
         )
-        page = write_page(result, opened, first_images(source, request.limit), request)
+        page = write_page(result, opened, source.first(request.limit), request)
         click.echo(page, err=json_file == "-")
 
 

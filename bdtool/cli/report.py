@@ -62,13 +62,14 @@ def report_cmd(
     from bdtool.data.sources import open_data
     from bdtool.profiling.measure import Settings
     from bdtool.profiling.profile import profile
-    from bdtool.report.gather import PERCENTILES, ReportRequest, first_images
+    from bdtool.report.gather import PERCENTILES, ReportRequest
     from bdtool.report.page import require_extra
     from export.bundle import Bundle
 
     require_extra()
     opened = Bundle.open(bundle)
-    source = first_images(open_data(data, network=opened.network, resize=resize), limit)
+    # so that the profile sees no other images than the walk
+    source = open_data(data, network=opened.network, resize=resize).first(limit)
     request = ReportRequest(
         bundle=bundle,
         data=data,

@@ -127,7 +127,7 @@ _SHARED_HELP = {
     "seed": "Of every random draw.",
     "augment": "Crop and flip the images, or only flip them: policy networks learn best from what they will see.",
     "amp": "bfloat16; auto takes it where it is faster: CUDA, and CPUs with AMX.",
-    "limit": "Train on the first N images only.",
+    "limit": "Read the first N training images only.",
 }
 _SGD_HELP = {"momentum": "Of SGD, Nesterov's.", "weight_decay": "Of SGD."}
 _POLICY_HELP = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -73,6 +73,15 @@ class ImageSource:
     def take(self, n_images: int) -> ImageBatch:
         """Return the first `n_images`, or all there are where the data set is smaller."""
         return next(self.batches(n_images, limit=n_images))
+
+    def first(self, n_images: int | None) -> ImageSource:
+        """Return the first `n_images` alone; None, or a smaller data set, gives all."""
+        if n_images is None:
+            return self
+        if n_images < 1:
+            raise ValueError(f"n_images must be at least 1; got {n_images}")
+        labels = None if self.labels is None else self.labels[:n_images]
+        return replace(self, names=self.names[:n_images], labels=labels)
 
     def drawn(self, n_images: int, *, seed: int) -> ImageSource:
         """Return that many images drawn without repetition, in the set's order: folders list one class after another.

@@ -6,7 +6,7 @@ import json
 import shlex
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -119,12 +119,6 @@ def gather_report(
         walk = walk_images(runtime, source, policy, limit=request.limit, on_images=on_images)
         points = _operating_points(runtime, source, policy, walk, limit=request.limit, on_images=on_images)
     return report_from(profile, bundle, source, request, policy=policy, walk=walk, points=points)
-
-
-def first_images(source: ImageSource, limit: int) -> ImageSource:
-    """Return the source cut to its first `limit` images, so that the profile sees no others than the walk."""
-    labels = None if source.labels is None else source.labels[:limit]
-    return replace(source, names=source.names[:limit], labels=labels)
 
 
 def n_steps(source: ImageSource, limit: int) -> int:

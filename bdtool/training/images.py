@@ -54,13 +54,12 @@ class MemoryImages:
         preprocessing: Preprocessing,
         *,
         device: torch.device,
-        limit: int | None = None,
         augment: Augment = "crop",
     ) -> None:
-        pixels, labels = read_all(source, limit=limit)
+        pixels, labels = read_all(source)
         self._augmented = crop_and_flip if augment == "crop" else flip
         self.n_images = len(pixels)
-        self.facts = data_facts(source, self.n_images, pixels.data, labels.data)
+        self.facts = data_facts(source, pixels.data, labels.data)
         self._device = device
         self._pixels = torch.from_numpy(pixels).to(device)
         self._labels = torch.from_numpy(labels).to(device)
@@ -83,16 +82,15 @@ class PictureFiles:
         preprocessing: Preprocessing,
         *,
         device: torch.device,
-        limit: int | None = None,
         augment: Augment = "crop",
     ) -> None:
         assert source.picture_at is not None
         self._source, self._augment = source, augment
-        labels = _labels(source)[:limit]
+        labels = _labels(source)
         self._labels = torch.from_numpy(labels)
         self.n_images = len(labels)
-        names = "\n".join(source.names[: self.n_images]).encode()  # reading a million pictures would take too long
-        self.facts = data_facts(source, self.n_images, names, labels.data)
+        names = "\n".join(source.names).encode()  # reading a million pictures would take too long
+        self.facts = data_facts(source, names, labels.data)
         self._picture_at = source.picture_at
         self._size = {"height": preprocessing.height, "width": preprocessing.width}
         self._device = device
@@ -115,7 +113,6 @@ def training_images(
     preprocessing: Preprocessing,
     *,
     device: torch.device,
-    limit: int | None = None,
     augment: Augment = "crop",
 ) -> TrainingImages:
     """Return a data set augmented as its kind usually is: files of large pictures by random crops, else shifts.
@@ -126,7 +123,7 @@ def training_images(
         DataError: it has no labels.
     """
     kind = PictureFiles if source.picture_at is not None and preprocessing.resize is not None else MemoryImages
-    return kind(source, preprocessing, device=device, limit=limit, augment=augment)
+    return kind(source, preprocessing, device=device, augment=augment)
 
 
 class Normalize:
@@ -141,24 +138,23 @@ class Normalize:
         return (pixels * self._scale + self._offset).permute(0, 3, 1, 2)
 
 
-def read_all(source: ImageSource, *, limit: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Return the images uint8 [N, H, W, 3] and labels int64 [N] of a data set, or its first `limit`.
+def read_all(source: ImageSource) -> tuple[np.ndarray, np.ndarray]:
+    """Return the images uint8 [N, H, W, 3] and labels int64 [N] of a data set.
 
     Raises:
         DataError: it has no labels.
     """
     labels = _labels(source)
-    n_images = source.n_images if limit is None else min(limit, source.n_images)
     first = source.image_at(0)
-    pixels = np.empty((n_images, *first.shape), dtype=np.uint8)
+    pixels = np.empty((source.n_images, *first.shape), dtype=np.uint8)
 
     def read(index: int) -> None:
         pixels[index] = source.image_at(index)
 
     with ThreadPoolExecutor() as pool:  # decoding a file lets other threads run
-        for _ in pool.map(read, range(n_images)):
+        for _ in pool.map(read, range(source.n_images)):
             pass
-    return pixels, labels[:n_images]
+    return pixels, labels
 
 
 def _labels(source: ImageSource) -> np.ndarray:
@@ -169,12 +165,12 @@ def _labels(source: ImageSource) -> np.ndarray:
     return source.labels
 
 
-def data_facts(source: ImageSource, n_images: int, *content: Buffer) -> dict[str, str | int]:
-    """Return what to record of a data set: name, number of images used, and the digest of `content`."""
+def data_facts(source: ImageSource, *content: Buffer) -> dict[str, str | int]:
+    """Return what to record of a data set: name, number of images, and the digest of `content`."""
     digest = hashlib.sha256()
     for part in content:
         digest.update(part)
-    return {"name": data_name(source), "n_images": n_images, "sha256": digest.hexdigest()}
+    return {"name": data_name(source), "n_images": source.n_images, "sha256": digest.hexdigest()}
 
 
 def data_name(source: ImageSource) -> str:

@@ -47,10 +47,9 @@ def imitate_losses(
     on_progress(0.0, "masks")
     judges = images.drawn(options.judges, seed=options.seed)
     masks = nested_masks(base, *_tensors(model, judges.take(judges.n_images)), fewest=fewest)
-    n_images = min(options.limit or images.n_images, images.n_images)
     losses, features = [], []
-    for number, batch in enumerate(images.batches(_BATCH, limit=n_images)):
-        on_progress(0.2 + 0.6 * number * _BATCH / n_images, "losses and features")
+    for number, batch in enumerate(images.batches(_BATCH)):
+        on_progress(0.2 + 0.6 * number * _BATCH / images.n_images, "losses and features")
         pixels, labels = _tensors(model, batch)
         losses.append(path_losses(base, pixels, labels, masks[-1]))
         features.append(_features(model.policy, pixels))

@@ -31,17 +31,17 @@ def heuristic_paths(request: PolicyRequest, *, n_images: int) -> Paths:
     return _rows_of_images(torch.from_numpy(request.matrix(n_images)))
 
 
-def deployed_paths(model: BlockDropModel, images: ImageSource, *, n_images: int, group: Group) -> Paths:
+def deployed_paths(model: BlockDropModel, images: ImageSource, *, group: Group) -> Paths:
     """Return the paths that the policy network of `model` takes now for each image as it is, without augmentation.
 
     So it decides in training as it will decide when deployed: of a picture that was cropped, black moving in, it would
     keep more blocks. Reads the data set once, on the first process.
     """
-    keep = torch.empty(n_images, model.n_blocks, dtype=torch.bool, device=group.device)
+    keep = torch.empty(images.n_images, model.n_blocks, dtype=torch.bool, device=group.device)
     if group.is_first:
         classifier = TorchClassifier(model)
         threshold = classifier.network.threshold
-        rows = (classifier.keep_probability(batch.images) >= threshold for batch in images.batches(500, limit=n_images))
+        rows = (classifier.keep_probability(batch.images) >= threshold for batch in images.batches(500))
         keep = torch.from_numpy(np.concatenate(list(rows))).to(group.device)
     return _rows_of_images(group.from_first(keep).cpu())
 

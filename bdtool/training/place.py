@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bdtool.data.batches import ImageSource
@@ -53,6 +53,10 @@ class Place:
     @property
     def checkpoint(self) -> Path:
         return self.output.with_name(self.output.name + _CHECKPOINT)  # whole: net.v1 and net.v2 are two runs
+
+    def with_first(self, n_images: int | None) -> Place:
+        """Return the same place with the first images of `train` alone; None leaves all."""
+        return replace(self, train=self.train.first(n_images))
 
     @contextmanager
     def reserved(self) -> Iterator[None]:

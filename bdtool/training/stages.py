@@ -102,6 +102,7 @@ def base_spec(
 
 def pretrain(spec: ModelSpec, options: PretrainOptions, place: Place) -> Trained:
     """Train a base network from random weights; `spec` says which, without a policy network."""
+    place = place.with_first(options.limit)
     with place.reserved():
         model = build_model(dataclasses.replace(spec, has_policy=False), seed=options.seed)
         return _train(model, "pretrain", options, place, lambda m, amp: PretrainTask(m, options, amp=amp))
@@ -119,6 +120,7 @@ def curriculum(
     Raises:
         UsageError: `trunk` has another architecture or shortcut than the policy network.
     """
+    place = place.with_first(options.limit)
     with place.reserved():
         model = with_policy(start, seed=options.seed)
         if trunk is not None:
@@ -144,7 +146,7 @@ def imitate(
     if place.group.size > 1:
         raise UsageError(f"imitate: got {place.group.size} processes, expected one; start it without torchrun")
     with place.reserved():
-        return _imitate(start, options, place, trunk)
+        return _imitate(start, options, place.with_first(options.limit), trunk)
 
 
 def _imitate(start: BlockDropModel, options: ImitateOptions, place: Place, trunk: BlockDropModel | None) -> Trained:
@@ -152,7 +154,7 @@ def _imitate(start: BlockDropModel, options: ImitateOptions, place: Place, trunk
     if trunk is not None:
         start_from_trunk(model, trunk)
     model.to(device=place.group.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    images = training_images(place.train, model.spec.preprocessing, device=torch.device("cpu"), limit=options.limit)
+    images = training_images(place.train, model.spec.preprocessing, device=torch.device("cpu"))
     masks = imitate_losses(model, place.train, options, on_progress=place.on_progress)
     bits = {str(int(mask.sum())): bits_of(mask.numpy()) for mask in masks}
 
@@ -189,6 +191,7 @@ def finetune(start: BlockDropModel, options: FinetuneOptions, place: Place) -> T
             it gives each training image its own bits, which `place.val` cannot be measured with.
         UsageError: `freeze_policy` beside a heuristic.
     """
+    place = place.with_first(options.limit)
     request = parse_policy(options.policy, n_blocks=start.n_blocks, has_policy_network=start.policy is not None)
     if options.freeze_policy and not request.is_learned:
         raise UsageError(f"policy {request.name}: has no policy network to freeze; use freeze_policy with learned")
@@ -208,13 +211,12 @@ def finetune(start: BlockDropModel, options: FinetuneOptions, place: Place) -> T
 
 def _fixed_paths(model: BlockDropModel, request: PolicyRequest, options: FinetuneOptions, place: Place) -> Paths | None:
     """Return the paths that the base alone learns along, or None where the policy network learns, too."""
-    n_images = min(options.limit or place.train.n_images, place.train.n_images)
     if not request.is_learned:
-        return heuristic_paths(request, n_images=n_images)
+        return heuristic_paths(request, n_images=place.train.n_images)
     if not options.freeze_policy:
         return None
     model.to(device=place.group.device)
-    return deployed_paths(model, place.train, n_images=n_images, group=place.group)
+    return deployed_paths(model, place.train, group=place.group)
 
 
 def with_policy(model: BlockDropModel, *, seed: int, n_hidden: int = 0) -> BlockDropModel:
@@ -282,9 +284,7 @@ def _train(
     if group.size > 1 and model.policy is not None:
         synchronize_batch_norms(model.policy)
     amp = computes_in_bfloat16(options.amp, group.device)
-    images = training_images(
-        place.train, model.spec.preprocessing, device=group.device, limit=options.limit, augment=options.augment
-    )
+    images = training_images(place.train, model.spec.preprocessing, device=group.device, augment=options.augment)
     request = {
         "stage": stage,
         "arch": model.spec.arch,

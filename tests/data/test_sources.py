@@ -96,6 +96,17 @@ def test_limit_and_take_stop_early(tmp_path: Path) -> None:
     assert len(source.take(99).images) == 5
 
 
+def test_first_images_are_a_source_of_their_own(tmp_path: Path) -> None:
+    source = open_data(npz(tmp_path, x=X, y=Y), network=NETWORK)
+    first = source.first(3)
+    assert (first.n_images, len(first.take(99).images)) == (3, 3)
+    np.testing.assert_array_equal(first.labels, Y[:3])
+    assert set(first.drawn(2, seed=0).names) <= set(source.names[:3])
+    assert source.first(None).n_images == source.first(99).n_images == 5
+    with pytest.raises(ValueError, match="n_images must be at least 1; got 0"):
+        source.first(0)
+
+
 @pytest.mark.parametrize(("batch_size", "limit"), [(0, None), (1, 0)])
 def test_batches_refuse_sizes_below_one(tmp_path: Path, batch_size: int, limit: int | None) -> None:
     source = open_data(npz(tmp_path, x=X), network=NETWORK)

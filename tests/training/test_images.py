@@ -74,7 +74,7 @@ def test_flipped_images_are_else_as_they_are_deployed(
 def test_facts_name_the_data_without_its_place(stripes: Path, random_model: Callable[..., BlockDropModel]) -> None:
     model = random_model("resnet8")
     source = open_data(str(stripes), network=network_spec(model))
-    facts = training_images(source, model.spec.preprocessing, device=CPU, limit=100).facts
+    facts = training_images(source.first(100), model.spec.preprocessing, device=CPU).facts
     assert facts["name"] == "stripes.npz"
     assert facts["n_images"] == 100
     whole = training_images(source, model.spec.preprocessing, device=CPU).facts
@@ -96,11 +96,8 @@ def test_a_data_set_is_called_by_its_name(description: str, image: str, name: st
     assert data_name(source) == name
 
 
-@pytest.mark.parametrize("limit", [None, 7])
-def test_read_all_keeps_the_order(
-    limit: int | None, stripes: Path, random_model: Callable[..., BlockDropModel]
-) -> None:
+def test_read_all_keeps_the_order(stripes: Path, random_model: Callable[..., BlockDropModel]) -> None:
     source = open_data(str(stripes), network=network_spec(random_model("resnet8")))
-    pixels, labels = read_all(source, limit=limit)
-    assert len(pixels) == len(labels) == (limit or 256)
+    pixels, labels = read_all(source)
+    assert len(pixels) == len(labels) == 256
     assert np.array_equal(pixels[6], source.image_at(6))

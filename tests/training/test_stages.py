@@ -1,6 +1,7 @@
 """What a stage starts from, and what it leaves alone."""
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,10 +13,10 @@ from bdtool.errors import PolicyError, UsageError
 from bdtool.models.model import BlockDropModel
 from bdtool.torch_classifier import TorchClassifier
 from bdtool.training.budget import shift_policy
-from bdtool.training.options import CurriculumOptions, FinetuneOptions
+from bdtool.training.options import CurriculumOptions, FinetuneOptions, ImitateOptions, PretrainOptions
 from bdtool.training.paths import deployed_paths
 from bdtool.training.place import Place
-from bdtool.training.stages import computes_in_bfloat16, curriculum, finetune, start_from_trunk
+from bdtool.training.stages import computes_in_bfloat16, curriculum, finetune, imitate, pretrain, start_from_trunk
 from bdtool.training.tasks import Step
 
 
@@ -50,7 +51,7 @@ def test_frozen_policy_decides_on_pictures_as_they_are(
 ) -> None:
     model, where = random_model("resnet8", has_policy=True), place()
     shift_policy(model, where.train, 1.5)  # so that pictures differ
-    paths = deployed_paths(model, where.train, n_images=200, group=where.group)
+    paths = deployed_paths(model, where.train.first(200), group=where.group)
     expected = TorchClassifier(model).run(where.train.take(200).images).policy
     assert len(np.unique(expected, axis=0)) > 1
     index = torch.tensor([199, 3, 3, 60])
@@ -129,6 +130,25 @@ def test_shift_that_cannot_be_is_refused(
     expected = "less than the model's 3" if has_policy else "only a policy network can be shifted"
     with pytest.raises(UsageError, match=expected):
         shift_policy(random_model("resnet8", has_policy=has_policy), place().train, blocks)
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "curriculum", "imitate", "finetune"])
+def test_limit_leaves_all_other_images_unread(
+    stage: str, random_model: Callable[..., BlockDropModel], place: Callable[..., Place]
+) -> None:
+    """Also by what judges masks, counts the blocks of a policy, and decides for each image."""
+    source, read = place().train, set[int]()
+    train = dataclasses.replace(source, image_at=lambda index: read.add(index) or source.image_at(index))
+    start, where = random_model("resnet8"), place(train=train, val=None)
+    quick = {"epochs": 1, "batch": 16, "limit": 40}
+    run = {
+        "pretrain": lambda: pretrain(start.spec, PretrainOptions(**quick), where),
+        "curriculum": lambda: curriculum(start, CurriculumOptions(**quick), where),
+        "imitate": lambda: imitate(start, ImitateOptions(**quick), where),
+        "finetune": lambda: finetune(start, FinetuneOptions(**quick, freeze_policy=True, blocks=1.5), where),
+    }
+    assert run[stage]().model.spec.provenance["data"]["n_images"] == 40
+    assert read == set(range(40))
 
 
 @pytest.mark.parametrize("has_amx", [True, False])
