@@ -141,7 +141,8 @@ _TRUNK = click.option(
     "--trunk",
     type=MODEL,
     metavar="MODEL",
-    help="A trained classifier for the policy network to start from: a resnet8 of pretrain (ImageNet: resnet10).",
+    help="A trained classifier for the policy network to start from: a resnet8 of pretrain (ImageNet: resnet10), with "
+    "the --mean and --std of the MODEL.",
 )
 
 

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from bdtool.training.paths import deployed_paths
 from bdtool.training.place import Place
 from bdtool.training.stages import computes_in_bfloat16, curriculum, finetune, imitate, pretrain, start_from_trunk
 from bdtool.training.tasks import Step
+from tests.command_line import parse
 
 
 def test_policy_network_starts_from_a_trunk(random_model: Callable[..., BlockDropModel]) -> None:
@@ -34,6 +36,31 @@ def test_trunk_of_another_architecture_is_refused(
 ) -> None:
     with pytest.raises(UsageError, match=r"got resnet20 with shortcut .*, expected resnet8"):
         curriculum(random_model("resnet8"), CurriculumOptions(epochs=0.1), place(), trunk=random_model("resnet20"))
+
+
+@pytest.mark.parametrize("other", [{"mean": (0.485, 0.4, 0.45)}, {"std": (0.2, 0.25, 0.225)}, {"width": 48}])
+def test_trunk_of_another_input_is_refused_with_the_command_that_makes_one(
+    other: dict[str, Any], random_model: Callable[..., BlockDropModel]
+) -> None:
+    model, trunk = random_model("resnet20"), random_model("resnet8")
+    wanted = model.spec.preprocessing
+    trunk.spec = dataclasses.replace(trunk.spec, preprocessing=dataclasses.replace(wanted, **other))
+    with pytest.raises(
+        UsageError, match=r"got one for 32 x .*; expected 32 x 32 pixels with mean 0.5,0.4,0.45 "
+    ) as said:
+        start_from_trunk(model, trunk)
+    command = str(said.value).split("`")[1].split()
+    params = parse([*command[1:], "--data", "cifar10:data", "-o", "trunk.safetensors"]).params
+    assert (params["arch"], params["mean"], params["std"]) == ("resnet8", wanted.mean, wanted.std)
+
+
+def test_trunk_of_a_rounded_mean_is_taken(random_model: Callable[..., BlockDropModel]) -> None:
+    """That of CIFAR-10 stands in programs as 0.4914 and as 125.3 / 255."""
+    model, trunk = random_model("resnet20"), random_model("resnet8")
+    rounded = dataclasses.replace(trunk.spec.preprocessing, mean=(0.50003, 0.4, 0.45))
+    trunk.spec = dataclasses.replace(trunk.spec, preprocessing=rounded)
+    start_from_trunk(model, trunk)
+    assert model.spec.provenance["policy_trunk"] == trunk.spec.provenance
 
 
 def test_frozen_policy_stays_and_the_base_learns_its_paths(
