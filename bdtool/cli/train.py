@@ -109,12 +109,12 @@ def _option_from_field(field: dataclasses.Field[Any], help_text: str) -> Callabl
         )
     if isinstance(default, bool):
         return click.option(name, is_flag=True, default=default, help=help_text)
+    is_float = str(field.type).startswith("float")
     if default is None:
-        return click.option(name, type=click.IntRange(min=1), help=help_text)
+        return click.option(name, type=FiniteRange(min=0) if is_float else click.IntRange(min=1), help=help_text)
     if field.name in _COUNTS:
         return click.option(name, type=click.IntRange(min=1), default=default, show_default=True, help=help_text)
     # a floor of 0 for all; what must lie above it, or below something, the dataclass refuses by name
-    is_float = isinstance(default, float) or field.type == "float"
     number: Any = FiniteRange(min=0) if is_float else click.IntRange(min=0) if isinstance(default, int) else str
     return click.option(name, type=number, default=default, show_default=True, help=help_text)
 
@@ -179,7 +179,7 @@ def pretrain_cmd(arch: str, classes: int | None, mean: Any, std: Any, **given: A
     {
         **_SHARED_HELP,
         **_POLICY_HELP,
-        "stage_epochs": "Epochs after which more blocks are learned.",
+        "stage_epochs": "Epochs after which more blocks are learned. Default: so that all are by half of the run.",
         "stage_blocks": "How many more, from the last block to the first.",
     },
 )

@@ -44,6 +44,9 @@ class StageOptions:
                 "least 2 and a finite lr above 0"
             )
 
+    def n_steps(self, steps_per_epoch: int) -> int:
+        return max(1, round(self.epochs * steps_per_epoch))
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions(StageOptions):
@@ -81,7 +84,9 @@ class CurriculumOptions(TrainOptions):
         gamma: penalty of a wrong prediction; the paper chooses it for the wanted accuracy, the authors' default is 1.
         alpha: bounds the sampling probability; the paper's 0.8.
         entropy: weight of the entropy bonus; the authors' 0.1.
-        stage_epochs: epochs after which `stage_blocks` more blocks are learned; the paper learns one more each epoch.
+        stage_epochs: epochs after which `stage_blocks` more blocks are learned, from the last to the first; the paper
+            learns one more each epoch. None is automatic: stages of one length, by which all blocks are learned from
+            half of the run on, so that the other half is for all of them together.
     """
 
     epochs: float = 20
@@ -89,17 +94,47 @@ class CurriculumOptions(TrainOptions):
     gamma: float = 5.0
     alpha: float = 0.8
     entropy: float = 0.1
-    stage_epochs: float = 1.0
+    stage_epochs: float | None = None
     stage_blocks: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_policy_options(self.gamma, self.alpha)
-        if self.stage_epochs <= 0 or self.stage_blocks < 1:
+        if not (self.stage_epochs is None or 0 < self.stage_epochs < math.inf) or self.stage_blocks < 1:
             raise UsageError(
-                f"stage_epochs {self.stage_epochs}, stage_blocks {self.stage_blocks}: expected more than 0 epochs, and "
-                "at least 1 block"
+                f"stage_epochs {self.stage_epochs}, stage_blocks {self.stage_blocks}: expected a finite number of "
+                "epochs above 0, and at least 1 block"
             )
+
+    def n_learned(self, step: int, *, steps_per_epoch: int, n_blocks: int) -> int:
+        """Return how many of a model's `n_blocks` blocks, counted from the last, step `step` learns; the first is 0."""
+        if self.stage_epochs is None:
+            done = (step + 1) / self.n_steps(steps_per_epoch)  # with this step, so that a single one learns all
+            stages = math.ceil(2 * done * self._n_stages(n_blocks))
+        else:
+            stages = 1 + int(step / (self.stage_epochs * steps_per_epoch))
+        return min(n_blocks, stages * self.stage_blocks)
+
+    def check_all_learned(self, *, steps_per_epoch: int, n_blocks: int) -> None:
+        """Refuse stages of which the run ends before the last.
+
+        Raises:
+            UsageError: blocks would be left that were never learned, but that the policy network decides on.
+        """
+        last = self.n_steps(steps_per_epoch) - 1
+        n_learned = self.n_learned(last, steps_per_epoch=steps_per_epoch, n_blocks=n_blocks)
+        if n_learned == n_blocks:
+            return
+        assert self.stage_epochs is not None
+        n_needed = (self._n_stages(n_blocks) - 1) * self.stage_epochs + 1 / steps_per_epoch
+        raise UsageError(
+            f"stage_epochs {self.stage_epochs:g}, stage_blocks {self.stage_blocks}: got {self.epochs:g} epochs, which "
+            f"learn the last {n_learned} of {n_blocks} blocks; the others would be decided on unlearned. Leave "
+            f"--stage-epochs out, which learns all by half of the run, or give --epochs {math.ceil(n_needed)}"
+        )
+
+    def _n_stages(self, n_blocks: int) -> int:
+        return math.ceil(n_blocks / self.stage_blocks)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -121,9 +121,13 @@ def curriculum(
             classes apart also tells easy images from hard ones, and a policy gradient alone takes long to find it.
 
     Raises:
-        UsageError: `trunk` has another architecture, shortcut or input than the policy network.
+        UsageError: `trunk` has another architecture, shortcut or input than the policy network; or the run would end
+            before all blocks are learned.
     """
     place = place.with_first(options.limit)
+    if options.batch <= place.train.n_images:  # else the trainer refuses the batch
+        steps_per_epoch = place.train.n_images // options.batch
+        options.check_all_learned(steps_per_epoch=steps_per_epoch, n_blocks=start.n_blocks)
     with place.reserved():
         model = with_policy(start, seed=options.seed)
         if trunk is not None:

@@ -88,7 +88,7 @@ class PretrainTask:
 
 
 class CurriculumTask:
-    """The policy network against a frozen base (section 3.3): at curriculum step t the last t blocks are learned."""
+    """The policy network against a frozen base (section 3.3): more and more blocks are learned, the last ones first."""
 
     def __init__(self, model: BlockDropModel, options: CurriculumOptions, *, amp: bool) -> None:
         assert model.policy is not None
@@ -104,10 +104,10 @@ class CurriculumTask:
 
     def begin_step(self, step: Step) -> str:
         self._module.policy.train()
-        stage = int(step.number / (self._options.stage_epochs * step.per_epoch))
-        n_learned = min(self._model.n_blocks, (stage + 1) * self._options.stage_blocks)
+        n_blocks = self._model.n_blocks
+        n_learned = self._options.n_learned(step.number, steps_per_epoch=step.per_epoch, n_blocks=n_blocks)
         self._module.n_learned = n_learned
-        return f"last {n_learned} of {self._model.n_blocks} blocks"
+        return f"last {n_learned} of {n_blocks} blocks"
 
 
 class FinetuneTask:

@@ -109,7 +109,7 @@ class Trainer:
         self._request, self._checkpoint, self._save_every_s = dict(request), checkpoint, save_every_s
         self._on_step, self._on_epoch, self._validate = on_step, on_epoch, validate
         self._steps_per_epoch = images.n_images // options.batch
-        self.n_steps = max(1, round(options.epochs * self._steps_per_epoch))
+        self.n_steps = options.n_steps(self._steps_per_epoch)
         self.step = 0
         self.epochs: list[Epoch] = []
         self._note = ""  # what the last step had to show

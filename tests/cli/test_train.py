@@ -53,6 +53,17 @@ def test_curriculum_leaves_the_base_alone(bdtool: Callable[..., Result], base: P
     assert all(np.array_equal(before[name].numpy(), after[name].numpy()) for name in before)
 
 
+def test_curriculum_learns_every_block_unless_its_stages_are_given(
+    bdtool: Callable[..., Result], bdtool_json: Callable[..., Any], base: Path, npz: Path, tmp_path: Path
+) -> None:
+    policy = tmp_path / "policy.safetensors"
+    words = ("train", "curriculum", base, "--data", npz, *_QUICK, "-o", policy)
+    refused = bdtool(*words, "--stage-epochs", 0.6, status=2)
+    assert "which learn the last 1 of 3 blocks" in " ".join(refused.stderr.split())
+    assert bdtool_json(*words)["epochs"][-1]["note"] == "last 3 of 3 blocks"
+    assert read_spec(policy).provenance["options"]["stage_epochs"] is None
+
+
 def test_imitate_makes_a_model_that_finetune_goes_on_with(
     bdtool: Callable[..., Result], base: Path, npz: Path, tmp_path: Path
 ) -> None:

@@ -38,6 +38,40 @@ def test_trunk_of_another_architecture_is_refused(
         curriculum(random_model("resnet8"), CurriculumOptions(epochs=0.1), place(), trunk=random_model("resnet20"))
 
 
+@pytest.mark.parametrize("epochs", [0.01, 0.5, 1, 3, 20])
+@pytest.mark.parametrize("stage_blocks", [1, 3, 100])
+@pytest.mark.parametrize("n_blocks", [3, 15, 54])
+def test_curriculum_by_default_learns_all_blocks_from_half_of_the_run_on(
+    epochs: float, stage_blocks: int, n_blocks: int
+) -> None:
+    options = CurriculumOptions(epochs=epochs, stage_blocks=stage_blocks)
+    n_steps = options.n_steps(195)
+    learned = [options.n_learned(step, steps_per_epoch=195, n_blocks=n_blocks) for step in range(n_steps)]
+    assert learned == sorted(learned)
+    assert min(learned[(n_steps - 1) // 2 :]) == n_blocks
+    assert n_steps < 2 * n_blocks or learned[0] == min(stage_blocks, n_blocks), "it starts with the last blocks"
+
+
+def test_curriculum_of_a_given_pace_learns_more_after_so_many_epochs() -> None:
+    options = CurriculumOptions(epochs=4, stage_epochs=0.1, stage_blocks=3)
+    learned = [options.n_learned(step, steps_per_epoch=100, n_blocks=15) for step in (0, 9, 10, 39, 40, 399)]
+    assert learned == [3, 3, 6, 12, 15, 15]
+
+
+def test_curriculum_that_ends_before_all_blocks_are_learned_is_refused(
+    random_model: Callable[..., BlockDropModel], place: Callable[..., Place]
+) -> None:
+    """Of 8 steps an epoch the last block's stage starts with step 16, one behind two epochs."""
+    where = place(on_step=lambda report: pytest.fail("it trained first"))
+    expected = (
+        "stage_epochs 1, stage_blocks 1: got 2 epochs, which learn the last 2 of 3 blocks; .* "
+        "Leave --stage-epochs out, .* or give --epochs 3"
+    )
+    with pytest.raises(UsageError, match=expected):
+        curriculum(random_model("resnet8"), CurriculumOptions(epochs=2, batch=32, stage_epochs=1), where)
+    CurriculumOptions(epochs=3, stage_epochs=1).check_all_learned(steps_per_epoch=8, n_blocks=3)
+
+
 @pytest.mark.parametrize("other", [{"mean": (0.485, 0.4, 0.45)}, {"std": (0.2, 0.25, 0.225)}, {"width": 48}])
 def test_trunk_of_another_input_is_refused_with_the_command_that_makes_one(
     other: dict[str, Any], random_model: Callable[..., BlockDropModel]
