@@ -1,8 +1,9 @@
 """What README.md shows can be done: its commands exist with these options, and its Python example runs."""
 
+import dataclasses
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ import numpy as np
 import pytest
 
 from bdtool.cli import main
+from bdtool.models.shipped import shipped_models
+from bdtool.models.store import read_spec
+from bdtool.training.options import CurriculumOptions
 from tests.command_line import command_of, parse
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -23,23 +27,29 @@ def readme() -> str:
 
 
 def _code(text: str, *languages: str) -> list[str]:
-    return [match["code"] for match in _FENCE.finditer(text) if match["language"] in languages]
+    """Return the fenced blocks of these languages, each command on one line."""
+    blocks = [match["code"] for match in _FENCE.finditer(text) if match["language"] in languages]
+    return [re.sub(r"\\\n\s*", "", code) for code in blocks]
 
 
 def _commands(text: str, program: str) -> list[list[str]]:
     """Return the words after `program` of every line that calls it, in fenced blocks and in `inline code`."""
     lines = [line for code in _code(text, "", "sh", "bash", "shell", "console", "text") for line in code.splitlines()]
     lines += re.findall(rf"`({program} [^`\n]+)`", _FENCE.sub("", text))
+    return _words(lines, program)
+
+
+def _words(lines: list[str], program: str) -> list[list[str]]:
     words = [shlex.split(line.strip().removeprefix("$ "), comments=True) for line in lines if program in line]
     return [line[1:] for line in words if line[:1] == [program]]
 
 
-def _parse(words: list[str]) -> None:
-    """Let click read a command as the program would, without running it; files need not exist."""
+def _parse(words: list[str]) -> dict[str, Any]:
+    """Return the parameters of a command as the program would read them, without running it; files need not exist."""
     for parameter in command_of(words)[0].params:
         if isinstance(parameter.type, click.Path):
             parameter.type.exists = False
-    parse(words)
+    return parse(words).params
 
 
 def _every_command(group: click.Group) -> Iterator[click.Command]:
@@ -65,6 +75,40 @@ def test_every_command_of_the_readme_exists_with_its_options(readme: str) -> Non
         has_arguments = len(words) > 1
         if has_arguments or words[0] in ("doctor", "models", "demo"):
             _parse(words)
+
+
+@pytest.mark.usefixtures("paths_need_not_exist")
+def test_every_curriculum_of_the_readme_learns_all_blocks(readme: str) -> None:
+    curricula = [words for words in _commands(readme, "bdtool") if words[:2] == ["train", "curriculum"]]
+    assert len(curricula) > 1
+    for words in curricula:
+        given = _parse(words)
+        options = CurriculumOptions(
+            **{field.name: given[field.name] for field in dataclasses.fields(CurriculumOptions)}
+        )
+        options.check_all_learned(steps_per_epoch=50_000 // options.batch, n_blocks=15)  # a ResNet-32 on CIFAR-10
+
+
+@pytest.mark.usefixtures("paths_need_not_exist")
+def test_training_commands_of_the_readme_are_those_of_the_shipped_model(readme: str) -> None:
+    """All but the first, as its base was imported; and but for the number format, which depends on the machine."""
+    [code] = [code for code in _code(readme, "") if "bdtool train imitate" in code]
+    expected = _trainings(read_spec(shipped_models()["r32-cifar10"]).provenance)
+    for training, words in zip(expected, _words(code.splitlines(), "bdtool")[1:], strict=True):
+        given, recorded = _parse(words), training["options"]
+        assert f"bdtool train {words[1]}" == training["created_by"]
+        both = recorded.keys() & given.keys() - {"amp"}  # options came and went between versions
+        assert {name: given[name] for name in both} == {name: recorded[name] for name in both}, words
+
+
+def _trainings(provenance: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return what is recorded of the trainings that led to a MODEL, in their order: that of its trunk first."""
+    trainings, trunks = [], []
+    while "options" in provenance:
+        trainings.insert(0, provenance)
+        trunks += [provenance["policy_trunk"]] if "policy_trunk" in provenance else []
+        provenance = provenance["start"]
+    return trunks + trainings
 
 
 @pytest.mark.usefixtures("paths_need_not_exist")
