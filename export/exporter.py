@@ -34,7 +34,7 @@ from export.files import (
     write_bytes,
     write_json,
 )
-from export.manifest import MANIFEST_NAME, Manifest, PartFile, is_bundle, write_manifest
+from export.manifest import MANIFEST_NAME, Manifest, PartFile, is_bundle, read_manifest, write_manifest
 from export.onnx_model import OPSET, OnnxExporter, fold_batch_norm, structure
 from export.walk import Probe, walk
 
@@ -71,7 +71,7 @@ def export_bundle(
         modules: the PyTorch module of each part, in eval mode, by part name.
         weights_path: the MODEL file; the bundle keeps a copy.
         images: preprocessed float32 [n, 3, H, W], n >= 2; each part is compared on what they become inside the network.
-        force: replace an existing bundle. Engines in it that still fit are kept.
+        force: replace an existing bundle. Engines in it are kept where it was exported from the same MODEL.
 
     Raises:
         BundleError: the target exists (and `force` is False), is not a bundle, or cannot be written.
@@ -211,7 +211,11 @@ def _copy_weights(weights_path: Path, partial: Path) -> str:
 
 
 def _put_in_place(partial: Path, target: Path, manifest: Manifest) -> None:
-    """Make the finished directory the bundle; engines of the one before come along, for `build` to judge by content."""
+    """Make the finished directory the bundle.
+
+    Engines of the one before come along where it was exported from the same MODEL, with what was noted beside them:
+    frequent masks, and the fastest strategy.
+    """
     listed = {partial / file.file for file in manifest.files.values()}
     for file in (partial / "onnx").iterdir():  # an interrupted export of another model may have left some
         if file not in listed:
@@ -219,9 +223,29 @@ def _put_in_place(partial: Path, target: Path, manifest: Manifest) -> None:
     shutil.rmtree(partial / _RECORDS)
     if (partial / "engines").exists():  # of a run that was killed in this very step
         shutil.rmtree(partial / "engines")
-    if (target / "engines").is_dir():
-        shutil.copytree(target / "engines", partial / "engines")
+    if (target / "engines").is_dir() and _weights_digest(target) == manifest.weights_sha256:
+        shutil.copytree(target / "engines", partial / "engines", ignore=_of_precisions(calibrated_precisions(target)))
     swap_directory(partial, target)
+
+
+def _weights_digest(bundle: Path) -> str | None:
+    try:
+        return read_manifest(bundle).weights_sha256
+    except BundleError:  # damaged; its engines belong to nobody knows what
+        return None
+
+
+def calibrated_precisions(bundle: Path) -> tuple[str, ...]:
+    """Return the precisions that were calibrated into a bundle, which an export over it does not keep."""
+    try:
+        return tuple(read_manifest(bundle).variants)
+    except BundleError:
+        return ()
+
+
+def _of_precisions(precisions: tuple[str, ...]) -> Callable[[str, list[str]], set[str]]:
+    """Return what leaves out the directories of engines in these precisions, for `shutil.copytree`."""
+    return lambda directory, names: {name for name in names if name.endswith(tuple(f"-{p}" for p in precisions))}
 
 
 def _environment() -> dict[str, str]:

@@ -48,7 +48,9 @@ def export_cmd(model: Path, bundle: Path, max_batch: int, force: bool) -> None:
     """
     from bdtool.pipeline import export_model
     from bdtool.specs import NetworkSpec
+    from export.exporter import calibrated_precisions
 
+    calibrated = calibrated_precisions(bundle) if force else ()
     reused, n_parts = 0, 1
     with progress("exporting", 1) as advance:
 
@@ -62,6 +64,10 @@ def export_cmd(model: Path, bundle: Path, max_batch: int, force: bool) -> None:
             advance(1 / n_parts, part.name)
 
         manifest = export_model(model, bundle, max_batch=max_batch, force=force, on_start=on_start, on_part=on_part)
+    if calibrated:
+        warn(
+            f"the {' and '.join(calibrated)} parts of the earlier {bundle} are gone; `bdtool calibrate` makes new ones"
+        )
     worst = max(manifest.files.items(), key=lambda item: item[1].error)
     taken_up = f" ({reused} taken up from an interrupted run)" if reused else ""
     click.echo(f"{bundle}: {len(manifest.files)} parts{taken_up}, {manifest.network.n_blocks} blocks")

@@ -125,6 +125,15 @@ def test_bundle_that_was_exported_anew_meanwhile_is_left_alone(
     assert Bundle.open(bundle_copy).precisions == ("fp32",)
 
 
+def test_export_over_calibrated_parts_says_that_they_are_gone(calibrate, bdtool, tiny, bundle_copy):
+    calibrate()
+    told = bdtool("export", tiny.path, "-o", bundle_copy, "--force").stderr
+    assert "the int8 parts of the earlier" in told
+    assert "are gone; `bdtool calibrate` makes new ones" in told
+    assert [name for name in (bundle_copy / "engines").iterdir() if name.name.endswith("-int8")] == []
+    assert "are gone" not in bdtool("export", tiny.path, "-o", bundle_copy, "--force").stderr
+
+
 def test_what_candidates_are_judged_on_has_a_digest(tmp_path, bundle_copy):
     network, images = Bundle.open(bundle_copy).network, synthetic_images(4, height=32, width=32)
 

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from bdtool.pipeline import export_model
 from export.bundle import Bundle
 from export.exporter import export_bundle
 from export.files import exclusive_lock
+from export.manifest import Variant, read_manifest, write_manifest
 
 pytestmark = pytest.mark.usefixtures("shared_traces")
 
@@ -158,14 +160,27 @@ def test_working_directory_can_be_the_target(tiny, tmp_path, monkeypatch):
     Bundle.open(tmp_path / "here")
 
 
-def test_engines_of_the_earlier_bundle_come_along(other, bundle_copy):
-    (bundle_copy / "engines" / "some").mkdir(parents=True)
-    (bundle_copy / "engines" / "some" / "stem.onnx").write_bytes(b"engine")
+def test_engines_come_along_when_the_same_model_is_exported_again(tiny, bundle_copy):
+    for name in ("some-fp32", "some-int8"):
+        (bundle_copy / "engines" / name).mkdir(parents=True)
+    (bundle_copy / "engines" / "some-fp32" / "stem.onnx").write_bytes(b"engine")
     leftover = bundle_copy.with_name(".bundle.partial") / "engines" / "half-copied"  # of a run killed while it copied
     leftover.mkdir(parents=True)
+    calibrated = replace(
+        read_manifest(bundle_copy),
+        variants={"int8": Variant(activation="int8", files=read_manifest(bundle_copy).files, calibration={})},
+    )
+    write_manifest(bundle_copy, calibrated)
+    export_model(tiny.path, bundle_copy, force=True)
+    assert (bundle_copy / "engines" / "some-fp32" / "stem.onnx").read_bytes() == b"engine"
+    assert os.listdir(bundle_copy / "engines") == ["some-fp32"]  # the int8 parts are gone, too
+
+
+def test_engines_and_masks_of_another_model_do_not_stay(other, bundle_copy):
+    (bundle_copy / "engines" / "some").mkdir(parents=True)
+    (bundle_copy / "engines" / "some" / "paths.json").write_text("{}")
     export_model(other, bundle_copy, force=True)
-    assert (bundle_copy / "engines" / "some" / "stem.onnx").read_bytes() == b"engine"
-    assert os.listdir(bundle_copy / "engines") == ["some"]
+    assert not (bundle_copy / "engines").exists()
 
 
 def test_concurrent_export_to_the_same_place_is_refused(other, bundle_copy, digests):
