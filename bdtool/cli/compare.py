@@ -30,7 +30,7 @@ def compare_cmd(a: Path, b: Path, max_slowdown: float, json_file: str | None) ->
 
     A regression is a median or a ratio to `full` that grew by more than the bound and beyond its spread over rounds.
     The exit status is then 1. Profiles of different machines, threads, batches or policies are not comparable: what
-    differs is listed.
+    differs is listed, there is no verdict, and the exit status is 1 as well.
 
     \b
     Example:

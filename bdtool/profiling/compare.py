@@ -12,9 +12,10 @@ from typing import Any
 from bdtool.errors import UsageError
 
 # Where these differ, the figures answer different questions.
-_SETTINGS = ("arch", "policy", "policy_network", "precision", "batch", "boundary", "input_source", "n_images")
+_SETTINGS = ("arch", "policy", "policy_network", "batch", "boundary", "input_source", "n_images")
 _MACHINE = ("cpu", "instruction_set", "processors_available", "cpu_affinity", "threads", "device", "gpu")
-_VERSIONS = ("backend", "driver", "driver_cuda", "os", "python", "numpy", "bdtool")  # what one may want to compare
+_CHOICES = ("precision",)  # what one may want to compare, like versions
+_VERSIONS = ("backend", "driver", "driver_cuda", "os", "python", "numpy", "bdtool")
 _FIGURES = {
     "median_ms": ("latency_ms", "median"),
     "p99_ms": ("latency_ms", "p99"),
@@ -43,7 +44,10 @@ class Change:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """What came out. `regressions` are figures that grew by more than the bound and more than their spread."""
+    """What came out. `regressions` are figures that grew by more than the bound and more than their spread.
+
+    Where the profiles are not comparable there is no verdict, and no regressions.
+    """
 
     strategies: dict[str, dict[str, Change]]
     only_in_a: tuple[str, ...]
@@ -54,12 +58,13 @@ class Comparison:
 
     @property
     def ok(self) -> bool:
-        return not any(self.regressions.values())
+        """Whether a comparison was made, and nothing became slower."""
+        return not self.incomparable and not any(self.regressions.values())
 
     @property
     def incomparable(self) -> tuple[str, ...]:
         """The differences of settings and machine, beside which the figures say little."""
-        return tuple(name for name in self.differences if name in (*_SETTINGS, *_MACHINE))
+        return _beside(self.differences)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -107,19 +112,26 @@ def compare_profiles(a: Mapping[str, Any], b: Mapping[str, Any], *, max_slowdown
     """
     both = [name for name in a["strategies"] if name in b["strategies"]]
     rows = {name: (a["strategies"][name], b["strategies"][name]) for name in both}
+    differences = _differences(a, b)
+    is_judged = not _beside(differences)
     return Comparison(
         strategies={
             name: {figure: _change(figure, mine, other) for figure in _FIGURES} for name, (mine, other) in rows.items()
         },
         only_in_a=tuple(name for name in a["strategies"] if name not in b["strategies"]),
         only_in_b=tuple(name for name in b["strategies"] if name not in a["strategies"]),
-        differences=_differences(a, b),
+        differences=differences,
         regressions={
-            name: tuple(figure for figure in _JUDGED if _is_slower(figure, mine, other, max_slowdown))
+            name: tuple(figure for figure in _JUDGED if is_judged and _is_slower(figure, mine, other, max_slowdown))
             for name, (mine, other) in rows.items()
         },
         max_slowdown=max_slowdown,
     )
+
+
+def _beside(differences: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the names of the differences beside which figures cannot be compared."""
+    return tuple(name for name in differences if name in (*_SETTINGS, *_MACHINE))
 
 
 def _change(figure: str, a: Mapping[str, Any], b: Mapping[str, Any]) -> Change:
@@ -149,7 +161,7 @@ def _quartiles(row: Mapping[str, Any], figure: str) -> tuple[float, float] | Non
 
 
 def _differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    pairs = {name: (a.get(name), b.get(name)) for name in _SETTINGS}
+    pairs = {name: (a.get(name), b.get(name)) for name in (*_SETTINGS, *_CHOICES)}
     pairs |= {name: (a["environment"].get(name), b["environment"].get(name)) for name in (*_MACHINE, *_VERSIONS)}
     return {name: (mine, other) for name, (mine, other) in pairs.items() if mine != other}
 

@@ -67,19 +67,29 @@ class Samples:
         medians = self.round_medians()
         return None if medians is None else _quartiles(medians)
 
+    def ratio_to(self, full: Samples) -> float:
+        """Return the median over rounds of this median over that of `full` in the same round.
+
+        What disturbs the machine for longer than a round slows both alike. Without rounds it is the ratio of medians.
+        """
+        ratios = self._round_ratios(full)
+        return self.median_ms / full.median_ms if ratios is None else float(np.median(ratios))
+
     def ratio_iqr(self, full: Samples) -> list[float] | None:
-        """Return the lower and upper quartile over rounds of this median over that of `full` in the same round."""
+        """Return the lower and upper quartile of what `ratio_to` is the median of."""
+        ratios = self._round_ratios(full)
+        return None if ratios is None else _quartiles(ratios)
+
+    def _round_ratios(self, full: Samples) -> np.ndarray | None:
         mine, base = self.round_medians(), full.round_medians()
-        if mine is None or base is None or len(mine) != len(base):
-            return None
-        return _quartiles(mine / base)
+        return None if mine is None or base is None or len(mine) != len(base) else mine / base
 
     def to_json(self, full: Samples, percentiles: Sequence[float]) -> dict[str, Any]:
         return {
             "latency_ms": self.summary(percentiles),
             "median_ms_iqr": self.median_ms_iqr(),
             "throughput_ips": self.throughput_ips,
-            "ratio_to_full": self.median_ms / full.median_ms,
+            "ratio_to_full": self.ratio_to(full),
             "ratio_to_full_iqr": self.ratio_iqr(full),
             "flops_ratio_to_full": float(self.flops.mean() / full.flops.mean()),
             "blocks_mean": float(self.blocks_run.mean()),

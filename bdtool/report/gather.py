@@ -257,7 +257,7 @@ def _strategy(name: str, samples: Samples, full: Samples) -> StrategyLatency:
         latency_ms=tuple(samples.latency_ms.tolist()),
         blocks_run=tuple(samples.blocks_run.tolist()),
         summary_ms=samples.summary(PERCENTILES),
-        ratio_to_full=samples.median_ms / full.median_ms,
+        ratio_to_full=samples.ratio_to(full),
         variation=None if np.isnan(samples.variation) else samples.variation,
     )
 

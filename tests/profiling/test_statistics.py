@@ -64,6 +64,15 @@ def test_ratios_are_to_the_baseline():
     assert full.to_json(full, ())["ratio_to_full"] == 1
 
 
+def test_ratio_is_that_of_rounds_and_lies_between_their_quartiles():
+    """In the second round the machine was three times as slow, and one took twice as many requests there."""
+    full = _rounds([10, 10, 30, 30], [0, 0, 1, 1])
+    mine = _rounds([5, 15, 15, 15], [0, 1, 1, 1])
+    data = mine.to_json(full, ())
+    assert (data["ratio_to_full"], data["ratio_to_full_iqr"]) == (0.5, [0.5, 0.5])
+    assert mine.median_ms / full.median_ms == 0.75
+
+
 def _rounds(latency_ms, rounds):
     return replace(_samples(latency_ms), rounds=np.array(rounds))
 
