@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from importlib import metadata
 
@@ -12,6 +13,8 @@ from engines.graph_modes import AUTO, OFF, GraphPlan, graphs_of_machine, plan_fo
 from engines.libcuda import driver_from_libcuda
 from engines.trt_identity import tensorrt_identity
 from engines.trt_options import ONNXRUNTIME_TENSORRT, PROFILED, TENSORRT, TENSORRT_RTX, TensorRTOptions
+
+logger = logging.getLogger(__name__)
 
 BACKENDS = ("onnxruntime", "torch", TENSORRT, TENSORRT_RTX, ONNXRUNTIME_TENSORRT, "fake")
 _CAPTURED = ("torch", TENSORRT, TENSORRT_RTX)  # whose work can become part of a CUDA graph
@@ -141,6 +144,7 @@ def open_backend(
     if name == "fake":
         from engines.fake import FakeBackend
 
+        logger.warning("backend 'fake' makes its answers up: it is for tests")
         return FakeBackend()
     if name == "torch":
         from engines.torchrt import TorchBackend
@@ -155,7 +159,8 @@ def open_backend(
 
 def _check(name: str, device: str, tensorrt: TensorRTOptions | None) -> None:
     if name not in BACKENDS:
-        raise UsageError(f"unknown backend {name!r}; this version has {', '.join(BACKENDS)}")
+        known = ", ".join(backend for backend in BACKENDS if backend != "fake")
+        raise UsageError(f"unknown backend {name!r}; this version has {known}")
     kind, _, index = device.partition(":")
     if device != "cpu" and not (kind == "cuda" and index.isdigit()):
         raise UsageError(f"unknown device {device!r}; expected cpu or cuda:N, for instance cuda:0")

@@ -114,6 +114,8 @@ def read_manifest(directory: Path) -> Manifest:
         data = json.loads(path.read_bytes())
     except FileNotFoundError as exc:
         raise BundleError(f"{directory} is not a bundle: it has no {MANIFEST_NAME}. Make one: bdtool export") from exc
+    except NotADirectoryError as exc:
+        raise BundleError(f"{directory} is a file, not a bundle. Make one of a MODEL: bdtool export") from exc
     except (OSError, ValueError) as exc:
         raise BundleError(f"{path} cannot be read ({exc}); export the model again") from exc
     if not isinstance(data, dict):

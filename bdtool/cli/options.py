@@ -13,7 +13,6 @@ import click
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
-BUNDLE = click.Path(exists=True, file_okay=False, path_type=Path)
 EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 NEW_DIRECTORY = click.Path(file_okay=False, path_type=Path)
 PRECISION = click.Choice(["fp32", "fp16", "bf16", "int8", "mixed"])
@@ -56,6 +55,25 @@ class ModelPath(click.Path):
         return super().convert(value, param, ctx)
 
 
+class BundlePath(click.Path):
+    """A BUNDLE directory; whoever gives the MODEL in its place is told what makes the one of the other."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        from bdtool.models.shipped import shipped_models
+
+        path = Path(value)
+        if path.is_file() or (not path.exists() and str(value) in shipped_models()):
+            what = "is a file" if path.is_file() else "is a MODEL that ships with bdtool"
+            self.fail(
+                f"{str(value)!r} {what}, expected the directory of a BUNDLE. Make one of a MODEL: "
+                f"bdtool export {value} -o bundle",
+                param,
+                ctx,
+            )
+        return super().convert(value, param, ctx)
+
+
+BUNDLE = BundlePath(exists=True, file_okay=False, path_type=Path)
 MODEL = ModelPath(exists=True, dir_okay=False, path_type=Path)
 MODEL_OR_BUNDLE = ModelPath(exists=True, path_type=Path)
 NEW_FILE = NewFile(dir_okay=False, path_type=Path)

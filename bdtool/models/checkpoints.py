@@ -35,6 +35,7 @@ from bdtool.models.state import (
     non_finite_names,
     shapes_of,
 )
+from bdtool.models.store import read_spec
 from export.files import sha256_of_file
 
 _POLICY_ENTRIES = ("agent", "net")  # "net" is what the authors' older files call the policy network
@@ -101,6 +102,8 @@ def _read_source(path: Path, *, format: str, shortcut: ShortcutKind | None) -> _
     asked = None if format == "auto" else find_format(format)
     entries = _flat_entries(read_checkpoint(path))
     fmt = asked or detect_format(entries)
+    if fmt is None and _is_model(path):
+        raise CheckpointError(f"{path} is a MODEL already. Go on with it: bdtool export {path} -o bundle")
     if fmt is None:
         raise CheckpointError(
             f"{path} looks like none of {', '.join(FORMATS)}: it holds {listing(sorted(entries)) or 'nothing'}; "
@@ -180,6 +183,14 @@ def _spec(
         has_policy=source.policy_prefix is not None,
         provenance=source.provenance,
     )
+
+
+def _is_model(path: Path) -> bool:
+    try:
+        read_spec(path)
+    except CheckpointError:
+        return False
+    return True
 
 
 def _names_by_key(source: _Source, spec: ModelSpec) -> dict[str, str]:

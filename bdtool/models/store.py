@@ -162,6 +162,15 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 def _unreadable(path: Path, exc: Exception) -> CheckpointError:
     if isinstance(exc, OSError):
         return CheckpointError(f"{path} cannot be read: {exc.strerror or exc}")
+    if _is_of_torch(path):
+        return CheckpointError(
+            f"{path} is a file by torch.save, not a MODEL; make one of it: bdtool import {path} -o model.safetensors"
+        )
     return CheckpointError(
-        f"{path} is not a whole safetensors file ({exc}); it may be truncated, copy or import it again"
+        f"{path} is no MODEL, or not a whole one: as a safetensors file it is damaged ({exc}). Copy or import it again"
     )
+
+
+def _is_of_torch(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4).startswith((b"PK\x03\x04", b"\x80\x02"))  # a zip archive, or an older one's pickle

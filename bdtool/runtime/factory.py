@@ -25,7 +25,7 @@ def parts_for(strategy: str, network: NetworkSpec) -> list[PartSpec]:
         UsageError: no such strategy.
     """
     if strategy not in STRATEGIES:
-        raise UsageError(f"unknown strategy {strategy!r}; this version has {', '.join(STRATEGIES)}")
+        raise UsageError(f"unknown strategy {strategy!r}; this version has {', '.join(STRATEGIES)} and auto")
     return [part for part in network.parts if (part.kind == "full") == (strategy == "full")]
 
 

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from bdtool.errors import BundleError
 from engines.libcuda import Driver
+from export.bundle import Bundle
 from export.files import sha256_of_file
 
 
@@ -126,13 +128,26 @@ def test_tampered_model_is_refused_by_every_reader(bdtool, tiny, npz, tmp_path):
     (tmp_path / "m.safetensors").write_bytes(tiny.path.read_bytes()[:-100])
     for words in (("inspect",), ("export", "-o", tmp_path / "bundle"), ("evaluate", "--data", npz)):
         message = bdtool(words[0], tmp_path / "m.safetensors", *words[1:], status=1).stderr
-        assert "m.safetensors is not a whole safetensors file" in message
+        assert "m.safetensors is no MODEL, or not a whole one" in message
     assert not (tmp_path / "bundle").exists()
 
 
 def test_checkpoint_instead_of_a_model_is_named(bdtool, blockdrop_checkpoint, tmp_path):
     message = bdtool("export", blockdrop_checkpoint, "-o", tmp_path / "bundle", status=1).stderr
-    assert "ckpt_E_730.t7 is not a whole safetensors file" in message
+    assert "ckpt_E_730.t7 is a file by torch.save, not a MODEL; make one of it: bdtool import" in message
+
+
+def test_model_instead_of_a_checkpoint_or_bundle_is_named(bdtool, tiny, picture, tmp_path):
+    model = shutil.copy(tiny.path, tmp_path / "m.safetensors")
+    message = bdtool("import", model, "--arch", "resnet8", "-o", tmp_path / "n", status=1).stderr
+    assert "m.safetensors is a MODEL already. Go on with it: bdtool export" in message
+    for given, what in ((model, "is a file"), ("r32-cifar10", "is a MODEL that ships with bdtool")):
+        message = bdtool("run", given, picture, status=2).stderr
+        assert f"{what}, expected the directory of a BUNDLE. Make one of a MODEL: bdtool export {given}" in message
+    with pytest.raises(
+        BundleError, match=r"m\.safetensors is a file, not a bundle. Make one of a MODEL: bdtool export"
+    ):
+        Bundle.open(model)
 
 
 @pytest.mark.parametrize("words", [("--device", "cuda:0"), ("--precision", "int8"), ("--backend", "fake")])
@@ -368,6 +383,7 @@ def test_unknown_backend_and_device_list_the_known(bdtool, tiny, picture):
     for words in (("build", tiny.bundle), ("run", tiny.bundle, picture), ("profile", tiny.bundle)):
         message = bdtool(*words, "--backend", "openvino", status=2).stderr
         assert "unknown backend 'openvino'; this version has onnxruntime" in message
+        assert "fake" not in message  # it makes answers up, for tests
         assert "unknown device 'gpu'; expected cpu or cuda:N" in bdtool(*words, "--device", "gpu", status=2).stderr
 
 

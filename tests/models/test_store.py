@@ -79,7 +79,7 @@ def test_nan_weights_are_not_written_and_the_old_file_stays(make_model, saved):
 def test_truncated_file_is_refused_by_name(saved, n_bytes):
     saved.write_bytes(saved.read_bytes()[:n_bytes])
     for read in (load_model, read_spec):
-        with pytest.raises(CheckpointError, match=r"m\.safetensors is not a whole safetensors file"):
+        with pytest.raises(CheckpointError, match=r"m\.safetensors is no MODEL, or not a whole one"):
             read(saved)
 
 
