@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -45,8 +46,8 @@ class Workload:
         return self.images[rows], None if self.keep is None else self.keep[rows]
 
     def requests(self, batch: int) -> list[tuple[np.ndarray, np.ndarray | None]]:
-        """Return the requests that hold each image once, at least one."""
-        return [self.request(i, batch) for i in range(max(1, len(self.images) // batch))]
+        """Return the fewest requests that hold every image; the last one is filled up with the first images again."""
+        return [self.request(i, batch) for i in range(math.ceil(len(self.images) / batch))]
 
 
 def split_name(name: str) -> tuple[str, str | None]:

@@ -1,6 +1,7 @@
 """Strategies take turns on the same requests; given bits still pay for the policy network."""
 
 import itertools
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -65,7 +66,7 @@ def recorded(network):
         log = []
         runtimes = {name: _Recorder(name, network, log) for name in ("full", "chain")}
         samples = measure(runtimes, Workload(images=_images(n_images), keep=keep), settings)
-        n_warm = 2 * min(max(1, n_images // settings.batch), measuring.ROUND_IMAGES)
+        n_warm = 2 * min(math.ceil(n_images / settings.batch), measuring.ROUND_IMAGES)
         return samples, log[n_warm:], log[:n_warm]
 
     return run
@@ -103,6 +104,14 @@ def test_small_data_sets_start_again_from_the_first_image():
     images, keep = Workload(images=_images(3), keep=np.eye(3, dtype=bool)).request(1, 2)
     assert images[:, 0, 0, 0].tolist() == [2, 0]
     assert keep.tolist() == [[False, False, True], [True, False, False]]
+
+
+@pytest.mark.parametrize(("n_images", "batch", "n_requests"), [(100, 64, 2), (128, 64, 2), (7, 2, 4), (3, 64, 1)])
+def test_requests_hold_every_image(n_images, batch, n_requests):
+    requests = Workload(images=_images(n_images), keep=None).requests(batch)
+    assert len(requests) == n_requests
+    assert all(len(images) == batch for images, _ in requests)
+    assert {image for images, _ in requests for image in images[:, 0, 0, 0].tolist()} == set(range(n_images))
 
 
 def test_measuring_goes_on_for_the_duration(network, monkeypatch):
