@@ -22,6 +22,7 @@ _ROUNDS = 6  # of each point: a duration would be spent on the fastest of them
 _ROUNDS_OF_LARGE_BATCHES = 2
 _MIN_COUNTS = 3  # a line through two points always fits
 _MIN_REQUESTS = 3  # of a number of blocks, to have a median
+_REQUESTS_OF_A_POINT = 10  # of large batches, those that are not counted included
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +86,7 @@ def fit_lines(
     missing = [name for name, line in lines.items() if line is None]
     if missing:
         wanted = {name: runtime for name, runtime in runtimes.items() if name == BASELINE or name in missing}
-        lines |= _lines_through_points(wanted, workload, settings, on_round)
+        lines |= _lines_through_points(wanted, workload, settings, full_ms, on_round)
     return {name: line for name, line in lines.items() if line is not None}
 
 
@@ -93,11 +94,17 @@ def _lines_through_points(
     runtimes: Mapping[str, Orchestrator],
     workload: Workload,
     settings: Settings,
+    full_ms: float,
     on_round: Callable[[float], None],
 ) -> dict[str, BlocksLine | None]:
-    """Measure a few numbers of blocks and `full` in alternating rounds; with the policy network, as elsewhere."""
+    """Measure a few numbers of blocks and `full` in alternating rounds; with the policy network, as elsewhere.
+
+    Args:
+        full_ms: median of a request to `full` so far.
+    """
     network = runtimes[BASELINE].network
-    counts = sorted({round(step) for step in np.linspace(0, network.n_blocks, N_STEPS).tolist()})
+    n_steps = _n_steps(settings, full_ms)
+    counts = sorted({round(step) for step in np.linspace(0, network.n_blocks, n_steps).tolist()})
     images = workload.images
     keeps = [
         parse_policy(f"distribute:{count}", n_blocks=network.n_blocks, has_policy_network=False).matrix(len(images))
@@ -120,7 +127,7 @@ def _lines_through_points(
     finally:
         for runtime in others.values():
             runtime.close()
-    full_ms = float(np.median(full.latency_ms))
+    full_ms = float(np.median(full.latency_ms))  # of the same rounds as the points
     return {
         name: fit_line(
             _joined([samples_of(name, tracks[f"{name} {count}"], network, settings.batch) for count in counts]),
@@ -129,6 +136,14 @@ def _lines_through_points(
         )
         for name in others
     }
+
+
+def _n_steps(settings: Settings, full_ms: float) -> int:
+    """Return how many numbers of blocks to measure: of batches that take longer than the duration the fewest."""
+    if settings.batch == 1:
+        return N_STEPS
+    point_s = _REQUESTS_OF_A_POINT * full_ms / 1000
+    return N_STEPS if point_s <= settings.duration_s else _MIN_COUNTS
 
 
 def _with_masks(runtime: Orchestrator, keeps: list[np.ndarray]) -> Orchestrator:

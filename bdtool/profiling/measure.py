@@ -100,7 +100,7 @@ def alternate(
     """
     per_round = max(1 if settings.batch == 1 else _MIN_ROUND_REQUESTS, round_images // settings.batch)
     for track in tracks.values():
-        _warm_up(track, settings.warmup_ms, round_images)
+        _warm_up(track, settings.warmup_ms, per_round)
     order, n_rounds = list(tracks), 0
     while n_rounds < _MIN_ROUNDS or min(track.spent_s for track in tracks.values()) < settings.duration_s:
         for name in order if n_rounds % 2 == 0 else reversed(order):
@@ -112,11 +112,14 @@ def alternate(
         on_round(min(1.0, slowest / settings.duration_s, n_rounds / _MIN_ROUNDS))
 
 
-def _warm_up(track: Track, warmup_ms: float, round_images: int) -> None:
-    """Run requests for that long, and each at least once up to a round: every engine and path is touched."""
+def _warm_up(track: Track, warmup_ms: float, n_requests: int) -> None:
+    """Run requests for that long, and at least those of a round once each: every engine and path is touched.
+
+    Of large batches that is two: the others run uncounted at the start of their own rounds.
+    """
     stop = time.perf_counter() + warmup_ms / 1000
     count = 0
-    while time.perf_counter() < stop or count < min(len(track.requests), round_images):
+    while time.perf_counter() < stop or count < min(len(track.requests), n_requests):
         track.run(*track.requests[count % len(track.requests)])
         count += 1
 

@@ -92,10 +92,12 @@ def clocked(tiny, monkeypatch):
     return {name: _Clocked(network, clock, is_full=name == "full") for name in ("full", "chain")}
 
 
+FIXED = Workload(images=np.zeros((6, 32, 32, 3), np.uint8), keep=np.tile([True, False, True], (6, 1)))
+
+
 @pytest.mark.parametrize("batch", [1, 2])
 def test_a_fixed_policy_is_measured_at_extra_points(clocked, batch):
-    settings = Settings(batch=batch, warmup_ms=0, duration_s=1e-9)
-    workload = Workload(images=np.zeros((6, 32, 32, 3), np.uint8), keep=np.tile([True, False, True], (6, 1)))
+    settings, workload = Settings(batch=batch, warmup_ms=0, duration_s=0.1), FIXED
     lines = fit_lines(clocked, measure(clocked, workload, settings), workload, settings)
     assert list(lines) == ["chain"]
     line = lines["chain"]
@@ -105,6 +107,14 @@ def test_a_fixed_policy_is_measured_at_extra_points(clocked, batch):
     assert "distribute:0,1,2,3" in line.points
     assert [sum(mask) for mask in clocked["chain"].masks] == [0, 1, 2, 3]  # a path strategy would join these
     assert clocked["chain"].closed
+
+
+@pytest.mark.parametrize(("batch", "n_counts"), [(1, 4), (2, 3)])
+def test_batches_longer_than_the_duration_get_the_fewest_points(clocked, batch, n_counts):
+    settings = Settings(batch=batch, warmup_ms=0, duration_s=0.01)
+    line = fit_lines(clocked, measure(clocked, FIXED, settings), FIXED, settings)["chain"]
+    assert line.n_counts == n_counts
+    assert (line.fixed_ms, line.per_block_ms) == pytest.approx((FIXED_MS, BLOCK_MS))
 
 
 def test_a_workload_that_varies_needs_no_extra_points(clocked):

@@ -66,7 +66,8 @@ def recorded(network):
         log = []
         runtimes = {name: _Recorder(name, network, log) for name in ("full", "chain")}
         samples = measure(runtimes, Workload(images=_images(n_images), keep=keep), settings)
-        n_warm = 2 * min(math.ceil(n_images / settings.batch), measuring.ROUND_IMAGES)
+        per_round = measuring.ROUND_IMAGES // settings.batch
+        n_warm = 2 * min(math.ceil(n_images / settings.batch), max(2, per_round))
         return samples, log[n_warm:], log[:n_warm]
 
     return run
@@ -92,6 +93,14 @@ def test_all_strategies_get_the_same_requests(recorded):
 def test_each_image_is_touched_before_the_measurement(recorded):
     _, _, warm = recorded(n_images=20)
     assert {images[0] for name, images in warm if name == "chain"} == set(range(20))
+
+
+def test_warm_up_is_a_round_of_images_whatever_the_batch(network):
+    log = []
+    runtimes = {"full": _Recorder("full", network, log)}
+    measure(runtimes, Workload(images=_images(200), keep=None), replace(SHORT, batch=25))
+    counted = N_ROUNDS * 2 * 2  # of two requests, which settle first
+    assert [len(images) for _, images in log] == [25] * (2 + counted)
 
 
 def test_settling_requests_are_not_counted(recorded):
