@@ -63,7 +63,7 @@ def alone(bundle: Bundle, mask: np.ndarray, *, rounds: int) -> dict[str, float]:
     calls = {
         "full": _bound(backend, full, baseline[full.name]),
         "policy": _bound(backend, policy_part, engines[policy_part.name]),
-        "path": _bound(backend, whole, engines.join(whole, parts)[0]),
+        "path": _bound(backend, whole, engines.join(whole, parts).engine),
     }
     policy = bundle.part_path(policy_part).read_bytes()
     joined = compose_parts("path", [(part, bundle.part_path(part).read_bytes()) for part in parts], check=False)

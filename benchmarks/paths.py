@@ -50,7 +50,7 @@ def main() -> None:
     stats = runtimes["path"].path_stats
     assert stats is not None
     print(f"without bounds: {stats.n_paths} paths, hits {stats.hit_rate:.1%}")
-    print(f"memory of the paths {grown / _MIB:.0f} MiB, of their files {stats.n_bytes / _MIB:.0f} MiB")
+    print(f"memory of the paths {grown / _MIB:.0f} MiB, estimate {stats.n_bytes / _MIB:.0f} MiB")
     print(f"joined in {seconds / stats.n_paths * 1000:.1f} ms each")
     full = samples["full"].median_ms
     for name in ("chain", "path"):

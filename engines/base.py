@@ -148,6 +148,15 @@ class BuiltEngine:
     loadable: bool = True  # False: it has no weights, for a program that gives it some
 
 
+@dataclass(frozen=True, kw_only=True)
+class JoinedEngine:
+    """An engine of several parts, and what joining it took: bytes that no engine before it held, at most."""
+
+    engine: Engine
+    own_bytes: int  # free again when the engine goes
+    shared_bytes: int = 0  # of weights for this engine and later ones: held until the backend goes
+
+
 class Backend(Protocol):
     """One inference library on one device."""
 
@@ -168,8 +177,8 @@ class Backend(Protocol):
 
     def load(self, part: PartSpec, data: bytes, *, layout: str) -> Engine: ...
 
-    def join(self, joined: PartSpec, pieces: Sequence[tuple[PartSpec, bytes]]) -> tuple[Engine, int]:
-        """Return an engine that runs these parts' engine files, all of one layout, in order; and its file's size.
+    def join(self, joined: PartSpec, pieces: Sequence[tuple[PartSpec, bytes]]) -> JoinedEngine:
+        """Return an engine that runs these parts' engine files, all of one layout, in order.
 
         Engines that one backend object joins share the memory of their weights where the library allows it.
         """

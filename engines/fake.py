@@ -13,7 +13,7 @@ import numpy as np
 
 from bdtool.errors import EngineError
 from bdtool.specs import NetworkSpec, PartSpec, TensorSpec
-from engines.base import PLAIN_LAYOUT, Buffer, BuiltEngine, Call, Engine, PartEngine
+from engines.base import PLAIN_LAYOUT, Buffer, BuiltEngine, Call, Engine, JoinedEngine, PartEngine
 
 _MODULUS = 97
 
@@ -49,9 +49,9 @@ class FakeBackend:
     def load(self, part: PartSpec, data: bytes, *, layout: str) -> Engine:
         return FakeEngine(part, self)
 
-    def join(self, joined: PartSpec, pieces: Sequence[tuple[PartSpec, bytes]]) -> tuple[Engine, int]:
+    def join(self, joined: PartSpec, pieces: Sequence[tuple[PartSpec, bytes]]) -> JoinedEngine:
         steps = [(part.kind, part.index or 0) for part, _ in pieces]
-        return FakeEngine(joined, self, steps=steps), len(json.dumps(steps))
+        return JoinedEngine(engine=FakeEngine(joined, self, steps=steps), own_bytes=len(json.dumps(steps)))
 
     def fuse(self, network: NetworkSpec, pieces: Mapping[str, bytes]) -> bytes:
         raise EngineError("the fake backend has no conditionals; use the onnxruntime backend for strategy 'fused'")

@@ -19,7 +19,17 @@ from onnx import numpy_helper
 
 from bdtool.errors import BackendError, EngineError
 from bdtool.specs import NetworkSpec, PartSpec
-from engines.base import ENGINE_TOLERANCE, PLAIN_LAYOUT, Buffer, BuiltEngine, Call, Engine, LayoutError, PartEngine
+from engines.base import (
+    ENGINE_TOLERANCE,
+    PLAIN_LAYOUT,
+    Buffer,
+    BuiltEngine,
+    Call,
+    Engine,
+    JoinedEngine,
+    LayoutError,
+    PartEngine,
+)
 from engines.blocked_nodes import stay_blocked
 from engines.check import check_engine
 from engines.integer_cpu import is_quantized, lower_quantized
@@ -42,6 +52,10 @@ from export.fused import fuse_parts
 from export.ort_threads import any_threads_options, default_threads, shared_threads_options
 
 _CACHE_LINE = 64  # bytes
+# Memory of a joined engine's session, at most, over its file without the weights. Measured: 26 (paths of 8 blocks of a
+# ResNet-50) to 55 (of 17 and of 40 blocks of a ResNet-110), by what each of 20 to 100 more added to the process; 79
+# where others come and go (`benchmarks/paths.py`), as dropped engines leave gaps.
+_MEMORY_PER_GRAPH_BYTE = 96
 
 
 class OnnxRuntimeBackend:
@@ -93,10 +107,15 @@ class OnnxRuntimeBackend:
     def load(self, part: PartSpec, data: bytes, *, layout: str) -> Engine:
         return self._open(part, data, self._options, layout)
 
-    def join(self, joined: PartSpec, pieces: Sequence[tuple[PartSpec, bytes]]) -> tuple[Engine, int]:
+    def join(self, joined: PartSpec, pieces: Sequence[tuple[PartSpec, bytes]]) -> JoinedEngine:
         data = compose_parts(joined.name, pieces, check=False)  # of engines that were checked when they were built
-        options = self._sharing_options(data) if self.device == "cpu" else self._options
-        return self._open(joined, data, options, PLAIN_LAYOUT), len(data)
+        if self.device != "cpu":  # each has weights of its own on the device
+            engine = self._open(joined, data, self._options, PLAIN_LAYOUT)
+            return JoinedEngine(engine=engine, own_bytes=len(data))
+        weights = onnx.ModelProto.FromString(data).graph.initializer
+        shared_bytes = self._hold_weights(weights)
+        engine = self._open(joined, data, self._sharing_options(weights), PLAIN_LAYOUT)
+        return JoinedEngine(engine=engine, own_bytes=_own_bytes(data, weights), shared_bytes=shared_bytes)
 
     def fuse(self, network: NetworkSpec, pieces: Mapping[str, bytes]) -> bytes:
         return fuse_parts(network, pieces, check=False)
@@ -119,18 +138,27 @@ class OnnxRuntimeBackend:
             raise BackendError(f"part {part.name!r}: asked for {wanted}, ONNX Runtime chose {session.get_providers()}")
         return OnnxRuntimeEngine(part, session, layout, options)
 
-    def _sharing_options(self, data: bytes) -> ort.SessionOptions:
+    def _hold_weights(self, weights: Sequence[onnx.TensorProto]) -> int:
+        """Keep the weights that no joined engine had yet, for this one and later ones; return their bytes."""
+        added = 0
+        for weight in weights:
+            if weight.name not in self._weights:
+                # the value shares the array's memory and keeps it alive, as the options and the backend keep the value
+                array = _aligned(numpy_helper.to_array(weight))
+                self._weights[weight.name] = ort.OrtValue.ortvalue_from_numpy(array)
+                added += array.nbytes
+        return added
+
+    def _sharing_options(self, weights: Sequence[onnx.TensorProto]) -> ort.SessionOptions:
         """Return options for an optimised model whose weights lie in memory that other joined engines use, too.
 
         Only without graph optimisations: the optimiser would bake some of the weights in.
         """
         options = shared_threads_options(self.threads)
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        for weight in onnx.ModelProto.FromString(data).graph.initializer:
-            if weight.name not in self._weights:
-                # the value shares the array's memory and keeps it alive, as the options and the backend keep the value
-                array = _aligned(numpy_helper.to_array(weight))
-                self._weights[weight.name] = ort.OrtValue.ortvalue_from_numpy(array)
+        if not _are_packed(weights):
+            options.add_session_config_entry("session.disable_prepacking", "1")
+        for weight in weights:
             options.add_initializer(weight.name, self._weights[weight.name])
         return options
 
@@ -230,6 +258,21 @@ class _DeviceBuffer:
         values = self.read().copy()
         values[rows] = source.read()
         self.write(values)
+
+
+def _are_packed(weights: Sequence[onnx.TensorProto]) -> bool:
+    """Say whether each session packs its weights anew: integer convolutions need that to be fast.
+
+    Of a float engine it would be the classifier alone: 8 MiB of an ImageNet network for each path, and no faster for
+    one image.
+    """
+    return any(weight.data_type in (onnx.TensorProto.INT8, onnx.TensorProto.UINT8) for weight in weights)
+
+
+def _own_bytes(data: bytes, weights: Sequence[onnx.TensorProto]) -> int:
+    """Return the memory that a joined engine's session takes at most beside the weights that engines share."""
+    shared = sum(len(weight.raw_data) for weight in weights)
+    return _MEMORY_PER_GRAPH_BYTE * (len(data) - shared) + (shared if _are_packed(weights) else 0)
 
 
 def _aligned(values: np.ndarray) -> np.ndarray:

@@ -18,7 +18,16 @@ from typing import Any, Literal
 
 from bdtool.errors import BundleError, EngineError, ExportError
 from bdtool.specs import NetworkSpec, PartSpec
-from engines.base import PLAIN_LAYOUT, Backend, BackendIdentity, BuiltEngine, Engine, HostCodeBackend, LayoutError
+from engines.base import (
+    PLAIN_LAYOUT,
+    Backend,
+    BackendIdentity,
+    BuiltEngine,
+    Engine,
+    HostCodeBackend,
+    JoinedEngine,
+    LayoutError,
+)
 from engines.trt_options import has_host_code
 from export.bundle import Bundle
 from export.files import advice_on, sha256_of_bytes, sha256_of_files, write_bytes, write_json
@@ -80,8 +89,8 @@ class EngineSet(Mapping[str, Engine]):
     def __len__(self) -> int:
         return len(self._engines)
 
-    def join(self, joined: PartSpec, parts: Sequence[PartSpec]) -> tuple[Engine, int]:
-        """Return one engine that runs `parts` in order, and the size of its file in bytes.
+    def join(self, joined: PartSpec, parts: Sequence[PartSpec]) -> JoinedEngine:
+        """Return one engine that runs `parts` in order, and the memory that it takes.
 
         Args:
             joined: describes the result; it reads images and writes logits.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bdtool.errors import BackendError, DataError, EngineError, UsageError
 from bdtool.specs import NetworkSpec, PartSpec
-from engines.base import ENGINE_TOLERANCE, PLAIN_LAYOUT, Buffer, BuiltEngine, Call, Engine, PartEngine
+from engines.base import ENGINE_TOLERANCE, PLAIN_LAYOUT, Buffer, BuiltEngine, Call, Engine, JoinedEngine, PartEngine
 from engines.capture import Capturer
 from engines.check import probe_values
 from engines.cuda_device import open_device
@@ -74,7 +74,8 @@ class TorchBackend:
             raise EngineError(f"part {part.name!r}: its engine has layout {layout!r}, torch's have {PLAIN_LAYOUT!r}")
         return self._open(part, data)
 
-    def join(self, joined: PartSpec, pieces: Sequence[tuple[PartSpec, bytes]]) -> tuple[Engine, int]:
+    def join(self, joined: PartSpec, pieces: Sequence[tuple[PartSpec, bytes]]) -> JoinedEngine:
+        missing = [len(data) for part, data in pieces if _key(part, data) not in self._functions]
         functions = [self._function(part, data) for part, data in pieces]
 
         def run(x: Tensor) -> Tensor:
@@ -82,7 +83,8 @@ class TorchBackend:
                 x = function(x)
             return x
 
-        return TorchEngine(joined, run, self.device), sum(len(data) for _, data in pieces)
+        # only calls of the parts' functions, whose weights the engines of the parts hold already where they are loaded
+        return JoinedEngine(engine=TorchEngine(joined, run, self.device), own_bytes=0, shared_bytes=sum(missing))
 
     def fuse(self, network: NetworkSpec, pieces: Mapping[str, bytes]) -> bytes:
         raise UsageError("the torch backend has no conditionals; use --backend onnxruntime for strategy 'fused'")
@@ -122,11 +124,15 @@ class TorchBackend:
 
     def _function(self, part: PartSpec, data: bytes) -> OnnxFunction:
         """Return the part's function; equal parts, loaded or joined, share one and so the memory of its weights."""
-        key = (part.name, sha256_of_bytes(data))
+        key = _key(part, data)
         function = self._functions.get(key)
         if function is None:
             function = self._functions[key] = OnnxFunction(part, data, self.device, fuse=self._fuses)
         return function
+
+
+def _key(part: PartSpec, data: bytes) -> tuple[str, str]:
+    return part.name, sha256_of_bytes(data)
 
 
 class TorchEngine(PartEngine):

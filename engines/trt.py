@@ -10,7 +10,7 @@ from typing import Any
 
 from bdtool.errors import BackendError, DataError, EngineError
 from bdtool.specs import NetworkSpec, PartSpec
-from engines.base import PLAIN_LAYOUT, BackendIdentity, Buffer, BuiltEngine, Engine
+from engines.base import PLAIN_LAYOUT, BackendIdentity, Buffer, BuiltEngine, Engine, JoinedEngine
 from engines.capture import Capturer
 from engines.check import check_engine
 from engines.cuda_buffer import DeviceBuffer, concatenate
@@ -99,7 +99,7 @@ class TensorRTBackend:
     def allow_host_code(self) -> None:
         self._runtime.allow_host_code()
 
-    def join(self, joined: PartSpec, pieces: Sequence[tuple[PartSpec, bytes]]) -> tuple[Engine, int]:
+    def join(self, joined: PartSpec, pieces: Sequence[tuple[PartSpec, bytes]]) -> JoinedEngine:
         raise EngineError(f"{self._library.name} cannot join engines; build the parts joined as ONNX instead")
 
     def fuse(self, network: NetworkSpec, pieces: Mapping[str, bytes]) -> bytes:

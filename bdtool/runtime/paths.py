@@ -25,7 +25,7 @@ from bdtool.runtime.controllers import Controller, MaskController
 from bdtool.runtime.masks import MaskCount
 from bdtool.runtime.strategies import ChainStrategy, Lane, Strategy, WrapCall, take
 from bdtool.specs import NetworkSpec, PartSpec
-from engines.base import Backend, Call, Engine
+from engines.base import Backend, Call, Engine, JoinedEngine
 from engines.device_array import DeviceArray, Images, Logits
 from engines.graph_modes import GraphChoice
 from engines.store import EngineSet
@@ -33,9 +33,6 @@ from engines.store import EngineSet
 logger = logging.getLogger(__name__)
 
 BUILD_AFTER = 2  # times that a mask is seen before its engine is joined: a mask seen once may never come again
-# Memory that an engine takes at most, over the size of its file. Engines share their weights, so 1000 paths of a
-# ResNet-110 took 0.5 MiB each, a quarter of their files (`benchmarks/paths.py`).
-MEMORY_PER_FILE_BYTE = 1
 _MAX_COUNTED = 4096  # masks whose sightings are counted
 _MAX_WAITING = 8  # engines that wait to be joined in the background
 
@@ -46,7 +43,7 @@ class PathOptions:
 
     Attributes:
         max_paths: engines kept; the least recently used one goes first.
-        max_bytes: memory of all engines kept, estimated as `MEMORY_PER_FILE_BYTE` times their files.
+        max_bytes: memory of all engines kept, as the backend estimates it; weights that they share count once.
         ahead: masks, bool [K] each, joined when the bundle is opened; the first are the most frequent.
         shares: of the images that take each of `ahead`, 0 to 1. None: as many take each, and none takes another.
         background: join engines of masks that come up while running, in a thread of its own.
@@ -95,7 +92,7 @@ class PathStats:
     hits: int  # images that ran as one path engine
     misses: int  # images that ran through the chain
     n_paths: int  # engines held now
-    n_bytes: int  # of memory that they take, estimated
+    n_bytes: int  # of memory that they take, estimated, and of the weights that they share
     max_bytes: int
     joined: int
     dropped: int
@@ -116,27 +113,26 @@ class _Path:
     """A path engine, bound to the buffers of each lane it was used with; weakly, as the chain drops lanes."""
 
     engine: Engine
-    n_bytes: int
+    n_bytes: int  # of its own
     calls: WeakKeyDictionary[Lane, Call] = field(default_factory=WeakKeyDictionary)
 
 
 class PathCache:
     """Path engines by mask, at most as many as the options say; safe for one user and its background thread."""
 
-    def __init__(self, join: Callable[[np.ndarray], tuple[Engine, int]], options: PathOptions) -> None:
+    def __init__(self, join: Callable[[np.ndarray], JoinedEngine], options: PathOptions) -> None:
         self._join = join
         self._options = options
         self._paths: OrderedDict[bytes, _Path] = OrderedDict()
         self._seen: OrderedDict[bytes, float] = OrderedDict()  # images; -inf: its engine is not to be had
         self._waiting: set[bytes] = set()
         self._lock = threading.Lock()
-        self._n_bytes = self._hits = self._misses = self._joined = self._dropped = 0
+        self._own_bytes = self._shared_bytes = self._hits = self._misses = self._joined = self._dropped = 0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="bdtool-paths") if options.background else None
         ahead = {mask.tobytes(): mask for mask in (np.asarray(mask, dtype=bool) for mask in options.ahead)}
         for mask in list(ahead.values())[: options.max_paths]:
-            if not self._add(mask, evict=False):
+            if not self._add(mask, ahead=True):
                 break
-        self._paths = OrderedDict(reversed(self._paths.items()))  # the most frequent one is dropped last
 
     def get(self, mask: np.ndarray, n_images: int = 1) -> _Path | None:
         """Return the engine of a mask bool [K], or None; a mask seen often enough is then joined in the background."""
@@ -160,7 +156,7 @@ class PathCache:
                 hits=self._hits,
                 misses=self._misses,
                 n_paths=len(self._paths),
-                n_bytes=self._n_bytes,
+                n_bytes=self._n_bytes(),
                 max_bytes=self._options.max_bytes,
                 joined=self._joined,
                 dropped=self._dropped,
@@ -177,7 +173,7 @@ class PathCache:
             self._thread.shutdown(wait=True, cancel_futures=True)
         with self._lock:
             self._paths.clear()
-            self._n_bytes = 0
+            self._own_bytes = self._shared_bytes = 0
 
     def _count(self, key: bytes, n_images: int) -> bool:
         """Count a sighting; say whether the mask's engine should be joined now."""
@@ -189,24 +185,39 @@ class PathCache:
         self._waiting.add(key)
         return True
 
-    def _add(self, mask: np.ndarray, *, evict: bool = True) -> bool:
-        """Join the engine of `mask` and keep it, dropping others where it does not fit; say whether it is kept."""
-        engine, n_bytes = self._join(mask)
+    def _n_bytes(self) -> int:
+        return self._own_bytes + self._shared_bytes
+
+    def _add(self, mask: np.ndarray, *, ahead: bool = False) -> bool:
+        """Join the engine of `mask` and keep it, dropping others where it does not fit; say whether it is kept.
+
+        Args:
+            ahead: drop none for it, and drop it before those that are there: they are more frequent.
+        """
+        joined = self._join(mask)
         with self._lock:
-            room = self._options.max_bytes - (0 if evict else self._n_bytes)
-            if n_bytes > room:
-                return False
-            self._paths[mask.tobytes()] = _Path(engine=engine, n_bytes=n_bytes)
-            self._n_bytes += n_bytes
-            self._joined += 1
-            while len(self._paths) > self._options.max_paths or self._n_bytes > self._options.max_bytes:
+            self._shared_bytes += joined.shared_bytes  # kept or not: the weights stay
+            room = self._options.max_bytes - self._shared_bytes - (self._own_bytes if ahead else 0)
+            fits = joined.own_bytes <= room
+            if fits:
+                self._keep(mask.tobytes(), joined)
+                self._paths.move_to_end(mask.tobytes(), last=not ahead)
+            while self._paths and not self._are_within_bounds():
                 self._drop_oldest()
-        return True
+        return fits
+
+    def _keep(self, key: bytes, joined: JoinedEngine) -> None:
+        self._paths[key] = _Path(engine=joined.engine, n_bytes=joined.own_bytes)
+        self._own_bytes += joined.own_bytes
+        self._joined += 1
+
+    def _are_within_bounds(self) -> bool:
+        return len(self._paths) <= self._options.max_paths and self._n_bytes() <= self._options.max_bytes
 
     def _drop_oldest(self) -> None:
         key, dropped = self._paths.popitem(last=False)
         self._seen.pop(key, None)  # it has to be seen often again, or more masks than fit would be joined without end
-        self._n_bytes -= dropped.n_bytes
+        self._own_bytes -= dropped.n_bytes
         self._dropped += 1
 
     def _add_in_background(self, mask: np.ndarray) -> None:
@@ -301,9 +312,8 @@ class PathStrategy(Strategy):
             call = path.calls[lane] = self._wrap(self._part, call)
         return call
 
-    def _join(self, mask: np.ndarray) -> tuple[Engine, int]:
-        engine, file_bytes = self._engines.join(self._part, parts_of_path(self._network, mask))
-        return engine, file_bytes * MEMORY_PER_FILE_BYTE
+    def _join(self, mask: np.ndarray) -> JoinedEngine:
+        return self._engines.join(self._part, parts_of_path(self._network, mask))
 
 
 @lru_cache(maxsize=64)

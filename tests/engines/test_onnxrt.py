@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from onnx import numpy_helper
 
 from bdtool.errors import BackendError, EngineError, UsageError
 from bdtool.specs import NetworkSpec, PartSpec, Preprocessing, TensorSpec
@@ -165,6 +166,23 @@ def _network_of_width(channels):
             ),
         ),
     )
+
+
+def test_joined_engines_count_weights_that_they_share_once(tiny_bundle):
+    backend, files, n_bytes = OnnxRuntimeBackend(), {}, {}
+    for name in ("stem", "block_00", "head"):
+        part = tiny_bundle.network.part(name)
+        files[name] = part, backend.build(part, tiny_bundle.part_path(part).read_bytes(), layout="NCHW").data
+        weights = onnx.ModelProto.FromString(files[name][1]).graph.initializer
+        n_bytes[name] = sum(numpy_helper.to_array(weight).nbytes for weight in weights)
+
+    def join(*names):
+        return backend.join(tiny_bundle.network.whole("path", flops=0), [files[name] for name in names])
+
+    first, same, longer = join("stem", "head"), join("stem", "head"), join("stem", "block_00", "head")
+    assert first.shared_bytes == n_bytes["stem"] + n_bytes["head"]
+    assert (same.shared_bytes, longer.shared_bytes) == (0, n_bytes["block_00"])
+    assert 0 < first.own_bytes == same.own_bytes < longer.own_bytes
 
 
 def test_channels_that_do_not_fill_blocks_stay_plain(cpu, native):

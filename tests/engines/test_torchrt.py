@@ -206,6 +206,8 @@ def test_joined_engines_share_their_weights(tiny_bundle):
     files = [(part, tiny_bundle.part_path(part).read_bytes()) for part in parts]
     joined = [backend.join(tiny_bundle.network.whole("path", flops=0), files) for _ in range(3)]
     assert len(backend._functions) == len(parts)
+    assert [one.shared_bytes for one in joined] == [sum(len(data) for _, data in files), 0, 0]
+    assert {one.own_bytes for one in joined} == {0}
     del joined
     assert len(backend._functions) == 0  # and nothing outlives the engines
 

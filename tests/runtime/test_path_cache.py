@@ -9,6 +9,7 @@ import pytest
 
 from bdtool.runtime.orchestrator import Orchestrator
 from bdtool.runtime.paths import BUILD_AFTER, PathCache, PathOptions
+from engines.base import JoinedEngine
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -19,15 +20,18 @@ def _mask(number):
 
 @pytest.fixture
 def cache():
-    """Return a function that makes a cache of engines of 10 bytes, or as `sizes` says; it notes what it joined."""
+    """Return a function that makes a cache of engines of 10 bytes, or as `sizes` says; it notes what it joined.
+
+    `shared` says how many bytes of weights joining an engine adds for all.
+    """
     made = []
 
-    def make(sizes=lambda mask: 10, **options):
+    def make(sizes=lambda mask: 10, shared=lambda mask: 0, **options):
         joined = []
 
         def join(mask):
             joined.append("".join("01"[bit] for bit in mask.astype(int)))
-            return object(), sizes(mask)
+            return JoinedEngine(engine=object(), own_bytes=sizes(mask), shared_bytes=shared(mask))
 
         made.append(PathCache(join, PathOptions(**options)))
         return made[-1], joined
@@ -151,6 +155,30 @@ def test_path_larger_than_the_bound_is_not_kept_and_not_joined_again(cache):
     assert (held.stats.n_paths, held.stats.n_bytes, held.stats.dropped) == (1, 10, 0)
 
 
+def test_shared_weights_count_once_and_stay_when_an_engine_goes(cache):
+    held, _ = cache(max_paths=1, shared=lambda mask: 100 if mask.sum() == 1 else 0)
+    _see(held, _mask(1))
+    _see(held, _mask(3))
+    assert (held.stats.n_paths, held.stats.n_bytes, held.stats.dropped) == (1, 110, 1)
+
+
+def test_weights_that_leave_no_room_drop_the_engines_before(cache):
+    held, _ = cache(max_bytes=100, shared=lambda mask: 85 if mask.all() else 0)
+    _see(held, _mask(1))
+    _see(held, np.ones(16, dtype=bool))
+    assert held.get(_mask(1)) is None
+    assert held.get(np.ones(16, dtype=bool)) is not None
+    assert held.stats.n_bytes == 95
+
+
+def test_weights_that_leave_no_room_drop_the_rarest_mask_ahead(cache):
+    masks = [_mask(1), _mask(2), np.ones(16, dtype=bool)]
+    held, _ = cache(max_bytes=100, shared=lambda mask: 85 if mask.all() else 0, ahead=masks)
+    assert held.get(_mask(1)) is not None
+    assert held.get(_mask(2)) is None
+    assert held.stats.n_bytes == 95
+
+
 # --- memory of real engines, in a process of its own ---
 
 _A_THOUSAND_MASKS = """
@@ -183,7 +211,7 @@ SLACK_BYTES = 24 * 2**20  # what freed engines leave in the allocator, buffers o
 def test_a_thousand_masks_on_real_engines_keep_memory_under_the_bound(export_random):
     bundle = export_random("resnet26", shortcut="average-pool", has_policy=False).bundle  # 12 blocks: 4096 masks
     Orchestrator.open(bundle).close()  # builds the engines, so that the process below only loads them
-    max_bytes = 48 * 2**20
+    max_bytes = 24 * 2**20
     command = [sys.executable, "-c", _A_THOUSAND_MASKS, str(bundle), str(max_bytes)]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr

@@ -15,6 +15,7 @@ from bdtool.runtime.factory import make_strategy
 from bdtool.runtime.orchestrator import Orchestrator
 from bdtool.runtime.paths import BUILD_AFTER, PathCache, PathOptions
 from bdtool.runtime.strategies import MAX_LANES
+from engines.base import JoinedEngine
 
 K = 6
 TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}  # the bound: groups are other batch sizes, with other kernels
@@ -238,7 +239,7 @@ def test_close_finishes_the_join_under_way_and_leaves_no_thread_behind():
         started.set()
         go.wait(10)
         joined.append(mask)
-        return object(), 10
+        return JoinedEngine(engine=object(), own_bytes=10)
 
     before, cache = len(_path_threads()), PathCache(join, PathOptions())
     cache.get(_mask(1), BUILD_AFTER)
