@@ -176,10 +176,13 @@ def _print_sweep(sweep: dict[str, Any]) -> None:
 
 def _print_recommendation(recommendation: dict[str, Any], *, is_recorded: bool) -> None:
     medians = ", ".join(f"{name} {ms:.3f} ms" for name, ms in recommendation["medians_ms"].items())
+    taken = "strategy 'auto' now takes it with as many threads"
+    if recommendation["batch"] > 1:
+        taken += ", where no smaller batch is recorded"
     click.echo(
         f"\nrecommended: {recommendation['strategy']} (medians at batch {recommendation['batch']}, "
         f"{recommendation['threads']} threads, policy {recommendation['policy']}: {medians})"
-        + ("; strategy 'auto' now takes it with as many threads" if is_recorded else "; it could not be recorded")
+        f"; {taken if is_recorded else 'it could not be recorded'}"
     )
 
 

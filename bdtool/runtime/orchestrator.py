@@ -138,6 +138,7 @@ class Orchestrator:
         if strategy == AUTO:
             recorded = read_recommendation(store.directory, threads=library.threads, bundle=opened.path)
             strategy = recorded.strategy
+            logger.info("strategy auto: %s, recorded at batch %d", strategy, recorded.batch)
         loader = Loader(opened, store, library, strategy=strategy)
         loaded = loader.load()
         network = loaded.network

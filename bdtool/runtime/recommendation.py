@@ -1,7 +1,7 @@
 """Which strategy was measured to be the fastest here: recorded beside the engines that it was measured with.
 
 The directory of the engines names backend, version, target and precision; within it there is one entry for each number
-of threads, because the order of the strategies changes with them.
+of threads and batch size, because the order of the strategies changes with both.
 """
 
 from __future__ import annotations
@@ -38,8 +38,9 @@ class Recommendation:
     def __post_init__(self) -> None:
         if self.strategy not in CANDIDATES:
             raise ValueError(f"strategy {self.strategy!r} is not one of {', '.join(CANDIDATES)}")
-        if type(self.threads) is not int or self.threads < 1:
-            raise ValueError(f"threads must be a whole number from 1; got {self.threads!r}")
+        for name, value in (("threads", self.threads), ("batch", self.batch)):
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name} must be a whole number from 1; got {value!r}")
         if not all(isinstance(ms, int | float) and math.isfinite(ms) for ms in self.medians_ms.values()):
             raise ValueError("medians_ms must be finite numbers")
 
@@ -50,21 +51,24 @@ def choose_strategy(medians_ms: Mapping[str, float]) -> str:
 
 
 def write_recommendation(directory: Path, recommendation: Recommendation) -> None:
-    """Record a recommendation in the engines' directory, in the place of an earlier one for as many threads.
+    """Record a recommendation in the engines' directory, in the place of an earlier one for these threads and batch.
 
     The file is replaced atomically; a damaged one is replaced as a whole.
     """
     try:
-        entries = [entry for entry in _read(directory) if entry.threads != recommendation.threads]
+        entries = [entry for entry in _read(directory) if _place(entry) != _place(recommendation)]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         entries = []
-    entries = sorted([*entries, recommendation], key=lambda entry: entry.threads)
+    entries = sorted([*entries, recommendation], key=_place)
     rows = [asdict(entry) for entry in entries]
     write_json(directory / FILE, {"format_version": _FORMAT_VERSION, "recommendations": rows})
 
 
 def read_recommendation(directory: Path, *, threads: int, bundle: Path) -> Recommendation:
-    """Return what was recorded for that number of threads.
+    """Return what was recorded for that number of threads: for batch 1, else for the smallest batch there is.
+
+    One strategy serves all the batches that come; what comes is not known when a bundle is opened, and the default of
+    `profile` is single images.
 
     Raises:
         BundleError: nothing was recorded for it, or the file is damaged.
@@ -76,13 +80,18 @@ def read_recommendation(directory: Path, *, threads: int, bundle: Path) -> Recom
         raise BundleError(f"{bundle}: strategy 'auto' has no recommendation for {directory.name}. {remedy}") from exc
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as exc:
         raise BundleError(f"{directory / FILE} cannot be read as a recommendation ({exc}). {remedy}") from exc
-    for entry in entries:
-        if entry.threads == threads:
-            return entry
-    known = ", ".join(str(entry.threads) for entry in entries) or "none"
+    fitting = [entry for entry in entries if entry.threads == threads]
+    if fitting:
+        return min(fitting, key=lambda entry: entry.batch)
+    known = ", ".join(map(str, sorted({entry.threads for entry in entries}))) or "none"
     raise BundleError(
         f"{bundle}: strategy 'auto' has no recommendation for {threads} threads, only for {known}. {remedy}"
     )
+
+
+def _place(entry: Recommendation) -> tuple[int, int]:
+    """Return what there is one entry for."""
+    return entry.threads, entry.batch
 
 
 def _read(directory: Path) -> list[Recommendation]:

@@ -1,4 +1,4 @@
-"""What `--strategy auto` recommends is recorded for its number of threads, read again, and refused when damaged."""
+"""What `--strategy auto` recommends is recorded for its threads and batch, read again, and refused when damaged."""
 
 import json
 
@@ -45,6 +45,24 @@ def test_each_number_of_threads_has_its_own(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [FILE]
 
 
+@pytest.mark.parametrize("order", [(1, 64), (64, 1)])
+def test_batch_of_one_is_read_whichever_was_measured_last(tmp_path, order):
+    for batch in order:
+        write_recommendation(tmp_path, _recommendation("path" if batch == 1 else "chain", batch=batch))
+    assert _read(tmp_path) == _recommendation("path", batch=1)
+    write_recommendation(tmp_path, _recommendation("fused", batch=64))
+    assert _read(tmp_path).strategy == "path"
+    write_recommendation(tmp_path, _recommendation("fused", batch=1))
+    assert _read(tmp_path).strategy == "fused"
+
+
+def test_smallest_batch_is_read_where_batch_one_was_not_measured(tmp_path):
+    write_recommendation(tmp_path, _recommendation("chain", batch=64))
+    write_recommendation(tmp_path, _recommendation("path", batch=8))
+    write_recommendation(tmp_path, _recommendation("fused", threads=2))
+    assert _read(tmp_path) == _recommendation("path", batch=8)
+
+
 def test_none_recorded_says_what_to_run(tmp_path):
     with pytest.raises(BundleError, match=r"no recommendation for .*`bdtool profile .* --strategy auto --threads 1`"):
         _read(tmp_path)
@@ -79,7 +97,14 @@ def test_damaged_file_is_refused_and_replaced(tmp_path, content):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"strategy": "full"}, {"strategy": "magic"}, {"strategy": None}, {"threads": "1"}, {"medians_ms": [1]}],
+    [
+        {"strategy": "full"},
+        {"strategy": "magic"},
+        {"strategy": None},
+        {"threads": "1"},
+        {"batch": 0},
+        {"medians_ms": [1]},
+    ],
 )
 def test_recorded_nonsense_is_refused(tmp_path, wrong):
     write_recommendation(tmp_path, _recommendation())
