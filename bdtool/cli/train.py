@@ -11,7 +11,7 @@ import click
 
 from bdtool.cli.options import MODEL, NEW_MODEL, FiniteRange, NumberList, json_option
 from bdtool.cli.output import emit
-from bdtool.cli.training_output import logs, print_figures, show
+from bdtool.cli.training_output import logs, print_figures, print_resumed, show
 from bdtool.training.options import CurriculumOptions, FinetuneOptions, ImitateOptions, PretrainOptions, StageOptions
 
 if TYPE_CHECKING:
@@ -318,6 +318,7 @@ def _run(given: dict[str, Any], spec: ModelSpec, start: str, stage: Callable[[Pl
                     output=given["output"],
                     group=group,
                     start=start,
+                    on_resume=print_resumed,
                     on_step=on_step,
                     on_progress=on_progress,
                     on_epoch=log,

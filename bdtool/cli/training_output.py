@@ -73,6 +73,10 @@ def _print_epoch(epoch: Epoch) -> None:
     click.echo(f"{time.strftime('%H:%M:%S')} epoch {epoch.epoch} ({epoch.seconds:.0f} s): {text}", err=True)
 
 
+def print_resumed(step: int, n_steps: int) -> None:
+    click.echo(f"{time.strftime('%H:%M:%S')} going on from step {step} of {n_steps}", err=True)
+
+
 def print_figures(output: Path, trained: Trained) -> None:
     epochs = trained.model.spec.provenance["options"]["epochs"]
     click.echo(f"{output}: {trained.model.spec.arch}, {epochs:g} epoch{'' if epochs == 1 else 's'}")

@@ -314,6 +314,11 @@ def _train(
         raise UsageError(
             f"{place.checkpoint} holds an unfinished run: add --resume to go on with it, or remove it to start anew"
         )
+    if place.resume and place.output.exists() and not place.checkpoint.exists():
+        raise UsageError(
+            f"nothing to go on with: {place.output} is there, and no unfinished run beside it. Leave --resume out to "
+            "train it anew"
+        )
     model.to(device=group.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     if group.size > 1 and model.policy is not None:
         synchronize_batch_norms(model.policy)
@@ -344,6 +349,8 @@ def _train(
         on_epoch=place.on_epoch,
         validate=lambda: _measure(model, options, place.val),
     )
+    if trainer.step and group.is_first:
+        place.on_resume(trainer.step, trainer.n_steps)
     epochs = trainer.run()
     figures = epochs[-1].validation  # of the model as it is: a run ends with an epoch
     finished = _finished(model, stage, options, images.facts, place.val, figures)

@@ -116,8 +116,23 @@ def test_a_signal_saves_first(number: signal.Signals, place: Callable[..., Place
     with pytest.raises(Interrupted, match=f"after step {_BREAK_AT} of 12; the same command with --resume"):
         pretrain(spec, options, asked)
     steps: list[int] = []
-    pretrain(spec, options, place(resume=True, on_step=lambda report: steps.append(report.step)))
+    resumed: list[tuple[int, int]] = []
+    again = place(
+        resume=True,
+        on_step=lambda report: steps.append(report.step),
+        on_resume=lambda step, n_steps: resumed.append((step, n_steps)),
+    )
+    pretrain(spec, options, again)
     assert steps == list(range(_BREAK_AT + 1, 13))
+    assert resumed == [(_BREAK_AT, 12)]
+
+
+def test_a_finished_run_is_not_trained_again_by_resume(place: Callable[..., Place]) -> None:
+    pretrain(_spec(), PretrainOptions(**_FAST), place(resume=True))  # nothing is there yet: it starts
+    before = place().output.read_bytes()
+    with pytest.raises(UsageError, match=r"nothing to go on with: .*model.safetensors is there, and no unfinished run"):
+        pretrain(_spec(), PretrainOptions(**_FAST), place(resume=True))
+    assert place().output.read_bytes() == before
 
 
 @pytest.mark.parametrize("n_measured", [0, 1], ids=["first epoch", "last epoch"])
