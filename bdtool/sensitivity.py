@@ -55,7 +55,7 @@ def mixed_models(
     choice = choose_precisions(rows, bench.drop, max_accuracy_drop=trial.max_accuracy_drop)
     table = _table(rows, choice, trial)
     sidecars = {TABLE: (json.dumps(table, indent=2) + "\n").encode(), PLOT: sensitivity_plot(rows, choice).encode()}
-    extra = {"table": TABLE, "plot": PLOT, "chosen": dict(choice.precisions)}
+    extra = {"table": TABLE, "plot": PLOT, "chosen": dict(choice.precisions), "not_faster": list(choice.not_faster)}
     return {name: models[name] for name in choice.precisions}, extra, sidecars
 
 

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+LEAST_SAVING = 0.02  # share of a block's time: below it the difference of two medians is noise
+
 
 @dataclass(frozen=True, kw_only=True)
 class BlockSensitivity:
@@ -24,6 +26,10 @@ class BlockSensitivity:
     def saved_ms(self) -> float:
         return self.fp32_ms - self.ms
 
+    @property
+    def is_faster(self) -> bool:
+        return self.saved_ms >= LEAST_SAVING * self.fp32_ms
+
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "saved_ms": self.saved_ms}
 
@@ -33,6 +39,7 @@ class Choice:
     """The precisions chosen, and each step that led there."""
 
     precisions: Mapping[str, str]  # by block; what is not listed stays fp32
+    not_faster: tuple[str, ...]  # blocks that save nothing worth it in any lower precision
     accuracy_drop: float  # percentage points, measured with all of them together
     steps: tuple[Mapping[str, Any], ...]
 
@@ -42,9 +49,10 @@ def choose_precisions(
 ) -> Choice:
     """Start with the fastest precision of each block; give back fp32 where it costs most until the bound is kept.
 
-    A block that is not faster in any lower precision stays fp32 from the start. The block to give back next is the one
-    with the largest logits error for each millisecond that it saves: errors of single blocks add up in the logits,
-    while the accuracy moves in steps of one image. Each step is measured with all chosen precisions together.
+    A block that is not faster in any lower precision, by `LEAST_SAVING`, stays fp32 from the start. The block to give
+    back next is the one with the largest logits error for each millisecond that it saves: errors of single blocks add
+    up in the logits, while the accuracy moves in steps of one image. Each step is measured with all chosen precisions
+    together.
 
     Args:
         rows: one for each block and lower precision.
@@ -54,16 +62,17 @@ def choose_precisions(
     fastest: dict[str, BlockSensitivity] = {}
     for row in rows:
         best = fastest.get(row.block)
-        if row.saved_ms > 0 and (best is None or row.saved_ms > best.saved_ms):
+        if row.is_faster and (best is None or row.saved_ms > best.saved_ms):
             fastest[row.block] = row
     give_back = sorted(fastest.values(), key=lambda row: (row.logits_error / row.saved_ms, row.block))
     chosen = {row.block: row.precision for row in fastest.values()}
+    not_faster = tuple(dict.fromkeys(row.block for row in rows if row.block not in fastest))
     steps: list[dict[str, Any]] = []
     while True:
         drop = drop_of(chosen) if chosen else 0.0
         steps.append({"n_lower": len(chosen), "accuracy_drop": drop})
         if drop <= max_accuracy_drop or not chosen:
-            return Choice(precisions=dict(chosen), accuracy_drop=drop, steps=tuple(steps))
+            return Choice(precisions=dict(chosen), not_faster=not_faster, accuracy_drop=drop, steps=tuple(steps))
         row = give_back.pop()
         del chosen[row.block]
         steps[-1]["given_back"] = row.block

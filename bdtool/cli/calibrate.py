@@ -188,7 +188,11 @@ def _print(result: Calibrated) -> None:
     chosen = result.extra.get("chosen")
     if chosen is not None:
         blocks = [name for name in result.obtained if name.startswith("block")]
-        click.echo(f"\nint8 for {len(chosen)} of {len(blocks)} blocks; see {result.extra['table']} and its plot")
+        slow, n_left = len(result.extra["not_faster"]), len(blocks) - len(chosen)
+        click.echo(
+            f"\nint8 for {len(chosen)} of {len(blocks)} blocks; of the others {slow} are not faster in it here, "
+            f"{n_left - slow} were given back for accuracy. See {result.extra['table']} and its plot"
+        )
 
 
 def _state(ok: bool) -> str:

@@ -30,6 +30,12 @@ def test_everything_is_taken_where_the_bound_allows_it():
     assert len(choice.steps) == 1
 
 
+def test_what_saves_less_than_noise_stays_fp32():
+    rows = [_row("a", 0.1, 0.97), _row("b", 0.1, 0.99), _row("c", 0.1, 1.1)]
+    choice = choose_precisions(rows, lambda chosen: 0.0, max_accuracy_drop=1.0)
+    assert (choice.precisions, choice.not_faster) == ({"a": "int8"}, ("b", "c"))
+
+
 def test_the_worst_error_for_each_millisecond_goes_first():
     choice = choose_precisions(ROWS, _drop, max_accuracy_drop=0.4)
     assert set(choice.precisions) == {"a", "b"}

@@ -179,6 +179,7 @@ def test_mixed_precision_writes_its_table(calibrate, bundle_copy, bdtool_json, l
     assert [row["policy_flips"] for row in table["blocks"]] == [0, 0, 0]  # the policy network reads the image alone
     chosen = {row["block"]: row["chosen"] for row in table["blocks"]}
     assert {name: found["obtained"][name] for name in chosen} == chosen
+    assert {name for name, precision in chosen.items() if precision == "fp32"} >= set(found["not_faster"])
     assert (bundle_copy / "calibration" / "mixed.svg").read_text().startswith("<svg")
     words = ("--data", labelled, "--precision", "mixed", "--limit", 10)
     assert bdtool_json("evaluate", bundle_copy, *words)["accuracy"] == found["gates"]["accuracy"]
