@@ -25,8 +25,8 @@ class NewFile(click.Path):
         path = super().convert(value, param, ctx)
         directory = Path(os.fsdecode(path)).parent
         if str(path) != "-" and not (directory.is_dir() and os.access(directory, os.W_OK)):
-            why = "cannot be written to" if directory.is_dir() else "does not exist"
-            self.fail(f"{str(path)!r}: the directory {directory} {why}. Make it, or choose another place", param, ctx)
+            why = "cannot be written to. C" if directory.is_dir() else "does not exist. Make it, or c"
+            self.fail(f"{str(path)!r}: the directory {directory} {why}hoose another place", param, ctx)
         return path
 
 

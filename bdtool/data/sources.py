@@ -10,7 +10,7 @@ from bdtool.data.folders import folder_source
 from bdtool.data.npz import npz_source
 from bdtool.data.synthetic import synthetic_image
 from bdtool.data.torchvision_sets import Split, torchvision_source
-from bdtool.errors import DataError
+from bdtool.errors import UsageError
 from bdtool.specs import NetworkSpec
 
 __all__ = ["ImageBatch", "ImageSource", "open_data"]
@@ -34,7 +34,8 @@ def open_data(data: str, *, network: NetworkSpec, resize: bool = False, split: S
         split: which part of a torchvision data set; files and directories have one part only.
 
     Raises:
-        DataError: no such form, nothing there, no images, or images and labels that do not fit the network.
+        UsageError: no such form, or nothing there.
+        DataError: no images, or images and labels that do not fit the network.
     """
     source = _open_form(data, network=network, resize=resize, split=split)
     source.image_at(0)  # refuse what cannot fit now, not after minutes of building
@@ -53,13 +54,13 @@ def _open_form(data: str, *, network: NetworkSpec, resize: bool, split: Split) -
     if path.suffix.lower() == ".npz" and path.is_file():
         return npz_source(path, network=network, resize=resize)
     problem = "not a form of DATA" if path.is_file() else "no such file, directory or data set"
-    raise DataError(f"{data!r}: {problem}. DATA is one of: {DATA_FORMS}")
+    raise UsageError(f"{data!r}: {problem}. DATA is one of: {DATA_FORMS}")
 
 
 def _synthetic_source(data: str, *, network: NetworkSpec) -> ImageSource:
     match = _SYNTHETIC.fullmatch(data)
     if match is None:
-        raise DataError(f"{data!r}: expected synthetic[:N[:SEED]] with whole numbers, for instance synthetic:64:0")
+        raise UsageError(f"{data!r}: expected synthetic[:N[:SEED]] with whole numbers, for instance synthetic:64:0")
     n_images, seed = int(match["n"] or _N_SYNTHETIC), int(match["seed"] or 0)
     height, width = network.preprocessing.height, network.preprocessing.width
     return ImageSource(

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bdtool.errors import TrainingError
+from bdtool.errors import TrainingError, UsageError
 from bdtool.models.model import BlockDropModel
 from bdtool.training.distributed import Group
 from bdtool.training.images import TrainingImages
@@ -101,9 +101,10 @@ class Trainer:
         validate: Callable[[], Mapping[str, float]] = dict,
     ) -> None:
         if options.batch > images.n_images or options.batch % group.size:
-            raise TrainingError(
-                f"batch {options.batch}: expected at most the {images.n_images} images of the data, and a "
-                f"multiple of the {group.size} processes; choose another --batch"
+            multiple = f", and a multiple of the {group.size} processes" if group.size > 1 else ""
+            raise UsageError(
+                f"batch {options.batch}: expected at most the {images.n_images} images of the data{multiple}; choose "
+                "another --batch"
             )
         self._model, self._task, self._images, self._options, self._group = model, task, images, options, group
         self._request, self._checkpoint, self._save_every_s = dict(request), checkpoint, save_every_s

@@ -286,7 +286,7 @@ def test_labels_outside_the_classes_are_named(bdtool, tiny, tmp_path):
 
 
 def test_unknown_data_lists_the_forms(bdtool, tiny):
-    message = bdtool("evaluate", tiny.bundle, "--data", "mnist:there", status=1).stderr
+    message = bdtool("evaluate", tiny.bundle, "--data", "mnist:there", status=2).stderr
     assert "DATA is one of: FILE.npz" in message
 
 

@@ -18,7 +18,7 @@ from torchvision import datasets
 
 from bdtool.data import torchvision_sets
 from bdtool.data.sources import ImageSource, open_data
-from bdtool.errors import DataError
+from bdtool.errors import DataError, UsageError
 from bdtool.specs import NetworkSpec, Preprocessing
 
 NETWORK = NetworkSpec(
@@ -238,7 +238,7 @@ def test_synthetic_has_defaults() -> None:
 
 @pytest.mark.parametrize("data", ["synthetic:", "synthetic:x", "synthetic:1:2:3", "synthetic:-1"])
 def test_malformed_synthetic_is_refused(data: str) -> None:
-    with pytest.raises(DataError, match=r"expected synthetic\[:N\[:SEED\]\]"):
+    with pytest.raises(UsageError, match=r"expected synthetic\[:N\[:SEED\]\]"):
         open_data(data, network=NETWORK)
 
 
@@ -249,12 +249,12 @@ def test_synthetic_without_images_is_refused() -> None:
 
 @pytest.mark.parametrize("data", ["", "mnist:root", "gone.npz", "cifar10:", "cifar10"])
 def test_unknown_data_lists_the_forms(data: str) -> None:
-    with pytest.raises(DataError, match=r"FILE\.npz .* cifar10:ROOT, cifar100:ROOT, imagenet:ROOT, synthetic"):
+    with pytest.raises(UsageError, match=r"FILE\.npz .* cifar10:ROOT, cifar100:ROOT, imagenet:ROOT, synthetic"):
         open_data(data, network=NETWORK)
 
 
 def test_file_of_another_kind_is_no_data(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="not a form of DATA"):
+    with pytest.raises(UsageError, match="not a form of DATA"):
         open_data(str(Path(folders(tmp_path, "a.png"), "a.png")), network=NETWORK)
 
 

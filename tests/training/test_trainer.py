@@ -261,7 +261,7 @@ def test_compiled_pretraining_learns_the_same_names(place: Callable[..., Place])
 
 
 def test_batch_larger_than_the_data_is_refused(place: Callable[..., Place]) -> None:
-    with pytest.raises(TrainingError, match="batch 512: expected at most the 256 images"):
+    with pytest.raises(UsageError, match="batch 512: expected at most the 256 images"):
         pretrain(_spec(), PretrainOptions(epochs=1, batch=512), place())
 
 
