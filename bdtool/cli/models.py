@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,9 @@ def inspect_cmd(model_or_bundle: Path, json_file: str | None) -> None:
 
     def text() -> None:
         for name, value in facts.items():
-            click.echo(f"{name + ':':<16}{_fact(value)}")
+            lines = _origins(name, value) if name == "provenance" else [(name, value)]
+            for label, shown in lines:
+                click.echo(f"{label + ':':<16}{_fact(shown)}")
         columns = list(parts[0])
         print_table(columns, [[_cell(name, part[name]) for name in columns] for part in parts], title="Parts")
 
@@ -240,9 +243,19 @@ def _part_facts(part: Any) -> dict[str, Any]:
     }
 
 
+def _origins(label: str, provenance: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield a line for each step that a MODEL came from, the last one first."""
+    origins = {"start": "  from", "policy_trunk": "  policy trunk"}
+    yield label, {name: value for name, value in provenance.items() if name not in origins}
+    for name, origin in origins.items():
+        if name in provenance:
+            yield from _origins(origin, provenance[name])
+
+
 def _fact(value: Any) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{k} {_fact(v)}" for k, v in value.items()) or "-"
+        shown = ((k, f"({_fact(v)})" if isinstance(v, dict) else _fact(v)) for k, v in value.items())
+        return ", ".join(f"{k} {text}" for k, text in shown) or "-"
     if isinstance(value, list):
         shown = ", ".join(map(str, value[:10]))
         return shown + (f", ... ({len(value)})" if len(value) > 10 else "") if value else "none"

@@ -150,6 +150,8 @@ def _print_lines(lines: dict[str, Any]) -> None:
     ]
     columns = ["strategy", "fixed ms", "ms a block", "break-even blocks", "R^2", "requests"]
     print_table(columns, rows, title="Latency of a request against blocks run, against `full`")
+    if odd := [name for name, line in lines.items() if line["fixed_ms"] < 0]:
+        click.echo(f"{', '.join(odd)}: no cost is below 0; noise bends the line, so take its break-even with care")
     for points in dict.fromkeys(line["points"] for line in lines.values()):
         names = [name for name, line in lines.items() if line["points"] == points]
         click.echo(f"{', '.join(names)}: {points}")

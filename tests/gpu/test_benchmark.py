@@ -111,6 +111,18 @@ def test_backend_that_does_not_work_is_named_with_the_reason(bundle_copy, monkey
     assert error.startswith("BackendError: backend 'tensorrt', device 'cuda:0': no driver")
 
 
+def test_backend_that_fails_in_its_own_way_does_not_stop_the_others(bundle_copy, monkeypatch, tmp_path):
+    install_gpu(monkeypatch, tmp_path)
+
+    def fail(*arguments):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(gpu, "parity", fail)
+    options = {"data": "synthetic:4", "n_masks": 1, "n_images": 1, "duration_s": 0.01}
+    found = list(gpu.measure_backend("tensorrt", bundle_copy, **options))
+    assert found == [("error", "RuntimeError: CUDA error: an illegal memory access was encountered")]
+
+
 def test_machine_without_a_gpu_is_told(monkeypatch):
     nothing = Driver(installed=False, error="no NVIDIA driver (libcuda not found)")
     monkeypatch.setattr("bdtool.profiling.environment.driver_from_libcuda", lambda: nothing)
