@@ -254,8 +254,8 @@ def _origins(label: str, provenance: dict[str, Any]) -> Iterator[tuple[str, dict
 
 def _fact(value: Any) -> str:
     if isinstance(value, dict):
-        shown = ((k, f"({_fact(v)})" if isinstance(v, dict) else _fact(v)) for k, v in value.items())
-        return ", ".join(f"{k} {text}" for k, text in shown) or "-"
+        facts = ((k, f"({_fact(v)})" if isinstance(v, dict) else _fact(v)) for k, v in value.items())
+        return ", ".join(f"{k} {text}" for k, text in facts) or "-"
     if isinstance(value, list):
         shown = ", ".join(map(str, value[:10]))
         return shown + (f", ... ({len(value)})" if len(value) > 10 else "") if value else "none"

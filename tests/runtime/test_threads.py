@@ -13,7 +13,7 @@ _N_THREADS, _N_CALLS, _BATCH = 4, 15, 6
 @pytest.mark.parametrize("strategy", ["chain", "path", "fused", "full"])
 def test_threads_that_share_a_runtime_get_their_own_answers(tiny, pixels, strategy):
     images = pixels(tiny.model, _N_THREADS * _BATCH).reshape(_N_THREADS, _BATCH, 32, 32, 3)
-    with Orchestrator.open(tiny.bundle, strategy=strategy, threads=1) as runtime:
+    with Orchestrator.open(tiny.bundle, strategy=strategy) as runtime:
         expected = [runtime.run(mine) for mine in images]
         wrong = []
         started = threading.Barrier(_N_THREADS)
