@@ -28,7 +28,7 @@ from engines.base import (
     JoinedEngine,
     LayoutError,
 )
-from engines.trt_options import has_host_code
+from engines.trt_options import has_host_code, largest_batch
 from export.bundle import Bundle
 from export.files import advice_on, sha256_of_bytes, sha256_of_files, write_bytes, write_json
 from export.half_spec import HALF_DTYPES, HALF_VERSION
@@ -73,9 +73,20 @@ class PartStatus:
 
 
 class EngineSet(Mapping[str, Engine]):
-    """Loaded engines by part name, which can be joined into larger ones."""
+    """Loaded engines by part name, which can be joined into larger ones.
 
-    def __init__(self, engines: Mapping[str, Engine], *, backend: Backend, files: Mapping[str, bytes]) -> None:
+    `max_batch` is the largest batch that all of them take; None: any.
+    """
+
+    def __init__(
+        self,
+        engines: Mapping[str, Engine],
+        *,
+        backend: Backend,
+        files: Mapping[str, bytes],
+        max_batch: int | None = None,
+    ) -> None:
+        self.max_batch = max_batch
         self._engines = engines
         self._backend = backend
         self._files = files  # empty where nothing will be joined: they are as large as the engines
@@ -100,7 +111,8 @@ class EngineSet(Mapping[str, Engine]):
     def with_others(self, others: EngineSet) -> EngineSet:
         """Return these engines with `others`, of the same backend, in the place of those of the same names."""
         files = {**self._files, **others._files}
-        return EngineSet({**self._engines, **others._engines}, backend=self._backend, files=files)
+        engines = {**self._engines, **others._engines}
+        return EngineSet(engines, backend=self._backend, files=files, max_batch=self.max_batch)
 
     def fuse(self, network: NetworkSpec) -> Engine:
         """Return one engine of the whole network, policy included, with an `If` for each block."""
@@ -233,7 +245,8 @@ class EngineStore:
             engines[name] = backend.load(self.network.part(name), data, layout=record.layout)
             if joinable:
                 files[name] = data
-        return EngineSet(engines, backend=backend, files=files)
+        limits = [most for record in records.values() if (most := largest_batch(record.settings)) is not None]
+        return EngineSet(engines, backend=backend, files=files, max_batch=min(limits, default=None))
 
     def _build_missing(
         self,

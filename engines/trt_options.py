@@ -87,9 +87,15 @@ class TensorRTOptions:
         return json.dumps({"recipe": _RECIPE, **values}, sort_keys=True)
 
 
+def largest_batch(settings: str) -> int | None:
+    """Return the largest batch that engines of these settings take; None: any."""
+    found: int | None = json.loads(settings).get("max_batch") if settings.startswith("{") else None
+    return found
+
+
 def has_host_code(settings: str) -> bool:
     """Say whether engines of these settings bring TensorRT's lean runtime along."""
-    return bool(settings) and json.loads(settings).get("version_compatible", False) is True
+    return settings.startswith("{") and json.loads(settings).get("version_compatible") is True
 
 
 def flag_of(field_name: str) -> str:

@@ -22,10 +22,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Loaded:
-    """Engines by part name, and the network as they take it: images as pixels, or preprocessed."""
+    """Engines by part name, and the network as they take it: images as pixels, or preprocessed.
+
+    `max_batch` is the largest batch that all of them take; None: any.
+    """
 
     network: NetworkSpec
     engines: Mapping[str, Engine]
+    max_batch: int | None = None
 
 
 class Loader:
@@ -48,7 +52,7 @@ class Loader:
         """
         parts = parts_for(self._strategy, self._own.network)
         self.store, self._loaded = self._load(self._own, parts, build=self._own.network.parts)
-        return Loaded(self._own.network, self._loaded)
+        return Loaded(self._own.network, self._loaded, max_batch=self._loaded.max_batch)
 
     def load_prepared(self) -> Loaded:
         """Load engines that take preprocessed images, beside those of `load`, with which they share all other parts.

@@ -149,7 +149,7 @@ class Orchestrator:
             library,
             loaded.engines,
             strategy=strategy,
-            max_batch=opened.manifest.max_batch,
+            max_batch=min(opened.manifest.max_batch, loaded.max_batch or opened.manifest.max_batch),
             paths=paths,
             graphs=graphs,
             prepared=loader.load_prepared,

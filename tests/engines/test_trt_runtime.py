@@ -116,15 +116,12 @@ def test_copy_that_fails_is_an_error(chain, driver):
         runtime.run(image, policy="101")
 
 
-def test_batch_beyond_the_profile_is_refused(driver, bundle_copy, tiny, pixels):
-    options = TensorRTOptions(max_batch=2)
-    bundle = Bundle.open(bundle_copy)
-    store = EngineStore(bundle, identify_backend("tensorrt", "cuda:0", tensorrt=options))
-    store.build(lambda: open_backend("tensorrt", "cuda:0", tensorrt=options))
+def test_batch_below_the_profile_is_refused(driver, bundle_copy, tiny, pixels):
+    _build(bundle_copy, min_batch=2, opt_batch=2, max_batch=4)
     with Orchestrator.open(bundle_copy, **TENSORRT) as runtime:
-        assert runtime.run(pixels(tiny.model, 2)).logits.shape == (2, 10)
-        with pytest.raises(EngineError, match=r"input 'image': got batch 3, its engine takes 1 to 2\. Build it again"):
-            runtime.run(pixels(tiny.model, 3))
+        assert runtime.run(pixels(tiny.model, 2), policy="111").logits.shape == (2, 10)
+        with pytest.raises(EngineError, match=r"input 'image': got batch 1, its engine takes 2 to 4\. Build it again"):
+            runtime.run(pixels(tiny.model, 1), policy="111")
 
 
 def test_engine_file_that_cannot_be_read_back_is_quoted(driver, tiny_bundle):
@@ -334,3 +331,12 @@ def test_engines_for_ampere_and_later_do_not_serve_turing(monkeypatch, driver, b
     monkeypatch.setattr("engines.registry.driver_from_libcuda", lambda: Driver((13, 0), (Gpu("NVIDIA T4", (7, 5)),)))
     store = EngineStore(Bundle.open(bundle_copy), identify_backend("tensorrt", "cuda:0"))
     assert store.find_complete(store.network.parts) is None
+
+
+def test_batches_beyond_what_engines_take_run_in_slices(driver, bundle_copy, tiny, pixels, torch_logits):
+    _build(bundle_copy, max_batch=2)
+    images = pixels(tiny.model, len(KEEP))
+    with Orchestrator.open(bundle_copy, **TENSORRT) as runtime:
+        logits = runtime.run(images, policy=KEEP).logits
+    ready = preprocess(images, tiny.model.spec.preprocessing)
+    np.testing.assert_allclose(logits, torch_logits(tiny.model, ready, KEEP), atol=1e-4)
