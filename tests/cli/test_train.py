@@ -163,7 +163,7 @@ def test_what_users_get_wrong_is_named(
         "'--seed': -1 is not in the range"
         in bdtool("train", "curriculum", base, *output, "--seed", -1, status=2).stderr
     )
-    assert "expected at most the 20 images" in bdtool("train", "curriculum", base, *output, status=1).stderr
+    assert "expected at most the 20 images" in bdtool("train", "curriculum", base, *output, status=2).stderr
     unfinished = ("--data", npz, *_QUICK, "-o", tmp_path / "x.checkpoint")
     assert "hold unfinished runs" in bdtool("train", "curriculum", base, *unfinished, status=2).stderr
     unlabelled = ("--data", picture.parent, "-o", tmp_path / "x.safetensors")
