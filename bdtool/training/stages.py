@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -30,10 +29,8 @@ from bdtool.models.checkpoint_formats import (
 )
 from bdtool.models.model import BlockDropModel, build_model
 from bdtool.models.model_spec import ModelSpec
-from bdtool.models.policy import policy_trunk
 from bdtool.models.store import save_model
 from bdtool.runtime.policies import PolicyRequest, bits_of, parse_policy
-from bdtool.specs import Preprocessing
 from bdtool.torch_classifier import TorchClassifier
 from bdtool.training.budget import shift_policy
 from bdtool.training.distributed import synchronize_batch_norms
@@ -52,11 +49,11 @@ from bdtool.training.paths import deployed_paths, heuristic_paths
 from bdtool.training.place import Place
 from bdtool.training.tasks import CurriculumTask, FinetuneTask, Paths, PretrainTask, Task
 from bdtool.training.trainer import Epoch, Trainer
+from bdtool.training.trunk import start_from_trunk
 from bdtool.version import version
 from export.files import sha256_of_file
 
 _FIRST_LOGIT = 1.5  # of a new policy network: P(keep) = 0.82
-_SAME_COLOUR = 1e-3  # of pixels from 0 to 1: a quarter of a grey level, as means are often given rounded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,49 +236,6 @@ def with_policy(model: BlockDropModel, *, seed: int, n_hidden: int = 0) -> Block
     assert grown.policy is not None
     nn.init.constant_(grown.policy.logit.bias, _FIRST_LOGIT)
     return grown
-
-
-def start_from_trunk(model: BlockDropModel, trunk: BlockDropModel) -> None:
-    """Give the policy network of `model` the weights of `trunk`, all but its classifier, and say so in the spec.
-
-    Raises:
-        UsageError: `trunk` has another architecture or shortcut than the policy network, or another input.
-    """
-    assert model.policy is not None
-    layout = policy_trunk(architecture(model.spec.arch).family)
-    wanted, got = (layout.name, layout.default_shortcut), (trunk.spec.arch, trunk.spec.shortcut)
-    if got != wanted:
-        raise UsageError(
-            f"trunk: got {got[0]} with shortcut {got[1]}, expected {wanted[0]} with {wanted[1]}, which the policy "
-            f"network of {model.spec.arch} is; make one with `bdtool train pretrain --arch {wanted[0]}`"
-        )
-    _check_trunk_input(model.spec.preprocessing, trunk.spec)
-    weights = {name: tensor for name, tensor in trunk.base.state_dict().items() if not name.startswith("head.linear.")}
-    model.policy.trunk.load_state_dict(weights)
-    provenance = {**model.spec.provenance, "policy_trunk": dict(trunk.spec.provenance)}
-    model.spec = dataclasses.replace(model.spec, provenance=provenance)
-
-
-def _check_trunk_input(wanted: Preprocessing, trunk: ModelSpec) -> None:
-    """Refuse a trunk that learned from other numbers than base and policy network get, as its features would be off."""
-    got = trunk.preprocessing
-    distances = np.subtract((*wanted.mean, *wanted.std), (*got.mean, *got.std))
-    if (wanted.height, wanted.width) == (got.height, got.width) and np.abs(distances).max() <= _SAME_COLOUR:
-        return
-    raise UsageError(
-        f"trunk: got one for {_input(got)}; expected {_input(wanted)}, which the model takes. Make one on pictures of "
-        f"that size with `bdtool train pretrain --arch {trunk.arch} --mean {_numbers(wanted.mean)} --std "
-        f"{_numbers(wanted.std)}`"
-    )
-
-
-def _input(preprocessing: Preprocessing) -> str:
-    size = f"{preprocessing.height} x {preprocessing.width} pixels"
-    return f"{size} with mean {_numbers(preprocessing.mean)} and std {_numbers(preprocessing.std)}"
-
-
-def _numbers(colour: Colour) -> str:
-    return ",".join(f"{value:.6g}" for value in colour)
 
 
 def without_policy(model: BlockDropModel) -> BlockDropModel:

@@ -17,8 +17,9 @@ from bdtool.training.budget import shift_policy
 from bdtool.training.options import CurriculumOptions, FinetuneOptions, ImitateOptions, PretrainOptions
 from bdtool.training.paths import deployed_paths
 from bdtool.training.place import Place
-from bdtool.training.stages import computes_in_bfloat16, curriculum, finetune, imitate, pretrain, start_from_trunk
+from bdtool.training.stages import computes_in_bfloat16, curriculum, finetune, imitate, pretrain
 from bdtool.training.tasks import Step
+from bdtool.training.trunk import start_from_trunk
 from tests.command_line import parse
 
 

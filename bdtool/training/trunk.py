@@ -1,0 +1,60 @@
+"""A policy network that starts from a trained classifier of its own architecture."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from bdtool.errors import UsageError
+from bdtool.models.architectures import architecture
+from bdtool.models.checkpoint_formats import Colour
+from bdtool.models.model import BlockDropModel
+from bdtool.models.model_spec import ModelSpec
+from bdtool.models.policy import policy_trunk
+from bdtool.specs import Preprocessing
+
+_SAME_COLOUR = 1e-3  # of pixels from 0 to 1: a quarter of a grey level, as means are often given rounded
+
+
+def start_from_trunk(model: BlockDropModel, trunk: BlockDropModel) -> None:
+    """Give the policy network of `model` the weights of `trunk`, all but its classifier, and say so in the spec.
+
+    Raises:
+        UsageError: `trunk` has another architecture or shortcut than the policy network, or another input.
+    """
+    assert model.policy is not None
+    layout = policy_trunk(architecture(model.spec.arch).family)
+    wanted, got = (layout.name, layout.default_shortcut), (trunk.spec.arch, trunk.spec.shortcut)
+    if got != wanted:
+        raise UsageError(
+            f"trunk: got {got[0]} with shortcut {got[1]}, expected {wanted[0]} with {wanted[1]}, which the policy "
+            f"network of {model.spec.arch} is; make one with `bdtool train pretrain --arch {wanted[0]}`"
+        )
+    _check_trunk_input(model.spec.preprocessing, trunk.spec)
+    weights = {name: tensor for name, tensor in trunk.base.state_dict().items() if not name.startswith("head.linear.")}
+    model.policy.trunk.load_state_dict(weights)
+    provenance = {**model.spec.provenance, "policy_trunk": dict(trunk.spec.provenance)}
+    model.spec = dataclasses.replace(model.spec, provenance=provenance)
+
+
+def _check_trunk_input(wanted: Preprocessing, trunk: ModelSpec) -> None:
+    """Refuse a trunk that learned from other numbers than base and policy network get, as its features would be off."""
+    got = trunk.preprocessing
+    distances = np.subtract((*wanted.mean, *wanted.std), (*got.mean, *got.std))
+    if (wanted.height, wanted.width) == (got.height, got.width) and np.abs(distances).max() <= _SAME_COLOUR:
+        return
+    raise UsageError(
+        f"trunk: got one for {_input(got)}; expected {_input(wanted)}, which the model takes. Make one on pictures of "
+        f"that size with `bdtool train pretrain --arch {trunk.arch} --mean {_numbers(wanted.mean)} --std "
+        f"{_numbers(wanted.std)}`"
+    )
+
+
+def _input(preprocessing: Preprocessing) -> str:
+    size = f"{preprocessing.height} x {preprocessing.width} pixels"
+    return f"{size} with mean {_numbers(preprocessing.mean)} and std {_numbers(preprocessing.std)}"
+
+
+def _numbers(colour: Colour) -> str:
+    return ",".join(f"{value:.6g}" for value in colour)
