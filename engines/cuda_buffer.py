@@ -64,7 +64,7 @@ class DeviceBuffer:
         self._device.make_current()
         copy = DeviceBuffer(self._device, self.shape, self._dtype)
         self._device.copy(copy.address, self.address, self.n_bytes)
-        return handed_out(self._device, copy)
+        return _handed_out(self._device, copy)
 
     def device_array(self) -> DeviceArray:
         """Return this buffer's own memory as an array, which keeps the buffer alive."""
@@ -116,10 +116,10 @@ def concatenate(device: CudaDevice, values: Sequence[DeviceArray]) -> DeviceArra
     for one in values:
         device.copy(target, one.address, one.n_bytes)
         target += one.n_bytes
-    return handed_out(device, result)
+    return _handed_out(device, result)
 
 
-def handed_out(device: CudaDevice, buffer: DeviceBuffer) -> DeviceArray:
+def _handed_out(device: CudaDevice, buffer: DeviceBuffer) -> DeviceArray:
     """Return a buffer whose values are enqueued as an array for others.
 
     The default stream waits for them: who takes it by `__cuda_array_interface__` should wait for `stream` of it, but

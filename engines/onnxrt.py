@@ -53,8 +53,8 @@ from export.ort_threads import any_threads_options, default_threads, shared_thre
 
 _CACHE_LINE = 64  # bytes
 # Memory of a joined engine's session, at most, over its file without the weights. Measured: 26 (paths of 8 blocks of a
-# ResNet-50) to 55 (of 17 and of 40 blocks of a ResNet-110), by what each of 20 to 100 more added to the process; 79
-# where others come and go (`benchmarks/paths.py`), as dropped engines leave gaps.
+# ResNet-50) to 55 (of 17 and of 40 blocks of a ResNet-110), by what each of 20 to 100 more added to the process, in
+# throw-away scripts; 79 where others come and go (`benchmarks/paths.py`), as dropped engines leave gaps.
 _MEMORY_PER_GRAPH_BYTE = 96
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
 from bdtool.errors import UsageError
 
@@ -89,13 +89,18 @@ class TensorRTOptions:
 
 def largest_batch(settings: str) -> int | None:
     """Return the largest batch that engines of these settings take; None: any."""
-    found: int | None = json.loads(settings).get("max_batch") if settings.startswith("{") else None
+    found: int | None = _setting(settings, "max_batch")
     return found
 
 
 def has_host_code(settings: str) -> bool:
     """Say whether engines of these settings bring TensorRT's lean runtime along."""
-    return settings.startswith("{") and json.loads(settings).get("version_compatible") is True
+    return _setting(settings, "version_compatible") is True
+
+
+def _setting(settings: str, name: str) -> Any:
+    """Return one of `TensorRTOptions.settings`; None where another backend's record has its own text, or none."""
+    return json.loads(settings).get(name) if settings.startswith("{") else None
 
 
 def flag_of(field_name: str) -> str:

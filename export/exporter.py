@@ -223,24 +223,23 @@ def _put_in_place(partial: Path, target: Path, manifest: Manifest) -> None:
     shutil.rmtree(partial / _RECORDS)
     if (partial / "engines").exists():  # of a run that was killed in this very step
         shutil.rmtree(partial / "engines")
-    if (target / "engines").is_dir() and _weights_digest(target) == manifest.weights_sha256:
-        shutil.copytree(target / "engines", partial / "engines", ignore=_of_precisions(calibrated_precisions(target)))
+    before = _earlier_manifest(target)
+    if (target / "engines").is_dir() and before is not None and before.weights_sha256 == manifest.weights_sha256:
+        shutil.copytree(target / "engines", partial / "engines", ignore=_of_precisions(tuple(before.variants)))
     swap_directory(partial, target)
-
-
-def _weights_digest(bundle: Path) -> str | None:
-    try:
-        return read_manifest(bundle).weights_sha256
-    except BundleError:  # damaged; its engines belong to nobody knows what
-        return None
 
 
 def calibrated_precisions(bundle: Path) -> tuple[str, ...]:
     """Return the precisions that were calibrated into a bundle, which an export over it does not keep."""
+    before = _earlier_manifest(bundle)
+    return () if before is None else tuple(before.variants)
+
+
+def _earlier_manifest(bundle: Path) -> Manifest | None:
     try:
-        return tuple(read_manifest(bundle).variants)
-    except BundleError:
-        return ()
+        return read_manifest(bundle)
+    except BundleError:  # none there, or damaged; its engines belong to nobody knows what
+        return None
 
 
 def _of_precisions(precisions: tuple[str, ...]) -> Callable[[str, list[str]], set[str]]:

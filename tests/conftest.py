@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
+from export.files import sha256_of_file
+
 if TYPE_CHECKING:  # tests that need no torch start without it
     import onnx
     import torch
@@ -222,3 +224,14 @@ def tiny(export_random: Callable[..., Exported]) -> Exported:
 def bundle_copy(tiny: Exported, tmp_path: Path) -> Path:
     """A bundle of `tiny` that a test may damage; it has no engines."""
     return Path(shutil.copytree(tiny.bundle, tmp_path / "bundle", ignore=shutil.ignore_patterns("engines")))
+
+
+@pytest.fixture
+def digests() -> Callable[[Path], dict[str, str]]:
+    """Return a function from a directory to the digest of every file in it, by relative path."""
+
+    def of(directory: Path) -> dict[str, str]:
+        files = sorted(path for path in directory.rglob("*") if path.is_file())
+        return {str(path.relative_to(directory)): sha256_of_file(path) for path in files}
+
+    return of

@@ -25,8 +25,8 @@ class NewFile(click.Path):
         path = super().convert(value, param, ctx)
         directory = Path(os.fsdecode(path)).parent
         if str(path) != "-" and not (directory.is_dir() and os.access(directory, os.W_OK)):
-            why = "cannot be written to. C" if directory.is_dir() else "does not exist. Make it, or c"
-            self.fail(f"{str(path)!r}: the directory {directory} {why}hoose another place", param, ctx)
+            what = "cannot be written to. Choose" if directory.is_dir() else "does not exist. Make it, or choose"
+            self.fail(f"{str(path)!r}: the directory {directory} {what} another place", param, ctx)
         return path
 
 

@@ -1,4 +1,4 @@
-"""Helpers for the tests of export: comparing directories, and a process of its own for what must not be patched."""
+"""Helpers for the tests of export: a process of its own for what must not be patched."""
 
 import subprocess
 import sys
@@ -6,20 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from export.files import sha256_of_file
-
 REPOSITORY = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def digests():
-    """Return a function from a directory to the digest of every file in it, by relative path."""
-
-    def of(directory):
-        files = sorted(path for path in directory.rglob("*") if path.is_file())
-        return {str(path.relative_to(directory)): sha256_of_file(path) for path in files}
-
-    return of
 
 
 @pytest.fixture
