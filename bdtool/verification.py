@@ -45,20 +45,31 @@ from export.walk import Probe, walk
 LOGITS_TOLERANCE = 1e-4  # largest |difference| between the chain's logits and PyTorch's
 _N_PROBES = 4  # images on which single parts are compared
 _ORACLE_BATCH = 64  # images that PyTorch runs at a time: bounds its memory
+_UNITS = {
+    "digests": "files",
+    "onnx": "of largest value",
+    "engines": "of largest value",
+    "policy": "of keep bits",
+    "logits": "largest difference",
+    "top1": "of classes",
+    "accuracy": "points",
+}
+_LOWER_UNITS = {**_UNITS, "logits": "rms, of logits"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rung:
     """One comparison: the worst figure found, the bound it must keep, and where it was found.
 
-    `worst` is an error for onnx, engines and logits; a count of damaged files for digests; the share of flipped bits
-    for policy and of changed classes for top1; infinity where an engine gave no finite answer at all. None: nothing to
-    compare (a bundle without policy network).
+    `worst` and `bound` count `unit`s: damaged files, the share of flipped keep bits or of changed classes, percentage
+    points, an error as a share of what it is compared with or as it is. `worst` is infinite where an engine gave no
+    finite answer at all, and None where there is nothing to compare (a bundle without policy network).
     """
 
     name: str
     worst: float | None
     bound: float
+    unit: str
     detail: str
 
     @property
@@ -80,7 +91,7 @@ class Verification:
 
     def to_json(self) -> dict[str, Any]:
         rungs = {
-            r.name: {"ok": r.ok, "worst": _json_number(r.worst), "bound": r.bound, "detail": r.detail}
+            r.name: {"ok": r.ok, "worst": _json_number(r.worst), "bound": r.bound, "unit": r.unit, "detail": r.detail}
             for r in self.rungs
         }
         return {"ok": self.ok, "n_images": self.n_images, "input_source": self.input_source, "rungs": rungs}
@@ -128,7 +139,11 @@ def _json_number(worst: float | None) -> float | None:
 def _digests(bundle: Bundle) -> Rung:
     n_files, differing = bundle.compare_digests()
     detail = "; ".join(differing) or f"{n_files} files as in the manifest"
-    return Rung(name="digests", worst=len(differing), bound=0, detail=detail)
+    return _rung("digests", len(differing), 0, detail)
+
+
+def _rung(name: str, worst: float | None, bound: float, detail: str) -> Rung:
+    return Rung(name=name, worst=worst, bound=bound, unit=_UNITS[name], detail=detail)
 
 
 def _load_weights(bundle: Bundle) -> BlockDropModel:
@@ -159,7 +174,7 @@ def _climb(
         try:
             yield from compared(chain, oracle, images)
         except EngineError as exc:  # a failed rung, not the end of the ladder
-            yield from (Rung(name=name, worst=math.inf, bound=0.0, detail=str(exc)) for name in names)
+            yield from (_rung(name, math.inf, 0.0, str(exc)) for name in names)
 
 
 def _climb_lower(
@@ -184,12 +199,13 @@ def _climb_lower(
     try:
         actual = chain.run(batch.images, policy=keep)
     except EngineError as exc:
-        yield from (Rung(name=name, worst=math.inf, bound=0.0, detail=str(exc)) for name in ("logits", "top1"))
+        yield from (_rung(name, math.inf, 0.0, str(exc)) for name in ("logits", "top1"))
         return
     bound = float(variant.calibration["gates"]["max_accuracy_drop"])
     rows = lower_outputs(expected.logits, actual.logits, batch.labels, precision=precision, max_accuracy_drop=bound)
     for name, worst, allowed, detail in rows:
-        yield Rung(name=name, worst=worst, bound=allowed, detail=f"policy {request.name}; {detail}")
+        detail = f"policy {request.name}; {detail}"
+        yield Rung(name=name, worst=worst, bound=allowed, unit=_LOWER_UNITS[name], detail=detail)
 
 
 def _compare_part(
@@ -213,7 +229,7 @@ def _compare_engine(engine: Engine, probe: Probe, images: np.ndarray, onnx: dict
 
 def _worst(name: str, comparisons: list[tuple[Comparison, str]]) -> Rung:
     worst, where = max(comparisons, key=lambda row: row[0].share_of_bound)
-    return Rung(name=name, worst=worst.error, bound=worst.tolerance, detail=f"{len(comparisons)} parts, worst {where}")
+    return _rung(name, worst.error, worst.tolerance, f"{len(comparisons)} parts, worst {where}")
 
 
 def _measured_flips(bundle: Bundle, precision: str) -> float | None:
@@ -233,7 +249,7 @@ def _policy_rungs(
     """
     part = chain.network.find("policy")
     if part is None:
-        return [Rung(name="policy", worst=None, bound=0.0, detail="the bundle has no policy network")]
+        return [_rung("policy", None, 0.0, "the bundle has no policy network")]
     probabilities, expected = [], []
     for piece in _pieces(images):
         feeds = {part.inputs[0].name: chain.prepare(piece)}
@@ -246,7 +262,7 @@ def _policy_rungs(
         distance = np.abs(theirs - oracle.network.threshold)[differ].max()
         detail += f", PyTorch's probability up to {distance:.1g} from the threshold"
     bound = 0.0 if measured is None else flips_bound(measured, differ.size)
-    return [Rung(name="policy", worst=float(differ.mean()), bound=bound, detail=detail)]
+    return [_rung("policy", float(differ.mean()), bound, detail)]
 
 
 def _output_rungs(chain: Orchestrator, oracle: TorchClassifier, images: np.ndarray) -> list[Rung]:
@@ -266,8 +282,8 @@ def _output_rungs(chain: Orchestrator, oracle: TorchClassifier, images: np.ndarr
     n_answers = len(policies) * len(images)
     logits = f"policies {', '.join(policies)}; worst {where}"
     return [
-        Rung(name="logits", worst=errors[where], bound=LOGITS_TOLERANCE, detail=logits),
-        Rung(name="top1", worst=changed / n_answers, bound=0.0, detail=f"{changed} of {n_answers} classes differ"),
+        _rung("logits", errors[where], LOGITS_TOLERANCE, logits),
+        _rung("top1", changed / n_answers, 0.0, f"{changed} of {n_answers} classes differ"),
     ]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from bdtool.cli import build, bundles, calibrate, compare, inference, models, report, system, train
+from bdtool.cli import build, bundles, calibrate, compare, inference, inspect, models, report, system, train
 from bdtool.errors import BdtoolError
 
 logger = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ for command in (
     inference.profile_cmd,
     compare.compare_cmd,
     report.report_cmd,
-    models.inspect_cmd,
+    inspect.inspect_cmd,
     models.models_cmd,
     system.doctor_cmd,
     system.demo_cmd,

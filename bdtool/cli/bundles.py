@@ -20,7 +20,7 @@ from bdtool.cli.output import emit, print_table, progress, warn
 
 if TYPE_CHECKING:
     from bdtool.runtime.place import Place
-    from bdtool.verification import Rung
+    from bdtool.verification import Verification
     from export.exporter import ExportedPart
 
 
@@ -114,15 +114,17 @@ def verify_cmd(
             limit=limit,
             on_rung=lambda rung: advance(1, rung.name),
         )
-    emit(result.to_json(), json_file, lambda: _print_ladder(result.rungs))
+    emit(result.to_json(), json_file, lambda: _print_ladder(result))
     if not result.ok:
         raise click.exceptions.Exit(1)
 
 
-def _print_ladder(rungs: tuple[Rung, ...]) -> None:
+def _print_ladder(result: Verification) -> None:
+    if result.n_images:
+        click.echo(f"{result.n_images} images of {result.input_source}")
     rows = []
-    for rung in rungs:
+    for rung in result.rungs:
         worst = "-" if rung.worst is None else f"{rung.worst:.2g}"
         state = "n/a" if rung.worst is None else ("ok" if rung.ok else "FAILED")
-        rows.append([rung.name, state, worst, f"{rung.bound:.2g}", f"  {rung.detail}"])
-    print_table(["rung", "", "worst", "bound", ""], rows)
+        rows.append([rung.name, state, worst, f"{rung.bound:.2g}", rung.unit, rung.detail])
+    print_table(["rung", "", "worst", "bound", "", ""], rows, left=(0, 4, 5))

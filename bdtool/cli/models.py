@@ -1,14 +1,13 @@
-"""Commands about MODEL files: import, inspect, models."""
+"""Commands about MODEL files: import, models."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 
-from bdtool.cli.options import EXISTING_FILE, MODEL_OR_BUNDLE, NEW_MODEL, NumberList, json_option
+from bdtool.cli.options import EXISTING_FILE, NEW_MODEL, NumberList, json_option
 from bdtool.cli.output import emit, mega, percent, print_table
 
 _CIFAR10 = "cifar10"
@@ -80,32 +79,6 @@ def import_cmd(
     )
 
 
-@click.command("inspect")
-@click.argument("model_or_bundle", type=MODEL_OR_BUNDLE)
-@json_option
-def inspect_cmd(model_or_bundle: Path, json_file: str | None) -> None:
-    """Show what a MODEL or BUNDLE is, part by part.
-
-    \b
-    Example:
-      bdtool inspect bundle
-    """
-    if model_or_bundle.is_dir():
-        facts, parts = _inspect_bundle(model_or_bundle)
-    else:
-        facts, parts = _inspect_model(model_or_bundle)
-
-    def text() -> None:
-        for name, value in facts.items():
-            lines = _origins(name, value) if name == "provenance" else [(name, value)]
-            for label, shown in lines:
-                click.echo(f"{label + ':':<16}{_fact(shown)}")
-        columns = list(parts[0])
-        print_table(columns, [[_cell(name, part[name]) for name in columns] for part in parts], title="Parts")
-
-    emit({**facts, "parts": parts}, json_file, text)
-
-
 @click.command("models")
 @json_option
 def models_cmd(json_file: str | None) -> None:
@@ -136,7 +109,8 @@ def models_cmd(json_file: str | None) -> None:
     def text() -> None:
         _print_shipped(shipped)
         columns = list(rows[0])
-        print_table(columns, [[_cell(c, row[c]) for c in columns] for row in rows], title="Known architectures")
+        cells = [[_cell(row[column]) for column in columns] for row in rows]
+        print_table(columns, cells, title="Known architectures")
         click.echo("CIFAR ResNets of any depth 6n + 2 are known by the same rule.")
 
     emit({"shipped": shipped, "architectures": rows}, json_file, text)
@@ -178,100 +152,8 @@ def _read_labels(labels: str | None) -> tuple[str, ...] | None:
         ) from exc
 
 
-def _inspect_model(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    from bdtool.models.parts import network_spec
-    from bdtool.models.store import load_model
-
-    model = load_model(path)
-    network = network_spec(model)
-    facts = {
-        "kind": "MODEL",
-        **_network_facts(network),
-        "shortcut": model.spec.shortcut,
-        "provenance": dict(model.spec.provenance),
-    }
-    return facts, [_part_facts(part) for part in network.parts]
-
-
-def _inspect_bundle(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    from export.bundle import Bundle
-
-    bundle = Bundle.open(path)
-    manifest = bundle.manifest
-    facts = {
-        "kind": "BUNDLE",
-        **_network_facts(manifest.network),
-        "max_batch": manifest.max_batch,
-        "engines": sorted(p.name for p in bundle.engines_path.iterdir()) if bundle.engines_path.is_dir() else [],
-        "provenance": dict(manifest.provenance),
-        "environment": dict(manifest.environment),
-    }
-    parts = [
-        {
-            **_part_facts(part),
-            "precision": manifest.files[part.name].precision,
-            "error": manifest.files[part.name].error,
-            "sha256": manifest.files[part.name].sha256,
-        }
-        for part in manifest.network.parts
-    ]
-    return facts, parts
-
-
-def _network_facts(network: Any) -> dict[str, Any]:
-    from bdtool.specs import dict_from_spec
-
-    return {
-        "arch": network.arch,
-        "classes": network.n_classes,
-        "labels": None if network.labels is None else list(network.labels),
-        "stages": list(network.stages),
-        "K": network.n_blocks,
-        "policy": "learned" if network.has_policy else None,
-        "preprocessing": dict_from_spec(network.preprocessing),
-        "full_flops": network.full_flops,
-    }
-
-
-def _part_facts(part: Any) -> dict[str, Any]:
-    return {
-        "name": part.name,
-        "kind": part.kind,
-        "input": list(part.inputs[0].shape),
-        "output": list(part.outputs[0].shape),
-        "flops": part.flops,
-    }
-
-
-def _origins(label: str, provenance: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield a line for each step that a MODEL came from, the last one first."""
-    origins = {"start": "  from", "policy_trunk": "  policy trunk"}
-    yield label, {name: value for name, value in provenance.items() if name not in origins}
-    for name, origin in origins.items():
-        if name in provenance:
-            yield from _origins(origin, provenance[name])
-
-
-def _fact(value: Any) -> str:
-    if isinstance(value, dict):
-        facts = ((k, f"({_fact(v)})" if isinstance(v, dict) else _fact(v)) for k, v in value.items())
-        return ", ".join(f"{k} {text}" for k, text in facts) or "-"
-    if isinstance(value, list):
-        shown = ", ".join(map(str, value[:10]))
-        return shown + (f", ... ({len(value)})" if len(value) > 10 else "") if value else "none"
-    return "-" if value is None else str(value)
-
-
-def _cell(column: str, value: Any) -> str:
-    if column == "flops":
-        return mega(value)
-    if column == "error":
-        return f"{value:.1e}"
-    if column == "sha256":
-        return str(value)[:12]
-    if isinstance(value, list):
-        return "x".join(map(str, value))
-    return str(value)
+def _cell(value: Any) -> str:
+    return "x".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _numbers(values: tuple[float, ...]) -> str:

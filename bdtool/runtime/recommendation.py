@@ -56,8 +56,8 @@ def write_recommendation(directory: Path, recommendation: Recommendation) -> Non
     The file is replaced atomically; a damaged one is replaced as a whole.
     """
     try:
-        entries = [entry for entry in _read(directory) if _place(entry) != _place(recommendation)]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        entries = [entry for entry in read_recommendations(directory) if _place(entry) != _place(recommendation)]
+    except BundleError:
         entries = []
     entries = sorted([*entries, recommendation], key=_place)
     rows = [asdict(entry) for entry in entries]
@@ -75,18 +75,32 @@ def read_recommendation(directory: Path, *, threads: int, bundle: Path) -> Recom
     """
     remedy = f"Run `bdtool profile {bundle} --strategy auto --threads {threads}` (with the --data it will see)"
     try:
-        entries = _read(directory)
-    except FileNotFoundError as exc:
-        raise BundleError(f"{bundle}: strategy 'auto' has no recommendation for {directory.name}. {remedy}") from exc
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as exc:
-        raise BundleError(f"{directory / FILE} cannot be read as a recommendation ({exc}). {remedy}") from exc
+        entries = read_recommendations(directory)
+    except BundleError as exc:
+        raise BundleError(f"{exc}. {remedy}") from exc
+    if not entries:
+        raise BundleError(f"{bundle}: strategy 'auto' has no recommendation for {directory.name}. {remedy}")
     fitting = [entry for entry in entries if entry.threads == threads]
     if fitting:
         return min(fitting, key=lambda entry: entry.batch)
-    known = ", ".join(map(str, sorted({entry.threads for entry in entries}))) or "none"
+    known = ", ".join(map(str, sorted({entry.threads for entry in entries})))
     raise BundleError(
         f"{bundle}: strategy 'auto' has no recommendation for {threads} threads, only for {known}. {remedy}"
     )
+
+
+def read_recommendations(directory: Path) -> list[Recommendation]:
+    """Return all that was recorded in an engines' directory; none where there is no file.
+
+    Raises:
+        BundleError: the file is damaged.
+    """
+    try:
+        return _read(directory)
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as exc:
+        raise BundleError(f"{directory / FILE} cannot be read as a recommendation ({exc})") from exc
 
 
 def _place(entry: Recommendation) -> tuple[int, int]:

@@ -56,7 +56,12 @@ def test_int8_runs_through_every_command(calibrate, bdtool, bdtool_json, bundle_
     verified = bdtool_json("verify", bundle_copy, "--data", labelled, *common)
     assert verified["ok"] is True
     assert 0 < verified["rungs"]["logits"]["worst"] <= verified["rungs"]["logits"]["bound"]
+    assert verified["rungs"]["logits"]["unit"] == "rms, of logits"
     assert len(bdtool_json("run", bundle_copy, picture, *common)["images"]) == 1
+    assert bdtool_json("inspect", bundle_copy)["precisions"]["int8"]["gates"] == found["gates"]
+    assert f"\n  int8:         policy learned, accuracy {100 * evaluated['accuracy']:.2f} %, fp32 100.00 %" in (
+        bdtool("inspect", bundle_copy).stdout
+    )
     bdtool("profile", bundle_copy, *common, "--duration", 0.01, "--strategy", "chain,path,fused")
 
 

@@ -149,15 +149,6 @@ def test_progress_by_share_moves_the_bar_by_what_came_since(monkeypatch):
     assert moves == [(0.25, "step 1"), (0.75, "")]
 
 
-def test_inspect_shows_each_step_that_a_model_came_from(bdtool):
-    lines = bdtool("inspect", "r32-cifar10").stdout.splitlines()
-    steps = [line for line in lines if line.startswith(("provenance:", "  from:", "  policy trunk:"))]
-    made_by = [line.split("created_by ")[1].split(",")[0].removeprefix("bdtool ") for line in steps]
-    stages = ["finetune", "curriculum", "imitate", "finetune", "finetune"]
-    assert made_by == [*(f"train {stage}" for stage in stages), "import", "train pretrain"]
-    assert "options (alpha 0.8, " in steps[0]
-
-
 def test_a_cost_below_nothing_is_called_noise(capsys):
     line = {"per_block_ms": 0.3, "break_even_blocks": 15.3, "r_squared": 0.96, "n_requests": 36, "points": "extra"}
     _print_lines({"path": {**line, "fixed_ms": -0.6}, "chain": {**line, "fixed_ms": 0.2}})

@@ -50,11 +50,16 @@ def test_build_reports_each_part_and_then_finds_them(line, bdtool_json, bdtool):
     assert "0 built in 0.0 s, 9 cached, 0 failed" in bdtool("build", line[1]).stdout
 
 
-def test_verify_reports_every_rung(line, bdtool_json, npz):
+def test_verify_reports_every_rung(line, bdtool, bdtool_json, npz):
     result = bdtool_json("verify", line[1], "--data", npz)
     assert result["ok"] is True
     assert list(result["rungs"]) == ["digests", "onnx", "engines", "policy", "logits", "top1"]
     assert all(rung["worst"] <= rung["bound"] for rung in result["rungs"].values())
+    text = bdtool("verify", line[1], "--data", npz).stdout
+    assert text.startswith(f"20 images of {npz}\n")
+    for name, rung in result["rungs"].items():  # what the numbers count stands beside them
+        [row] = [row for row in text.splitlines() if row.startswith(f"{name} ")]
+        assert f"  {rung['unit']}  " in row
 
 
 def test_evaluate_gives_the_figures_of_the_contract(line, bdtool_json, npz):

@@ -1,0 +1,67 @@
+"""`bdtool inspect`: what a MODEL or a bundle is, and what was made of it."""
+
+import json
+
+import pytest
+
+
+def test_each_step_that_a_model_came_from_is_a_line(bdtool):
+    lines = bdtool("inspect", "r32-cifar10").stdout.splitlines()
+    labels = ("provenance:", "  from:", "  policy trunk:")
+    steps = [line.split(maxsplit=1)[1].removeprefix("trunk:").strip() for line in lines if line.startswith(labels)]
+    stages = ["finetune", "curriculum", "imitate", "finetune", "finetune"]
+    trained = [f"bdtool train {stage} on 50000 images of train.npz: accuracy" for stage in stages]
+    begins = [*trained, "bdtool import, format akamaster", "bdtool train pretrain on 50000 images of train.npz"]
+    assert [step[: len(begin)] for step, begin in zip(steps, begins, strict=True)] == begins
+    after = lines[1 + next(i for i, line in enumerate(lines) if line.startswith("provenance:"))]
+    assert after.strip().startswith("options alpha 0.8, ")
+    assert "limit" not in after  # it was not given
+
+
+def test_bundle_says_what_was_built_and_noted(bdtool, bdtool_json, bundle_copy, npz):
+    words = ("--data", npz, "--policy", "random:2")
+    assert "engines:        none; `bdtool build` makes them" in bdtool("inspect", bundle_copy).stdout
+    bdtool("build", bundle_copy, *words, "--coverage", 1)
+    bdtool("profile", bundle_copy, *words, "--strategy", "auto", "--duration", 0.01, "--warmup", 0, "--threads", 2)
+    facts = bdtool_json("inspect", bundle_copy)
+    [name] = facts["engines"]
+    built = facts["built"][name]
+    assert built["n_parts"] == len(facts["parts"])
+    assert sum(mask["share"] for mask in built["masks"]) == pytest.approx(1)
+    [best] = built["recommendations"]
+    assert (best["threads"], best["batch"], best["policy"]) == (2, 1, "random:2:0")
+    text = bdtool("inspect", bundle_copy).stdout
+    assert f"\n  {name}\n" in text
+    assert f"{built['n_parts']} of {built['n_parts']} parts, {len(built['masks'])} frequent masks (100.0 %" in text
+    assert f"auto is {best['strategy']} (threads 2, batch 1)" in text
+
+
+def test_directory_with_one_engine_says_one(bdtool, bundle_copy):
+    bdtool("build", bundle_copy)
+    [directory] = (bundle_copy / "engines").iterdir()
+    for record in directory.glob("*.engine.json"):
+        if record.name != "stem.engine.json":
+            record.unlink()
+    assert "\n                1 of " in bdtool("inspect", bundle_copy).stdout
+
+
+def test_damaged_notes_are_named_and_the_rest_is_shown(bdtool, bdtool_json, bundle_copy):
+    bdtool("build", bundle_copy)
+    [directory] = (bundle_copy / "engines").iterdir()
+    (directory / "recommendation.json").write_text("{")
+    (directory / "paths.json").write_text("[]")
+    [built] = bdtool_json("inspect", bundle_copy)["built"].values()
+    assert built["masks"] == built["recommendations"] == []
+    assert [problem.split(" cannot be read")[0].split("/")[-1] for problem in built["problems"]] == [
+        "paths.json",
+        "recommendation.json",
+    ]
+    assert "recommendation.json cannot be read" in bdtool("inspect", bundle_copy).stdout
+
+
+@pytest.mark.parametrize("provenance", [{"data": "a name", "figures": 3, "options": ["x"], "start": None}, {}])
+def test_provenance_of_another_form_is_shown_as_far_as_it_goes(bdtool, bundle_copy, provenance):
+    path = bundle_copy / "manifest.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps({**manifest, "provenance": {"created_by": "somebody", **provenance}}))
+    assert "\nprovenance:     somebody\n" in bdtool("inspect", bundle_copy).stdout
