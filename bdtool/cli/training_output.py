@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
 @contextmanager
 def show(*, enabled: bool) -> Iterator[tuple[Callable[[Report], None], Callable[[float, str], None]]]:
-    """A progress bar for steps, with accuracy, mean blocks, reward and the time left, or for any share of the work."""
+    """Show a progress bar for steps, with accuracy, mean blocks, reward and the time left, or for named parts.
+
+    The beginning of each part is a line as well, which a log keeps.
+    """
     if not enabled:
         yield lambda report: None, lambda share, text: None
         return
@@ -32,7 +35,16 @@ def show(*, enabled: bool) -> Iterator[tuple[Callable[[Report], None], Callable[
             )
             on_progress(report.step / report.n_steps, ", ".join(filter(None, [figures, report.note])))
 
-        yield on_step, on_progress
+        part = ""
+
+        def on_part(share: float, name: str) -> None:
+            nonlocal part
+            if name != part:
+                part = name
+                click.echo(f"{time.strftime('%H:%M:%S')} {name}", err=True)
+            on_progress(share, name)
+
+        yield on_step, on_part
 
 
 @contextmanager

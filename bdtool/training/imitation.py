@@ -46,7 +46,13 @@ def imitate_losses(
     base = frozen_copy(model.base, dtype=torch.float32)
     on_progress(0.0, "masks")
     judges = images.drawn(options.judges, seed=options.seed)
-    masks = nested_masks(base, *_tensors(model, judges.take(judges.n_images)), fewest=fewest)
+    n_masks = max(1, model.n_blocks - fewest)
+    masks = nested_masks(
+        base,
+        *_tensors(model, judges.take(judges.n_images)),
+        fewest=fewest,
+        on_mask=lambda n_kept: on_progress(0.2 * (model.n_blocks - n_kept) / n_masks, "masks"),
+    )
     losses, features = [], []
     for number, batch in enumerate(images.batches(_BATCH)):
         on_progress(0.2 + 0.6 * number * _BATCH / images.n_images, "losses and features")
@@ -56,17 +62,30 @@ def imitate_losses(
     n_blocks = blocks_by_rank(torch.cat(losses).cpu().numpy(), fewest=fewest, most=most)
     targets = masks[model.n_blocks - torch.from_numpy(n_blocks)].float()
     on_progress(0.8, "policy network")
-    fit_head(model.policy, torch.cat(features, dim=1), targets.to(features[0].device), options)
-    on_progress(1.0, "")
+    fit_head(
+        model.policy,
+        torch.cat(features, dim=1),
+        targets.to(features[0].device),
+        options,
+        on_share=lambda share: on_progress(0.8 + 0.2 * share, "policy network"),
+    )
     return masks
 
 
-def fit_head(policy: PolicyNetwork, features: Tensor, targets: Tensor, options: ImitateOptions) -> None:
+def fit_head(
+    policy: PolicyNetwork,
+    features: Tensor,
+    targets: Tensor,
+    options: ImitateOptions,
+    *,
+    on_share: Callable[[float], None] = lambda share: None,
+) -> None:
     """Fit the layers behind the trunk, in place, by binary cross-entropy.
 
     Args:
         features: float32 [2, N, n_features], of the images and of the flipped images.
         targets: keep bits, float32 [N, K].
+        on_share: called with the share of the steps that is done.
     """
     mean, std = features.mean(dim=(0, 1)), features.std(dim=(0, 1))
     # a feature that hardly varies on these images says nothing; scaled up, it would decide on others
@@ -78,7 +97,7 @@ def fit_head(policy: PolicyNetwork, features: Tensor, targets: Tensor, options: 
     n_steps = max(1, round(options.epochs * len(targets) / options.batch))
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule_factor(options.schedule, n_steps))
     generator = torch.Generator().manual_seed(options.seed)
-    for _ in range(n_steps):
+    for step in range(n_steps):
         image = torch.randint(len(targets), (options.batch,), generator=generator)
         flipped = torch.randint(2, (options.batch,), generator=generator)
         loss = F.binary_cross_entropy_with_logits(head(features[flipped, image]), targets[image])
@@ -86,6 +105,7 @@ def fit_head(policy: PolicyNetwork, features: Tensor, targets: Tensor, options: 
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         scheduler.step()
+        on_share((step + 1) / n_steps)
     _unscale(first, mean, std)
 
 

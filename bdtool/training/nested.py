@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bdtool.models.resnet import ResNet
+from bdtool.models.resnet import ResidualBlock, ResNet
 
 _AT_ONCE = 64  # images; a ResNet-50 takes 8 MiB for each
 
 
 @torch.no_grad()
-def nested_masks(base: ResNet, images: Tensor, labels: Tensor, *, fewest: int) -> Tensor:
+def nested_masks(
+    base: ResNet,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    fewest: int,
+    on_mask: Callable[[int], None] = lambda n_kept: None,
+) -> Tensor:
     """Return masks that keep K, K - 1, ... `fewest` blocks, bool [K - fewest + 1, K], each a part of the one before.
 
     The block dropped next is the one without which the mean cross-entropy of the images is lowest.
@@ -22,22 +31,48 @@ def nested_masks(base: ResNet, images: Tensor, labels: Tensor, *, fewest: int) -
         base: in eval mode.
         images: preprocessed float32 [N, 3, H, W].
         labels: int64 [N].
+        on_mask: called with the number of blocks of each mask that was found.
     """
     masks = [torch.ones(len(base.blocks), dtype=torch.bool)]
-    for _ in range(len(base.blocks) - fewest):
-        candidates = [_without(masks[-1], k) for k in masks[-1].nonzero().flatten().tolist()]
-        losses = [float(path_losses(base, images, labels, mask).mean()) for mask in candidates]
-        masks.append(candidates[losses.index(min(losses))])
+    while (n_kept := int(masks[-1].sum())) > fewest:
+        smaller = masks[-1].clone()
+        losses = losses_without_each(base, images, labels, masks[-1])
+        smaller[masks[-1].nonzero()[losses.argmin()]] = False
+        masks.append(smaller)
+        on_mask(n_kept - 1)
     return torch.stack(masks)
+
+
+@torch.no_grad()
+def losses_without_each(base: ResNet, images: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+    """Return the mean cross-entropy of the images along `mask` without each of its blocks in turn, float32 [n kept].
+
+    The paths are alike up to the block that one of them lacks, and run together until there.
+    """
+    kept: list[bool] = mask.tolist()
+    sums = torch.zeros(sum(kept), device=images.device)
+    for x, y in _pieces(images, labels):
+        losses = []
+        x = base.stem(x)
+        for k, block in enumerate(base.blocks):
+            assert isinstance(block, ResidualBlock)
+            if kept[k]:
+                rest = _run_blocks(base, block.shortcut(x), kept, first=k + 1)
+                losses.append(F.cross_entropy(base.head(rest).float(), y, reduction="sum"))
+            x = block(x) if kept[k] else block.shortcut(x)
+        sums += torch.stack(losses)
+    return (sums / len(images)).cpu()
 
 
 @torch.no_grad()
 def path_losses(base: ResNet, images: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
     """Return the cross-entropy of each image along one path, float32 [N]; arguments as for `nested_masks`."""
-    mask = mask.to(images.device)
-    pieces = zip(torch.split(images, _AT_ONCE), torch.split(labels, _AT_ONCE), strict=True)
+    kept: list[bool] = mask.tolist()
     return torch.cat(
-        [F.cross_entropy(base(x, mask.expand(len(x), -1)).float(), y, reduction="none") for x, y in pieces]
+        [
+            F.cross_entropy(base.head(_run_blocks(base, base.stem(x), kept)).float(), y, reduction="none")
+            for x, y in _pieces(images, labels)
+        ]
     )
 
 
@@ -53,7 +88,14 @@ def blocks_by_rank(losses: np.ndarray, *, fewest: int, most: int) -> np.ndarray:
     return np.select([rank < 0.4, rank < 0.6], [fewest, (fewest + most) // 2], most)
 
 
-def _without(mask: Tensor, block: int) -> Tensor:
-    smaller = mask.clone()
-    smaller[block] = False
-    return smaller
+def _run_blocks(base: ResNet, x: Tensor, kept: list[bool], *, first: int = 0) -> Tensor:
+    """Run the kept blocks from block `first` on."""
+    for k in range(first, len(kept)):
+        block = base.blocks[k]
+        assert isinstance(block, ResidualBlock)
+        x = block(x) if kept[k] else block.shortcut(x)
+    return x
+
+
+def _pieces(images: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    return zip(torch.split(images, _AT_ONCE), torch.split(labels, _AT_ONCE), strict=True)

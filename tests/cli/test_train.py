@@ -73,6 +73,11 @@ def test_imitate_makes_a_model_that_finetune_goes_on_with(
     first, second = done.stdout.splitlines()
     assert first.endswith(f"policy.safetensors: resnet8, {ImitateOptions().epochs:g} epochs")
     assert "blocks on" in second
+    assert [line.split(maxsplit=1)[1] for line in done.stderr.splitlines()] == [
+        "masks",
+        "losses and features",
+        "policy network",
+    ]
     assert 1 <= json.loads(figures.read_text())["figures"]["blocks_mean"] <= 3
     bdtool("train", "finetune", policy, "--freeze-policy", "--data", npz, *_QUICK, "-o", model)
     assert load_model(model).spec.provenance["start"]["created_by"] == "bdtool train imitate"

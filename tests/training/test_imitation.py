@@ -48,13 +48,17 @@ def test_many_images_run_in_pieces(
 ) -> None:
     """All the images that judge masks would take gigabytes of a network of ImageNet."""
     model, seen = random_model("resnet8"), []
-    model.base.register_forward_pre_hook(lambda base, inputs: seen.append(len(inputs[0])))
+    model.base.stem.register_forward_pre_hook(lambda stem, inputs: seen.append(len(inputs[0])))
     images, labels = torch.from_numpy(preprocessed(model, 8)), torch.arange(8)
     mask = torch.tensor([True, True, False])
     whole = path_losses(model.base, images, labels, mask)
     monkeypatch.setattr(nested, "_AT_ONCE", 3)
     torch.testing.assert_close(path_losses(model.base, images, labels, mask), whole)
     assert seen == [8, 3, 3, 2]
+    in_pieces = nested.losses_without_each(model.base, images, labels, mask)
+    assert seen == [8, 3, 3, 2, 3, 3, 2]  # once for all blocks
+    expected = [path_losses(model.base, images, labels, torch.tensor(one)).mean() for one in ([0, 1, 0], [1, 0, 0])]
+    torch.testing.assert_close(in_pieces, torch.stack(expected))
 
 
 @pytest.mark.parametrize("n_hidden", [0, 16])
@@ -133,9 +137,15 @@ def test_a_policy_without_hidden_layer_is_fitted_too(
     random_model: Callable[..., BlockDropModel], place: Callable[..., Place]
 ) -> None:
     options = ImitateOptions(epochs=2, batch=64, fewest=1, most=3, hidden=0, judges=32, limit=128)
-    trained = imitate(random_model("resnet8", has_policy=False), options, place())
+    shares: list[float] = []
+    where = place(on_progress=lambda share, text: shares.append(share))
+    trained = imitate(random_model("resnet8", has_policy=False), options, where)
     assert trained.model.spec.policy_hidden == 0
     assert trained.model.spec.provenance["data"]["n_images"] == 128
+    assert shares[0] == 0
+    assert {0.1, 0.2, 0.9} <= {round(share, 6) for share in shares}  # a step of each part: 2 masks, 4 steps of Adam
+    assert shares == sorted(shares)
+    assert shares[-1] == pytest.approx(1)
 
 
 def test_a_second_run_into_the_same_model_is_refused_while_one_is_at_work(
