@@ -37,6 +37,7 @@ DEFAULT_MAX_ACCURACY_DROP = 0.5  # percentage points
 DEFAULT_AT_LEAST = 64  # images for each part: a choice; below some dozen a range is luck
 _N_COMPARED = 32  # images on whose paths single parts are compared
 _FLOAT_KINDS = ("policy", "head")  # stay fp32 unless asked
+_NOT_RECORDED = ("part_errors", "obtained", "replaced")  # in the manifest: its parts say it, or it is gone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +70,7 @@ class Calibrated:
     input_source: str
     obtained: Mapping[str, str]  # precision by part name
     extra: Mapping[str, Any]
+    replaced: str | None = None  # the policy of earlier parts of this precision, in whose place these came
 
     @property
     def ok(self) -> bool:
@@ -84,6 +86,7 @@ class Calibrated:
             "obtained": dict(self.obtained),
             "part_errors": {name: asdict(one) | {"ok": one.ok} for name, one in self.part_errors.items()},
             "gates": self.gates.to_json(),
+            "replaced": self.replaced,
             **self.extra,
         }
 
@@ -254,6 +257,7 @@ class _Calibration:
     def _finish(self, reference: Reference, made: Candidates, source: CalibrationSet, top_up: TopUp) -> Calibrated:
         """Compare the parts, measure the gates, and put the candidate into the bundle where it passes."""
         precision = self._request.precision
+        earlier = self._bundle.manifest.variants.get(precision)
         errors = self._part_errors(made, source)
         candidate = stage_candidate(
             self._bundle, precision, made.activation, self._part_models(made, errors), self._staging
@@ -267,6 +271,7 @@ class _Calibration:
             input_source=self._images.description,
             obtained={name: file.precision for name, file in candidate.files_at(precision).items()},
             extra=made.extra,
+            replaced=None if earlier is None else str(earlier.calibration.get("policy", "unknown")),
         )
         if result.ok:
             record = self._record(result, source)
@@ -279,7 +284,7 @@ class _Calibration:
         """Return what the manifest says of the calibration."""
         request = self._request
         return {
-            **{key: value for key, value in result.to_json().items() if key not in ("part_errors", "obtained")},
+            **{key: value for key, value in result.to_json().items() if key not in _NOT_RECORDED},
             "policy": self._policy.name,
             "data_sha256": source.digest,
             "method": request.method,

@@ -10,6 +10,7 @@ from click.core import ParameterSource
 
 from bdtool.cli.options import BUNDLE, FiniteRange, data_option, json_option, policy_option, resize_option
 from bdtool.cli.output import emit, percent, print_table, progress, warn
+from export.manifest import CALIBRATED
 
 if TYPE_CHECKING:
     from bdtool.calibrating import Calibrated
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 @data_option(required=True)
 @click.option(
     "--precision",
-    type=click.Choice(["int8", "fp16", "bf16", "mixed"]),
+    type=click.Choice(CALIBRATED),
     default="int8",
     show_default=True,
     help="Precision of the parts to make; mixed chooses int8 or fp32 for each block.",
@@ -131,7 +132,9 @@ def calibrate_cmd(
         threads=threads,
     )
     with progress("calibrating", None) as advance:
-        result = calibrate(opened, images, judged, request, on_progress=lambda step, share: advance(0, step))
+        result = calibrate(
+            opened, images, judged, request, on_progress=lambda step, share: advance(0, f"{step} {percent(share, 0)}")
+        )
     if not judged.has_labels:
         warn(f"{judged.description} has no labels: the accuracy was not measured; give labelled images with --eval")
     emit(result.to_json(), json_file, lambda: _print(result))
@@ -166,6 +169,8 @@ def _print(result: Calibrated) -> None:
     count = f"{result.n_images} of "
     source = result.input_source.removeprefix(count)  # which a set that was drawn begins with
     click.echo(f"{result.precision} from {count}{source}, policy {gates.policy}")
+    if result.ok and result.replaced is not None:
+        click.echo(f"replaces the {result.precision} parts that were calibrated for policy {result.replaced}")
     for name, n_images in result.topped_up.items():
         click.echo(f"  {name}: too few images run it; {n_images} that do not were added for its ranges")
     worst = max(result.part_errors, key=lambda name: result.part_errors[name].share_of_bound, default=None)
@@ -183,7 +188,8 @@ def _print(result: Calibrated) -> None:
         rows.append(["accuracy", _state(gates.ok), figures, f"-{gates.max_accuracy_drop:g} points"])
     title = f"{gates.n_images} images of {gates.input_source}"
     if not gates.n_images:
-        title = "logits and accuracy were not measured"
+        reason = "no engine on this CPU computes in bfloat16" if result.precision == "bf16" else "a part is wrong"
+        title = f"logits and accuracy were not measured: {reason}"
     print_table(["gate", "", "measured", "allowed"], rows, title=title)
     chosen = result.extra.get("chosen")
     if chosen is not None:

@@ -89,6 +89,15 @@ def test_a_drop_beyond_the_bound_leaves_the_bundle_as_it_was(bdtool, bundle_copy
     assert _digests(bundle_copy) == before
 
 
+def test_parts_in_the_place_of_others_are_named(calibrate, bdtool, bundle_copy, labelled):
+    """Their ranges hold for the paths of one policy."""
+    assert calibrate("--precision", "fp16", "--policy", "first:2")["replaced"] is None
+    words = ("calibrate", bundle_copy, "--data", labelled, "--precision", "fp16", "--policy", "all")
+    assert "replaces the fp16 parts that were calibrated for policy first:2" in bdtool(*words).stdout
+    assert calibrate("--precision", "fp16")["replaced"] == "all"
+    assert "replaced" not in Bundle.open(bundle_copy).manifest.variants["fp16"].calibration
+
+
 def test_precisions_live_side_by_side(calibrate, bundle_copy):
     for precision in ("int8", "fp16", "bf16"):
         assert calibrate("--precision", precision)["ok"] is True
@@ -169,8 +178,9 @@ def test_calibrated_parts_take_pixels_on_a_gpu(
     assert stem.name == "stem.pixels.onnx"
 
 
-def test_bfloat16_on_the_cpu_says_what_to_do(calibrate, bdtool, bundle_copy, labelled):
-    calibrate("--precision", "bf16")
+def test_bfloat16_on_the_cpu_says_what_to_do(bdtool, bundle_copy, labelled):
+    words = ("calibrate", bundle_copy, "--data", labelled, "--precision", "bf16")
+    assert "were not measured: no engine on this CPU computes in bfloat16" in bdtool(*words).stdout
     words = ("evaluate", bundle_copy, "--data", labelled, "--precision", "bf16")
     assert "has no bfloat16 kernels" in bdtool(*words, status=1).stderr
 
