@@ -49,7 +49,7 @@ from engines.trt_options import TensorRTOptions
 from export.check import OnnxReference, compare
 from export.compose import compose_parts
 from export.fused import fuse_parts
-from export.ort_threads import any_threads_options, default_threads, shared_threads_options
+from export.ort_threads import any_threads_options, checked_threads, shared_threads_options
 
 _CACHE_LINE = 64  # bytes
 # Memory of a joined engine's session, at most, over its file without the weights. Measured: 26 (paths of 8 blocks of a
@@ -68,10 +68,8 @@ class OnnxRuntimeBackend:
     def __init__(
         self, *, device: str = "cpu", threads: int | None = None, tensorrt: TensorRTOptions | None = None
     ) -> None:
-        if threads is not None and threads < 1:
-            raise ValueError(f"threads must be at least 1, got {threads}")
         self.device = device
-        self.threads = default_threads() if threads is None else threads
+        self.threads = checked_threads(threads)
         self._options = shared_threads_options(self.threads)
         self._weights: dict[str, ort.OrtValue] = {}  # of joined engines, by name: "block_03/weight"
         if device == "cpu":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from dataclasses import replace
 from importlib import metadata
 
@@ -22,6 +23,7 @@ DEFAULT_BACKEND = "onnxruntime"
 # How ONNX Runtime's engines are made from parts (`native_layout`, `blocked_nodes`, `integer_cpu`); raised when that
 # changes, so that engines made before are built again.
 _ONNXRUNTIME_RECIPE = "recipe 1"
+_DEVICE = re.compile(r"cpu|cuda:[0-9]+")
 DEFAULT_DEVICE = "cpu"
 
 
@@ -132,7 +134,7 @@ def open_backend(
         tensorrt: as for `identify_backend`.
 
     Raises:
-        UsageError: no such backend, or a device that is neither "cpu" nor "cuda:N".
+        UsageError: no such backend, a device that is neither "cpu" nor "cuda:N", or no number of threads.
         BackendError: the library, the device or that number of threads is not to be had in this process.
     """
     _check(name, device, tensorrt)
@@ -161,8 +163,7 @@ def _check(name: str, device: str, tensorrt: TensorRTOptions | None) -> None:
     if name not in BACKENDS:
         known = ", ".join(backend for backend in BACKENDS if backend != "fake")
         raise UsageError(f"unknown backend {name!r}; this version has {known}")
-    kind, _, index = device.partition(":")
-    if device != "cpu" and not (kind == "cuda" and index.isdigit()):
+    if not isinstance(device, str) or not _DEVICE.fullmatch(device):
         raise UsageError(f"unknown device {device!r}; expected cpu or cuda:N, for instance cuda:0")
     if tensorrt is not None and name not in PROFILED:
         raise UsageError(f"backend {name!r} has no TensorRT options; give --backend {TENSORRT} or {TENSORRT_RTX}")

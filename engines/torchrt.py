@@ -26,7 +26,7 @@ from engines.torch_onnx import Function, OnnxFunction, memory_format
 from engines.torch_streams import torch_stream
 from export.check import OnnxReference, compare_outputs
 from export.files import sha256_of_bytes
-from export.ort_threads import default_threads
+from export.ort_threads import checked_threads
 
 # fp16 keeps 11 bits, and the reference sums its products in another order and precision
 _HALF_TOLERANCE = 5e-3
@@ -40,10 +40,8 @@ class TorchBackend:
     """
 
     def __init__(self, *, device: str = "cpu", threads: int | None = None) -> None:
-        if threads is not None and threads < 1:
-            raise ValueError(f"threads must be at least 1, got {threads}")
         self.device = _usable_device(device)
-        self.threads = default_threads() if threads is None else threads
+        self.threads = checked_threads(threads)
         self._copies = CopyWatch()  # between host and device
         self._functions: WeakValueDictionary[tuple[str, str], OnnxFunction] = WeakValueDictionary()
         self._fuses = self.device.type == "cuda"  # cuDNN has kernels for it, the CPU has none

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from bdtool.errors import BundleError
+from bdtool.errors import BundleError, UsageError
 from bdtool.specs import NetworkSpec, PartSpec
 from export.files import sha256_of_files
-from export.manifest import EXPORTED, Manifest, PartFile, read_manifest
+from export.manifest import CALIBRATED, EXPORTED, Manifest, PartFile, read_manifest
 
 
 class Bundle:
@@ -80,12 +80,15 @@ class Bundle:
         return precision in self.precisions
 
     def require_precision(self, precision: str) -> None:
-        """Raise BundleError unless the bundle holds parts of that precision."""
-        if not self.has_precision(precision):
-            raise BundleError(
-                f"{self.path} has no {precision} parts; it has {', '.join(self.precisions)}. "
-                f"Use --precision {EXPORTED}, or make them: bdtool calibrate --precision {precision}"
-            )
+        """Raise BundleError unless the bundle holds parts of that precision; UsageError where there is no such one."""
+        if self.has_precision(precision):
+            return
+        if precision not in (EXPORTED, *CALIBRATED):
+            raise UsageError(f"unknown precision {precision!r}; expected {', '.join((EXPORTED, *CALIBRATED))}")
+        raise BundleError(
+            f"{self.path} has no {precision} parts; it has {', '.join(self.precisions)}. "
+            f"Use --precision {EXPORTED}, or make them: bdtool calibrate --precision {precision}"
+        )
 
     def check_digests(self) -> None:
         """Compare every file with its digest in the manifest.

@@ -24,6 +24,7 @@ from export.files import write_json
 
 FORMAT_VERSION = 1
 EXPORTED = "fp32"  # the precision of the parts that `bdtool export` writes
+CALIBRATED = ("int8", "fp16", "bf16", "mixed")  # those that `bdtool calibrate` adds
 MANIFEST_NAME = "manifest.json"
 _DTYPES = ("float32", "float16", "bfloat16", "int8", "uint8")
 _SHA256 = re.compile(r"[0-9a-f]{64}")

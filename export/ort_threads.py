@@ -8,16 +8,19 @@ once in a process and keeps its size, and from then on every session of the proc
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import threading
+from numbers import Integral
 
 import onnxruntime as ort
 
-from bdtool.errors import BackendError
+from bdtool.errors import BackendError, UsageError
 
 MAX_DEFAULT_THREADS = 4  # a choice: the convolutions of small networks do not fill many cores
 _ERRORS_ONLY = 3  # ONNX Runtime's log severity
 
+logger = logging.getLogger(__name__)
 _lock = threading.Lock()
 _pool_threads: int | None = None  # size of the process's global pool, None where there is none
 
@@ -25,6 +28,22 @@ _pool_threads: int | None = None  # size of the process's global pool, None wher
 def default_threads() -> int:
     """Return the size of the process's pool, else the processors it may use, at most `MAX_DEFAULT_THREADS`."""
     return _pool_threads or min(len(os.sched_getaffinity(0)), MAX_DEFAULT_THREADS)
+
+
+def checked_threads(threads: int | None) -> int:
+    """Return a number of threads that was asked for, or the default where it is None.
+
+    Raises:
+        UsageError: it is no whole number from 1.
+    """
+    if threads is None:
+        return default_threads()
+    if isinstance(threads, bool) or not isinstance(threads, Integral) or threads < 1:
+        raise UsageError(f"threads: got {threads!r}, expected a whole number from 1, or None for the default")
+    n_cores = len(os.sched_getaffinity(0))
+    if threads > n_cores:
+        logger.warning("%d threads share %d processors and wait for each other; fewer are faster", threads, n_cores)
+    return int(threads)
 
 
 def any_threads_options() -> ort.SessionOptions:

@@ -11,11 +11,13 @@ from typing import Any, TypeVar
 
 import click
 
+from export.manifest import CALIBRATED, EXPORTED
+
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 NEW_DIRECTORY = click.Path(file_okay=False, path_type=Path)
-PRECISION = click.Choice(["fp32", "fp16", "bf16", "int8", "mixed"])
+PRECISION = click.Choice([EXPORTED, *CALIBRATED])
 
 
 class NewFile(click.Path):

@@ -124,7 +124,7 @@ class Orchestrator:
         Raises:
             BundleError: the bundle is damaged, incomplete or too new, or has no recommendation for "auto".
             BackendError: backend, device or threads are not to be had here, or an engine does not build.
-            UsageError: an unknown backend or strategy.
+            UsageError: an unknown backend, device or strategy, or no number of threads.
         """
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(Path(bundle))
         if strategy != AUTO:

@@ -19,8 +19,10 @@ from engines.libcuda import Driver
 from engines.onnxrt import OnnxRuntimeBackend
 from engines.onnxrt_providers import CudaProvider
 from engines.registry import identify_backend, open_backend
+from engines.torchrt import TorchBackend
 from export.bundle import Bundle
 from export.check import OnnxReference
+from export.ort_threads import checked_threads
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -269,9 +271,19 @@ def test_silent_fallback_to_the_cpu_is_an_error(tiny_bundle):
         backend.load(part, tiny_bundle.part_path(part).read_bytes(), layout="NCHW")
 
 
-def test_threads_must_be_at_least_one():
-    with pytest.raises(ValueError, match="threads must be at least 1, got 0"):
-        OnnxRuntimeBackend(threads=0)
+@pytest.mark.parametrize("threads", [0, -1, "2", 2.0, True])
+def test_threads_must_be_a_whole_number_from_one(threads):
+    for backend in (OnnxRuntimeBackend, TorchBackend):
+        with pytest.raises(UsageError, match=rf"threads: got {threads!r}, expected a whole number from 1"):
+            backend(threads=threads)
+
+
+def test_more_threads_than_processors_are_warned_of(monkeypatch, caplog):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1})
+    assert checked_threads(np.int64(2)) == 2
+    assert caplog.messages == []
+    assert checked_threads(3) == 3
+    assert caplog.messages == ["3 threads share 2 processors and wait for each other; fewer are faster"]
 
 
 def test_identity_names_version_and_instruction_set():

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from bdtool.errors import BundleError
+from bdtool.errors import BundleError, UsageError
 from export.bundle import Bundle
 
 
@@ -199,3 +199,6 @@ def test_precision_that_the_bundle_lacks_is_refused(tiny):
     bundle.require_precision("fp32")
     with pytest.raises(BundleError, match=r"has no int8 parts; it has fp32. Use --precision fp32"):
         bundle.require_precision("int8")
+    for unknown in ("int4", 8):
+        with pytest.raises(UsageError, match=rf"unknown precision {unknown!r}; expected fp32, int8, fp16, bf16, mixed"):
+            bundle.require_precision(unknown)

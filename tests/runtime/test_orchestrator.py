@@ -280,6 +280,8 @@ def test_unknown_strategy_backend_and_device_are_wrong_usage(tiny):
         Orchestrator.open(tiny.bundle, strategy="magic")
     with pytest.raises(UsageError, match="unknown backend 'openvino'"):
         Orchestrator.open(tiny.bundle, backend="openvino")
+    with pytest.raises(UsageError, match="unknown device 0"):
+        Orchestrator.open(tiny.bundle, device=0)
     with pytest.raises(UsageError, match="unknown device 'gpu'"):
         Orchestrator.open(tiny.bundle, device="gpu")
 
