@@ -15,7 +15,6 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 from google.protobuf.message import DecodeError
-from onnx import numpy_helper
 
 from bdtool.errors import BackendError, EngineError
 from bdtool.specs import NetworkSpec, PartSpec
@@ -45,17 +44,12 @@ from engines.onnxrt_providers import (
     require_provider,
     tensorrt_provider,
 )
+from engines.shared_weights import SharedWeights, aligned
 from engines.trt_options import TensorRTOptions
 from export.check import OnnxReference, compare
 from export.compose import compose_parts
 from export.fused import fuse_parts
 from export.ort_threads import any_threads_options, checked_threads, shared_threads_options
-
-_CACHE_LINE = 64  # bytes
-# Memory of a joined engine's session, at most, over its file without the weights. Measured: 26 (paths of 8 blocks of a
-# ResNet-50) to 55 (of 17 and of 40 blocks of a ResNet-110), by what each of 20 to 100 more added to the process, in
-# throw-away scripts; 79 where others come and go (`benchmarks/paths.py`), as dropped engines leave gaps.
-_MEMORY_PER_GRAPH_BYTE = 96
 
 
 class OnnxRuntimeBackend:
@@ -71,7 +65,7 @@ class OnnxRuntimeBackend:
         self.device = device
         self.threads = checked_threads(threads)
         self._options = shared_threads_options(self.threads)
-        self._weights: dict[str, ort.OrtValue] = {}  # of joined engines, by name: "block_03/weight"
+        self._weights = SharedWeights()  # of joined engines
         if device == "cpu":
             self._provider: Provider = CpuProvider()
             self._options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # done at build
@@ -106,21 +100,20 @@ class OnnxRuntimeBackend:
         return self._open(part, data, self._options, layout)
 
     def join(self, joined: PartSpec, pieces: Sequence[tuple[PartSpec, bytes]]) -> JoinedEngine:
-        data = compose_parts(joined.name, pieces, check=False)  # of engines that were checked when they were built
         if self.device != "cpu":  # each has weights of its own on the device
+            data = compose_parts(joined.name, pieces, check=False)  # of engines that were checked when they were built
             engine = self._open(joined, data, self._options, PLAIN_LAYOUT)
             return JoinedEngine(engine=engine, own_bytes=len(data))
-        weights = onnx.ModelProto.FromString(data).graph.initializer
-        shared_bytes = self._hold_weights(weights)
-        engine = self._open(joined, data, self._sharing_options(weights), PLAIN_LAYOUT)
-        return JoinedEngine(engine=engine, own_bytes=_own_bytes(data, weights), shared_bytes=shared_bytes)
+        graph = self._weights.join(joined.name, pieces)
+        engine = self._open(joined, graph.model, self._weights.options(graph, self.threads), PLAIN_LAYOUT)
+        return JoinedEngine(engine=engine, own_bytes=graph.own_bytes, shared_bytes=graph.added_bytes)
 
     def fuse(self, network: NetworkSpec, pieces: Mapping[str, bytes]) -> bytes:
         return fuse_parts(network, pieces, check=False)
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
         if self.device == "cpu":
-            return _HostBuffer(_aligned(np.zeros(shape, dtype)))
+            return _HostBuffer(aligned(np.zeros(shape, dtype)))
         return _DeviceBuffer(shape, dtype, self.device)
 
     def _open(self, part: PartSpec, data: bytes, options: ort.SessionOptions, layout: str) -> Engine:
@@ -135,30 +128,6 @@ class OnnxRuntimeBackend:
         if session.get_providers()[0] != wanted:
             raise BackendError(f"part {part.name!r}: asked for {wanted}, ONNX Runtime chose {session.get_providers()}")
         return OnnxRuntimeEngine(part, session, layout, options)
-
-    def _hold_weights(self, weights: Sequence[onnx.TensorProto]) -> int:
-        """Keep the weights that no joined engine had yet, for this one and later ones; return their bytes."""
-        added = 0
-        for weight in weights:
-            if weight.name not in self._weights:
-                # the value shares the array's memory and keeps it alive, as the options and the backend keep the value
-                array = _aligned(numpy_helper.to_array(weight))
-                self._weights[weight.name] = ort.OrtValue.ortvalue_from_numpy(array)
-                added += array.nbytes
-        return added
-
-    def _sharing_options(self, weights: Sequence[onnx.TensorProto]) -> ort.SessionOptions:
-        """Return options for an optimised model whose weights lie in memory that other joined engines use, too.
-
-        Only without graph optimisations: the optimiser would bake some of the weights in.
-        """
-        options = shared_threads_options(self.threads)
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        if not _are_packed(weights):
-            options.add_session_config_entry("session.disable_prepacking", "1")
-        for weight in weights:
-            options.add_initializer(weight.name, self._weights[weight.name])
-        return options
 
 
 class OnnxRuntimeEngine(PartEngine):
@@ -256,30 +225,6 @@ class _DeviceBuffer:
         values = self.read().copy()
         values[rows] = source.read()
         self.write(values)
-
-
-def _are_packed(weights: Sequence[onnx.TensorProto]) -> bool:
-    """Say whether each session packs its weights anew: integer convolutions need that to be fast.
-
-    Of a float engine it would be the classifier alone: 8 MiB of an ImageNet network for each path, and no faster for
-    one image.
-    """
-    return any(weight.data_type in (onnx.TensorProto.INT8, onnx.TensorProto.UINT8) for weight in weights)
-
-
-def _own_bytes(data: bytes, weights: Sequence[onnx.TensorProto]) -> int:
-    """Return the memory that a joined engine's session takes at most beside the weights that engines share."""
-    shared = sum(len(weight.raw_data) for weight in weights)
-    return _MEMORY_PER_GRAPH_BYTE * (len(data) - shared) + (shared if _are_packed(weights) else 0)
-
-
-def _aligned(values: np.ndarray) -> np.ndarray:
-    """Return a copy that starts on a cache line, as AVX-512 kernels like their operands; numpy does not see to it."""
-    memory = np.empty(values.nbytes + _CACHE_LINE, np.uint8)
-    start = -memory.ctypes.data % _CACHE_LINE
-    array = memory[start : start + values.nbytes].view(values.dtype).reshape(values.shape)
-    array[...] = values
-    return array
 
 
 def _ort_value(buffer: Buffer) -> ort.OrtValue:

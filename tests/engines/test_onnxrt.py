@@ -19,6 +19,7 @@ from engines.libcuda import Driver
 from engines.onnxrt import OnnxRuntimeBackend
 from engines.onnxrt_providers import CudaProvider
 from engines.registry import identify_backend, open_backend
+from engines.shared_weights import SharedWeights
 from engines.torchrt import TorchBackend
 from export.bundle import Bundle
 from export.check import OnnxReference
@@ -185,6 +186,28 @@ def test_joined_engines_count_weights_that_they_share_once(tiny_bundle):
     assert first.shared_bytes == n_bytes["stem"] + n_bytes["head"]
     assert (same.shared_bytes, longer.shared_bytes) == (0, n_bytes["block_00"])
     assert 0 < first.own_bytes == same.own_bytes < longer.own_bytes
+
+
+def test_joined_graph_is_without_weights_and_looks_for_no_file(tiny_bundle, tmp_path, monkeypatch):
+    """Paths of a large network would else be copied again and again."""
+    backend, network = OnnxRuntimeBackend(), tiny_bundle.network
+    parts = [network.part(name) for name in ("stem", "block_00", "block_01", "shortcut_02", "head")]
+    pieces = [
+        (part, backend.build(part, tiny_bundle.part_path(part).read_bytes(), layout="NCHW").data) for part in parts
+    ]
+    joined = network.whole("path", flops=0)
+    graph = SharedWeights().join(joined.name, pieces)
+    assert graph.added_bytes > 20_000
+    assert len(graph.model) < sum(len(data) for _, data in pieces) - 0.9 * graph.added_bytes
+    images = np.random.default_rng(0).normal(size=(2, 3, 32, 32)).astype(np.float32)
+    expected = images
+    for part, data in pieces:
+        [expected] = backend.load(part, data, layout="NCHW").run({part.inputs[0].name: expected}).values()
+    (tmp_path / "weights").write_bytes(bytes(graph.added_bytes))  # what the graph would read, if it did
+    monkeypatch.chdir(tmp_path)
+    engine = backend.join(joined, pieces).engine
+    [logits] = engine.run({joined.inputs[0].name: images}).values()
+    assert np.abs(logits - expected).max() < 1e-5
 
 
 def test_channels_that_do_not_fill_blocks_stay_plain(cpu, native):
