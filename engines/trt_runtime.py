@@ -131,7 +131,9 @@ class TensorRTEngine(PartEngine):
         _check_tensors(part, engine)
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        return run_through_buffers(self, feeds, functools.partial(DeviceBuffer, self._runtime.device))
+        device = self._runtime.device
+        with device.current():  # also where nobody has made it so: a build compares its engines
+            return run_through_buffers(self, feeds, functools.partial(DeviceBuffer, device))
 
     def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Call:
         if self._context is None:

@@ -125,10 +125,10 @@ def test_torch_gives_its_own_memory_and_joins_it(monkeypatch):
 
 
 @pytest.mark.parametrize("strategy", ["chain", "graph", "full"])
-def test_context_of_the_caller_is_what_it_was(driver, tiny, pixels, strategy):
+def test_context_of_the_caller_is_what_it_was(driver, tiny, bundle_copy, pixels, strategy):
     """As of one who has pycuda.autoinit, or PyTorch on another GPU, and gives images on the host."""
     driver.contexts[:] = ["the caller's"]
-    with _open(tiny.bundle, strategy) as runtime:
+    with _open(bundle_copy, strategy) as runtime:  # whose engines are built first
         runtime.run(pixels(tiny.model, 2))
         if strategy != "full":
             runtime.keep_probability(pixels(tiny.model, 2))
