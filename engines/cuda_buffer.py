@@ -111,12 +111,13 @@ class DeviceBuffer:
 def concatenate(device: CudaDevice, values: Sequence[DeviceArray]) -> DeviceArray:
     """Return arrays that were made on the device's stream as one, rows of one after those of the other."""
     first, n_rows = values[0], sum(len(one) for one in values)
-    result = DeviceBuffer(device, (n_rows, *first.shape[1:]), first.dtype.name)
-    target = result.address
-    for one in values:
-        device.copy(target, one.address, one.n_bytes)
-        target += one.n_bytes
-    return _handed_out(device, result)
+    with device.current():
+        result = DeviceBuffer(device, (n_rows, *first.shape[1:]), first.dtype.name)
+        target = result.address
+        for one in values:
+            device.copy(target, one.address, one.n_bytes)
+            target += one.n_bytes
+        return _handed_out(device, result)
 
 
 def _handed_out(device: CudaDevice, buffer: DeviceBuffer) -> DeviceArray:

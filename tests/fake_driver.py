@@ -35,6 +35,14 @@ KERNELS = {  # by the address of the function: what its node is noted as, and th
 }
 
 
+# They work in the context that is current: without one they fail, and an event of another one's cannot be put on the
+# device's stream (CUDA driver API, `cuEventCreate` and `cuEventRecord`).
+IN_CONTEXT = {
+    *("cuStreamCreate", "cuEventCreate", "cuEventRecord", "cuStreamWaitEvent", "cuMemAlloc", "cuMemHostAlloc"),
+    *("cuMemsetD8Async", "cuMemcpyHtoDAsync", "cuMemcpyDtoHAsync", "cuMemcpyDtoDAsync", "cuModuleLoadData"),
+}
+
+
 class FakeDriver:
     """`failing` names a function that fails; `kinds` gives a graph, by address, nodes of these kinds."""
 
@@ -68,8 +76,13 @@ class FakeDriver:
 
     def _done(self, name, *values):
         self.calls[name] += 1
-        ok = self.CUresult.CUDA_ERROR_INVALID_VALUE if self.failing == name else self.CUresult.CUDA_SUCCESS
-        return ok, *values
+        results = self.CUresult
+        if name in IN_CONTEXT and not self._is_current():
+            return results.CUDA_ERROR_INVALID_CONTEXT, *values
+        return results.CUDA_ERROR_INVALID_VALUE if self.failing == name else results.CUDA_SUCCESS, *values
+
+    def _is_current(self):
+        return bool(self.contexts) and self.contexts[-1] == self.CUcontext(0xC0)
 
     # --- device, context, stream --------------------------------------------------------------------------------------
 

@@ -21,9 +21,10 @@ def test_times_are_those_of_the_device_and_events_are_used_again():
     short = timer.timed(lambda: enqueue(1), times["short"].append)
     long = timer.timed(lambda: enqueue(5), times["long"].append)
     for _ in range(3):
-        short()
-        long()
-        long()
+        with device.current():
+            short()
+            long()
+            long()
         timer.collect()
     assert times == {"short": [1.0] * 3, "long": [5.0] * 6}
     assert driver.calls["cuEventCreate"] == 6  # two for each call between collections

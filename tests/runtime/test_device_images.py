@@ -135,10 +135,14 @@ def test_context_of_the_caller_is_what_it_was(driver, tiny, bundle_copy, pixels,
     assert driver.contexts == ["the caller's"]
 
 
-def test_batch_beyond_the_bundle_runs_in_slices(driver, tiny, preprocessed, torch_logits):
+@pytest.mark.parametrize("contexts", [[], ["of another GPU"]])
+def test_batch_beyond_the_bundle_runs_in_slices(driver, tiny, preprocessed, torch_logits, contexts):
     images = np.resize(preprocessed(tiny.model, 4), (70, 3, 32, 32))
     with _open(tiny.bundle) as runtime:
-        logits = _values(driver, runtime.run(GpuArray(driver, images), policy="101").logits)
+        on_gpu = GpuArray(driver, images)
+        driver.contexts[:] = contexts  # of a thread that nobody prepared, or whose context is another GPU's
+        logits = _values(driver, runtime.run(on_gpu, policy="101").logits)
+        assert driver.contexts == contexts
     assert logits.shape == (70, 10)
     np.testing.assert_allclose(logits[[0, 69]], torch_logits(tiny.model, images[[0, 69]], KEEP[[0, 0]]), atol=1e-4)
 
