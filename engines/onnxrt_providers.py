@@ -34,6 +34,10 @@ logger = logging.getLogger(__name__)
 
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
 TENSORRT_INSTALL = 'pip install "tensorrt>=10.13,<11"'  # the provider is linked with libnvinfer.so.10
+# The first whose CUDA provider has kernels for all that parts hold: Pad of opset 20 came with 1.25, Equal with 1.27. An
+# older one would leave them to the CPU (microsoft/onnxruntime issue 26393), which no session here does.
+OLDEST_FOR_CUDA = (1, 27)
+CUDA_INSTALL = 'pip install "onnxruntime-gpu>=1.27"'
 MAX_CACHE_BYTES = 4 * 2**30  # of all bundles, GPUs and versions; a ResNet-101's FP32 weights are 0.17 GiB
 _BATCHES, _LEVEL = "bdtool.batches", "bdtool.optimization_level"  # keys of an engine file's metadata
 _PRECISION_FLAGS = {"fp16": "trt_fp16_enable", "bf16": "trt_bf16_enable", "int8": "trt_int8_enable"}
@@ -170,6 +174,8 @@ def require_provider(device: str, provider: Provider) -> None:
             f"(it has {', '.join(ort.get_available_providers())}); "
             "install it with: pip uninstall onnxruntime; pip install onnxruntime-gpu"
         )
+    if provider.name == CUDA and (reason := too_old_for_cuda(ort.__version__)):
+        raise BackendError(f"device {device!r}: {reason}; update it: {CUDA_INSTALL}, or use --device cpu")
     if error := driver_from_libcuda().error:  # of which the provider would speak in riddles
         raise BackendError(f"device {device!r}: {error}. See `bdtool doctor`, or use --device cpu")
     if provider.name == TENSORRT:
@@ -196,6 +202,14 @@ def require_provider(device: str, provider: Provider) -> None:
             f"device {device!r}: asked for {provider.name}, ONNX Runtime fell back to {session.get_providers()[0]}; "
             f"see `bdtool doctor`, or {advice}"
         )
+
+
+def too_old_for_cuda(version: str) -> str | None:
+    """Return why the CUDA provider of an onnxruntime cannot run the parts; None where it can."""
+    major, minor = (int(number) for number in version.split(".")[:2])
+    if (major, minor) >= OLDEST_FOR_CUDA:
+        return None
+    return f"onnxruntime {version} has no CUDA kernels for Pad and Equal of opset 20"
 
 
 def open_session(data: bytes, options: ort.SessionOptions, providers: list[Any]) -> ort.InferenceSession:

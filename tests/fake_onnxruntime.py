@@ -14,7 +14,19 @@ from engines.libcuda import Driver, Gpu
 from export.ort_threads import any_threads_options
 
 ALL = ("TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider")
-# What its CUDA provider compares, by its own list: docs/OperatorKernels.md.
+# The versions of each operator, first to last, that its CUDA provider has kernels for since 1.27; None: that one alone,
+# as a kernel without a last version is not taken for a later one (onnxruntime/core/framework/kernel_registry.cc).
+_KERNELS = {
+    **dict.fromkeys(("Add", "Mul", "Relu"), (14, None)),
+    **dict.fromkeys(("Gemm", "Sigmoid", "Slice", "Clip"), (13, None)),
+    **dict.fromkeys(("ReduceMean", "Split"), (18, None)),
+    **dict.fromkeys(("And", "Or"), (7, None)),
+    **dict.fromkeys(("Cast", "DequantizeLinear", "Identity", "If", "Pad", "QuantizeLinear", "Reshape"), (19, 20)),
+    **dict.fromkeys(("Flatten", "Transpose"), (13, 20)),
+    **{"AveragePool": (19, 21), "Conv": (11, 21), "GlobalAveragePool": (1, 21), "MaxPool": (12, None)},
+    **{"Equal": (19, None), "GreaterOrEqual": (16, None)},
+}
+# What it compares, by its own list: docs/OperatorKernels.md.
 _COMPARED = {
     *(TensorProto.BOOL, TensorProto.INT32, TensorProto.INT64, TensorProto.UINT32, TensorProto.UINT64),
     *(TensorProto.DOUBLE, TensorProto.FLOAT, TensorProto.FLOAT16),
@@ -25,7 +37,8 @@ _LIBRARIES = {ALL[0]: "libonnxruntime_providers_tensorrt.so", ALL[1]: "libonnxru
 class FakeOnnxRuntime:
     """What `engines.onnxrt_providers` uses of the module; `loadable` names the providers that start."""
 
-    def __init__(self, available=ALL, loadable=ALL):
+    def __init__(self, available=ALL, loadable=ALL, version=ort.__version__):
+        self.__version__ = version
         self.available, self.loadable, self.loads = available, loadable, 0
         self.sessions = []  # the providers of each, as they were asked for: {name: options}
 
@@ -46,7 +59,7 @@ class FakeOnnxRuntime:
         for name, given in asked.items():
             assert all(isinstance(value, str) for value in given.values()), given
             assert set(given) <= known_options(name), set(given) - known_options(name)
-        _refuse_what_cuda_does_not_compare(data)
+        _refuse_what_cuda_has_no_kernel_for(data)
         self.sessions.append(asked)
         session = ort.InferenceSession(data, any_threads_options(), providers=["CPUExecutionProvider"])
         chosen = [name for name in asked if name in self.loadable]
@@ -57,13 +70,26 @@ class FakeOnnxRuntime:
         return [asked[ALL[0]]["trt_engine_cache_prefix"] for asked in self.sessions]
 
 
-def _refuse_what_cuda_does_not_compare(data):
+def _refuse_what_cuda_has_no_kernel_for(data):
     """Fail as ONNX Runtime does where a node has no kernel on the GPU and `disable_cpu_ep_fallback` is set."""
-    graph = onnx.shape_inference.infer_shapes(onnx.ModelProto.FromString(data)).graph
-    types = {value.name: value.type.tensor_type.elem_type for value in (*graph.input, *graph.value_info)}
-    for node in graph.node:
-        if node.op_type == "Equal" and types[node.input[0]] not in _COMPARED:
+    model = onnx.shape_inference.infer_shapes(onnx.ModelProto.FromString(data))
+    [opset] = [opset.version for opset in model.opset_import if opset.domain == ""]
+    types = {value.name: value.type.tensor_type.elem_type for value in (*model.graph.input, *model.graph.value_info)}
+    for node in _nodes(model.graph):
+        first, last = _KERNELS.get(node.op_type, (None, None))
+        since = onnx.defs.get_schema(node.op_type, opset, node.domain).since_version
+        has_kernel = first is not None and first <= since <= (first if last is None else last)
+        if not has_kernel or (node.op_type == "Equal" and types[node.input[0]] not in _COMPARED):
             raise RuntimeError(f"{node.name}: this session contains graph nodes assigned to the default CPU EP")
+
+
+def _nodes(graph):
+    """Yield the nodes of a graph, and those of the branches within it."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from _nodes(attribute.g)
 
 
 def known_options(provider):

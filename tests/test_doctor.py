@@ -6,8 +6,10 @@ import re
 import sys
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import onnxruntime as ort
 import pytest
 
 from bdtool.doctor import examination, gpu, machine, onnxruntime, packages
@@ -174,6 +176,16 @@ def test_gpu_provider_that_falls_back_is_a_problem(importable: Any, title: str, 
     assert "fell back to CPUExecutionProvider" in finding.detail
     assert finding.remedy is not None
     assert remedy in finding.remedy
+
+
+def test_onnxruntime_whose_cuda_provider_lacks_kernels_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    session = SimpleNamespace(get_providers=lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(ort, "InferenceSession", lambda *arguments, **options: session)
+    monkeypatch.setattr(ort, "get_available_providers", session.get_providers)
+    assert onnxruntime.gpu_provider("CUDA", ONE_GPU).status == "ok"
+    monkeypatch.setattr(ort, "__version__", "1.26.0")
+    finding = onnxruntime.gpu_provider("CUDA", ONE_GPU)
+    assert (finding.status, finding.remedy) == ("problem", 'pip install "onnxruntime-gpu>=1.27"')
 
 
 def test_onnxruntime_without_a_tensorrt_provider_says_so(importable: Any) -> None:

@@ -46,6 +46,10 @@ def gpu_provider(title: str, driver: Driver) -> Finding:
     error = _session_error(ort, provider)
     if error is not None:
         return Finding(name, "problem", f"{error}; the CPU provider works", remedy)
+    from engines.onnxrt_providers import CUDA, CUDA_INSTALL, too_old_for_cuda
+
+    if provider == CUDA and (reason := too_old_for_cuda(ort.__version__)):
+        return Finding(name, "problem", f"{reason}; the CPU provider works", CUDA_INSTALL)
     return Finding(name, "ok", "a session runs on the GPU")
 
 
