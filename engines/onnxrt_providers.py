@@ -41,6 +41,7 @@ CUDA_INSTALL = 'pip install "onnxruntime-gpu>=1.27"'
 MAX_CACHE_BYTES = 4 * 2**30  # of all bundles, GPUs and versions; a ResNet-101's FP32 weights are 0.17 GiB
 _BATCHES, _LEVEL = "bdtool.batches", "bdtool.optimization_level"  # keys of an engine file's metadata
 _PRECISION_FLAGS = {"fp16": "trt_fp16_enable", "bf16": "trt_bf16_enable", "int8": "trt_int8_enable"}
+_ON = "True"  # in Python the provider's flags are "True" and "False"; "1", as in C++, is refused
 _FATAL_ONLY, _ORT_DEFAULT = 4, 2  # ONNX Runtime's log severities; its own default shows warnings
 
 
@@ -122,7 +123,7 @@ class TensorRTProvider(CudaProvider):
             options["trt_builder_optimization_level"] = built[_LEVEL]
         precision = precision_of(proto)
         if precision in _PRECISION_FLAGS:  # lets TensorRT take the types that the part has; fp32 parts stay fp32
-            options[_PRECISION_FLAGS[precision]] = "1"
+            options[_PRECISION_FLAGS[precision]] = _ON
         return [(TENSORRT, options | self._caches(sha256_of_bytes(engine))), *super().listed(part, engine)]
 
     def _caches(self, digest: str) -> dict[str, str]:
@@ -133,10 +134,10 @@ class TensorRTProvider(CudaProvider):
             return {}
         mark_used(self._cache, digest)
         return {
-            "trt_engine_cache_enable": "1",
+            "trt_engine_cache_enable": _ON,
             "trt_engine_cache_path": str(self._cache),
             "trt_engine_cache_prefix": digest,
-            "trt_timing_cache_enable": "1",
+            "trt_timing_cache_enable": _ON,
             "trt_timing_cache_path": str(self._cache),
         }
 

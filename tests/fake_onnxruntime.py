@@ -3,6 +3,7 @@
 Options are refused unless the installed library of that provider knows them, so that a misspelt one shows.
 """
 
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,7 @@ class FakeOnnxRuntime:
         for name, given in asked.items():
             assert all(isinstance(value, str) for value in given.values()), given
             assert set(given) <= known_options(name), set(given) - known_options(name)
+            _require_flags_spelt_out(given)
         _refuse_what_cuda_has_no_kernel_for(data)
         self.sessions.append(asked)
         session = ort.InferenceSession(data, any_threads_options(), providers=["CPUExecutionProvider"])
@@ -90,6 +92,19 @@ def _nodes(graph):
         for attribute in node.attribute:
             if attribute.HasField("g"):
                 yield from _nodes(attribute.g)
+
+
+def _require_flags_spelt_out(options):
+    """Fail as ONNX Runtime's Python module does, which has such a message for each flag of the TensorRT provider."""
+    for name, value in options.items():
+        refusal = f"The value for the key '{name}' should be 'True' or 'False'."
+        if value not in ("True", "False") and refusal in _python_module():
+            raise RuntimeError(refusal)
+
+
+@functools.cache
+def _python_module():
+    return Path(ort.capi.onnxruntime_pybind11_state.__file__).read_bytes().decode("latin-1")
 
 
 def known_options(provider):

@@ -100,7 +100,7 @@ def test_profile_names_every_shape(ort, wider, tmp_path):
     assert asked["trt_profile_max_shapes"] == "x:32x16x32x32"
     assert asked["trt_builder_optimization_level"] == "4"
     assert asked["trt_engine_cache_path"] == asked["trt_timing_cache_path"] == str(tmp_path)
-    assert (asked["trt_engine_cache_enable"], asked["trt_timing_cache_enable"]) == ("1", "1")
+    assert (asked["trt_engine_cache_enable"], asked["trt_timing_cache_enable"]) == ("True", "True")
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_integer_part_may_run_in_int8(ort, tmp_path):
     proto = onnx.ModelProto.FromString(model)
     proto.graph.initializer.append(numpy_helper.from_array(np.zeros(1, np.int8), "zero_point"))
     assert precision_of(proto) == "int8"
-    assert _asked(part, proto.SerializeToString(), cache=tmp_path)["trt_int8_enable"] == "1"
+    assert _asked(part, proto.SerializeToString(), cache=tmp_path)["trt_int8_enable"] == "True"
 
 
 def test_policy_of_a_half_precision_bundle_stays_fp32(ort, bundle_copy):
