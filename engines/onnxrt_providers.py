@@ -37,7 +37,8 @@ TENSORRT_INSTALL = 'pip install "tensorrt>=10.13,<11"'  # the provider is linked
 # The first whose CUDA provider has kernels for all that parts hold: Pad of opset 20 came with 1.25, Equal with 1.27. An
 # older one would leave them to the CPU (microsoft/onnxruntime issue 26393), which no session here does.
 OLDEST_FOR_CUDA = (1, 27)
-CUDA_INSTALL = 'pip install "onnxruntime-gpu>=1.27"'
+# with libraries that its provider is linked with, and that neither it nor PyTorch brings: libcurand
+CUDA_INSTALL = 'pip install "onnxruntime-gpu[cuda,cudnn]>=1.27"'
 MAX_CACHE_BYTES = 4 * 2**30  # of all bundles, GPUs and versions; a ResNet-101's FP32 weights are 0.17 GiB
 _BATCHES, _LEVEL = "bdtool.batches", "bdtool.optimization_level"  # keys of an engine file's metadata
 _PRECISION_FLAGS = {"fp16": "trt_fp16_enable", "bf16": "trt_bf16_enable", "int8": "trt_int8_enable"}
@@ -187,21 +188,23 @@ def require_provider(device: str, provider: Provider) -> None:
     options.log_severity_level = _FATAL_ONLY  # the reason goes into our error
     options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     engine = provider.engine_from_onnx(model)
-    advice = f"it needs TensorRT 10: {TENSORRT_INSTALL}" if provider.name == TENSORRT else "use --device cpu"
+    advice = f"it may lack libraries: {CUDA_INSTALL}"
+    if provider.name == TENSORRT:
+        advice += f"; it needs TensorRT 10: {TENSORRT_INSTALL}"
     ort.set_default_logger_severity(_FATAL_ONLY)  # a provider that does not load also tells the process's own log
     try:
         session = open_session(engine, options, provider.listed(part, engine))
     except Exception as exc:
         raise BackendError(
             f"device {device!r}: the {title} provider cannot start ({str(exc).strip().splitlines()[0]}); "
-            f"see `bdtool doctor`, or {advice}"
+            f"see `bdtool doctor`; {advice}"
         ) from exc
     finally:
         ort.set_default_logger_severity(_ORT_DEFAULT)
     if session.get_providers()[0] != provider.name:
         raise BackendError(
             f"device {device!r}: asked for {provider.name}, ONNX Runtime fell back to {session.get_providers()[0]}; "
-            f"see `bdtool doctor`, or {advice}"
+            f"see `bdtool doctor`; {advice}"
         )
 
 

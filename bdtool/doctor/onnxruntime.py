@@ -26,7 +26,7 @@ def onnxruntime_package() -> Finding:
 _GPU_PROVIDERS = {
     "CUDA": (
         "CUDAExecutionProvider",
-        "make its CUDA and cuDNN major versions available (`pip install onnxruntime-gpu[cuda,cudnn]`)",
+        'make its CUDA and cuDNN major versions available (`pip install "onnxruntime-gpu[cuda,cudnn]>=1.27"`)',
     ),
     "TensorRT": ("TensorrtExecutionProvider", 'pip install "tensorrt>=10.13,<11" (it is linked with TensorRT 10)'),
 }

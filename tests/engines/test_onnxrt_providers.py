@@ -198,7 +198,7 @@ def test_provider_that_is_not_installed_shows_what_installs_it(monkeypatch, tmp_
 
 def test_onnxruntime_whose_cuda_provider_lacks_kernels_is_refused(monkeypatch, tmp_path):
     install_onnxruntime(monkeypatch, tmp_path, version="1.26.0")
-    with pytest.raises(BackendError, match=r"1\.26\.0 has no CUDA kernels for Pad .*onnxruntime-gpu>=1\.27"):
+    with pytest.raises(BackendError, match=r"1\.26\.0 has no CUDA kernels for Pad .*onnxruntime-gpu.*>=1\.27"):
         open_backend("onnxruntime", "cuda:0")
     assert open_backend(BACKEND, "cuda:0").device == "cuda:0"  # TensorRT has its own
 
@@ -210,6 +210,13 @@ def test_provider_that_does_not_load_shows_what_it_needs(monkeypatch, tmp_path):
         BackendError, match=r'asked for TensorrtEx.* fell back to CUDAEx.*pip install "tensorrt>=10\.13'
     ):
         open_backend(BACKEND, "cuda:0")
+
+
+def test_cuda_provider_that_does_not_load_shows_what_brings_its_libraries(monkeypatch, tmp_path):
+    """As on a machine with a driver alone: libcurand comes with neither ONNX Runtime nor PyTorch."""
+    install_onnxruntime(monkeypatch, tmp_path, loadable=(CPU,))
+    with pytest.raises(BackendError, match=r"fell back to CPUEx.*pip install \"onnxruntime-gpu\[cuda,cudnn\]>=1"):
+        open_backend("onnxruntime", "cuda:0")
 
 
 def test_session_that_lost_its_provider_is_refused(ort, tiny_bundle):
