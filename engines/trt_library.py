@@ -28,6 +28,10 @@ _NEEDS = {
     TENSORRT_RTX: "it builds without a GPU",
 }
 
+# Never freed: the first log that TensorRT is given stays its global one until no builder or runtime is left, those of
+# libraries that were opened later included.
+_logs: list[Any] = []
+
 
 def installed_version(backend: str) -> str:
     """Return the version of "tensorrt" or "tensorrt-rtx" without importing it.
@@ -118,7 +122,9 @@ def load_library(backend: str) -> TensorRTLibrary:
 
 def library_from_module(backend: str, module: Any) -> TensorRTLibrary:
     """Return a library on an imported module, or on one with its classes."""
-    return TensorRTLibrary(backend, module, _log_class(module)())
+    library = TensorRTLibrary(backend, module, _log_class(module)())
+    _logs.append(library.log)
+    return library
 
 
 def _import_tensorrt() -> Any:

@@ -1,6 +1,9 @@
 """TensorRT-RTX engines, really built: every part, FP32 and FP16, channels-last, on a machine without a GPU."""
 
+import ctypes
+import gc
 import json
+import weakref
 from dataclasses import replace
 
 import onnx
@@ -14,6 +17,7 @@ from engines.layouts import CHANNELS_LAST
 from engines.libcuda import Driver
 from engines.registry import identify_backend, open_backend
 from engines.store import EngineStore
+from engines.trt_library import load_library
 from engines.trt_options import TensorRTOptions
 from engines.trt_plan import plan_from_bytes
 from export.bundle import Bundle
@@ -251,3 +255,15 @@ def test_engines_that_were_only_built_say_what_runs_them(tiny_bundle, build):
 def test_bytes_that_are_no_plan_give_no_answer():
     assert plan_from_bytes(b"") is None
     assert plan_from_bytes(b"header {\n  version = 5\n}\n") is None
+
+
+def test_log_that_the_library_holds_on_to_outlives_its_backend():
+    first, second = load_library(RTX), load_library(RTX)
+    builders = [library.module.Builder(library.log) for library in (first, second)]
+    get_logger = ctypes.CDLL("libtensorrt_rtx.so.1").getLogger
+    get_logger.restype = ctypes.c_void_p
+    log, registered = weakref.ref(first.log), get_logger()
+    del first, builders[0]
+    gc.collect()
+    assert get_logger() == registered  # the first one, though its builder is gone
+    assert log() is not None
