@@ -95,12 +95,16 @@ class TorchBackend:
         if self.device.type == "cpu":
             raise DataError("images: got a GPU array, the torch backend runs on the CPU. Open it with device='cuda:0'")
         try:
-            torch.as_tensor(values.owner, device=self.device)
+            found = torch.as_tensor(values.owner, device=self.device)
         except (RuntimeError, ValueError, TypeError) as exc:  # also where its memory is of another context
             raise DataError(
                 f"images: PyTorch cannot read the GPU array on {self.device} ({exc}). With PyCUDA import "
                 "pycuda.autoprimaryctx instead of pycuda.autoinit"
             ) from exc
+        if found.data_ptr() != values.address:  # of another GPU PyTorch makes a copy, and does not wait for its stream
+            raise DataError(
+                f"images: the GPU array is not on {self.device}. Copy it there first, or open the bundle with its GPU"
+            )
 
     def concatenate(self, values: Sequence[DeviceArray]) -> DeviceArray:
         return _device_array(torch.cat([_owned(one) for one in values]))

@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -153,6 +154,20 @@ def test_memory_of_another_context_or_gpu_is_refused(driver, tiny, preprocessed,
     driver.owners[images.address], driver.ordinals[images.address] = context, gpu
     with _open(tiny.bundle) as runtime, pytest.raises(DataError, match=r"another CUDA context.*pycuda\.autoprimaryctx"):
         runtime.run(images)
+
+
+def test_torch_refuses_memory_of_another_gpu(monkeypatch, driver):
+    """PyTorch itself would copy it."""
+    images, backend = device_array(GpuArray(driver, np.zeros((1, 3, 4, 4), np.float32))), TorchBackend()
+    backend.device = torch.device("cuda:1")
+    for address in (images.address, images.address + 1):
+        tensor = SimpleNamespace(data_ptr=lambda address=address: address)
+        monkeypatch.setattr(torch, "as_tensor", lambda values, device, tensor=tensor: tensor)
+        if address == images.address:
+            backend.check_device_array(images)
+        else:
+            with pytest.raises(DataError, match="the GPU array is not on cuda:1"):
+                backend.check_device_array(images)
 
 
 @pytest.mark.parametrize(
