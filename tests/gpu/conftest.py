@@ -6,6 +6,7 @@ import pytest
 
 from bdtool.errors import BdtoolError
 from engines.registry import identify_backend, open_backend
+from tests.fake_onnxruntime import install_onnxruntime
 from tests.fake_tensorrt import install_gpu
 
 
@@ -17,16 +18,16 @@ class Place(NamedTuple):
     memory_slack: int  # bytes that the driver, or another process, may take meanwhile
 
 
-STAND_IN = "tensorrt, stand-in"
+STAND_INS = {"tensorrt, stand-in": install_gpu, "onnxruntime, stand-in": install_onnxruntime}
 BACKENDS = ("torch", "tensorrt", "tensorrt-rtx", "onnxruntime", "onnxruntime-tensorrt")
 
 
-@pytest.fixture(params=[STAND_IN, *(pytest.param(name, marks=pytest.mark.gpu) for name in BACKENDS)])
+@pytest.fixture(params=[*STAND_INS, *(pytest.param(name, marks=pytest.mark.gpu) for name in BACKENDS)])
 def place(request, monkeypatch, tmp_path):
     """A backend that works here; skipped with the reason where it does not."""
-    if request.param == STAND_IN:
-        install_gpu(monkeypatch, tmp_path)
-        return Place("tensorrt", "cuda:0", 8, 1e-4, 0)
+    if request.param in STAND_INS:
+        STAND_INS[request.param](monkeypatch, tmp_path)
+        return Place(request.param.partition(",")[0], "cuda:0", 8, 1e-4, 0)
     try:
         identify_backend(request.param, "cuda:0")
         open_backend(request.param, "cuda:0")
