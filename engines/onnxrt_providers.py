@@ -24,7 +24,7 @@ from onnx import TensorProto, helper, numpy_helper
 from bdtool.errors import BackendError
 from bdtool.specs import BATCH_AXIS, PartSpec, TensorSpec
 from engines.gpu_cache import gpu_cache_directory, mark_used, prune
-from engines.libcuda import driver_from_libcuda
+from engines.libcuda import Driver, driver_from_libcuda
 from engines.trt_options import ONNXRUNTIME_TENSORRT, TensorRTOptions
 from export.files import sha256_of_bytes
 from export.onnx_precision import precision_of
@@ -34,11 +34,9 @@ logger = logging.getLogger(__name__)
 
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
 TENSORRT_INSTALL = 'pip install "tensorrt>=10.13,<11"'  # the provider is linked with libnvinfer.so.10
-# The first whose CUDA provider has kernels for all that parts hold: Pad of opset 20 came with 1.25, Equal with 1.27. An
-# older one would leave them to the CPU (microsoft/onnxruntime issue 26393), which no session here does.
-OLDEST_FOR_CUDA = (1, 27)
-# with libraries that its provider is linked with, and that neither it nor PyTorch brings: libcurand
-CUDA_INSTALL = 'pip install "onnxruntime-gpu[cuda,cudnn]>=1.27"'
+# The first whose CUDA provider has kernels for all that parts hold: Pad of opset 20. An older one would leave it to the
+# CPU (microsoft/onnxruntime issue 26393), which no session here does.
+OLDEST_FOR_CUDA = (1, 25)
 MAX_CACHE_BYTES = 4 * 2**30  # of all bundles, GPUs and versions; a ResNet-101's FP32 weights are 0.17 GiB
 _BATCHES, _LEVEL = "bdtool.batches", "bdtool.optimization_level"  # keys of an engine file's metadata
 _PRECISION_FLAGS = {"fp16": "trt_fp16_enable", "bf16": "trt_bf16_enable", "int8": "trt_int8_enable"}
@@ -176,10 +174,11 @@ def require_provider(device: str, provider: Provider) -> None:
             f"(it has {', '.join(ort.get_available_providers())}); "
             "install it with: pip uninstall onnxruntime; pip install onnxruntime-gpu"
         )
-    if provider.name == CUDA and (reason := too_old_for_cuda(ort.__version__)):
-        raise BackendError(f"device {device!r}: {reason}; update it: {CUDA_INSTALL}, or use --device cpu")
-    if error := driver_from_libcuda().error:  # of which the provider would speak in riddles
+    driver = driver_from_libcuda()
+    if error := driver.error:  # of which the provider would speak in riddles
         raise BackendError(f"device {device!r}: {error}. See `bdtool doctor`, or use --device cpu")
+    if provider.name == CUDA and (reason := too_old_for_cuda(ort.__version__)):
+        raise BackendError(f"device {device!r}: {reason}; update it: {cuda_install(driver)}, or use --device cpu")
     if provider.name == TENSORRT:
         os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")  # read when its libraries load
     load_libraries(tensorrt=provider.name == TENSORRT)
@@ -188,7 +187,7 @@ def require_provider(device: str, provider: Provider) -> None:
     options.log_severity_level = _FATAL_ONLY  # the reason goes into our error
     options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     engine = provider.engine_from_onnx(model)
-    advice = f"it may lack libraries: {CUDA_INSTALL}"
+    advice = f"it may lack libraries: {cuda_install(driver)}"
     if provider.name == TENSORRT:
         advice += f"; it needs TensorRT 10: {TENSORRT_INSTALL}"
     ort.set_default_logger_severity(_FATAL_ONLY)  # a provider that does not load also tells the process's own log
@@ -213,7 +212,17 @@ def too_old_for_cuda(version: str) -> str | None:
     major, minor = (int(number) for number in version.split(".")[:2])
     if (major, minor) >= OLDEST_FOR_CUDA:
         return None
-    return f"onnxruntime {version} has no CUDA kernels for Pad and Equal of opset 20"
+    return f"onnxruntime {version} has no CUDA kernel for Pad of opset 20"
+
+
+def cuda_install(driver: Driver) -> str:
+    """Return the command that installs ONNX Runtime with what its CUDA provider is linked with.
+
+    The extras bring libcurand, which PyTorch does not. From 1.27 on the packages are built with CUDA 13, which a driver
+    of CUDA 12 does not load.
+    """
+    below = ",<1.27" if driver.usable and driver.cuda_version < (13, 0) else ""
+    return f'pip install "onnxruntime-gpu[cuda,cudnn]>=1.25{below}"'
 
 
 def open_session(data: bytes, options: ort.SessionOptions, providers: list[Any]) -> ort.InferenceSession:

@@ -80,13 +80,14 @@ class _Builder:
             self._constant("flat", np.array([n_blocks], dtype=np.int64))
             self._node("Reshape", [probability, "flat"], ["flat_probability"])
             self._node("GreaterOrEqual", ["flat_probability", "threshold"], ["decided"])
-        self._constant("force_none", np.array(0, dtype=np.int32))
-        self._constant("force_keep", np.array(FORCE_KEEP, dtype=np.int32))
-        self._node("Cast", [force], ["forced"], to=onnx.TensorProto.INT32)  # the CUDA provider compares no uint8
-        self._node("Equal", ["forced", "force_none"], ["is_free"])
-        self._node("Equal", ["forced", "force_keep"], ["is_kept"])
-        self._node("And", ["is_free", "decided"], ["is_chosen"])
-        self._node("Or", ["is_chosen", "is_kept"], [keep])  # ONNX Runtime has no Where for booleans
+        # ONNX Runtime's CUDA provider compares no uint8, and has Equal of this opset only since 1.27
+        self._node("Cast", [force], ["force_number"], to=onnx.TensorProto.INT32)
+        for name, least in (("forced", FORCE_KEEP), ("dropped", FORCE_DROP)):
+            self._constant(f"least_{name}", np.array(least, dtype=np.int32))
+            self._node("GreaterOrEqual", ["force_number", f"least_{name}"], [f"is_{name}"])
+        self._node("Not", ["is_dropped"], ["may_run"])
+        self._node("Or", ["decided", "is_forced"], ["is_wanted"])
+        self._node("And", ["is_wanted", "may_run"], [keep])  # ONNX Runtime has no Where for booleans
         names = [f"keep_{k}" for k in range(n_blocks)]
         self._constant("ones", np.ones(n_blocks, dtype=np.int64))
         self._node("Split", [keep, "ones"], names, axis=0)

@@ -15,7 +15,7 @@ from engines.libcuda import Driver, Gpu
 from export.ort_threads import any_threads_options
 
 ALL = ("TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider")
-# The versions of each operator, first to last, that its CUDA provider has kernels for since 1.27; None: that one alone,
+# The versions of each operator, first to last, that its CUDA provider has kernels for since 1.25; None: that one alone,
 # as a kernel without a last version is not taken for a later one (onnxruntime/core/framework/kernel_registry.cc).
 _KERNELS = {
     **dict.fromkeys(("Add", "Mul", "Relu"), (14, None)),
@@ -25,11 +25,11 @@ _KERNELS = {
     **dict.fromkeys(("Cast", "DequantizeLinear", "Identity", "If", "Pad", "QuantizeLinear", "Reshape"), (19, 20)),
     **dict.fromkeys(("Flatten", "Transpose"), (13, 20)),
     **{"AveragePool": (19, 21), "Conv": (11, 21), "GlobalAveragePool": (1, 21), "MaxPool": (12, None)},
-    **{"Equal": (19, None), "GreaterOrEqual": (16, None)},
+    **{"GreaterOrEqual": (16, None), "Not": (1, None)},
 }
 # What it compares, by its own list: docs/OperatorKernels.md.
 _COMPARED = {
-    *(TensorProto.BOOL, TensorProto.INT32, TensorProto.INT64, TensorProto.UINT32, TensorProto.UINT64),
+    *(TensorProto.INT32, TensorProto.INT64, TensorProto.UINT32, TensorProto.UINT64),
     *(TensorProto.DOUBLE, TensorProto.FLOAT, TensorProto.FLOAT16),
 }
 _LIBRARIES = {ALL[0]: "libonnxruntime_providers_tensorrt.so", ALL[1]: "libonnxruntime_providers_cuda.so"}
@@ -81,7 +81,7 @@ def _refuse_what_cuda_has_no_kernel_for(data):
         first, last = _KERNELS.get(node.op_type, (None, None))
         since = onnx.defs.get_schema(node.op_type, opset, node.domain).since_version
         has_kernel = first is not None and first <= since <= (first if last is None else last)
-        if not has_kernel or (node.op_type == "Equal" and types[node.input[0]] not in _COMPARED):
+        if not has_kernel or (node.op_type == "GreaterOrEqual" and types[node.input[0]] not in _COMPARED):
             raise RuntimeError(f"{node.name}: this session contains graph nodes assigned to the default CPU EP")
 
 

@@ -183,9 +183,9 @@ def test_onnxruntime_whose_cuda_provider_lacks_kernels_is_a_problem(monkeypatch:
     monkeypatch.setattr(ort, "InferenceSession", lambda *arguments, **options: session)
     monkeypatch.setattr(ort, "get_available_providers", session.get_providers)
     assert onnxruntime.gpu_provider("CUDA", ONE_GPU).status == "ok"
-    monkeypatch.setattr(ort, "__version__", "1.26.0")
+    monkeypatch.setattr(ort, "__version__", "1.24.4")
     finding = onnxruntime.gpu_provider("CUDA", ONE_GPU)
-    assert (finding.status, finding.remedy) == ("problem", 'pip install "onnxruntime-gpu[cuda,cudnn]>=1.27"')
+    assert (finding.status, finding.remedy) == ("problem", 'pip install "onnxruntime-gpu[cuda,cudnn]>=1.25"')
 
 
 def test_onnxruntime_without_a_tensorrt_provider_says_so(importable: Any) -> None:

@@ -26,7 +26,7 @@ def onnxruntime_package() -> Finding:
 _GPU_PROVIDERS = {
     "CUDA": (
         "CUDAExecutionProvider",
-        'make its CUDA and cuDNN major versions available (`pip install "onnxruntime-gpu[cuda,cudnn]>=1.27"`)',
+        "make its CUDA and cuDNN major versions available",
     ),
     "TensorRT": ("TensorrtExecutionProvider", 'pip install "tensorrt>=10.13,<11" (it is linked with TensorRT 10)'),
 }
@@ -44,12 +44,13 @@ def gpu_provider(title: str, driver: Driver) -> Finding:
     if not driver.usable:  # asking onnxruntime would only print its own errors
         return Finding(name, "missing", f"{driver_detail(driver)}; the CPU provider works", driver_remedy(driver))
     error = _session_error(ort, provider)
-    if error is not None:
-        return Finding(name, "problem", f"{error}; the CPU provider works", remedy)
-    from engines.onnxrt_providers import CUDA, CUDA_INSTALL, too_old_for_cuda
+    from engines.onnxrt_providers import CUDA, cuda_install, too_old_for_cuda
 
+    if error is not None:
+        remedy += f" (`{cuda_install(driver)}`)" if provider == CUDA else ""
+        return Finding(name, "problem", f"{error}; the CPU provider works", remedy)
     if provider == CUDA and (reason := too_old_for_cuda(ort.__version__)):
-        return Finding(name, "problem", f"{reason}; the CPU provider works", CUDA_INSTALL)
+        return Finding(name, "problem", f"{reason}; the CPU provider works", cuda_install(driver))
     return Finding(name, "ok", "a session runs on the GPU")
 
 

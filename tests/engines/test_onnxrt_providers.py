@@ -12,8 +12,8 @@ from onnx import numpy_helper
 from bdtool import Orchestrator
 from bdtool.errors import BackendError, UsageError
 from engines import onnxrt_providers
-from engines.libcuda import Driver
-from engines.onnxrt_providers import CudaProvider, TensorRTProvider, probe_part
+from engines.libcuda import Driver, Gpu
+from engines.onnxrt_providers import CudaProvider, TensorRTProvider, cuda_install, probe_part
 from engines.registry import identify_backend, open_backend
 from engines.store import EngineStore
 from engines.trt_options import TensorRTOptions
@@ -197,8 +197,8 @@ def test_provider_that_is_not_installed_shows_what_installs_it(monkeypatch, tmp_
 
 
 def test_onnxruntime_whose_cuda_provider_lacks_kernels_is_refused(monkeypatch, tmp_path):
-    install_onnxruntime(monkeypatch, tmp_path, version="1.26.0")
-    with pytest.raises(BackendError, match=r"1\.26\.0 has no CUDA kernels for Pad .*onnxruntime-gpu.*>=1\.27"):
+    install_onnxruntime(monkeypatch, tmp_path, version="1.24.4")
+    with pytest.raises(BackendError, match=r"1\.24\.4 has no CUDA kernel for Pad .*onnxruntime-gpu.*>=1\.25"):
         open_backend("onnxruntime", "cuda:0")
     assert open_backend(BACKEND, "cuda:0").device == "cuda:0"  # TensorRT has its own
 
@@ -217,6 +217,12 @@ def test_cuda_provider_that_does_not_load_shows_what_brings_its_libraries(monkey
     install_onnxruntime(monkeypatch, tmp_path, loadable=(CPU,))
     with pytest.raises(BackendError, match=r"fell back to CPUEx.*pip install \"onnxruntime-gpu\[cuda,cudnn\]>=1"):
         open_backend("onnxruntime", "cuda:0")
+
+
+@pytest.mark.parametrize(("cuda", "below"), [((12, 4), ",<1.27"), ((13, 0), "")])
+def test_driver_of_cuda_12_is_given_packages_of_cuda_12(cuda, below):
+    driver = Driver(cuda, (Gpu("Tesla T4", (7, 5)),))
+    assert cuda_install(driver) == f'pip install "onnxruntime-gpu[cuda,cudnn]>=1.25{below}"'
 
 
 def test_session_that_lost_its_provider_is_refused(ort, tiny_bundle):
