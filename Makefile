@@ -34,7 +34,7 @@ test: lint
 lint: $(VENV)/.stamp-dev
 	$(call timed,ruff,$(BIN)/ruff check --quiet $(SOURCES) && $(BIN)/ruff format --check --quiet $(SOURCES))
 	$(call timed,mypy,$(BIN)/mypy --no-error-summary)
-	$(call timed,codespell,$(BIN)/codespell $(SOURCES) *.md pyproject.toml Makefile)
+	$(call timed,codespell,$(BIN)/codespell $(SOURCES) *.md docs pyproject.toml Makefile)
 
 format: $(VENV)/.stamp-dev
 	@$(BIN)/ruff check --fix --quiet $(SOURCES)

@@ -1,4 +1,4 @@
-"""What README.md shows can be done: its commands exist with these options, and its Python example runs."""
+"""What README.md and docs/ show can be done: their commands exist with these options, and the Python example runs."""
 
 import dataclasses
 import re
@@ -21,9 +21,14 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 _FENCE = re.compile(r"^```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+ALL_PAGES = [*PAGES, *sorted(REPOSITORY.glob("benchmarks/*.md")), REPOSITORY / "CONTRIBUTING.md"]
+
+
 @pytest.fixture(scope="module")
 def readme() -> str:
-    return (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    """README.md and the pages that it leads to."""
+    return "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
 
 
 def _code(text: str, *languages: str) -> list[str]:
@@ -71,7 +76,7 @@ def test_every_command_of_the_readme_exists_with_its_options(readme: str) -> Non
     commands = _commands(readme, "bdtool")
     assert {"import", "export", "run", "profile"} <= {words[0] for words in commands}
     for words in commands:
-        assert words[0] in main.commands, f"README.md: no command {words}"
+        assert words[0] in main.commands, f"no command {words}"
         has_arguments = len(words) > 1
         if has_arguments or words[0] in ("doctor", "models", "demo"):
             _parse(words)
@@ -92,7 +97,7 @@ def test_every_curriculum_of_the_readme_learns_all_blocks(readme: str) -> None:
 @pytest.mark.usefixtures("paths_need_not_exist")
 def test_training_commands_of_the_readme_are_those_of_the_shipped_model(readme: str) -> None:
     """All but the first, as its base was imported; and but for the number format, which depends on the machine."""
-    [code] = [code for code in _code(readme, "") if "bdtool train imitate" in code]
+    [code] = [code for code in _code(readme, "") if "bdtool train pretrain" in code]
     expected = _trainings(read_spec(shipped_models()["r32-cifar10"]).provenance)
     for training, words in zip(expected, _words(code.splitlines(), "bdtool")[1:], strict=True):
         given, recorded = _parse(words), training["options"]
@@ -140,7 +145,22 @@ def test_python_example_runs(readme: str, export_random: Any, tmp_path: Path, mo
         exec(compile(code, "README.md", "exec"), {})
 
 
-def test_linked_files_exist(readme: str) -> None:
-    links = re.findall(r"\]\((?!https?:)([^)#]+)", readme)
-    assert links
-    assert [link for link in links if not (REPOSITORY / link).exists()] == []
+@pytest.mark.parametrize("page", ALL_PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
+def test_linked_files_and_sections_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for link in re.findall(r"\]\((?!https?:)([^)]+)\)", text):
+        file, _, section = link.partition("#")
+        target = page.parent / file if file else page
+        assert target.exists(), link
+        assert not section or section in _sections(target), link
+
+
+def _sections(page: Path) -> set[str]:
+    """Return the anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_readme_leads_to_every_page() -> None:
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    assert [page.name for page in PAGES[1:] if f"(docs/{page.name})" not in text] == []
