@@ -126,9 +126,12 @@ def device_array(values: Any) -> DeviceArray | None:
     """Return `values` as an array on a GPU, or None where it is none.
 
     Raises:
-        DataError: it is one that does not lie C-contiguous.
+        DataError: it is one that does not lie C-contiguous, or a tensor that takes part in a gradient.
     """
-    interface = getattr(values, "__cuda_array_interface__", None)
+    try:
+        interface = getattr(values, "__cuda_array_interface__", None)
+    except RuntimeError as exc:  # PyTorch's, of a tensor that requires a gradient
+        raise DataError(f"images: the GPU array cannot be read ({exc}). Pass images.detach()") from exc
     if interface is None and _is_dlpack_on_cuda(values):
         import torch
 

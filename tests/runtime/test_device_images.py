@@ -234,6 +234,16 @@ def test_dlpack_on_cuda_is_read_by_pytorch(monkeypatch, driver):
     assert device_array(np.zeros(3)) is None  # DLPack, but on the host
 
 
+def test_a_tensor_with_a_gradient_is_refused():
+    class Learned:
+        @property
+        def __cuda_array_interface__(self):
+            raise RuntimeError("Can't get __cuda_array_interface__ on Variable that requires grad")  # as PyTorch
+
+    with pytest.raises(DataError, match=r"requires grad\). Pass images.detach\(\)"):
+        device_array(Learned())
+
+
 @pytest.mark.parametrize(("stream", "current"), [(0x5, ("external", 0x5)), (0, "default"), (1, "default")])
 def test_dlpack_is_made_by_pytorch_on_the_stream_of_the_values(monkeypatch, driver, stream, current):
     given = {}
