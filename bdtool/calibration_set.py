@@ -42,7 +42,7 @@ class CalibrationSet:
         for batch in images.batches(_BATCH):
             keep = keep_for(policy, len(batch.images), first)
             if keep is None:
-                keep = fp32.keep_probability(batch.images) >= fp32.network.threshold
+                keep = fp32.decide(batch.images)
             rows.append(keep)
             digest.update(batch.images.tobytes())
             digest.update(keep.tobytes())

@@ -42,6 +42,6 @@ def _decisions(
     first = 0
     for batch in data.batches(_BATCH, limit=limit):
         keep = keep_for(request, len(batch.images), first)
-        yield runtime.keep_probability(batch.images) >= runtime.network.threshold if keep is None else keep
+        yield runtime.decide(batch.images) if keep is None else keep
         first += len(batch.images)
         on_batch(len(batch.images))

@@ -77,7 +77,7 @@ class Reference:
             first += len(batch.images)
 
     def _ask(self, images: np.ndarray, first: int) -> _Answers:
-        bits = _keep_bits(self.fp32, images) if self.fp32.network.has_policy else None
+        bits = self.fp32.decide(images) if self.fp32.network.has_policy else None
         keep = keep_for(self.request, len(images), first)
         keep = bits if keep is None else keep
         assert keep is not None
@@ -97,7 +97,7 @@ def measure_gates(
     for batch, fp32 in reference.batches():
         tally.add(fp32.logits, other.run(batch.images, policy=fp32.keep).logits, batch.labels)
         if fp32.bits is not None:
-            tally.add_flips(fp32.bits != _keep_bits(other, batch.images))
+            tally.add_flips(fp32.bits != other.decide(batch.images))
         n_images += len(batch.images)
         on_batch(len(batch.images))
     return Gates(
@@ -107,11 +107,6 @@ def measure_gates(
         max_accuracy_drop=max_accuracy_drop,
         **tally.figures(),
     )
-
-
-def _keep_bits(runtime: Orchestrator, images: np.ndarray) -> np.ndarray:
-    keep: np.ndarray = runtime.keep_probability(images) >= runtime.network.threshold
-    return keep
 
 
 class _Tally:

@@ -38,6 +38,11 @@ class TorchClassifier:
             probability = self._model.keep_probability(self._inputs(images))
         return probability.cpu().numpy()
 
+    def decide(self, images: np.ndarray) -> np.ndarray:
+        """Return what the policy network keeps, bool [N, K]."""
+        keep: np.ndarray = self.keep_probability(images) >= self.network.threshold
+        return keep
+
     def _inputs(self, images: np.ndarray) -> torch.Tensor:
         device = next(self._model.parameters()).device
         return torch.from_numpy(self._preprocess(images)).to(device)

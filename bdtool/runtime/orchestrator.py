@@ -238,6 +238,11 @@ class Orchestrator:
             engine = engines[part.name]
             return np.concatenate([engine.run({part.inputs[0].name: s})[part.outputs[0].name] for s in slices])
 
+    def decide(self, images: np.ndarray) -> np.ndarray:
+        """Return what the policy network keeps, bool [N, K], without running anything else; errors as above."""
+        keep: np.ndarray = self.keep_probability(images) >= self.network.threshold
+        return keep
+
     @property
     def path_stats(self) -> PathStats | None:
         """What the path cache has done; None for other strategies. Preprocessed images may have one of their own."""
@@ -335,7 +340,9 @@ class Orchestrator:
         """Return images that are on a GPU; raise TypeError or DataError where they are not, or not on the backend's."""
         found = device_array(images)
         if found is None:
-            raise TypeError(f"images must be a numpy array, or one on a GPU; got {type(images).__name__}")
+            raise TypeError(
+                f"images must be a numpy array, or one on a GPU; got {type(images).__name__}. Pass np.asarray(images)"
+            )
         if not isinstance(self._backend, DeviceArrayBackend):
             raise DataError(
                 "images: got a GPU array, this backend takes host arrays. Open the bundle with --backend torch or "

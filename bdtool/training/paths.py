@@ -40,9 +40,8 @@ def deployed_paths(model: BlockDropModel, images: ImageSource, *, group: Group) 
     keep = torch.empty(images.n_images, model.n_blocks, dtype=torch.bool, device=group.device)
     if group.is_first:
         classifier = TorchClassifier(model)
-        threshold = classifier.network.threshold
-        rows = (classifier.keep_probability(batch.images) >= threshold for batch in images.batches(500))
-        keep = torch.from_numpy(np.concatenate(list(rows))).to(group.device)
+        rows = [classifier.decide(batch.images) for batch in images.batches(500)]
+        keep = torch.from_numpy(np.concatenate(rows)).to(group.device)
     return _rows_of_images(group.from_first(keep).cpu())
 
 

@@ -70,6 +70,7 @@ def test_keep_probabilities_are_those_of_pytorch(driver, tiny, bundle_copy, pixe
     with Orchestrator.open(bundle_copy, **TENSORRT) as runtime:
         for given in (images, ready):
             np.testing.assert_allclose(runtime.keep_probability(given), expected, atol=1e-4)
+            assert np.array_equal(runtime.decide(given), expected >= 0.5)
 
 
 @pytest.mark.parametrize("strategy", ["chain", "graph", "full"])
