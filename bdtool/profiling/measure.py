@@ -142,10 +142,11 @@ def _run_round(track: Track, *, number: int, n_requests: int) -> None:
 
 
 def stability_warnings(samples: Mapping[str, Samples]) -> list[str]:
-    """Return trtexec's warning for each strategy whose latency of equal work varies too much."""
+    """Return trtexec's warning, once, with the strategies whose latency of equal work varies too much."""
+    shaky = [f"{name} {one.variation:.1%}" for name, one in samples.items() if one.variation > UNSTABLE_ABOVE]
+    if not shaky:
+        return []
     return [
-        f"{name}: coefficient of variation {sample.variation:.1%} is above {UNSTABLE_ABOVE:.1%}; the machine is busy "
-        "or its clock changes. Compare medians and ratios of one run only"
-        for name, sample in samples.items()
-        if sample.variation > UNSTABLE_ABOVE
+        f"coefficient of variation above {UNSTABLE_ABOVE:.1%}: {', '.join(shaky)}; the machine is busy or its clock "
+        "changes. Compare medians and ratios of one run only"
     ]
