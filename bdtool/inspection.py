@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from bdtool.runtime.masks import read_masks
 from bdtool.runtime.recommendation import read_recommendations
 from bdtool.specs import NetworkSpec, PartSpec, dict_from_spec
 from export.bundle import Bundle
+
+_FINETUNE = "bdtool train finetune"  # as a MODEL says what made it
 
 
 def describe_model(path: Path) -> dict[str, Any]:
@@ -61,6 +64,21 @@ def describe_bundle(path: Path) -> dict[str, Any]:
             for part in manifest.network.parts
         ],
     }
+
+
+def tuned_for(provenance: Mapping[str, Any]) -> str | None:
+    """Return the policy that a model's base was last fine-tuned for; None where it learned with every block.
+
+    Every block at once is then not what the base is best at, and no baseline for an accuracy.
+    """
+    step: object = provenance
+    while isinstance(step, Mapping):
+        options = step.get("options")
+        if step.get("created_by") == _FINETUNE and isinstance(options, Mapping):
+            policy = str(options.get("policy", "learned"))
+            return None if policy == "all" else policy
+        step = step.get("start")
+    return None
 
 
 def _built_facts(directory: Path, network: NetworkSpec) -> dict[str, Any]:

@@ -87,6 +87,9 @@ def _bdtool(command: str, *arguments: object) -> None:
 
 def _compare(bundle: Path, test: Path) -> None:
     """Print accuracy and latency of each policy beside the full network."""
+    from bdtool.inspection import tuned_for
+    from export.bundle import Bundle
+
     rows = [_figures(bundle, test, policy) for policy in POLICIES]
     rows.sort(key=lambda row: -float(row["blocks"]))
     full = rows[0]["full_ms"]
@@ -108,6 +111,10 @@ def _compare(bundle: Path, test: Path) -> None:
     print_table(
         columns, table, title=f"Comparison on {test.name}; FLOPs and time relative to the full network of the same run"
     )
+    if policy := tuned_for(Bundle.open(bundle).manifest.provenance):
+        click.echo(
+            f"The base was fine-tuned for policy {policy}: every block at once is a baseline for time, not accuracy."
+        )
 
 
 def _figures(bundle: Path, test: Path, policy: str) -> dict[str, Any]:

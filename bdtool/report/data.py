@@ -104,6 +104,7 @@ class ReportData:
     is_real_input: bool
     n_images: int
     accuracy: float | None
+    tuned_for: str | None  # the policy that the base was fine-tuned for
     blocks_mean: float
     blocks_std: float
     flops_mean: float

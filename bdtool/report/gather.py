@@ -14,6 +14,7 @@ import numpy as np
 
 from bdtool.data.batches import ImageSource
 from bdtool.evaluation import evaluate, keep_for
+from bdtool.inspection import tuned_for
 from bdtool.profiling.line import fit_line
 from bdtool.profiling.profile import Profile
 from bdtool.profiling.statistics import Samples
@@ -229,6 +230,7 @@ def report_from(
         is_real_input=source.is_real,
         n_images=len(walk.keep),
         accuracy=None if walk.correct is None else float(walk.correct.mean()),
+        tuned_for=tuned_for(bundle.manifest.provenance),
         blocks_mean=float(walk.blocks_run.mean()),
         blocks_std=float(walk.blocks_run.std()),
         flops_mean=float(flops.mean()),

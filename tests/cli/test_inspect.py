@@ -4,6 +4,10 @@ import json
 
 import pytest
 
+from bdtool.inspection import tuned_for
+from bdtool.models.shipped import shipped_models
+from bdtool.models.store import read_spec
+
 
 def test_each_step_that_a_model_came_from_is_a_line(bdtool):
     lines = bdtool("inspect", "r32-cifar10").stdout.splitlines()
@@ -16,6 +20,17 @@ def test_each_step_that_a_model_came_from_is_a_line(bdtool):
     after = lines[1 + next(i for i, line in enumerate(lines) if line.startswith("provenance:"))]
     assert after.strip().startswith("options alpha 0.8, ")
     assert "limit" not in after  # it was not given
+
+
+def test_a_base_says_which_policy_it_was_tuned_for():
+    """Its accuracy with every block is then no baseline."""
+    assert tuned_for(read_spec(shipped_models()["r32-cifar10"]).provenance) == "learned"
+    pretrained = {"created_by": "bdtool train pretrain", "options": {"epochs": 3}}
+    for policy, expected in (("first:7", "first:7"), ("all", None)):
+        tuned = {"created_by": "bdtool train finetune", "options": {"policy": policy}, "start": pretrained}
+        assert tuned_for({"created_by": "bdtool train curriculum", "options": {}, "start": tuned}) == expected
+    for provenance in (pretrained, {}, {"start": "a name"}):
+        assert tuned_for(provenance) is None
 
 
 def test_bundle_says_what_was_built_and_noted(bdtool, bdtool_json, bundle_copy, npz):

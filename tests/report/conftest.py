@@ -40,6 +40,7 @@ def varied() -> ReportData:
         is_real_input=True,
         n_images=200,
         accuracy=0.9125,
+        tuned_for=HOSTILE,
         blocks_mean=7.5,
         blocks_std=1.25,
         flops_mean=7.0e7,

@@ -94,6 +94,7 @@ def test_a_fixed_policy_is_said_instead_of_drawn(fixed: ReportData) -> None:
 def test_data_without_labels_skip_the_classes_and_say_so(unlabelled: ReportData) -> None:
     page = Page(render(unlabelled))
     assert "no labels, so there is no accuracy to show" in page.text
+    assert "was fine-tuned for policy" not in page.text
     assert "no labels, so the policies of each class" in page.text
     assert page.all("img") == []
 
