@@ -12,6 +12,7 @@ import gc
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import cached_property
 from importlib.metadata import version
 from math import prod
 from typing import Any
@@ -230,9 +231,10 @@ class CudaDevice:
         attribute = getattr(self.cu.CUpointer_attribute, f"CU_POINTER_ATTRIBUTE_{name}")
         return checked(self.cu, self.cu.cuPointerGetAttribute(attribute, address), f"the address {address:#x}")
 
-    def synchronize(self) -> None:
-        """Wait for all enqueued work; what failed in it shows here."""
-        checked(self.cu, self.cu.cuStreamSynchronize(self.stream), "to finish the work enqueued")
+    def synchronize(self, stream: Any | None = None) -> None:
+        """Wait for all work that was put on the device's stream, or on another one; what failed in it shows here."""
+        where = self.stream if stream is None else stream
+        checked(self.cu, self.cu.cuStreamSynchronize(where), "to finish the work enqueued")
 
     def timer(self) -> DeviceTimer:
         """Return a timer by events on the stream; it collects whichever context is current."""
@@ -243,24 +245,33 @@ class CudaDevice:
 
         return DeviceTimer(lambda: CudaEvent(self), synchronize, self.copies)
 
+    @cached_property
+    def capture_stream(self) -> Any:
+        """A CUstream that nobody else knows, where `stream` goes to whoever is given results that stay on the device.
+
+        Work of another thread on a stream that is captured joins the capture, and waiting for such a stream ends it.
+        """
+        with self.current():
+            return self._new_stream()
+
     def capture(self, enqueue: Callable[[], None]) -> Any:
-        """Return the CUgraph of what `enqueue` puts on the stream; nothing of it runs.
+        """Return the CUgraph of what `enqueue` puts on `capture_stream`; nothing of it runs.
 
         Raises:
             EngineError: the work cannot be captured. The stream is usable afterwards.
         """
-        cu = self.cu
+        cu, stream = self.cu, self.capture_stream
         mode = cu.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
         with nothing_collected():
-            checked(cu, cu.cuStreamBeginCapture(self.stream, mode), "to capture")
+            checked(cu, cu.cuStreamBeginCapture(stream, mode), "to capture")
             try:
                 enqueue()
             except BaseException:
-                status, graph = cu.cuStreamEndCapture(self.stream)
+                status, graph = cu.cuStreamEndCapture(stream)
                 if status == cu.CUresult.CUDA_SUCCESS:
                     cu.cuGraphDestroy(graph)
                 raise
-            return checked(cu, cu.cuStreamEndCapture(self.stream), "the captured work")
+            return checked(cu, cu.cuStreamEndCapture(stream), "the captured work")
 
     def launch(self, executable: Any) -> None:
         """Enqueue an instantiated graph (CUgraphExec)."""

@@ -138,16 +138,17 @@ class TensorRTEngine(PartEngine):
     def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Call:
         if self._context is None:
             self._context = _Context(self._part, self._engine, self._runtime)
-        return self._context.call(inputs, outputs)
+        return self._context.call(inputs, outputs, stream=self._runtime.device.stream)
 
     def capture(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer], *, beside: bool) -> Captured:
         """Capture one call, in an execution context that nothing else uses; see `engines.capture.Capturer`."""
         device = self._runtime.device
         context = _Context(self._part, self._engine, self._runtime, beside=beside)
-        call = context.call(inputs, outputs)
+        call = context.call(inputs, outputs, stream=device.capture_stream)
+        device.synchronize()  # work on the other stream may be using the buffers and the scratch memory
         call()  # compiles and sets up whatever the first call after a change of shape or address does
-        device.synchronize()
-        context.check_capturable()
+        device.synchronize(device.capture_stream)
+        context.check_capturable(device.capture_stream)
         graph = device.capture(call)
         return Captured(graph=graph, keep_alive=call, release=lambda: device.cu.cuGraphDestroy(graph))
 
@@ -182,27 +183,28 @@ class _Context:
         self._shapes: Mapping[str, tuple[int, ...]] = {}
         self._addresses: Mapping[str, int] = {}
 
-    def call(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Call:
+    def call(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer], *, stream: Any) -> Call:
+        """Return a call that enqueues on a CUstream."""
         given = {name: device_buffer(buffer) for name, buffer in (*inputs.items(), *outputs.items())}
         shapes = {name: given[name].shape for name in inputs}
         addresses = {name: buffer.address for name, buffer in given.items()}
         self._check_batch(shapes)
-        enqueue, stream = self._trt.execute_async_v3, int(self._runtime.device.stream)
+        enqueue, handle = self._trt.execute_async_v3, int(stream)
 
         def call() -> None:
             if addresses is not self._addresses:
                 self._point_to(shapes, addresses)
-            if not enqueue(stream):
+            if not enqueue(handle):
                 raise self._error("does not run it")
 
         call.keep_alive = (self, given)  # type: ignore[attr-defined]  # the context has only the addresses
         return call
 
-    def check_capturable(self) -> None:
+    def check_capturable(self, stream: Any) -> None:
         """Raise EngineError where the library says that its work cannot become part of a CUDA graph."""
         if not hasattr(self._trt, "is_stream_capturable"):  # TensorRT has no such question
             return
-        if not self._trt.is_stream_capturable(int(self._runtime.device.stream)):
+        if not self._trt.is_stream_capturable(int(stream)):
             raise self._error(
                 "cannot be captured in a CUDA graph. Use --strategy chain, or build it with a static batch"
             )

@@ -67,7 +67,7 @@ class FakeDriver:
         )
         self.recorded_on, self.waited_for, self.held_back = {}, [], []  # streams
         self.launched_on = []  # streams
-        self._capturing = None
+        self._capturing = None  # the stream that is captured, and the graph that its work goes to
         self._keep = []
         self._thread = threading.local()  # its stack of contexts
 
@@ -126,13 +126,13 @@ class FakeDriver:
 
     def cuStreamCreate(self, flags):
         assert flags == int(self.CUstream_flags.CU_STREAM_NON_BLOCKING)
-        return self._done("cuStreamCreate", self.CUstream(0x5))
+        return self._done("cuStreamCreate", self.CUstream(0x5 + 0x10 * self.calls["cuStreamCreate"]))
 
     def cuStreamDestroy(self, stream):
         return self._done("cuStreamDestroy")
 
     def cuStreamSynchronize(self, stream):
-        assert self._capturing is None, "a stream that is captured cannot be waited for"
+        assert not self._is_captured(stream), "a stream that is captured cannot be waited for"
         if not self.contexts:
             return (self.CUresult.CUDA_ERROR_INVALID_CONTEXT,)
         return self._done("cuStreamSynchronize")
@@ -145,7 +145,7 @@ class FakeDriver:
         return self._done("cuEventDestroy")
 
     def cuEventRecord(self, event, stream):
-        assert self._capturing is None, "no body of a conditional node may hold an event"
+        assert not self._is_captured(stream), "no body of a conditional node may hold an event"
         self.events[int(event) - 1] = self.time_ms
         self.recorded_on[int(event)] = int(stream)
         return self._done("cuEventRecord")
@@ -236,13 +236,16 @@ class FakeDriver:
 
     # --- captured work ------------------------------------------------------------------------------------------------
 
-    def enqueue(self, work, ms=1):
-        """Do what an engine does when it puts work on the stream."""
-        if self._capturing is None:
+    def enqueue(self, work, ms=1, stream=0x5):
+        """Do what an engine does when it puts work on a stream; of one that is captured a graph gets it instead."""
+        if self._is_captured(stream):
+            self._note(self._capturing[1], None, 0, ("work", work, ms))
+        else:
             self.time_ms += self.launch_ms
             self._work(work, ms)
-        else:
-            self._note(self._capturing, None, 0, ("work", work, ms))
+
+    def _is_captured(self, stream):
+        return self._capturing is not None and self._capturing[0] == int(stream)
 
     def _work(self, work, ms):
         work()
@@ -250,11 +253,12 @@ class FakeDriver:
 
     def cuStreamBeginCapture(self, stream, mode):
         assert mode == self.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
-        self._capturing = self._new_graph()
+        self._capturing = int(stream), self._new_graph()
         return self._done("cuStreamBeginCapture")
 
     def cuStreamEndCapture(self, stream):
-        graph, self._capturing = self._capturing, None
+        (captured, graph), self._capturing = self._capturing, None
+        assert captured == int(stream)
         return self._done("cuStreamEndCapture", graph)
 
     # --- graphs -------------------------------------------------------------------------------------------------------

@@ -333,8 +333,7 @@ class Orchestrator:
     def _joined(self, logits: list[Any]) -> Logits:
         if isinstance(logits[0], np.ndarray):
             return np.concatenate(logits)
-        with self._lock:  # on the stream that another thread may be about to capture
-            return cast(DeviceArrayBackend, self._backend).concatenate(logits)
+        return cast(DeviceArrayBackend, self._backend).concatenate(logits)
 
     def _from_device(self, images: Any) -> DeviceArray:
         """Return images that are on a GPU; raise TypeError or DataError where they are not, or not on the backend's."""

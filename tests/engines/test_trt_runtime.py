@@ -11,6 +11,7 @@ from bdtool.errors import BackendError, EngineError, UsageError
 from bdtool.runtime.preprocess import preprocess
 from engines.cuda_buffer import DeviceBuffer
 from engines.cuda_device import CudaDevice, open_device
+from engines.graph_nodes import GraphNodes
 from engines.libcuda import Driver, Gpu
 from engines.registry import identify_backend, open_backend
 from engines.store import EngineStore
@@ -275,7 +276,26 @@ def test_capture_of_work_that_fails_leaves_the_stream_usable(driver):
     with pytest.raises(EngineError, match="no"):
         device.capture(fail)
     with device.current():
-        device.synchronize()  # the stand-in refuses it on a stream that is still captured
+        device.synchronize(device.capture_stream)  # the stand-in refuses it while that is still captured
+
+
+def test_work_of_others_does_not_join_a_capture(driver):
+    """Results name the device's stream, and whoever took one may put work there at any time."""
+    device, done = CudaDevice(driver, 0), []
+
+    def enqueue():
+        driver.enqueue(lambda: done.append("captured"), stream=int(device.capture_stream))
+        driver.enqueue(lambda: done.append("of others"), stream=int(device.stream))
+        with device.current():
+            device.synchronize()
+            device.hold_back(0x99)
+
+    assert int(device.capture_stream) != int(device.stream)
+    graph = device.capture(enqueue)
+    assert done == ["of others"]
+    with device.current():
+        device.launch(GraphNodes(driver, device.context).instantiate(graph))
+    assert done == ["of others", "captured"]
 
 
 def test_record_says_whether_an_engine_can_be_loaded(driver, bundle_copy):

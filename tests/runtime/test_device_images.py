@@ -2,7 +2,6 @@
 
 import ctypes
 import gc
-from concurrent.futures import ThreadPoolExecutor, wait
 from types import SimpleNamespace
 
 import numpy as np
@@ -147,23 +146,6 @@ def test_batch_beyond_the_bundle_runs_in_slices(driver, tiny, preprocessed, torc
         assert driver.contexts == contexts
     assert logits.shape == (70, 10)
     np.testing.assert_allclose(logits[[0, 69]], torch_logits(tiny.model, images[[0, 69]], KEEP[[0, 0]]), atol=1e-4)
-
-
-def test_slices_are_joined_while_no_other_thread_runs(driver, tiny, preprocessed, monkeypatch):
-    """Another one might capture work on the stream, and the copies with it."""
-    images = np.resize(preprocessed(tiny.model, 4), (70, 3, 32, 32))
-    others = []
-    with _open(tiny.bundle) as runtime, ThreadPoolExecutor(1) as pool:
-        join = runtime._backend.concatenate
-
-        def watched_join(values):
-            others.append(pool.submit(runtime.run, images[:1], policy="101"))
-            assert not wait(others, timeout=0.3).done
-            return join(values)
-
-        monkeypatch.setattr(runtime._backend, "concatenate", watched_join)
-        assert len(runtime.run(GpuArray(driver, images), policy="101").logits) == 70
-        assert len(others[0].result().logits) == 1
 
 
 @pytest.mark.parametrize(("context", "gpu"), [(0xBAD, 0), (0, 1)])  # pools belong to no context

@@ -201,9 +201,9 @@ def torch_on_a_stand_in(monkeypatch):
     def capture(graph, pool, stream, capture_error_mode):
         assert (stream, capture_error_mode) == ("stream of GPU 0", "thread_local")
         driver.pools.append(pool)
-        driver.cuStreamBeginCapture(None, driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
+        driver.cuStreamBeginCapture(0x5, driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
         yield
-        graph.raw = int(driver.cuStreamEndCapture(None)[1])
+        graph.raw = int(driver.cuStreamEndCapture(0x5)[1])
 
     driver.pools, driver.current_stream = [], 0
     monkeypatch.setattr(TorchEngine, "bind", bound)
