@@ -96,7 +96,7 @@ def _silence(driver: Any) -> None:
     done = (driver.CUresult.CUDA_SUCCESS,)
     for name in _SILENT:
         setattr(driver, name, lambda *arguments: done)
-    driver.enqueue = lambda work, ms: None
+    driver.enqueue = lambda work, ms, stream: None
 
 
 def _resident_bytes() -> int:
