@@ -70,7 +70,7 @@ class Calibrated:
     input_source: str
     obtained: Mapping[str, str]  # precision by part name
     extra: Mapping[str, Any]
-    replaced: str | None = None  # the policy of earlier parts of this precision, in whose place these came
+    replaced: str | None = None  # the policy of earlier parts of this precision, whose place these take where `ok`
 
     @property
     def ok(self) -> bool:
@@ -86,7 +86,7 @@ class Calibrated:
             "obtained": dict(self.obtained),
             "part_errors": {name: asdict(one) | {"ok": one.ok} for name, one in self.part_errors.items()},
             "gates": self.gates.to_json(),
-            "replaced": self.replaced,
+            "replaced": self.replaced if self.ok else None,
             **self.extra,
         }
 

@@ -36,7 +36,8 @@ CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "Tensorrt
 TENSORRT_INSTALL = 'pip install "tensorrt>=10.13,<11"'  # the provider is linked with libnvinfer.so.10
 # The first whose CUDA provider has kernels for all that parts hold: Pad of opset 20. An older one would leave it to the
 # CPU (microsoft/onnxruntime issue 26393), which no session here does.
-OLDEST_FOR_CUDA = (1, 25)
+_OLDEST_FOR_CUDA = (1, 25)
+_FIRST_ON_CUDA_13 = (1, 27)  # which a driver of CUDA 12 does not load
 MAX_CACHE_BYTES = 4 * 2**30  # of all bundles, GPUs and versions; a ResNet-101's FP32 weights are 0.17 GiB
 _BATCHES, _LEVEL = "bdtool.batches", "bdtool.optimization_level"  # keys of an engine file's metadata
 _PRECISION_FLAGS = {"fp16": "trt_fp16_enable", "bf16": "trt_bf16_enable", "int8": "trt_int8_enable"}
@@ -210,7 +211,7 @@ def require_provider(device: str, provider: Provider) -> None:
 def too_old_for_cuda(version: str) -> str | None:
     """Return why the CUDA provider of an onnxruntime cannot run the parts; None where it can."""
     major, minor = (int(number) for number in version.split(".")[:2])
-    if (major, minor) >= OLDEST_FOR_CUDA:
+    if (major, minor) >= _OLDEST_FOR_CUDA:
         return None
     return f"onnxruntime {version} has no CUDA kernel for Pad of opset 20"
 
@@ -218,11 +219,11 @@ def too_old_for_cuda(version: str) -> str | None:
 def cuda_install(driver: Driver) -> str:
     """Return the command that installs ONNX Runtime with what its CUDA provider is linked with.
 
-    The extras bring libcurand, which PyTorch does not. From 1.27 on the packages are built with CUDA 13, which a driver
-    of CUDA 12 does not load.
+    The extras bring libcurand, which PyTorch does not.
     """
-    below = ",<1.27" if driver.usable and driver.cuda_version < (13, 0) else ""
-    return f'pip install "onnxruntime-gpu[cuda,cudnn]>=1.25{below}"'
+    least, limit = ("{}.{}".format(*version) for version in (_OLDEST_FOR_CUDA, _FIRST_ON_CUDA_13))
+    below = f",<{limit}" if driver.usable and driver.cuda_version < (13, 0) else ""
+    return f'pip install "onnxruntime-gpu[cuda,cudnn]>={least}{below}"'
 
 
 def open_session(data: bytes, options: ort.SessionOptions, providers: list[Any]) -> ort.InferenceSession:

@@ -1,7 +1,8 @@
 """Weights of joined engines of ONNX Runtime: held once, in our memory, whichever paths run them.
 
 A path is joined from the graphs of its parts without their weights, which its session is given beside the model. So
-neither composing nor opening a path copies them: of a ResNet-50 with all its blocks they are 100 MiB.
+composing a path copies none of them (of a ResNet-50 with all its blocks 100 MiB), and its session keeps no copy: ONNX
+Runtime makes one while it opens the session, and drops it.
 """
 
 from __future__ import annotations

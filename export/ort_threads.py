@@ -40,10 +40,14 @@ def checked_threads(threads: int | None) -> int:
         return default_threads()
     if isinstance(threads, bool) or not isinstance(threads, Integral) or threads < 1:
         raise UsageError(f"threads: got {threads!r}, expected a whole number from 1, or None for the default")
-    n_cores = len(os.sched_getaffinity(0))
+    _warn_of_more(int(threads), len(os.sched_getaffinity(0)))
+    return int(threads)
+
+
+@functools.cache  # once, not for each backend that a command opens
+def _warn_of_more(threads: int, n_cores: int) -> None:
     if threads > n_cores:
         logger.warning("%d threads share %d processors and wait for each other; fewer are faster", threads, n_cores)
-    return int(threads)
 
 
 def any_threads_options() -> ort.SessionOptions:

@@ -43,9 +43,9 @@ def gpu_provider(title: str, driver: Driver) -> Finding:
         return Finding(name, "missing", f"this onnxruntime has no {title} provider; the CPU works", _ORT_CLEAN)
     if not driver.usable:  # asking onnxruntime would only print its own errors
         return Finding(name, "missing", f"{driver_detail(driver)}; the CPU provider works", driver_remedy(driver))
-    error = _session_error(ort, provider)
     from engines.onnxrt_providers import CUDA, cuda_install, too_old_for_cuda
 
+    error = _session_error(ort, provider)
     if error is not None:
         remedy += f" (`{cuda_install(driver)}`)" if provider == CUDA else ""
         return Finding(name, "problem", f"{error}; the CPU provider works", remedy)

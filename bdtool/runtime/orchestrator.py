@@ -239,7 +239,11 @@ class Orchestrator:
             return np.concatenate([engine.run({part.inputs[0].name: s})[part.outputs[0].name] for s in slices])
 
     def decide(self, images: np.ndarray) -> np.ndarray:
-        """Return what the policy network keeps, bool [N, K], without running anything else; errors as above."""
+        """Return what the policy network keeps, bool [N, K], without running anything else.
+
+        Raises:
+            PolicyError: the bundle has no policy network.
+        """
         keep: np.ndarray = self.keep_probability(images) >= self.network.threshold
         return keep
 

@@ -30,6 +30,7 @@ def test_demo_ends_with_a_table_and_leaves_everything_behind(tmp_path: Path, sha
     for command in ("models", "export", "build", "verify", "run", "evaluate", "profile", "report"):
         assert f"$ bdtool {command}" in text
     table = text.split("Comparison on test.npz")[1].splitlines()
+    assert "The base was fine-tuned for policy learned: every block at once is a baseline for time" in text
     assert table[1].split() == ["accuracy", "blocks", "FLOPs", "median", "ms", "time", "to", "full"]
     assert [row.split("  ")[0] for row in table[2:5]] == ["full (one engine)", "chain, all", "chain, learned"]
     assert table[2].split()[-1] == table[2].split()[-3] == "1.000"

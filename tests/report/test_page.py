@@ -80,6 +80,11 @@ def test_commands_and_warnings_are_there(page: Page, varied: ReportData) -> None
     assert "Warning: the machine is busy" in page.text
 
 
+def test_a_base_that_was_tuned_for_a_policy_is_said_beside_the_accuracies(page: Page, varied: ReportData) -> None:
+    assert f"The base was fine-tuned for policy {varied.tuned_for}: other paths" in page.text
+    assert "was fine-tuned for policy" not in Page(render(dataclasses.replace(varied, tuned_for=None))).text
+
+
 def test_a_fixed_policy_is_said_instead_of_drawn(fixed: ReportData) -> None:
     page = Page(render(fixed))
     assert "All 200 images ran the same blocks: 0, 2, 4, 6, 8, 10, 12." in page.text
