@@ -78,6 +78,9 @@ class Buffer(Protocol):
     def scatter(self, source: Buffer, rows: np.ndarray) -> None:
         """Copy `source`, which has as many rows as `rows`, into these rows of this buffer."""
 
+    def copy_rows(self, source: Buffer, rows: np.ndarray) -> None:
+        """Copy these rows of `source`, int [n], into the same rows of this buffer."""
+
 
 class Engine(Protocol):
     """One part, loaded and ready to run."""
@@ -163,6 +166,10 @@ class Backend(Protocol):
     @property
     def threads(self) -> int:
         """CPU threads of one engine call."""
+
+    @property
+    def plans_by_batch(self) -> bool:
+        """Whether an engine plans its work anew, for longer than it runs, each time that its batch size changes."""
 
     def activation_layout(self, network: NetworkSpec) -> str:
         """Return the layout that this backend prefers between the engines of `network`."""

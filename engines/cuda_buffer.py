@@ -92,20 +92,23 @@ class DeviceBuffer:
         return DeviceBuffer(self._device, (n_rows, *self.shape[1:]), self._dtype, memory=self._memory)
 
     def gather(self, source: Buffer, rows: np.ndarray) -> None:
-        self._move(device_buffer(source).address, rows, gather=True)
+        self._move(source, rows, to=np.arange(len(rows)), of=rows)
 
     def scatter(self, source: Buffer, rows: np.ndarray) -> None:
-        self._move(device_buffer(source).address, rows, gather=False)
+        self._move(source, rows, to=rows, of=np.arange(len(rows)))
 
-    def _move(self, source: int, rows: np.ndarray, *, gather: bool) -> None:
-        """Copy rows to or from the places `rows`, one copy for each run of neighbours."""
+    def copy_rows(self, source: Buffer, rows: np.ndarray) -> None:
+        self._move(source, rows, to=rows, of=rows)
+
+    def _move(self, source: Buffer, rows: np.ndarray, *, to: np.ndarray, of: np.ndarray) -> None:
+        """Copy rows `of` the source to the rows `to`, one copy for each run of neighbours in `rows`."""
+        address = device_buffer(source).address
         starts = [0, *(np.flatnonzero(np.diff(rows) != 1) + 1).tolist(), len(rows)]
         for begin, end in pairwise(starts):
             if begin == end:  # no rows at all
                 continue
-            packed, spread = begin * self._row_bytes, int(rows[begin]) * self._row_bytes
-            here, there = (packed, spread) if gather else (spread, packed)
-            self._device.copy(self.address + here, source + there, (end - begin) * self._row_bytes)
+            here, there = (int(places[begin]) * self._row_bytes for places in (to, of))
+            self._device.copy(self.address + here, address + there, (end - begin) * self._row_bytes)
 
 
 def concatenate(device: CudaDevice, values: Sequence[DeviceArray]) -> DeviceArray:

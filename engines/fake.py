@@ -32,6 +32,7 @@ class FakeBackend:
     """
 
     threads = 1
+    plans_by_batch = False
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, int]] = []
@@ -116,3 +117,6 @@ class _FakeBuffer:
 
     def scatter(self, source: Buffer, rows: np.ndarray) -> None:
         self._array[rows] = source.read()
+
+    def copy_rows(self, source: Buffer, rows: np.ndarray) -> None:
+        self._array[rows] = source.read()[rows]

@@ -34,11 +34,13 @@ from engines.check import check_engine
 from engines.integer_cpu import is_quantized, lower_quantized
 from engines.layouts import INTEGER_LAYOUT, block_size, feature_maps, pack, unpack
 from engines.native_layout import add_guards, cut_guards
+from engines.onnxrt_buffers import DeviceBuffer, DeviceRows, HostBuffer, ort_value
 from engines.onnxrt_providers import (
     CPU,
     CpuProvider,
     CudaProvider,
     Provider,
+    cuda_providers,
     open_session,
     probe_part,
     require_provider,
@@ -66,6 +68,7 @@ class OnnxRuntimeBackend:
         self.threads = checked_threads(threads)
         self._options = shared_threads_options(self.threads)
         self._weights = SharedWeights()  # of joined engines
+        self._rows = DeviceRows(lambda model: open_session(model, self._options, cuda_providers(device)))
         if device == "cpu":
             self._provider: Provider = CpuProvider()
             self._options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # done at build
@@ -73,6 +76,7 @@ class OnnxRuntimeBackend:
             self._provider = CudaProvider(device) if tensorrt is None else tensorrt_provider(device, tensorrt)
             self._options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
             require_provider(device, self._provider)
+        self.plans_by_batch = self._provider.plans_by_batch
 
     def activation_layout(self, network: NetworkSpec) -> str:
         tensors = [t for part in network.parts for t in feature_maps(part)]
@@ -113,8 +117,8 @@ class OnnxRuntimeBackend:
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
         if self.device == "cpu":
-            return _HostBuffer(aligned(np.zeros(shape, dtype)))
-        return _DeviceBuffer(shape, dtype, self.device)
+            return HostBuffer(aligned(np.zeros(shape, dtype)))
+        return DeviceBuffer(shape, dtype, self.device, self._rows)
 
     def _open(self, part: PartSpec, data: bytes, options: ort.SessionOptions, layout: str) -> Engine:
         try:
@@ -170,67 +174,11 @@ class OnnxRuntimeEngine(PartEngine):
     def _value(self, name: str, buffer: Buffer) -> ort.OrtValue:
         """Return the buffer's memory as ONNX Runtime is to see it; it belongs to the buffer."""
         if name not in self._integer:
-            return _ort_value(buffer)
+            return ort_value(buffer)
         return ort.OrtValue.ortvalue_from_numpy(_channels_last(buffer.read()))
 
     def _error(self, exc: Exception) -> EngineError:
         return EngineError(f"part {self._part.name!r}: ONNX Runtime failed to run it: {exc}")
-
-
-class _HostBuffer:
-    """A numpy array that ONNX Runtime reads and writes in place."""
-
-    def __init__(self, array: np.ndarray) -> None:
-        self._array = array
-        self.value = ort.OrtValue.ortvalue_from_numpy(array)  # shares the array's memory on the CPU
-
-    def write(self, values: np.ndarray) -> None:
-        np.copyto(self._array, values)
-
-    def read(self) -> np.ndarray:
-        return self._array
-
-    def first(self, n_rows: int) -> Buffer:
-        return _HostBuffer(self._array[:n_rows])
-
-    def gather(self, source: Buffer, rows: np.ndarray) -> None:
-        np.take(source.read(), rows, axis=0, out=self._array, mode="clip")  # the default mode copies `out` first
-
-    def scatter(self, source: Buffer, rows: np.ndarray) -> None:
-        self._array[rows] = source.read()
-
-
-class _DeviceBuffer:
-    """GPU memory owned by ONNX Runtime. Rows are picked on the host: its Python API has no device-side way."""
-
-    def __init__(self, shape: tuple[int, ...], dtype: str, device: str) -> None:
-        self._shape, self._dtype, self._device = shape, dtype, device
-        kind, _, index = device.partition(":")
-        self.value = ort.OrtValue.ortvalue_from_shape_and_type(shape, np.dtype(dtype), kind, int(index))
-
-    def write(self, values: np.ndarray) -> None:
-        self.value.update_inplace(np.ascontiguousarray(values))
-
-    def read(self) -> np.ndarray:
-        array: np.ndarray = self.value.numpy()
-        return array
-
-    def first(self, n_rows: int) -> Buffer:
-        return _DeviceBuffer((n_rows, *self._shape[1:]), self._dtype, self._device)
-
-    def gather(self, source: Buffer, rows: np.ndarray) -> None:
-        self.write(source.read()[rows])
-
-    def scatter(self, source: Buffer, rows: np.ndarray) -> None:
-        values = self.read().copy()
-        values[rows] = source.read()
-        self.write(values)
-
-
-def _ort_value(buffer: Buffer) -> ort.OrtValue:
-    if not isinstance(buffer, _HostBuffer | _DeviceBuffer):
-        raise TypeError(f"expected a buffer of this backend, got {type(buffer).__name__}")
-    return buffer.value
 
 
 def _channels_last(values: np.ndarray) -> np.ndarray:

@@ -52,6 +52,10 @@ class Provider(Protocol):
     def name(self) -> str:
         """The provider that must come first in each session."""
 
+    @property
+    def plans_by_batch(self) -> bool:
+        """See `engines.base.Backend`."""
+
     def engine_from_onnx(self, model: bytes) -> bytes:
         """Return the engine file for a part that no optimiser went over: the model, with what the provider must know.
 
@@ -66,6 +70,7 @@ class CpuProvider:
     """The CPU provider."""
 
     name = CPU
+    plans_by_batch = False
 
     def engine_from_onnx(self, model: bytes) -> bytes:
         return model
@@ -78,15 +83,18 @@ class CudaProvider:
     """The CUDA provider on "cuda:N". FP32 means FP32: by default it would let convolutions use TF32."""
 
     name = CUDA
+    # A convolution keeps the plan of its last shape alone, and makes one in milliseconds (`Conv::UpdateState`,
+    # onnxruntime/core/providers/cuda/nn/conv.cc).
+    plans_by_batch = True
 
     def __init__(self, device: str) -> None:
-        self._index = device.partition(":")[2]
+        self._device = device
 
     def engine_from_onnx(self, model: bytes) -> bytes:
         return model
 
     def listed(self, part: PartSpec, engine: bytes) -> list[Any]:
-        return [(CUDA, {"device_id": self._index, "use_tf32": "0"})]
+        return cuda_providers(self._device, use_tf32="0")
 
 
 class TensorRTProvider(CudaProvider):
@@ -98,6 +106,7 @@ class TensorRTProvider(CudaProvider):
     """
 
     name = TENSORRT
+    plans_by_batch = False
 
     def __init__(self, device: str, options: TensorRTOptions, *, cache: Path) -> None:
         super().__init__(device)
@@ -118,7 +127,8 @@ class TensorRTProvider(CudaProvider):
     def listed(self, part: PartSpec, engine: bytes) -> list[Any]:
         proto = onnx.ModelProto.FromString(engine)
         built = {entry.key: entry.value for entry in proto.metadata_props}
-        options = {"device_id": self._index, "trt_auxiliary_streams": "0", **_profile(part, built[_BATCHES])}
+        options = {"device_id": device_index(self._device), "trt_auxiliary_streams": "0"}
+        options |= _profile(part, built[_BATCHES])
         if _LEVEL in built:
             options["trt_builder_optimization_level"] = built[_LEVEL]
         precision = precision_of(proto)
@@ -142,13 +152,23 @@ class TensorRTProvider(CudaProvider):
         }
 
 
+def cuda_providers(device: str, **options: str) -> list[Any]:
+    """Return the providers of a session that the CUDA provider runs on "cuda:N"."""
+    return [(CUDA, {"device_id": device_index(device), **options})]
+
+
+def device_index(device: str) -> str:
+    """Return the N of "cuda:N", as providers take it."""
+    return device.partition(":")[2]
+
+
 def tensorrt_provider(device: str, options: TensorRTOptions) -> TensorRTProvider:
     """Return the TensorRT provider with the cache of that GPU, once what all such caches hold is within its bound.
 
     Raises:
         BackendError: no driver, or no such GPU.
     """
-    driver, index = driver_from_libcuda(), int(device.partition(":")[2])
+    driver, index = driver_from_libcuda(), int(device_index(device))
     if not driver.usable or index >= len(driver.gpus):
         there = driver.error or f"the driver lists {len(driver.gpus)} GPU(s), cuda:0 is the first"
         raise BackendError(f"backend {ONNXRUNTIME_TENSORRT!r}, device {device!r}: {there}. See `bdtool doctor`")

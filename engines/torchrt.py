@@ -39,6 +39,8 @@ class TorchBackend:
     CUDA it makes convolutions of the process compute in FP32 instead of TF32.
     """
 
+    plans_by_batch = False
+
     def __init__(self, *, device: str = "cpu", threads: int | None = None) -> None:
         self.device = _usable_device(device)
         self.threads = checked_threads(threads)
@@ -210,6 +212,10 @@ class _TorchBuffer:
 
     def scatter(self, source: Buffer, rows: np.ndarray) -> None:
         self.tensor[_host_tensor(rows).to(self.tensor.device)] = _tensor(source)
+
+    def copy_rows(self, source: Buffer, rows: np.ndarray) -> None:
+        chosen = _host_tensor(rows).to(self.tensor.device)
+        self.tensor[chosen] = _tensor(source)[chosen]
 
 
 class _Staging:

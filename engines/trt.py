@@ -39,6 +39,7 @@ class TensorRTBackend:
     """
 
     threads = 1  # of the CPU: an engine call only enqueues
+    plans_by_batch = False
 
     def __init__(
         self,

@@ -25,7 +25,7 @@ _KERNELS = {
     **dict.fromkeys(("Cast", "DequantizeLinear", "Identity", "If", "Pad", "QuantizeLinear", "Reshape"), (19, 20)),
     **dict.fromkeys(("Flatten", "Transpose"), (13, 20)),
     **{"AveragePool": (19, 21), "Conv": (11, 21), "GlobalAveragePool": (1, 21), "MaxPool": (12, None)},
-    **{"GreaterOrEqual": (16, None), "Not": (1, None)},
+    **{"GreaterOrEqual": (16, None), "Not": (1, None), "Gather": (13, None), "ScatterND": (13, None)},
 }
 # What it compares, by its own list: docs/OperatorKernels.md.
 _COMPARED = {
@@ -69,7 +69,7 @@ class FakeOnnxRuntime:
         return session
 
     def prefixes(self):
-        return [asked[ALL[0]]["trt_engine_cache_prefix"] for asked in self.sessions]
+        return [asked[ALL[0]]["trt_engine_cache_prefix"] for asked in self.sessions if ALL[0] in asked]
 
 
 def _refuse_what_cuda_has_no_kernel_for(data):

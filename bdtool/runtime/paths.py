@@ -253,6 +253,7 @@ class PathStrategy(Strategy):
         self._network = network
         self._engines = engines
         self._wrap = wrap
+        self._plans_by_batch = backend.plans_by_batch
         self._chain = ChainStrategy(network, backend, engines, wrap=wrap)
         self._part = network.whole("path", flops=0)  # its FLOPs depend on the mask
         self.cache = PathCache(self._join, options or PathOptions())
@@ -281,7 +282,8 @@ class PathStrategy(Strategy):
 
     def _run_groups(self, images: Images, mask: np.ndarray, controller: Controller) -> Logits:
         """Run the images of each mask that has an engine together, and the others as one batch of the chain."""
-        if isinstance(images, DeviceArray):  # its rows could not be picked
+        # rows on a device could not be picked, and groups have a size of their own each
+        if isinstance(images, DeviceArray) or self._plans_by_batch:
             self.hits = _all_alike(len(mask), False)
             return self._chain.run(images, MaskController(mask, threshold=self._network.threshold))
         groups, group_of = np.unique(mask, axis=0, return_inverse=True)

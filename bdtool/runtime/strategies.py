@@ -145,6 +145,7 @@ class Lane:
         self._pairs: dict[tuple[tuple[int, ...], str], tuple[Buffer, Buffer]] = {}
         self._everyone: dict[tuple[int | str, ...], int] = {}
         self._row_calls: dict[tuple[str, int], _RowCall] = {}
+        self._aside: dict[tuple[str, int], Call] = {}  # shortcuts into scratch memory
         self._scratches: dict[tuple[str, tuple[int, ...], str], Buffer] = {}
         stem, head = network.require("stem"), network.require("head")
         self.image = self._allocate(stem.inputs[0])
@@ -184,9 +185,8 @@ class Lane:
 
         Only rows that change are moved: where the block has no shortcut part, the dropped images stay where they are.
         """
-        # everyone cannot be cheaper for half of the images or fewer, however quick the block: nothing to measure then
-        if 2 * len(kept) > self._n_images and len(kept) >= self._everyone_from(step, side):
-            return self._run_everyone(step, side, kept)
+        if self._takes_everyone(step, side, len(kept)):
+            return self._run_everyone(step, side, kept, controller)
         in_place = step.shortcut_part is None
         before, after = step.inputs[side], step.inputs[side] if in_place else step.outputs[side]
         results = self._run_rows(step.part, before, after, kept)
@@ -197,14 +197,29 @@ class Lane:
             controller.observe(step.part.index or 0, emitted)
         return side if in_place else side ^ 1
 
-    def _run_everyone(self, step: _Step, side: int, kept: np.ndarray) -> int:
-        """Run a block on all images and put back the few that drop it."""
+    def _takes_everyone(self, step: _Step, side: int, n_kept: int) -> bool:
+        if self._backend.plans_by_batch:
+            return True
+        # everyone cannot be cheaper for half of the images or fewer, however quick the block: nothing to measure then
+        return 2 * n_kept > self._n_images and n_kept >= self._everyone_from(step, side)
+
+    def _run_everyone(self, step: _Step, side: int, kept: np.ndarray, controller: Controller) -> int:
+        """Run a block on all images; those that drop it get what they had, or what the shortcut makes of it."""
         step.block[side]()
-        dropped = self._others(kept)
-        moved = self._scratch(step.part.inputs[0], "in").first(len(dropped))
-        moved.gather(step.inputs[side], dropped)
-        step.outputs[side].scatter(moved, dropped)
+        instead = step.inputs[side] if step.shortcut_part is None else self._run_aside(step.shortcut_part, step, side)
+        step.outputs[side].copy_rows(instead, self._others(kept))
+        if step.emitted:
+            emitted = {name: self._spread(buffer.read()[kept], kept) for name, buffer in step.emitted.items()}
+            controller.observe(step.part.index or 0, emitted)
         return side ^ 1
+
+    def _run_aside(self, shortcut: PartSpec, step: _Step, side: int) -> Buffer:
+        """Run a shortcut on all images, into scratch memory."""
+        result = self._scratch(shortcut.outputs[0], "out")
+        if (shortcut.name, side) not in self._aside:
+            self._aside[shortcut.name, side] = self._bind(shortcut, [step.inputs[side]], [result])
+        self._aside[shortcut.name, side]()
+        return result
 
     def _others(self, rows: np.ndarray) -> np.ndarray:
         return np.delete(np.arange(self._n_images), rows)
@@ -213,8 +228,8 @@ class Lane:
         """Return how many images must keep a block for running everyone to be cheaper than gathering.
 
         With t the time of the block and c the time of moving an activation, for one image: gathering n of N images
-        costs n (t + 2c), running everyone N t + 2c (N - n), so everyone wins from n / N = (t + 2c) / (t + 4c). Both
-        times are measured once for each activation shape. Blocks that change the shape or emit something gather.
+        costs n (t + 2c), running everyone at most N t + 2c (N - n), so everyone wins from n / N = (t + 2c) / (t + 4c).
+        Both times are measured once for each activation shape. Blocks that change the shape or emit something gather.
         """
         part, n_images = step.part, self._n_images
         if step.shortcut_part is not None or step.emitted:

@@ -198,6 +198,10 @@ def test_rows_move_between_buffers(backend):
     np.testing.assert_array_equal(some.read(), values[[3, 1]])
     whole.scatter(some, np.array([0, 2]))
     np.testing.assert_array_equal(whole.read(), values[[3, 1, 1, 3]])
+    other = backend.allocate(values.shape, "float32")
+    other.write(-values)
+    other.copy_rows(whole, np.array([1, 3]))
+    np.testing.assert_array_equal(other.read(), [-values[0], values[1], -values[2], values[3]])
 
 
 def test_joined_engines_share_their_weights(tiny_bundle):

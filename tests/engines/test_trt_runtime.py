@@ -254,6 +254,9 @@ def test_rows_move_by_runs_of_neighbours(driver):
     np.testing.assert_array_equal(target.read(), values[[1, 2, 3, 5]])
     source.scatter(target, np.array([0, 1, 4, 5]))
     np.testing.assert_array_equal(source.read(), values[[1, 2, 2, 3, 3, 5]])
+    other = DeviceBuffer(device, (6, 4), "float32")
+    other.copy_rows(source, np.array([0, 2, 3]))
+    np.testing.assert_array_equal(other.read(), [*values[[1]], 0 * values[0], *values[[2, 3]], *0 * values[:2]])
     target.gather(source, np.array([], dtype=np.int64))
     np.testing.assert_array_equal(target.first(2).read(), values[[1, 2]])
 

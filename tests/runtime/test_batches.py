@@ -8,6 +8,7 @@ from hypothesis.extra import numpy as hnp
 
 from bdtool import Orchestrator
 from bdtool.runtime.strategies import Lane
+from engines.fake import FakeBackend
 from tests.fake_tensorrt import install_gpu
 
 K = 6
@@ -15,10 +16,14 @@ MEASURED = Lane._everyone_from
 SHORTCUTS = {2, 4}  # blocks of the hand-made network that have a shortcut
 
 
-@pytest.fixture(scope="module", autouse=True, params=["gather", "everyone"])
+@pytest.fixture(scope="module", autouse=True, params=["gather", "everyone", "one batch size"])
 def cheaper(request):
-    """What the cost model finds cheaper where it has the choice: it would measure, and no two runs were the same."""
+    """What the cost model finds cheaper where it has the choice: it would measure, and no two runs were the same.
+
+    "one batch size": the backend has no choice, its engines plan by batch.
+    """
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FakeBackend, "plans_by_batch", request.param == "one batch size")
         patch.setattr(Lane, "_everyone_from", lambda lane, step, side: _everyone_from(request.param, lane, step))
         yield request.param
 
@@ -28,8 +33,10 @@ def _everyone_from(cheaper, lane, step):
 
 
 def _expected_calls(keep, cheaper):
-    """Oracle: each block once on the images that keep it, or on all, then its shortcut once on the others."""
+    """Oracle: each block once on the images that keep it, or on all; then its shortcut on the others, or on all."""
     n_images = len(keep)
+    if cheaper == "one batch size":
+        return [(name, n_images) for name, _ in _expected_calls(keep, "gather")]
     calls = [("stem", n_images)]
     for k, n_kept in enumerate(keep.sum(axis=0).tolist()):
         if n_kept:

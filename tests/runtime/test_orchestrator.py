@@ -73,9 +73,11 @@ def shared_fake(fake):
     return fake(max_batch=5)
 
 
-@pytest.fixture(scope="module")
-def shared_halting(fake):
-    return fake(emits=["halt"])
+@pytest.fixture(scope="module", params=[False, True], ids=["rows apart", "one batch size"])
+def shared_halting(fake, request):
+    opened = fake(emits=["halt"])
+    opened.backend.plans_by_batch = request.param
+    return opened
 
 
 def test_batch_larger_than_max_batch_runs_in_slices(fake, images_of, fake_oracle):

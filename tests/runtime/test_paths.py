@@ -16,6 +16,7 @@ from bdtool.runtime.orchestrator import Orchestrator
 from bdtool.runtime.paths import BUILD_AFTER, PathCache, PathOptions
 from bdtool.runtime.strategies import MAX_LANES
 from engines.base import JoinedEngine
+from engines.fake import FakeBackend
 
 K = 6
 TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}  # the bound: groups are other batch sizes, with other kernels
@@ -146,6 +147,17 @@ def test_images_of_a_mixed_batch_run_together_by_mask_and_the_rest_through_the_c
     opened.runtime.run(images_of(range(5)), policy=keep)
     assert sorted(n for name, n in opened.backend.calls if name == "path") == [1, 2]
     assert [n for name, n in opened.backend.calls if name == "stem"] == [2]
+
+
+def test_mixed_batch_keeps_its_size_where_engines_plan_by_batch(path, images_of, fake_oracle, monkeypatch):
+    monkeypatch.setattr(FakeBackend, "plans_by_batch", True)
+    opened = path(ahead=[_bits("110101")], background=False)
+    keep = np.stack([_bits("110101"), _bits("000001"), _bits("110101")])
+    result = opened.runtime.run(images_of(range(3)), policy=keep)
+    assert {n for _, n in opened.backend.calls} == {3}
+    assert not result.hits.any()
+    assert result.logits[:, 0].tolist() == [fake_oracle(v, row) for v, row in enumerate(keep)]
+    assert opened.runtime.run(images_of(range(3)), policy="110101").hits.all()
 
 
 class FindsBitsOnTheWay(MaskController):
