@@ -27,7 +27,7 @@ from engines.gpu_cache import gpu_cache_directory, mark_used, prune
 from engines.libcuda import Driver, driver_from_libcuda
 from engines.trt_options import ONNXRUNTIME_TENSORRT, TensorRTOptions
 from export.files import sha256_of_bytes
-from export.onnx_precision import precision_of
+from export.onnx_precision import convolves_in_half, precision_of
 from export.ort_threads import any_threads_options
 
 logger = logging.getLogger(__name__)
@@ -94,7 +94,9 @@ class CudaProvider:
         return model
 
     def listed(self, part: PartSpec, engine: bytes) -> list[Any]:
-        return cuda_providers(self._device, use_tf32="0")
+        # without TF32 a convolution takes no tensor core at all, whatever its type (`CreateCudnnFeExecutionPlan`)
+        half = convolves_in_half(onnx.ModelProto.FromString(engine))
+        return cuda_providers(self._device, **({} if half else {"use_tf32": "0"}))
 
 
 class TensorRTProvider(CudaProvider):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import onnx
 from onnx import TensorProto, numpy_helper
@@ -17,6 +19,22 @@ def precision_of(model: onnx.ModelProto) -> str:
     names = {TensorProto.INT8: "int8", TensorProto.FLOAT16: "fp16", TensorProto.BFLOAT16: "bf16"}
     kinds |= {info.type.tensor_type.elem_type for info in (*model.graph.input, *model.graph.output)}
     return next((name for kind, name in names.items() if kind in kinds), "fp32")
+
+
+def convolves_in_half(model: onnx.ModelProto) -> bool:
+    """Say whether the model, its branches included, has convolutions, all of them with weights of float16."""
+    graphs = list(_graphs(model.graph))
+    half = {t.name for graph in graphs for t in graph.initializer if t.data_type == TensorProto.FLOAT16}
+    weights = {node.input[1] for graph in graphs for node in graph.node if node.op_type == "Conv"}
+    return bool(weights) and weights <= half
+
+
+def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from _graphs(attribute.g)
 
 
 def input_scale(model: onnx.ModelProto, name: str) -> float | None:

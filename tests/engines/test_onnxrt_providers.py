@@ -7,7 +7,7 @@ import time
 import numpy as np
 import onnx
 import pytest
-from onnx import numpy_helper
+from onnx import TensorProto, numpy_helper
 
 from bdtool import Orchestrator
 from bdtool.errors import BackendError, UsageError
@@ -18,8 +18,10 @@ from engines.registry import identify_backend, open_backend
 from engines.store import EngineStore
 from engines.trt_options import TensorRTOptions
 from export.bundle import Bundle
+from export.compose import compose_parts
+from export.fused import fuse_parts
 from export.half import half_from_fp32
-from export.onnx_precision import precision_of
+from export.onnx_precision import convolves_in_half, precision_of
 from tests.fake_onnxruntime import ALL, install_onnxruntime
 
 TENSORRT, CUDA, CPU = ALL
@@ -177,6 +179,32 @@ def test_cuda_provider_computes_without_tf32(ort, bundle_copy):
         assert ort.sessions
         assert all(asked == {CUDA: {"device_id": "0", "use_tf32": "0"}} for asked in ort.sessions)
     assert ort.loads == 1  # of the CUDA libraries that pip installed, as `bdtool doctor` does
+
+
+@pytest.mark.parametrize(("precision", "tf32"), [("fp32", {"use_tf32": "0"}), ("fp16", {})])
+def test_only_convolutions_of_float32_are_kept_from_tf32(wider, precision, tf32):
+    """Without TF32 the CUDA provider takes no tensor core at all, and half precision is for those."""
+    parts = [wider.network.part(name) for name in ("stem", "block_00", "head")]
+    models = [_model(wider, part.name) for part in parts]
+    if precision == "fp16":
+        models = [half_from_fp32(model, part, "fp16") for model, part in zip(models, parts, strict=True)]
+    path = compose_parts("path", list(zip(parts, models, strict=True)))
+    for model in (models[1], path):  # the classifier, a matrix product, stays float32
+        assert CudaProvider("cuda:0").listed(parts[1], model) == [(CUDA, {"device_id": "0"} | tf32)]
+
+
+def test_convolutions_within_branches_count(wider):
+    half = {part.name: half_from_fp32(_model(wider, part.name), part, "fp16") for part in wider.network.parts}
+    model = onnx.ModelProto.FromString(fuse_parts(wider.network, half, check=False))
+    outside = [node for node in model.graph.node if node.op_type == "Conv"]
+    assert not convolves_in_half(model)  # the policy network, which stays float32, is in it
+    for node in outside:
+        model.graph.node.remove(node)
+    assert convolves_in_half(model)  # the blocks
+    branches = [attribute.g for node in model.graph.node for attribute in node.attribute if attribute.HasField("g")]
+    [weight, *_] = [tensor for branch in branches for tensor in branch.initializer if len(tensor.dims) == 4]
+    weight.data_type = TensorProto.FLOAT
+    assert not convolves_in_half(model)
 
 
 def test_only_the_cuda_provider_plans_by_batch(ort):
