@@ -158,7 +158,7 @@ class Orchestrator:
             logger.info("strategy %s: CUDA graph mode %s (%s)", strategy, choice.mode, choice.reason)
         return runtime
 
-    def run(self, images: Any, policy: PolicyLike = None) -> RunResult:
+    def run(self, images: Any, policy: PolicyLike = None, *, first: int | None = None) -> RunResult:
         """Classify a batch.
 
         Args:
@@ -170,6 +170,9 @@ class Orchestrator:
                 images are built again when the first float32 ones come.
             policy: None for the policy network's own decision (every block, where the bundle has none), a POLICY text,
                 or zeros and ones [K] or [N, K].
+            first: number of the first image in its data set, from which POLICY texts that draw bits for each image
+                (`random:7`) or read them (a file of rows) go on. None: the batch is the whole data set, so `random:7`
+                gives each batch the same bits, and a file must have a row for each image.
 
         Raises:
             DataError: the images have another shape or type.
@@ -177,7 +180,8 @@ class Orchestrator:
             EngineError: an engine fails, or a result on the host is not finite.
         """
         taken = images if isinstance(images, np.ndarray) else self._from_device(images)
-        return self._run_slices(taken, self._policies.keep_matrix(policy, len(taken)), run_policy=False)
+        keep = self._policies.keep_matrix(policy, len(taken), first=first)
+        return self._run_slices(taken, keep, run_policy=False)
 
     def run_with_policy_cost(self, images: Images, policy: np.ndarray) -> RunResult:
         """Classify with given bits, but run the policy network too: what a learned policy of these bits would cost."""

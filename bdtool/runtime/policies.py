@@ -71,13 +71,18 @@ def parse_policy(text: str | None, *, n_blocks: int, has_policy_network: bool) -
         return _learned(has_policy_network=has_policy_network)
     if text in ("all", "none"):
         return _fixed(text, np.full(n_blocks, text == "all"))
-    if text.lower().endswith(".npy"):
+    if names_file(text):
         return _from_file(text, n_blocks=n_blocks)
     if text and set(text) <= {"0", "1"}:
         return _from_bits(text, n_blocks=n_blocks)
     if text.startswith("random:"):
         return _random(text, n_blocks=n_blocks)
     return _counted(text, n_blocks=n_blocks)
+
+
+def names_file(policy: str) -> bool:
+    """Say whether a POLICY is a file, not bits or a form."""
+    return policy.strip().lower().endswith(".npy")
 
 
 def bits_of(keep: np.ndarray) -> str:

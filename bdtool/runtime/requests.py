@@ -8,14 +8,14 @@ import numpy as np
 import numpy.typing as npt
 
 from bdtool.errors import PolicyError
-from bdtool.runtime.policies import PolicyRequest, keep_matrix_from, parse_policy
+from bdtool.runtime.policies import PolicyRequest, keep_matrix_from, names_file, parse_policy
 from bdtool.specs import NetworkSpec
 
 PolicyLike = str | npt.ArrayLike | None
 
 
 class PolicyReader:
-    """Reads policies for one network; texts that came before are not parsed again.
+    """Reads policies for one network; texts that came before are not parsed again, files are.
 
     Args:
         runs_all: every block runs whatever is asked for, so nothing else may be asked for.
@@ -26,27 +26,41 @@ class PolicyReader:
         self._runs_all = runs_all
         self._parse = lru_cache(maxsize=64)(self._parse_text)
 
-    def keep_matrix(self, policy: PolicyLike, n_images: int) -> np.ndarray | None:
+    def keep_matrix(self, policy: PolicyLike, n_images: int, *, first: int | None = None) -> np.ndarray | None:
         """Return the keep matrix bool [n_images, K] asked for, or None where the policy network decides.
+
+        Args:
+            first: number of the first image in the data set that a file has rows for; None: the batch is that set.
 
         Raises:
             PolicyError: the policy does not fit the network or the number of images, or drops what always runs.
         """
         if self._runs_all:
             every_block = np.ones((n_images, self._network.n_blocks), dtype=bool)
-            if policy is None or self._keeps_every_block(policy, n_images):
+            if policy is None or self._keeps_every_block(policy, n_images, first):
                 return every_block
             raise PolicyError("strategy 'full' runs every block; open the bundle with strategy='chain' for a policy")
         if policy is None or isinstance(policy, str):
-            request = self._parse(policy)
-            return None if request.is_learned else request.matrix(n_images)
+            return self._matrix_of(policy, n_images, first)
         return keep_matrix_from(policy, n_images, self._network.n_blocks)
 
-    def _keeps_every_block(self, policy: str | npt.ArrayLike, n_images: int) -> bool:
+    def _keeps_every_block(self, policy: str | npt.ArrayLike, n_images: int, first: int | None) -> bool:
         if not isinstance(policy, str):
             return bool(keep_matrix_from(policy, n_images, self._network.n_blocks).all())
-        request = self._parse(policy)
-        return not request.is_learned and bool(request.matrix(n_images).all())
+        keep = self._matrix_of(policy, n_images, first)
+        return keep is not None and bool(keep.all())
+
+    def _matrix_of(self, policy: str | None, n_images: int, first: int | None) -> np.ndarray | None:
+        is_file = policy is not None and names_file(policy)  # which may be written anew between two calls
+        request = self._parse_text(policy) if is_file else self._parse(policy)
+        if request.is_learned:
+            return None
+        if first is None and request.n_rows not in (None, n_images):
+            raise PolicyError(
+                f"policy {request.name}: got {request.n_rows} rows for {n_images} images, expected one row for each "
+                "image. Pass `first`, the number of the batch's first image in the data set that the file is for"
+            )
+        return request.matrix(n_images, first=first or 0)
 
     def _parse_text(self, policy: str | None) -> PolicyRequest:
         network = self._network
