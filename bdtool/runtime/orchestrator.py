@@ -42,6 +42,7 @@ from engines.store import EngineStore
 from export.bundle import Bundle
 
 logger = logging.getLogger(__name__)
+_CLOSED = "this orchestrator was closed; open the bundle again"
 
 
 class Orchestrator:
@@ -53,6 +54,10 @@ class Orchestrator:
     Args:
         network: as `engines` take it, images as pixels or preprocessed.
         prepared: gives engines for preprocessed images where `engines` take pixels, when such images first come.
+
+    Attributes:
+        network: the bundle's parts, their images and activations in the types that the engines have.
+        threads: CPU threads of one engine call.
     """
 
     def __init__(
@@ -70,7 +75,8 @@ class Orchestrator:
     ) -> None:
         self.network = network
         self.strategy_name = strategy
-        self._backend = backend
+        self.threads = backend.threads
+        self._library: Backend | None = backend  # None once it is closed
         self._engines = engines
         self._max_batch = max_batch
         self._graphs, self._paths = graphs, paths
@@ -111,7 +117,8 @@ class Orchestrator:
                 "graph" (likewise by CUDA graphs, for single images on a GPU), "full" (the whole ResNet as one engine)
                 or "auto" (what `bdtool profile --strategy auto` recommended for this target and number of threads).
             threads: CPU threads of one engine call; None takes the processors that are there, at most 4. More than
-                one come from a pool that ONNX Runtime makes once in a process.
+                one come from a pool that ONNX Runtime makes once in a process, and that each later session of the
+                process must use, the caller's own too: `SessionOptions.use_per_session_threads = False`.
             precision: which parts to run: "fp32", or one that `bdtool calibrate` has added to the bundle.
             paths: bounds of the path cache; None takes the defaults, with the masks that `bdtool build --paths` found.
             cuda_graph: how "graph" and "full" use CUDA graphs on a GPU. "auto" takes of what driver and packages
@@ -230,6 +237,7 @@ class Orchestrator:
         Raises:
             PolicyError: the bundle has no policy network.
         """
+        self._require_open()
         part = self.network.find("policy")
         if part is None:
             raise PolicyError("the bundle has no policy network; give a POLICY")
@@ -270,17 +278,13 @@ class Orchestrator:
         return (self._prepared_strategy or strategy).graph if self._ran_prepared else strategy.graph
 
     @property
-    def threads(self) -> int:
-        """CPU threads of one engine call."""
-        return self._backend.threads
-
-    @property
     def device_timer(self) -> DeviceTimer | None:
         """A timer for engine calls that only enqueue; None where they return when they are done."""
         return timer_of(self._backend)
 
     def engine(self, part: PartSpec) -> Engine:
         """Return the loaded engine of a part (for verification and profiling)."""
+        self._require_open()
         return self._engines[part.name]
 
     def timed(self, wrap: WrapCall, *, paths: PathOptions | None = None) -> Orchestrator:
@@ -288,6 +292,7 @@ class Orchestrator:
 
         Its path cache is its own, of `paths`. Close it when done.
         """
+        self._require_open()
         choice = self.graph_choice if self.strategy_name == "graph" else None  # modes are not compared again
         return Orchestrator(
             self.network,
@@ -308,9 +313,11 @@ class Orchestrator:
                 if strategy is not None:
                     strategy.close()
             self._strategy = self._prepared_strategy = self._load_prepared = None
+            self._library, self._current = None, nullcontext
             self._engines = {}
 
     def __enter__(self) -> Orchestrator:
+        self._require_open()
         return self
 
     def __exit__(
@@ -374,9 +381,15 @@ class Orchestrator:
                 graphs=self._graphs,
             )
 
+    @property
+    def _backend(self) -> Backend:
+        if self._library is None:
+            raise ValueError(_CLOSED)
+        return self._library
+
     def _require_open(self) -> Strategy:
         if self._strategy is None:
-            raise ValueError("this orchestrator was closed; open the bundle again")
+            raise ValueError(_CLOSED)
         return self._strategy
 
     def _strategy_for(self, taken: Images) -> Strategy:

@@ -10,7 +10,7 @@ import numpy as np
 from engines.device_array import DeviceArray
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)  # arrays have no one truth value
 class RunResult:
     """What came out for N images."""
 

@@ -1,7 +1,9 @@
 """The orchestrator on the fake backend: which engines are called, in which order, and what is refused."""
 
+import gc
 import os
 import shutil
+import weakref
 
 import numpy as np
 import pytest
@@ -352,3 +354,30 @@ def test_strategy_without_a_policy_network_gives_no_probabilities(tiny, pixels):
     refused = pytest.raises(PolicyError, match="strategy 'full' loads no policy network; open the bundle with 'chain'")
     with Orchestrator.open(tiny.bundle, strategy="full") as runtime, refused:
         runtime.keep_probability(pixels(tiny.model, 1))
+
+
+def test_nothing_is_left_of_a_closed_orchestrator(fake, images_of):
+    runtime, backend = (opened := fake()).runtime, weakref.ref(opened.backend)
+    part = runtime.network.part("block_00")
+    runtime.close()
+    for use in (lambda: runtime.decide(images_of([1])), lambda: runtime.engine(part), lambda: runtime.timed(_as_it_is)):
+        with pytest.raises(ValueError, match="this orchestrator was closed; open the bundle again"):
+            use()
+    with pytest.raises(ValueError, match="was closed"), runtime:
+        pass
+    del opened
+    gc.collect()
+    assert backend() is None
+    assert runtime.threads == 1
+
+
+def _as_it_is(part, call):
+    return call
+
+
+def test_result_compares_by_identity(fake, images_of):
+    runtime = fake().runtime
+    first, second = runtime.run(images_of([1])), runtime.run(images_of([1]))
+    assert first == first
+    assert first != second
+    assert len({first, second}) == 2
