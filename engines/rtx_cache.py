@@ -6,6 +6,7 @@ An engine of TensorRT-RTX holds programs, which become machine code when an exec
 from __future__ import annotations
 
 import logging
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,13 @@ class RuntimeCache:
         if not config.set_runtime_cache(self._cache):
             logger.info("TensorRT-RTX does not take the runtime cache; it compiles its kernels again")
 
+    def keep_for(self, context: Any) -> None:
+        """Keep the library's cache for as long as a context lives that was made with it.
+
+        The bindings do not, and what Python drops together, as a closed bundle, it drops in no certain order.
+        """
+        weakref.finalize(context, _let_go, self._cache).atexit = False
+
     def save(self) -> None:
         """Write what was compiled since; a cache that cannot be written costs only time."""
         if self._cache is None:
@@ -53,3 +61,7 @@ class RuntimeCache:
             self._written = data
         else:
             logger.info("%s is of another GPU, driver or version; kernels are compiled again", self.path)
+
+
+def _let_go(cache: Any) -> None:
+    """Do nothing: what a finalizer is to be called with lives until then."""

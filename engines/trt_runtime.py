@@ -90,6 +90,8 @@ class TensorRTRuntime:
             context = engine.create_execution_context(self._allocation(engine))
             if context is None:
                 raise EngineError(f"{what}: {self.library.quoted() or 'no reason given'}")
+        if self._cache is not None:
+            self._cache.keep_for(context)
         scratch = self._new_scratch() if beside else self._shared_scratch()
         context.set_device_memory(scratch.address, scratch.n_bytes)
         return context, scratch

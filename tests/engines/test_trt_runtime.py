@@ -2,6 +2,7 @@
 
 import gc
 import json
+import weakref
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from engines.trt_options import TensorRTOptions
 from engines.trt_runtime import TensorRTRuntime
 from export.bundle import Bundle
 from tests.fake_driver import FakeDriver
-from tests.fake_tensorrt import FakeTensorRT, install_gpu
+from tests.fake_tensorrt import FakeTensorRT, IExecutionContext, install_gpu
 
 TENSORRT = {"backend": "tensorrt", "device": "cuda:0"}
 RTX = {"backend": "tensorrt-rtx", "device": "cuda:0"}
@@ -178,6 +179,21 @@ def test_rtx_compiles_at_once_and_keeps_what_it_compiled(rtx, bundle_copy, tiny,
     with Orchestrator.open(bundle_copy, **RTX) as runtime:
         runtime.run(images, policy="101")
         assert FakeTensorRT.notes["runtime_config"].cache.kernels > first  # it began with what was kept
+
+
+def test_runtime_cache_outlives_what_was_made_with_it(rtx, bundle_copy, tiny, preprocessed):
+    gone, runtime = [], Orchestrator.open(bundle_copy, **RTX)
+    runtime.run(preprocessed(tiny.model, 1), policy="101")
+    cache = FakeTensorRT.notes.pop("runtime_config").cache
+    weakref.finalize(cache, gone.append, "cache")
+    contexts = [one for one in gc.get_objects() if type(one) is IExecutionContext]
+    for context in contexts:
+        weakref.finalize(context, gone.append, "context")
+    n_contexts = len(contexts)
+    del runtime, cache, contexts, context
+    gc.collect()
+    assert n_contexts > 1
+    assert gone == ["context"] * n_contexts + ["cache"]
 
 
 def test_engines_for_several_architectures_serve_each_of_them(rtx, bundle_copy, tiny, pixels):
