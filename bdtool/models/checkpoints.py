@@ -24,17 +24,10 @@ from bdtool.models.checkpoint_formats import (
     detect_format,
     find_format,
 )
+from bdtool.models.difference import StateDifference, compare_states, listing
 from bdtool.models.model import BlockDropModel
 from bdtool.models.model_spec import ModelSpec
-from bdtool.models.state import (
-    StateDifference,
-    compare_states,
-    listing,
-    meta_model,
-    model_from_state,
-    non_finite_names,
-    shapes_of,
-)
+from bdtool.models.state import meta_model, model_from_state, non_finite_names, shapes_of
 from bdtool.models.store import read_spec
 from export.files import sha256_of_file
 

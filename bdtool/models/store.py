@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from bdtool.errors import CheckpointError, UsageError
+from bdtool.models.difference import compare_states, listing
 from bdtool.models.model_spec import ModelSpec
 from bdtool.specs import preprocessing_from_dict
 from export.files import atomic_path
@@ -38,7 +39,7 @@ def save_model(model: BlockDropModel, path: Path) -> None:
     """
     from safetensors.torch import save_file
 
-    from bdtool.models.state import listing, non_finite_names
+    from bdtool.models.state import non_finite_names
 
     tensors = {name: _stored(tensor) for name, tensor in model.state_dict().items()}
     if bad := non_finite_names(tensors):
@@ -62,14 +63,7 @@ def load_model(path: Path) -> BlockDropModel:
     Raises:
         CheckpointError: the file is not a whole MODEL file, is newer than this bdtool, or its tensors do not fit.
     """
-    from bdtool.models.state import (
-        compare_states,
-        listing,
-        meta_model,
-        model_from_state,
-        non_finite_names,
-        shapes_of,
-    )
+    from bdtool.models.state import meta_model, model_from_state, non_finite_names, shapes_of
 
     spec = read_spec(path)
     tensors = _read_tensors(path)
