@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from bdtool.errors import BundleError
+from bdtool.models.layout import network_from_spec
+from bdtool.models.store import read_fitting_spec
 from bdtool.runtime.masks import read_masks
 from bdtool.runtime.recommendation import read_recommendations
 from bdtool.specs import NetworkSpec, PartSpec, dict_from_spec
@@ -16,21 +18,18 @@ _FINETUNE = "bdtool train finetune"  # as a MODEL says what made it
 
 
 def describe_model(path: Path) -> dict[str, Any]:
-    """Return the facts of a MODEL file, with its parts.
+    """Return the facts of a MODEL file, with its parts, from its header: the weights are not read.
 
     Raises:
-        CheckpointError: it cannot be read as a MODEL.
+        CheckpointError: it cannot be read as a MODEL, or its tensors are not those of what it says to be.
     """
-    from bdtool.models.parts import network_spec
-    from bdtool.models.store import load_model
-
-    model = load_model(path)
-    network = network_spec(model)
+    spec = read_fitting_spec(path)
+    network = network_from_spec(spec)
     return {
         "kind": "MODEL",
         **_network_facts(network),
-        "shortcut": model.spec.shortcut,
-        "provenance": dict(model.spec.provenance),
+        "shortcut": spec.shortcut,
+        "provenance": dict(spec.provenance),
         "parts": [_part_facts(part) for part in network.parts],
     }
 

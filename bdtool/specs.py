@@ -1,7 +1,7 @@
 """What a network is, as plain data: the list of parts that export, engines and runtime all walk.
 
 Nothing here knows PyTorch, ONNX or ResNets. Adding another architecture means producing a `NetworkSpec` and one module
-for each of its parts (`bdtool.models.parts` does it for ResNets), nothing more.
+for each of its parts (for ResNets `bdtool.models.layout` and `bdtool.models.parts` do it), nothing more.
 """
 
 from __future__ import annotations

@@ -19,8 +19,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bdtool.models.architectures import architecture
-from bdtool.models.policy import policy_trunk
+from bdtool.models.architectures import architecture, policy_trunk
 from bdtool.models.store import read_spec
 from export.files import write_json
 

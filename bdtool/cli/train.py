@@ -332,10 +332,9 @@ def _run(given: dict[str, Any], spec: ModelSpec, start: str, stage: Callable[[Pl
 
 
 def _network(spec: ModelSpec) -> NetworkSpec:
-    from bdtool.models.parts import network_spec
-    from bdtool.models.state import meta_model
+    from bdtool.models.layout import network_from_spec
 
-    return network_spec(meta_model(spec))
+    return network_from_spec(spec)
 
 
 def _open(given: dict[str, Any], network: NetworkSpec) -> tuple[ImageSource, ImageSource | None]:

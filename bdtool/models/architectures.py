@@ -76,6 +76,11 @@ def architecture(name: str) -> Architecture:
     return cifar_resnet(name, n_blocks_per_stage=(depth - 2) // 6)
 
 
+def policy_trunk(family: Family) -> Architecture:
+    """Return the layout of the policy network for that family: ResNet-8 for CIFAR, ResNet-10 for ImageNet."""
+    return architecture("resnet8" if family == "cifar" else "resnet10")
+
+
 def cifar_resnet(name: str, *, n_blocks_per_stage: int) -> Architecture:
     """Return a three-stage ResNet for 32 x 32 images, with the shortcuts of BlockDrop's authors."""
     return Architecture(

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from bdtool.errors import UsageError
-from bdtool.models.architectures import Architecture, Family, ShortcutKind
-from bdtool.models.policy import policy_trunk
+from bdtool.models.architectures import Architecture, Family, ShortcutKind, policy_trunk
 from bdtool.specs import Preprocessing
 
 FormatName = Literal["akamaster", "torchvision", "blockdrop"]

@@ -6,13 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bdtool.models.architectures import Architecture, Family, architecture
+from bdtool.models.architectures import Family, policy_trunk
 from bdtool.models.resnet import ResNet
-
-
-def policy_trunk(family: Family) -> Architecture:
-    """Return the layout of the policy network for that family: ResNet-8 for CIFAR, ResNet-10 for ImageNet."""
-    return architecture("resnet8" if family == "cifar" else "resnet10")
 
 
 class PolicyNetwork(nn.Module):

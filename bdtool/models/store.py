@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from bdtool.errors import CheckpointError, UsageError
-from bdtool.models.difference import compare_states, listing
+from bdtool.models.difference import COUNTER, compare_states, listing
+from bdtool.models.layout import tensor_shapes
 from bdtool.models.model_spec import ModelSpec
 from bdtool.specs import preprocessing_from_dict
 from export.files import atomic_path
@@ -63,22 +64,39 @@ def load_model(path: Path) -> BlockDropModel:
     Raises:
         CheckpointError: the file is not a whole MODEL file, is newer than this bdtool, or its tensors do not fit.
     """
-    from bdtool.models.state import meta_model, model_from_state, non_finite_names, shapes_of
+    from bdtool.models.state import model_from_state, non_finite_names
 
-    spec = read_spec(path)
+    spec = read_fitting_spec(path)
     tensors = _read_tensors(path)
-    needed = meta_model(spec).state_dict()
-    if difference := compare_states(shapes_of(tensors), shapes_of(needed)):
-        raise CheckpointError(f"{path} does not fit the {spec.arch} in its header ({difference}); import it again")
-    if wrong := [f"{name} {tensors[name].dtype}" for name in tensors if tensors[name].dtype != needed[name].dtype]:
-        raise CheckpointError(f"{path}: unexpected data types of {listing(wrong)}; import it again")
     if bad := non_finite_names(tensors):
         raise CheckpointError(f"{path}: NaN or infinite weights in {listing(bad)}; import or train it again")
     return model_from_state(spec, tensors)
 
 
+def read_fitting_spec(path: Path) -> ModelSpec:
+    """Return what a MODEL file's header says, after comparing the tensors that it lists with those that this needs.
+
+    Neither loads torch nor reads a weight, however large the file is.
+
+    Raises:
+        CheckpointError: as `read_spec`, or names, shapes or data types of the tensors do not fit.
+    """
+    spec = read_spec(path)
+    listed = _read_listing(path)
+    try:
+        needed = tensor_shapes(spec)
+    except UsageError as exc:
+        raise CheckpointError(f"{path}: no {spec.arch} is as its header says: {exc}") from exc
+    if difference := compare_states({name: shape for name, (shape, _) in listed.items()}, needed):
+        raise CheckpointError(f"{path} does not fit the {spec.arch} in its header ({difference}); import it again")
+    dtypes = {name: "I64" if name.endswith(COUNTER) else "F32" for name in listed}
+    if wrong := [f"{name} {dtype}" for name, (_, dtype) in listed.items() if dtype != dtypes[name]]:
+        raise CheckpointError(f"{path}: unexpected data types of {listing(wrong)}; import it again")
+    return spec
+
+
 def read_spec(path: Path) -> ModelSpec:
-    """Return what a MODEL file's header says, without reading its weights.
+    """Return what a MODEL file's header says of the model; see `read_fitting_spec`.
 
     Raises:
         CheckpointError: the file is not a whole MODEL file, or is newer than this bdtool.
@@ -140,6 +158,16 @@ def _read_metadata(path: Path) -> Mapping[str, str]:
     try:
         with safe_open(path, framework="numpy") as file:
             return file.metadata() or {}
+    except (SafetensorError, OSError) as exc:
+        raise _unreadable(path, exc) from exc
+
+
+def _read_listing(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Return shape and data type, as safetensors names it, of every tensor in the file."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  # no mapping
+            return {name: (tuple(one.get_shape()), one.get_dtype()) for name, one in slices.items()}
     except (SafetensorError, OSError) as exc:
         raise _unreadable(path, exc) from exc
 

@@ -7,11 +7,10 @@ import dataclasses
 import numpy as np
 
 from bdtool.errors import UsageError
-from bdtool.models.architectures import architecture
+from bdtool.models.architectures import architecture, policy_trunk
 from bdtool.models.checkpoint_formats import Colour
 from bdtool.models.model import BlockDropModel
 from bdtool.models.model_spec import ModelSpec
-from bdtool.models.policy import policy_trunk
 from bdtool.specs import Preprocessing
 
 _SAME_COLOUR = 1e-3  # of pixels from 0 to 1: a quarter of a grey level, as means are often given rounded

@@ -1,6 +1,8 @@
 """`bdtool inspect`: what a MODEL or a bundle is, and what was made of it."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -49,6 +51,38 @@ def test_bundle_says_what_was_built_and_noted(bdtool, bdtool_json, bundle_copy, 
     assert f"\n  {name}\n" in text
     assert f"{built['n_parts']} of {built['n_parts']} parts, {len(built['masks'])} frequent masks (100.0 %" in text
     assert f"auto is {best['strategy']} (threads 2, batch 1)" in text
+
+
+_INSPECT = """
+import sys
+from bdtool.cli import main
+main(["inspect", sys.argv[1]], standalone_mode=False)
+print("loaded:", *sorted({"torch", "torchvision", "onnxruntime"} & set(sys.modules)))
+"""
+
+
+def test_inspect_loads_neither_torch_nor_an_inference_library(tiny):
+    for given in (tiny.path, tiny.bundle):
+        command = [sys.executable, "-c", _INSPECT, str(given)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert done.stdout.splitlines()[-1] == "loaded:", given
+
+
+def test_model_whose_tensors_are_not_what_it_says_to_be_is_refused(bdtool, random_model, tmp_path):
+    """Its header is read alone, and holds the shapes of the tensors."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    from bdtool.models.store import save_model
+
+    path = tmp_path / "m.safetensors"
+    save_model(random_model("resnet8"), path)
+    with safe_open(path, framework="pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    tensors["base.stem.conv.weight"] = tensors["base.stem.conv.weight"][:8].clone()
+    save_file(tensors, path, metadata=metadata)
+    message = bdtool("inspect", path, status=1).stderr
+    assert "does not fit the resnet8 in its header (1 mis-shaped: base.stem.conv.weight got [8, 3, 3, 3]" in message
 
 
 def test_directory_with_one_engine_says_one(bdtool, bundle_copy):
