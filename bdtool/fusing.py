@@ -17,7 +17,8 @@ from export.bundle import Bundle
 from export.check import OnnxReference, compare_outputs
 from export.compose import compose_parts
 from export.files import write_output
-from export.fused import FORCE_DROP, FORCE_KEEP, fuse_parts
+from export.fused import fuse_parts
+from export.fused_spec import FORCE_DROP, FORCE_KEEP
 
 _N_MASKS = 4
 

@@ -193,7 +193,7 @@ class Backend(Protocol):
     def fuse(self, network: NetworkSpec, pieces: Mapping[str, bytes]) -> bytes:
         """Return one engine file with an `If` for each block, of the engine files of the network's parts.
 
-        Its inputs and outputs are those of `export.fused.fused_spec`.
+        Its inputs and outputs are those of `export.fused_spec.fused_spec`.
 
         Raises:
             EngineError: the backend has no conditionals.

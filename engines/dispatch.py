@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 MAX_BLOCKS = 128  # handles that the kernel takes by value: 1 KiB of its parameters
-FROM_POLICY, FORCE_KEEP, FORCE_DROP = 0, 1, 2  # as `export.fused` has them
+FROM_POLICY, FORCE_KEEP, FORCE_DROP = 0, 1, 2  # as `export.fused_spec` has them
 NOT_FINITE = 2  # in the place of a keep bit: the policy gave NaN, which compares as drop
 
 _WORD_BITS = 64

@@ -32,7 +32,7 @@ from engines.dispatch import Run, bits_from_words, mask_table, runs
 from engines.dispatch_kernel import BRANCH_NAME, KERNEL_NAME, LOOKUP_NAME, SOURCE, cubin_from_source
 from engines.graph_nodes import DeviceCopy
 from engines.speculation import NO_SPECULATION, Speculation, best_speculation
-from export.fused import fused_spec
+from export.fused_spec import fused_spec
 
 _TIMED_RUNS = 10  # of each graph that is timed for a speculation: the fastest counts
 

@@ -31,6 +31,7 @@ from engines.base import (
 from engines.trt_options import has_host_code, largest_batch
 from export.bundle import Bundle
 from export.files import advice_on, sha256_of_bytes, sha256_of_files, write_bytes, write_json
+from export.fused_spec import fused_spec
 from export.half_spec import HALF_DTYPES, HALF_VERSION
 from export.manifest import EXPORTED
 from export.pixels_spec import pixels_key
@@ -116,8 +117,6 @@ class EngineSet(Mapping[str, Engine]):
 
     def fuse(self, network: NetworkSpec) -> Engine:
         """Return one engine of the whole network, policy included, with an `If` for each block."""
-        from export.fused import fused_spec  # loads onnx, which a build with nothing to do can spare
-
         return self._backend.load(fused_spec(network), self._backend.fuse(network, self._files), layout=PLAIN_LAYOUT)
 
 

@@ -15,7 +15,7 @@ from engines.base import Backend, Buffer, Call, Engine
 from engines.device_array import Images, Logits
 from engines.graph_modes import GraphChoice
 from engines.store import EngineSet
-from export.fused import FORCE_DROP, FORCE_KEEP, fused_spec
+from export.fused_spec import FORCE_DROP, FORCE_KEEP, fused_spec
 
 _NOT_FINITE = 2  # in the place of a keep bit, as `engines.dispatch` says it
 

@@ -57,11 +57,11 @@ _INSPECT = """
 import sys
 from bdtool.cli import main
 main(["inspect", sys.argv[1]], standalone_mode=False)
-print("loaded:", *sorted({"torch", "torchvision", "onnxruntime"} & set(sys.modules)))
+print("loaded:", *sorted({"torch", "torchvision", "onnx", "onnxruntime"} & set(sys.modules)))
 """
 
 
-def test_inspect_loads_neither_torch_nor_an_inference_library(tiny):
+def test_inspect_loads_neither_torch_nor_onnx_nor_an_inference_library(tiny):
     for given in (tiny.path, tiny.bundle):
         command = [sys.executable, "-c", _INSPECT, str(given)]
         done = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -9,7 +9,8 @@ import torch
 
 from export.bundle import Bundle
 from export.check import OnnxReference
-from export.fused import FORCE_DROP, FORCE_KEEP, fuse_parts
+from export.fused import fuse_parts
+from export.fused_spec import FORCE_DROP, FORCE_KEEP
 
 
 def _fuse(bundle):
