@@ -10,7 +10,9 @@ from typing import Any
 import click
 
 from bdtool.cli import build, bundles, calibrate, compare, inference, inspect, models, report, system, train
+from bdtool.cli.output import warn
 from bdtool.errors import BdtoolError
+from bdtool.runtime.read_only import one_warning
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +28,8 @@ class _Group(click.Group):
 
     def invoke(self, context: click.Context) -> Any:
         try:
-            return super().invoke(context)
+            with one_warning(warn):
+                return super().invoke(context)
         except BdtoolError as exc:
             raise _failure(exc) from exc
         except OSError as exc:  # a full disk, a directory without permission: the user's to mend, not a bug

@@ -21,6 +21,7 @@ from bdtool.profiling.workload import is_static, split_name
 from bdtool.runtime.orchestrator import Orchestrator
 from bdtool.runtime.place import Place
 from bdtool.runtime.policies import parse_policy
+from bdtool.runtime.read_only import is_read_only, tell_not_kept
 from bdtool.runtime.recommendation import AUTO, CANDIDATES, Recommendation, choose_strategy, write_recommendation
 from engines.graph_modes import OFF, GraphChoice
 from engines.registry import identify_backend
@@ -255,9 +256,12 @@ def _recommended(result: Profile, bundle: Bundle, place: Place) -> Profile:
     if medians[recommendation.strategy] > medians[BASELINE]:
         measured = ", ".join(name for name in medians if name in CANDIDATES)
         warnings.append(f"none of {measured} is faster than `full` here; `auto` takes the fastest of them")
-    is_recorded = True
+    is_recorded = not is_read_only(bundle.path)
     try:
-        write_recommendation(place.store(bundle).directory, recommendation)
+        if is_recorded:
+            write_recommendation(place.store(bundle).directory, recommendation)
+        else:
+            tell_not_kept(bundle.path, "the recommendation that strategy `auto` takes")
     except OSError as exc:
         is_recorded = False
         reason = exc.strerror or exc

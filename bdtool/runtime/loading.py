@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import logging
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 
 from bdtool.errors import EngineError
 from bdtool.runtime.factory import parts_for
+from bdtool.runtime.read_only import is_read_only, tell_not_kept, temporary_engines
 from bdtool.specs import NetworkSpec, PartSpec
 from engines.base import Backend, Engine
 from engines.store import EngineSet, EngineStore
@@ -83,9 +81,9 @@ class Loader:
     def _build(self, store: EngineStore, parts: Sequence[PartSpec], stack: ExitStack) -> EngineStore:
         """Build what the store lacks and return it; beside a read-only bundle, one in a temporary place."""
         path = self._bundle.path
-        if not os.access(path, os.W_OK):
-            directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bdtool-engines-")))
-            logger.warning("%s is read-only: its engines are built for this run only", path)
+        if is_read_only(path):
+            tell_not_kept(path, f"the engines {store.directory.name}")
+            directory = temporary_engines(path, stack)
             store = EngineStore(self._bundle, store.identity, precision=store.precision, directory=directory)
         logger.info("building the engines that %s lacks for %s, once", path, store.identity.target)
         failed = [status for status in store.build(lambda: self._backend, parts=parts) if status.status == "failed"]

@@ -336,7 +336,8 @@ def test_read_only_bundle_runs_and_is_left_as_it_is(bundle_copy, monkeypatch, ca
     with Orchestrator.open(bundle_copy, backend="onnxruntime") as runtime:
         assert runtime.run(_pixels(3)).logits.shape == (3, 10)
     assert sorted(bundle_copy.rglob("*")) == before
-    assert "is read-only: its engines are built for this run only" in caplog.text
+    assert "is read-only and does not keep the engines onnxruntime-" in caplog.text
+    assert "for this run only. Make it writable, or copy it, to keep them" in caplog.text
 
 
 def test_failing_build_names_the_first_part(bundle_copy, monkeypatch):

@@ -1,0 +1,38 @@
+"""Commands on a bundle that cannot be written to."""
+
+import os
+
+import pytest
+
+from engines.store import EngineStore
+
+
+@pytest.fixture
+def read_only(bundle_copy, monkeypatch):
+    real = os.access  # for root every place is writable, whatever its mode
+    monkeypatch.setattr(os, "access", lambda path, mode: path != bundle_copy and real(path, mode))
+    return bundle_copy
+
+
+def test_one_warning_names_all_that_a_read_only_bundle_does_not_keep(read_only, bdtool, npz, digests):
+    before = digests(read_only)
+    words = ("--strategy", "auto", "--data", npz, "--duration", 0.01, "--warmup", 0)
+    result = bdtool("profile", read_only, *words)
+    [warning] = [line for line in result.stderr.splitlines() if "read-only" in line]
+    assert warning.startswith(f"warning: {read_only} is read-only and does not keep the engines onnxruntime-")
+    assert " and the recommendation that strategy `auto` takes: for this run only" in warning
+    assert "it could not be recorded" in result.stdout
+    assert digests(read_only) == before
+
+
+def test_engines_of_a_read_only_bundle_are_built_once_a_command(read_only, bdtool, npz, monkeypatch):
+    built = []
+    real = EngineStore._write
+
+    def write(self, part, engine):
+        built.append((self.directory.name, part.name))
+        return real(self, part, engine)
+
+    monkeypatch.setattr(EngineStore, "_write", write)
+    bdtool("verify", read_only, "--data", npz, "--limit", 4)
+    assert len(built) == len(set(built)) > 0
