@@ -34,7 +34,7 @@ from export.files import (
     write_bytes,
     write_json,
 )
-from export.manifest import MANIFEST_NAME, Manifest, PartFile, is_bundle, read_manifest, write_manifest
+from export.manifest import MANIFEST_NAME, Manifest, PartFile, read_manifest, why_no_manifest, write_manifest
 from export.onnx_model import OPSET, OnnxExporter, fold_batch_norm, structure
 from export.walk import Probe, walk
 
@@ -110,8 +110,10 @@ def export_bundle(
 def _check_target(target: Path, *, force: bool) -> None:
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
-    if not is_bundle(target):
-        raise BundleError(f"{target} exists and is not a bundle; it is left alone. Choose another -o BUNDLE")
+    if not target.is_dir():
+        raise BundleError(f"{target} is a file, not a bundle; it is left alone. Choose another -o BUNDLE")
+    if why := why_no_manifest(target):
+        raise BundleError(f"{target} exists and is not a bundle: {why}; it is left alone. {_advice_on_target(target)}")
     if not force:
         raise BundleError(f"{target} already holds a bundle; pass --force to replace it")
     if others := sorted({entry.name for entry in target.iterdir()} - _ENTRIES):
@@ -119,6 +121,13 @@ def _check_target(target: Path, *, force: bool) -> None:
             f"{target} holds what is no part of a bundle and would be deleted: {', '.join(others)}. Move it away, or "
             "choose another -o BUNDLE"
         )
+
+
+def _advice_on_target(target: Path) -> str:
+    """Return what to do about a target that is no bundle, or no longer looks like one."""
+    if {WEIGHTS_NAME, "onnx"} & {entry.name for entry in target.iterdir()}:
+        return f"If it is what is left of a bundle, remove it yourself (rm -r {target}); else choose another -o BUNDLE"
+    return "Choose another -o BUNDLE"
 
 
 def _write_parts(

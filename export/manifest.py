@@ -16,7 +16,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeGuard
 
 from bdtool.errors import BundleError
 from bdtool.specs import NetworkSpec, PartSpec, TensorSpec, dict_from_spec, preprocessing_from_dict
@@ -26,6 +26,7 @@ FORMAT_VERSION = 1
 EXPORTED = "fp32"  # the precision of the parts that `bdtool export` writes
 CALIBRATED = ("int8", "fp16", "bf16", "mixed")  # those that `bdtool calibrate` adds
 MANIFEST_NAME = "manifest.json"
+_COPY = "copy the bundle again, or export the model again to another place"
 _DTYPES = ("float32", "float16", "bfloat16", "int8", "uint8")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"[A-Za-z0-9_-]+")  # of a part or precision: file names are made of it
@@ -94,13 +95,25 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
     )
 
 
-def is_bundle(directory: Path) -> bool:
-    """Say whether a directory has a manifest of ours, be it damaged in parts or of another format version."""
+def why_no_manifest(directory: Path) -> str | None:
+    """Say why a directory's `manifest.json` is none of ours, so that what lies there may be anything.
+
+    None: it is one, be it damaged in parts or of a newer format.
+    """
+    path = directory / MANIFEST_NAME
     try:
-        data = json.loads((directory / MANIFEST_NAME).read_bytes())
-    except (OSError, ValueError):
-        return False
-    return isinstance(data, dict) and {"format_version", "parts"} <= set(data)
+        data = _parsed(path)
+    except OSError as exc:
+        return f"it has no {MANIFEST_NAME}" if not path.exists() else f"its {MANIFEST_NAME}: {exc.strerror or exc}"
+    except ValueError as exc:
+        return f"its {MANIFEST_NAME} {exc}"
+    missing = {"format_version", "parts"} - set(data)
+    if missing:
+        return f"its {MANIFEST_NAME} has no {' and no '.join(sorted(missing))}, expected in one of ours"
+    version = data["format_version"]
+    if not _is_version(version):
+        return f"its {MANIFEST_NAME} has format_version {version!r}, expected a number from 1 on"
+    return None
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -112,15 +125,15 @@ def read_manifest(directory: Path) -> Manifest:
     """
     path = directory / MANIFEST_NAME
     try:
-        data = json.loads(path.read_bytes())
+        data = _parsed(path)
     except FileNotFoundError as exc:
         raise BundleError(f"{directory} is not a bundle: it has no {MANIFEST_NAME}. Make one: bdtool export") from exc
     except NotADirectoryError as exc:
         raise BundleError(f"{directory} is a file, not a bundle. Make one of a MODEL: bdtool export") from exc
-    except (OSError, ValueError) as exc:
-        raise BundleError(f"{path} cannot be read ({exc}); export the model again") from exc
-    if not isinstance(data, dict):
-        raise BundleError(f"{path}: expected a JSON object, got {type(data).__name__}; export the model again")
+    except OSError as exc:
+        raise BundleError(f"{path} cannot be read ({exc.strerror or exc}); {_COPY}") from exc
+    except ValueError as exc:
+        raise BundleError(f"{path} {exc}; {_COPY}") from exc
     _check_version(path, data.get("format_version"))
     try:
         return _manifest_from_dict(data)
@@ -132,8 +145,26 @@ def read_manifest(directory: Path) -> Manifest:
         raise BundleError(f"{path}: {exc}; the file was changed, export the model again") from exc
 
 
+def _parsed(path: Path) -> dict[str, Any]:
+    """Return the JSON object in the file; a ValueError goes on from the file's name."""
+    content = path.read_bytes()
+    if not content.strip():
+        raise ValueError("is empty")
+    try:
+        data = json.loads(content)
+    except (ValueError, RecursionError) as exc:
+        raise ValueError(f"is not JSON, or cut short ({exc})") from exc
+    if not isinstance(data, dict):
+        raise ValueError(f"holds a JSON {type(data).__name__}, expected an object")
+    return data
+
+
+def _is_version(version: object) -> TypeGuard[int]:
+    return isinstance(version, int) and not isinstance(version, bool) and version >= 1
+
+
 def _check_version(path: Path, version: object) -> None:
-    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+    if not _is_version(version):
         raise BundleError(f"{path}: format_version is {version!r}, expected a number from 1 to {FORMAT_VERSION}")
     if version > FORMAT_VERSION:
         raise BundleError(

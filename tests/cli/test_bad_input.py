@@ -157,7 +157,7 @@ def test_directory_that_is_no_bundle_is_left_alone(bdtool, tiny, tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.txt").write_text("precious")
     message = bdtool("export", tiny.path, "-o", tmp_path / "photos", "--force", status=1).stderr
-    assert "exists and is not a bundle; it is left alone. Choose another -o BUNDLE" in message
+    assert "is not a bundle: it has no manifest.json; it is left alone. Choose another -o BUNDLE" in message
     assert (tmp_path / "photos" / "cat.txt").read_text() == "precious"
 
 

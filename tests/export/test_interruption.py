@@ -1,6 +1,7 @@
 """An export that fails, is stopped or killed leaves the earlier bundle whole, and the next run goes on from there."""
 
 import errno
+import json
 import os
 import shutil
 import signal
@@ -107,8 +108,11 @@ def test_what_is_not_a_bundle_is_left_alone(tiny, tmp_path, force):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.txt").write_text("precious")
     (tmp_path / "file").write_text("precious")
-    for name in ("photos", "file"):
-        with pytest.raises(BundleError, match=r"is not a bundle; it is left alone. Choose another -o BUNDLE"):
+    for name, what in (
+        ("photos", r"exists and is not a bundle: it has no manifest\.json"),
+        ("file", "is a file, not a bundle"),
+    ):
+        with pytest.raises(BundleError, match=rf"{what}; it is left alone. Choose another -o BUNDLE"):
             export_model(tiny.path, tmp_path / name, force=force)
     assert (tmp_path / "photos" / "cat.txt").read_text() == (tmp_path / "file").read_text() == "precious"
     assert sorted(os.listdir(tmp_path)) == ["file", "photos"]
@@ -117,9 +121,39 @@ def test_what_is_not_a_bundle_is_left_alone(tiny, tmp_path, force):
 def test_manifest_of_another_program_makes_no_bundle(tiny, tmp_path):
     (tmp_path / "extension" / "src").mkdir(parents=True)
     (tmp_path / "extension" / "manifest.json").write_text('{"manifest_version": 3}')
-    with pytest.raises(BundleError, match=r"extension exists and is not a bundle; it is left alone"):
+    with pytest.raises(BundleError, match=r"is not a bundle: its manifest\.json has no format_version and no parts"):
         export_model(tiny.path, tmp_path / "extension", force=True)
     assert (tmp_path / "extension" / "src").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"", "is empty"),
+        (b'{"format_version": 1, "parts": [', r"is not JSON, or cut short \(Expecting value: line 1 column 33"),
+        (b"\xff\xfe\x00", "is not JSON, or cut short"),
+        (b"[" * 100_000, "is not JSON, or cut short"),
+        (b"[]", "holds a JSON list, expected an object"),
+        (b'{"format_version": "1.0", "parts": []}', r"has format_version '1\.0', expected a number from 1 on"),
+    ],
+)
+def test_bundle_that_no_manifest_identifies_is_not_deleted(tiny, bundle_copy, digests, content, why):
+    """Whose it is nobody can say then: --force does not replace it, and says what the user can do."""
+    (bundle_copy / "manifest.json").write_bytes(content)
+    before = digests(bundle_copy)
+    with pytest.raises(BundleError, match=rf"bundle: its manifest\.json {why}") as caught:
+        export_model(tiny.path, bundle_copy, force=True)
+    assert f"it is left alone. If it is what is left of a bundle, remove it yourself (rm -r {bundle_copy})" in str(
+        caught.value
+    )
+    assert digests(bundle_copy) == before
+
+
+def test_bundle_of_a_newer_format_is_replaced_when_forced(tiny, bundle_copy):
+    manifest = json.loads((bundle_copy / "manifest.json").read_text())
+    (bundle_copy / "manifest.json").write_text(json.dumps({**manifest, "format_version": 99}))
+    export_model(tiny.path, bundle_copy, force=True)
+    assert Bundle.open(bundle_copy).network.arch == "resnet8"
 
 
 def test_files_of_others_in_a_bundle_are_named_and_left_alone(other, bundle_copy, digests):
