@@ -13,9 +13,10 @@ import onnx
 from bdtool.calibration_set import CalibrationSet, PathStatistics, collect_statistics
 from bdtool.candidate_trial import Trial
 from bdtool.data.batches import ImageSource
-from bdtool.errors import CalibrationError, PolicyError, UsageError
+from bdtool.errors import BundleError, CalibrationError, PolicyError, UsageError
 from bdtool.gates import Gates, Reference
 from bdtool.runtime.policies import PolicyRequest, parse_policy
+from bdtool.runtime.read_only import is_read_only
 from bdtool.specs import PartSpec
 from bdtool.version import version
 from calibration.bias_correction import correct_biases, images_for_correction
@@ -138,6 +139,11 @@ def calibrate(
         raise PolicyError(
             f"policy {policy.name}: has a row for each of {policy.n_rows} images, but calibration draws images and is "
             f"judged on others. Give a file with one row [{network.n_blocks}] for all, or another POLICY"
+        )
+    if is_read_only(bundle.path):  # before minutes of work for it
+        raise BundleError(
+            f"{bundle.path} is read-only, and its {request.precision} parts would have no place. Make it writable, or "
+            "calibrate a copy"
         )
     work = bundle.path.resolve().with_name(f".{bundle.path.resolve().name}.calibration")
     work.mkdir(exist_ok=True)

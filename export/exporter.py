@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,16 @@ def _check_target(target: Path, *, force: bool) -> None:
             f"{target} holds what is no part of a bundle and would be deleted: {', '.join(others)}. Move it away, or "
             "choose another -o BUNDLE"
         )
+    if locked := [folder for folder in _folders(target) if not os.access(folder, os.W_OK)]:
+        raise BundleError(
+            f"{target} is not replaced: {locked[0]} is read-only. Make it writable (chmod -R u+w {target}), or choose "
+            "another -o BUNDLE"
+        )
+
+
+def _folders(target: Path) -> Iterator[Path]:
+    """Yield the directories of a bundle: to remove it, files must be removed from each."""
+    return (Path(folder) for folder, _, _ in os.walk(target))
 
 
 def _advice_on_target(target: Path) -> str:

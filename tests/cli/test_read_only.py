@@ -36,3 +36,13 @@ def test_engines_of_a_read_only_bundle_are_built_once_a_command(read_only, bdtoo
     monkeypatch.setattr(EngineStore, "_write", write)
     bdtool("verify", read_only, "--data", npz, "--limit", 4)
     assert len(built) == len(set(built)) > 0
+
+
+def test_read_only_bundle_is_neither_replaced_nor_calibrated(read_only, bdtool, tiny, npz, digests):
+    before, beside = digests(read_only), sorted(read_only.parent.iterdir())
+    message = bdtool("export", tiny.path, "-o", read_only, "--force", status=1).stderr
+    assert f"{read_only} is not replaced: {read_only} is read-only. Make it writable (chmod -R u+w" in message
+    message = bdtool("calibrate", read_only, "--data", npz, status=1).stderr
+    assert f"{read_only} is read-only, and its int8 parts would have no place. Make it writable" in message
+    assert digests(read_only) == before
+    assert sorted(read_only.parent.iterdir()) == beside
