@@ -11,22 +11,29 @@ import numpy as np
 
 from bdtool.data.batches import ImageSource
 from bdtool.data.images import IMAGE_SUFFIXES, fit_image, read_image
-from bdtool.errors import DataError
+from bdtool.data.layouts import Split
+from bdtool.data.other_forms import other_form
+from bdtool.errors import DataError, UsageError
 from bdtool.specs import NetworkSpec, Preprocessing
 
 _SPLIT_FOLDERS = frozenset({"train", "val", "valid", "validation", "test"})
 
 
-def folder_source(root: Path, *, network: NetworkSpec, resize: bool) -> ImageSource:
+def folder_source(root: Path, *, network: NetworkSpec, resize: bool, split: Split) -> ImageSource:
     """Open a directory: with images in its folders these are the classes, otherwise its own images have no labels.
+
+    `split` is what is wanted of a data set that a directory turns out to be, to say how to name it.
 
     Raises:
         DataError: no images, images at both levels, or class folders that do not match the model's classes.
+        UsageError: no images, but what has another form of DATA.
     """
     loose = sorted(path for path in root.iterdir() if _is_image(path.name) and path.is_file())
     folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
     files = {folder.name: _image_files(folder) for folder in folders}
     if not any(files.values()):
+        if not loose and (other := other_form(root, split=split)):
+            raise UsageError(f"{root}: no images in it; {other}")
         return file_source(loose, None, root=root, preprocessing=network.preprocessing, resize=resize)
     if loose:
         raise DataError(

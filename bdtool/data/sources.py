@@ -7,9 +7,10 @@ from pathlib import Path
 
 from bdtool.data.batches import ImageBatch, ImageSource
 from bdtool.data.folders import folder_source
+from bdtool.data.layouts import Split
 from bdtool.data.npz import npz_source
 from bdtool.data.synthetic import synthetic_image
-from bdtool.data.torchvision_sets import Split, torchvision_source
+from bdtool.data.torchvision_sets import torchvision_source
 from bdtool.errors import UsageError
 from bdtool.specs import NetworkSpec
 
@@ -50,7 +51,7 @@ def _open_form(data: str, *, network: NetworkSpec, resize: bool, split: Split) -
         return torchvision_source(match["name"], root, network=network, resize=resize, split=split)
     path = Path(data)
     if data and path.is_dir():
-        return folder_source(path, network=network, resize=resize)
+        return folder_source(path, network=network, resize=resize, split=split)
     if path.suffix.lower() == ".npz" and path.is_file():
         return npz_source(path, network=network, resize=resize)
     problem = "not a form of DATA" if path.is_file() else "no such file, directory or data set"

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
 from bdtool.data.batches import ImageSource
 from bdtool.data.folders import file_source
+from bdtool.data.layouts import CIFAR_FILES, CIFAR_FOLDERS, Split
 from bdtool.data.npz import array_source
 from bdtool.errors import DataError
 from bdtool.specs import NetworkSpec
 
-Split = Literal["train", "test"]
 N_CLASSES = {"cifar10": 10, "cifar100": 100, "imagenet": 1000}
-_CIFAR_FOLDERS = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
 
 
 def torchvision_source(name: str, root: Path, *, network: NetworkSpec, resize: bool, split: Split) -> ImageSource:
@@ -38,13 +36,15 @@ def _cifar_source(name: str, root: Path, *, network: NetworkSpec, resize: bool, 
     from torchvision import datasets
 
     dataset_class = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
+    if all((root / file).is_file() for file in CIFAR_FILES[name]):  # the unpacked folder itself was given
+        dataset_class = type(dataset_class.__name__, (dataset_class,), {"base_folder": ""})
     try:
         # torchvision compares every file with a known digest before it unpickles it
         dataset = dataset_class(root, train=split == "train", download=False)
     except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, KeyError, ValueError) as exc:
         raise DataError(
             f"{name}:{root}: data set not found or damaged. Expected the unpacked archive "
-            f"at {root / _CIFAR_FOLDERS[name]}; "
+            f"at {root / CIFAR_FOLDERS[name]}, or its files in {root} itself; "
             f"torchvision.datasets.{dataset_class.__name__}(ROOT, download=True) fetches it"
         ) from exc
     return array_source(

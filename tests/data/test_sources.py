@@ -8,7 +8,7 @@ import pickle
 import sys
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -209,6 +209,29 @@ def test_empty_directory_is_refused(tmp_path: Path) -> None:
         open_data(str(tmp_path), network=NETWORK)
 
 
+@pytest.mark.parametrize(
+    ("files", "split", "message"),
+    [
+        (["test.npz"], "test", r"no images in it; it holds test\.npz; pass the file: --data .*/test\.npz$"),
+        (["test.npz", "train.npz"], "train", r"it holds test\.npz, train\.npz; pass the file: --data .*/train\.npz$"),
+        (["a.npz", "b.npz", "c.npz", "d.npz"], "test", r"it holds a\.npz, b\.npz, c\.npz, \.\.\.; .*/a\.npz$"),
+        (["data_batch_1", "test_batch"], "test", r"it holds cifar10's own files; pass --data cifar10:"),
+        (["train", "test", "meta"], "test", r"it holds cifar100's own files; pass --data cifar100:"),
+        (["cifar-10-batches-py/data_batch_1"], "test", r"it holds cifar-10-batches-py; pass --data cifar10:"),
+        (["cifar-10-python.tar.gz"], "test", r"unpack that there \(tar -xzf\), then pass --data cifar10:"),
+        (["data_batch_1.bin"], "test", r"binary version; cifar10:ROOT reads the Python version"),
+    ],
+)
+def test_directory_of_other_data_says_what_to_pass(
+    tmp_path: Path, files: list[str], split: Literal["train", "test"], message: str
+) -> None:
+    for file in files:
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).touch()
+    with pytest.raises(UsageError, match=message):
+        open_data(str(tmp_path), network=NETWORK, split=split)
+
+
 def test_images_are_decoded_only_when_read(tmp_path: Path) -> None:
     source = open_data(folders(tmp_path, "a.png", "b.png"), network=NETWORK)
     (tmp_path / "b.png").write_text("damaged meanwhile")
@@ -282,6 +305,13 @@ def test_cifar10_equals_torchvision(cifar_root: Path) -> None:
     batch = open_data(f"cifar10:{cifar_root}", network=cifar_network()).take(4)
     np.testing.assert_array_equal(batch.images, np.stack([np.asarray(image) for image, _ in oracle]))
     np.testing.assert_array_equal(batch.labels, [3, 1, 4, 9])
+
+
+def test_unpacked_cifar10_may_be_given_itself(cifar_root: Path) -> None:
+    """Under whatever name: what `--data DIR` with its files in it is told to be is then true."""
+    folder = (cifar_root / "cifar-10-batches-py").rename(cifar_root / "mine")
+    (folder / "data_batch_1").touch()
+    assert open_data(f"cifar10:{folder}", network=cifar_network()).n_images == 4
 
 
 def test_cifar_for_a_model_of_other_classes_is_refused(cifar_root: Path) -> None:
