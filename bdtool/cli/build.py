@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bdtool.cli.options import BUNDLE, NEW_FILE, PRECISION, data_option, json_option, policy_option, resize_option
-from bdtool.cli.output import emit, percent, progress
+from bdtool.cli.output import emit, percent, progress, tell_when_stopped
 from bdtool.cli.tensorrt import details_lines, tensorrt_options, tensorrt_options_from
 
 if TYPE_CHECKING:
+    from engines.base import Backend
     from engines.store import EngineRecord, EngineStore, PartStatus
     from export.bundle import Bundle
 
@@ -83,12 +85,7 @@ def build_cmd(
     trt = tensorrt_options_from(backend, tensorrt, default_max_batch=opened.manifest.max_batch)
     identity = identify_backend(backend, device, tensorrt=trt)
     store = EngineStore(opened, identity, precision=precision)
-    with progress("building", len(opened.network.parts)) as advance:
-        statuses = store.build(
-            lambda: open_backend(backend, device, tensorrt=trt),
-            resume=resume,
-            on_part=lambda status: advance(1, status.name),
-        )
+    statuses = _build_parts(store, lambda: open_backend(backend, device, tensorrt=trt), resume=resume)
     failed = [status for status in statuses if status.status == "failed"]
     masks = _note_masks(opened, store, device, options) if options.wanted and not failed else None
     result = _build_json(store.directory.name, statuses) | ({} if masks is None else {"paths": masks})
@@ -120,6 +117,24 @@ def fuse_cmd(bundle: Path, model: Path) -> None:
     click.echo(
         f"{model}: {model.stat().st_size / 1e6:.1f} MB; worst difference from the parts: {error:.1e} of the range"
     )
+
+
+def _build_parts(store: EngineStore, open_it: Callable[[], Backend], *, resume: bool) -> list[PartStatus]:
+    n_parts = len(store.network.parts)
+    n_engines = 0
+
+    def finished() -> str:
+        command = "the same command" if resume else "the same command without --no-resume"
+        return f"finished: {n_engines} of {n_parts} engines; {command} goes on from there" if n_engines else ""
+
+    with tell_when_stopped(finished), progress("building", n_parts) as advance:
+
+        def on_part(status: PartStatus) -> None:
+            nonlocal n_engines
+            n_engines += status.status != "failed"
+            advance(1, status.name)
+
+        return store.build(open_it, resume=resume, on_part=on_part)
 
 
 def _build_json(directory: str, statuses: list[PartStatus]) -> dict[str, Any]:

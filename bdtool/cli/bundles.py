@@ -16,7 +16,7 @@ from bdtool.cli.options import (
     place_options,
     resize_option,
 )
-from bdtool.cli.output import emit, print_table, progress, warn
+from bdtool.cli.output import emit, print_table, progress, tell_when_stopped, warn
 
 if TYPE_CHECKING:
     from bdtool.runtime.place import Place
@@ -51,16 +51,20 @@ def export_cmd(model: Path, bundle: Path, max_batch: int, force: bool) -> None:
     from export.exporter import calibrated_precisions
 
     calibrated = calibrated_precisions(bundle) if force else ()
-    reused, n_parts = 0, 1
-    with progress("exporting", 1) as advance:
+    reused, n_done, n_parts = 0, 0, 1
+
+    def finished() -> str:
+        return f"finished: {n_done} of {n_parts} parts; the same command goes on from there" if n_done else ""
+
+    with tell_when_stopped(finished), progress("exporting", 1) as advance:
 
         def on_start(network: NetworkSpec) -> None:
             nonlocal n_parts
             n_parts = len(network.parts) + 1  # and `full`
 
         def on_part(part: ExportedPart) -> None:
-            nonlocal reused
-            reused += part.reused
+            nonlocal reused, n_done
+            reused, n_done = reused + part.reused, n_done + 1
             advance(1 / n_parts, part.name)
 
         manifest = export_model(model, bundle, max_batch=max_batch, force=force, on_start=on_start, on_part=on_part)

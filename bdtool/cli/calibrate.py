@@ -9,7 +9,7 @@ import click
 from click.core import ParameterSource
 
 from bdtool.cli.options import BUNDLE, FiniteRange, data_option, json_option, policy_option, resize_option
-from bdtool.cli.output import emit, percent, print_table, progress, warn
+from bdtool.cli.output import emit, percent, print_table, progress, tell_when_stopped, warn
 from export.manifest import CALIBRATED
 
 if TYPE_CHECKING:
@@ -131,16 +131,30 @@ def calibrate_cmd(
         eval_limit=eval_limit,
         threads=threads,
     )
-    with progress("calibrating", None) as advance:
-        result = calibrate(
-            opened, images, judged, request, on_progress=lambda step, share: advance(0, f"{step} {percent(share, 0)}")
-        )
+    shares: dict[str, float] = {}  # of steps, begun or done
+    with tell_when_stopped(lambda: _finished(shares)), progress("calibrating", None) as advance:
+
+        def on_progress(step: str, share: float) -> None:
+            shares[step] = share
+            advance(0, f"{step} {percent(share, 0)}")
+
+        result = calibrate(opened, images, judged, request, on_progress=on_progress)
     if not judged.has_labels:
         warn(f"{judged.description} has no labels: the accuracy was not measured; give labelled images with --eval")
     emit(result.to_json(), json_file, lambda: _print(result))
     if not result.ok:
         click.echo(f"Error: {_failure(result)}; {bundle} is as it was", err=True)
         raise click.exceptions.Exit(1)
+
+
+def _finished(shares: dict[str, float]) -> str:
+    """Say what the same command takes up of a calibration that was stopped; nothing where it begins anew."""
+    if "collecting ranges" not in shares:
+        return ""
+    done = f"the ranges of {percent(shares['collecting ranges'], 0)} of the images"
+    if n_known := sum(step.startswith("sensitivity") for step in shares):
+        done += f" and the sensitivity of {n_known} parts"
+    return f"finished: {done}; the same command goes on from there, or a few batches earlier"
 
 
 def _failure(result: Calibrated) -> str:

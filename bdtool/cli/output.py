@@ -93,6 +93,18 @@ def progress_of_share(description: str) -> Iterator[Callable[..., None]]:
         yield on_share
 
 
+@contextmanager
+def tell_when_stopped(finished: Callable[[], str]) -> Iterator[None]:
+    """On Ctrl-C say in one line what is finished, as `finished()` tells then; nothing where that is empty."""
+    try:
+        yield
+    except KeyboardInterrupt as exc:
+        click.echo(err=True)  # the terminal shows ^C
+        if line := finished():
+            click.echo(line, err=True)
+        raise click.Abort from exc
+
+
 def percent(share: float, digits: int = 1) -> str:
     return f"{100 * share:.{digits}f} %"
 

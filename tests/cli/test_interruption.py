@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -42,7 +43,9 @@ def test_ctrl_c_in_export_leaves_the_bundle_and_the_rerun_goes_on(resnet32, bund
     _wait_for(bundle_copy.with_name(".bundle.partial") / "records" / "block_00.json", process)
     _, stderr = _stop(process, signal.SIGINT)
     assert process.returncode == 1
-    assert stderr.strip() == "Aborted!"
+    told, aborted = stderr.split("\n")[1:3]
+    assert re.fullmatch(r"finished: [1-9]\d* of 20 parts; the same command goes on from there", told)
+    assert aborted == "Aborted!"
     assert _digests(bundle_copy) == before
     Bundle.open(bundle_copy)
 
@@ -62,7 +65,9 @@ def test_stopped_build_keeps_what_is_finished(resnet32, tmp_path, start_bdtool, 
     while not list(bundle.glob("engines/*/block_00.engine.json")):
         assert process.poll() is None
         time.sleep(0.001)
-    _stop(process, how)
+    _, stderr = _stop(process, how)
+    told = r"\nfinished: [1-9]\d* of 20 engines; the same command goes on from there\nAborted!\n"
+    assert re.fullmatch(told if how == signal.SIGINT else "", stderr)
     assert process.returncode == (1 if how == signal.SIGINT else -signal.SIGKILL)
     finished = len(list(bundle.glob("engines/*/*.engine.json")))
     assert 0 < finished < len(Bundle.open(bundle).network.parts)
@@ -73,3 +78,24 @@ def test_stopped_build_keeps_what_is_finished(resnet32, tmp_path, start_bdtool, 
     assert stderr == ""
     assert sum(part["cached"] for part in parts.values()) == finished
     assert {part["status"] for part in parts.values()} == {"built", "cached"}
+
+
+def test_ctrl_c_in_calibrate_says_what_is_kept(bdtool, bundle_copy, npz, digests, monkeypatch):
+    from calibration.paths import PathWalker
+
+    monkeypatch.setattr("bdtool.calibration_set._BATCH", 5)
+    real, calls = PathWalker.add, []
+
+    def add(self, batch, collector):
+        calls.append(batch)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        real(self, batch, collector)
+
+    monkeypatch.setattr(PathWalker, "add", add)
+    before = digests(bundle_copy / "onnx")
+    words = ("calibrate", bundle_copy, "--data", npz, "--policy", "all", "--limit", 20, "--max-accuracy-drop", 100)
+    told = "finished: the ranges of 50 % of the images; the same command goes on from there, or a few batches earlier"
+    assert bdtool(*words, status=1).stderr == f"\n{told}\nAborted!\n"
+    assert digests(bundle_copy / "onnx") == before
+    bdtool(*words)
