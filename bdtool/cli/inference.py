@@ -10,7 +10,7 @@ import click
 
 from bdtool.cli.options import (
     BUNDLE,
-    EXISTING_FILE,
+    IMAGE,
     MODEL_OR_BUNDLE,
     NEW_FILE,
     FiniteRange,
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @click.command("run")
 @click.argument("bundle", type=BUNDLE)
-@click.argument("images", type=EXISTING_FILE, nargs=-1, required=True)
+@click.argument("images", type=IMAGE, nargs=-1, required=True)
 @policy_option
 @click.option(
     "--strategy",

@@ -7,14 +7,14 @@ from typing import Any
 
 import click
 
-from bdtool.cli.options import EXISTING_FILE, NEW_MODEL, NumberList, json_option
+from bdtool.cli.options import CHECKPOINT, NEW_MODEL, NumberList, json_option
 from bdtool.cli.output import emit, mega, percent, print_table
 
 _CIFAR10 = "cifar10"
 
 
 @click.command("import")
-@click.argument("checkpoint", type=EXISTING_FILE)
+@click.argument("checkpoint", type=CHECKPOINT)
 @click.option("--arch", required=True, metavar="NAME", help="Architecture, for instance resnet32; see `bdtool models`.")
 @click.option(
     "--format",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -11,9 +12,11 @@ from typing import Any, TypeVar
 
 import click
 
-from export.manifest import CALIBRATED, EXPORTED
+from export.manifest import CALIBRATED, EXPORTED, MANIFEST_NAME
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
+
+_WEIGHTS = "weights.safetensors"  # of a bundle: the MODEL that it was exported from
 
 EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 NEW_DIRECTORY = click.Path(file_okay=False, path_type=Path)
@@ -48,12 +51,16 @@ class ModelPath(click.Path):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         from bdtool.models.shipped import shipped_models
 
-        shipped = shipped_models()
-        if str(value) in shipped and not Path(value).exists():
+        shipped, path = shipped_models(), Path(value)
+        if str(value) in shipped and not path.exists():
             value = shipped[str(value)]
-        elif self.exists and not Path(value).exists():
+        elif self.exists and not path.exists():
             names = f"; shipped models: {', '.join(shipped)}" if shipped else ""
             self.fail(f"{str(value)!r}: no such file{names}", param, ctx)
+        elif path.is_dir() and not self.dir_okay:
+            self.fail(_directory_for_model(path), param, ctx)
+        elif path.name == MANIFEST_NAME and self.dir_okay and path.is_file():
+            self.fail(_file_for_bundle(path), param, ctx)
         return super().convert(value, param, ctx)
 
 
@@ -64,19 +71,65 @@ class BundlePath(click.Path):
         from bdtool.models.shipped import shipped_models
 
         path = Path(value)
-        if path.is_file() or (not path.exists() and str(value) in shipped_models()):
-            what = "is a file" if path.is_file() else "is a MODEL that ships with bdtool"
-            self.fail(
-                f"{str(value)!r} {what}, expected the directory of a BUNDLE. Make one of a MODEL: "
-                f"bdtool export {value} -o bundle",
-                param,
-                ctx,
-            )
+        if path.is_file():
+            self.fail(_file_for_bundle(path), param, ctx)
+        if not path.exists() and str(value) in shipped_models():
+            self.fail(f"{str(value)!r} is a MODEL that ships with bdtool, {_made_of(value)}", param, ctx)
+        if self.exists and not path.exists():
+            place = shlex.quote(str(value))
+            self.fail(f"{str(value)!r}: no such directory. `bdtool export MODEL -o {place}` makes one", param, ctx)
         return super().convert(value, param, ctx)
+
+
+class CheckpointPath(click.Path):
+    """A checkpoint file of another program."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        from bdtool.models.shipped import shipped_models
+
+        if str(value) in shipped_models() and not Path(value).exists():
+            what = "is a MODEL already, which ships with bdtool. Go on with it: bdtool export"
+            self.fail(f"{str(value)!r} {what} {value} -o bundle", param, ctx)
+        if Path(value).is_dir():
+            self.fail(f"{str(value)!r} is a directory, expected a checkpoint file by torch.save", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+class ImagePath(click.Path):
+    """An image file to classify."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if Path(value).is_dir():
+            what = f"is a directory, expected image files, for instance {shlex.quote(str(value))}/*.png"
+            self.fail(f"{str(value)!r} {what}; `bdtool evaluate --data` takes directories", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+def _directory_for_model(path: Path) -> str:
+    weights = path / _WEIGHTS
+    if (path / MANIFEST_NAME).is_file() and weights.is_file():
+        return f"{str(path)!r} is a BUNDLE, expected a MODEL file. It was exported from the one in it: {str(weights)!r}"
+    return f"{str(path)!r} is a directory, expected a MODEL file (.safetensors)"
+
+
+def _file_for_bundle(path: Path) -> str:
+    for directory in (path.parent, path.parent.parent):
+        if (directory / MANIFEST_NAME).is_file():
+            return f"{str(path)!r} is a file of the BUNDLE {str(directory)!r}; give that directory"
+    if path.suffix == ".safetensors":
+        return f"{str(path)!r} is a file, {_made_of(path)}"
+    return f"{str(path)!r} is a file, expected the directory of a BUNDLE, which `bdtool export` makes of a MODEL"
+
+
+def _made_of(model: Any) -> str:
+    made = f"bdtool export {shlex.quote(str(model))} -o bundle"
+    return f"expected the directory of a BUNDLE. Make one of a MODEL: {made}"
 
 
 BUNDLE = BundlePath(exists=True, file_okay=False, path_type=Path)
 MODEL = ModelPath(exists=True, dir_okay=False, path_type=Path)
+CHECKPOINT = CheckpointPath(exists=True, dir_okay=False, path_type=Path)
+IMAGE = ImagePath(exists=True, dir_okay=False, path_type=Path)
 MODEL_OR_BUNDLE = ModelPath(exists=True, path_type=Path)
 NEW_FILE = NewFile(dir_okay=False, path_type=Path)
 NEW_MODEL = NewModel(dir_okay=False, path_type=Path)

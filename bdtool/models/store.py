@@ -184,6 +184,10 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 def _unreadable(path: Path, exc: Exception) -> CheckpointError:
     if isinstance(exc, OSError):
         return CheckpointError(f"{path} cannot be read: {exc.strerror or exc}")
+    if path.stat().st_size == 0:
+        return CheckpointError(f"{path} is empty, expected a MODEL (.safetensors). Copy or import it again")
+    if path.suffix == ".npz":
+        return CheckpointError(f"{path} is a file of arrays, as --data takes them, expected a MODEL (.safetensors)")
     if _is_of_torch(path):
         return CheckpointError(
             f"{path} is a file by torch.save, not a MODEL; make one of it: bdtool import {path} -o model.safetensors"

@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -75,7 +76,17 @@ def test_nan_weights_are_not_written_and_the_old_file_stays(make_model, saved):
     assert len(list(saved.parent.iterdir())) == 1
 
 
-@pytest.mark.parametrize("n_bytes", [0, 5, 100, 3000, -1])
+@pytest.mark.parametrize("read", [load_model, read_spec])
+def test_empty_file_and_arrays_are_told_from_a_model(tmp_path, read):
+    (tmp_path / "m.safetensors").touch()
+    with pytest.raises(CheckpointError, match=r"m\.safetensors is empty, expected a MODEL"):
+        read(tmp_path / "m.safetensors")
+    np.savez(tmp_path / "test.npz", x=np.zeros(3))
+    with pytest.raises(CheckpointError, match=r"test\.npz is a file of arrays, as --data takes them, expected a MODEL"):
+        read(tmp_path / "test.npz")
+
+
+@pytest.mark.parametrize("n_bytes", [5, 100, 3000, -1])
 def test_truncated_file_is_refused_by_name(saved, n_bytes):
     saved.write_bytes(saved.read_bytes()[:n_bytes])
     for read in (load_model, read_spec):
