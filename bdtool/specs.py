@@ -188,6 +188,10 @@ class NetworkSpec:
             flops=flops,
         )
 
+    def with_full(self) -> NetworkSpec:
+        """Return the same network with `full` as its last part: the static ResNet, every block kept."""
+        return replace(self, parts=(*self.parts, self.whole("full", flops=self.full_flops)))
+
     def with_activation(self, dtype: str) -> NetworkSpec:
         """Return the same network with `x`, the activation between its parts, in another dtype."""
         return replace(self, parts=tuple(part.with_activation(dtype) for part in self.parts))

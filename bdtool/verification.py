@@ -1,6 +1,7 @@
 """The parity ladder of a bundle: each rung compares one form of the network with the one before it.
 
     digests   every file is what the manifest says
+    manifest  the network that the manifest describes is that of the MODEL in the bundle
     onnx      each ONNX part against its PyTorch module, on the activations of real paths
     engines   each engine against its ONNX part
     policy    keep bits of the policy engine against PyTorch's
@@ -23,10 +24,11 @@ from typing import Any
 import numpy as np
 
 from bdtool.data.batches import ImageBatch, ImageSource
-from bdtool.errors import BundleError, EngineError
+from bdtool.errors import EngineError
 from bdtool.lower_precision import compare_lower_part, flips_bound, lower_outputs, path_probes
+from bdtool.manifest_check import compare_with_model
 from bdtool.models.model import BlockDropModel
-from bdtool.models.parts import network_spec, part_modules
+from bdtool.models.parts import part_modules
 from bdtool.models.store import load_model
 from bdtool.part_feeds import feeds_for
 from bdtool.runtime.orchestrator import Orchestrator
@@ -44,9 +46,11 @@ from export.walk import Probe, walk
 
 LOGITS_TOLERANCE = 1e-4  # largest |difference| between the chain's logits and PyTorch's
 _N_PROBES = 4  # images on which single parts are compared
+_N_NAMED = 3  # differences that a detail names
 _ORACLE_BATCH = 64  # images that PyTorch runs at a time: bounds its memory
 _UNITS = {
     "digests": "files",
+    "manifest": "facts",
     "onnx": "of largest value",
     "engines": "of largest value",
     "policy": "of keep bits",
@@ -105,30 +109,39 @@ def verify(
     limit: int = 256,
     on_rung: Callable[[Rung], None] = lambda rung: None,
 ) -> Verification:
-    """Climb the ladder with a bundle, which may be opened without a look at its digests; it ends where they differ.
+    """Climb the ladder with a bundle, which may be opened without a look at its digests.
+
+    It ends where digests differ, or the manifest from the MODEL: whatever else is compared would be of another network.
 
     Args:
         data: images for the upper rungs; at most `limit` of them.
 
     Raises:
         CheckpointError: the bundle's weights cannot be loaded.
-        BundleError: the weights are not those of the manifest's network.
         BackendError: the engines cannot be built or run.
     """
     bundle.require_precision(place.precision)
-    rungs = [_digests(bundle)]
-    on_rung(rungs[0])
-    if not rungs[0].ok:  # whatever else is compared would be of another network
-        return Verification(rungs=tuple(rungs), n_images=0, input_source=data.description)
-    model = _load_weights(bundle)
+    rungs: list[Rung] = []
+
+    def add(rung: Rung) -> bool:
+        rungs.append(rung)
+        on_rung(rung)
+        return rung.ok
+
+    def ladder(n_images: int) -> Verification:
+        return Verification(rungs=tuple(rungs), n_images=n_images, input_source=data.description)
+
+    if not add(_digests(bundle)):
+        return ladder(0)
+    model = load_model(bundle.weights_path)
+    if not add(_manifest(bundle, model)):
+        return ladder(0)
     batch = data.take(limit)
-    images = batch.images
     with ExitStack() as stack:
         chain, full = [stack.enter_context(place.open(bundle, strategy)) for strategy in ("chain", "full")]
         for rung in _climb(bundle, model, batch, chain, full, place.precision):
-            rungs.append(rung)
-            on_rung(rung)
-    return Verification(rungs=tuple(rungs), n_images=len(images), input_source=data.description)
+            add(rung)
+    return ladder(len(batch.images))
 
 
 def _json_number(worst: float | None) -> float | None:
@@ -142,18 +155,17 @@ def _digests(bundle: Bundle) -> Rung:
     return _rung("digests", len(differing), 0, detail)
 
 
+def _manifest(bundle: Bundle, model: BlockDropModel) -> Rung:
+    n_facts, differing = compare_with_model(bundle, model)
+    if not differing:
+        return _rung("manifest", 0, 0, f"{n_facts} facts as in the MODEL")
+    more = f"; and {len(differing) - _N_NAMED} more" if len(differing) > _N_NAMED else ""
+    detail = f"{'; '.join(differing[:_N_NAMED])}{more}: the manifest was changed. Export the model again"
+    return _rung("manifest", len(differing), 0, detail)
+
+
 def _rung(name: str, worst: float | None, bound: float, detail: str) -> Rung:
     return Rung(name=name, worst=worst, bound=bound, unit=_UNITS[name], detail=detail)
-
-
-def _load_weights(bundle: Bundle) -> BlockDropModel:
-    model = load_model(bundle.weights_path)
-    if network_spec(model).parts != tuple(part for part in bundle.network.parts if part.kind != "full"):
-        raise BundleError(
-            f"{bundle.path}: its weights are those of a {model.spec.arch} whose parts are not those of the manifest, "
-            f"a {bundle.network.arch}. Export the model again"
-        )
-    return model
 
 
 def _climb(

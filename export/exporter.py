@@ -12,7 +12,7 @@ import os
 import platform
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +149,7 @@ def _write_parts(
     on_part: Callable[[ExportedPart], None],
 ) -> tuple[NetworkSpec, dict[str, PartFile]]:
     """Write every part and `full.onnx`; return the network with its full part, and the files by part name."""
-    network = replace(network, parts=(*network.parts, network.whole("full", flops=network.full_flops)))
+    network = network.with_full()
     writer = _PartWriter(partial)
     files: dict[str, PartFile] = {}
     for probe in walk(network, modules, images):

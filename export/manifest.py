@@ -193,8 +193,8 @@ def _manifest_from_dict(data: Mapping[str, Any]) -> Manifest:
         weights_file=_inside(data["weights"]["file"]),
         weights_sha256=_digest(data["weights"]["sha256"]),
         max_batch=int(data["max_batch"]),
-        provenance=data["provenance"],
-        environment=data["environment"],
+        provenance=dict(data["provenance"]),
+        environment=dict(data["environment"]),
         variants={
             _name(name): _variant_from_dict(name, one, network) for name, one in data.get("precisions", {}).items()
         },

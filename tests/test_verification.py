@@ -1,23 +1,28 @@
 """The parity ladder finds damage on the rung where it belongs, and says so without stopping half-way."""
 
 import json
+import re
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from bdtool.data.sources import open_data
-from bdtool.errors import BackendError, BundleError
+from bdtool.errors import BackendError
+from bdtool.models.state import model_from_state
+from bdtool.models.store import save_model
 from bdtool.runtime.place import Place
 from bdtool.verification import Verification, verify
 from export.bundle import Bundle
 from export.files import sha256_of_file
 
 CPU = Place()
-RUNGS = ["digests", "onnx", "engines", "policy", "logits", "top1"]
+RUNGS = ["digests", "manifest", "onnx", "engines", "policy", "logits", "top1"]
 
 
 def _verify(path: Path, place: Place = CPU, **options: Any) -> Verification:
@@ -107,51 +112,117 @@ def test_damaged_engine_makes_the_command_fail(deeper_copy: Path) -> None:
     assert result.exit_code == 1
     assert json.loads(result.stdout)["rungs"]["engines"]["ok"] is False
     text = CliRunner().invoke(main, ["verify", str(deeper_copy)]).stdout
-    assert "engines  FAILED" in text
+    assert re.search(r"engines +FAILED", text)
+
+
+def _change_weights(bundle: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change the MODEL in a bundle, its digests to match: the parts are still those of the one before."""
+    path = bundle / "weights.safetensors"
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata=metadata)
+    _put_weights(bundle, path)
+
+
+def _put_weights(bundle: Path, source: Path) -> None:
+    path = bundle / "weights.safetensors"
+    path.write_bytes(source.read_bytes())
+    digest = sha256_of_file(path)
+    provenance = json.loads((bundle / "manifest.json").read_text())["provenance"]
+    _edit_manifest(
+        bundle, weights={"file": path.name, "sha256": digest}, provenance={**provenance, "model_sha256": digest}
+    )
 
 
 def test_flipped_policy_bits_are_no_error_of_the_logits(bundle_copy: Path) -> None:
-    _edit_manifest(bundle_copy, threshold=0.9)  # the engines now drop what PyTorch keeps
+    _change_weights(bundle_copy, lambda tensors: tensors["policy.logit.bias"].add_(0.5))
     result = _verify(bundle_copy)
-    assert _failed(result) == ["policy"]
+    assert _failed(result) == ["onnx", "policy"]
+    assert "worst policy" in _rung(result, "onnx").detail
     rung = _rung(result, "policy")
     assert rung.worst == pytest.approx(int(rung.detail.split()[0]) / (12 * 3))
     assert "of 36 keep bits differ, PyTorch's probability up to 0." in rung.detail
 
 
-def test_other_preprocessing_than_the_weights_shows_above_the_engines(bundle_copy: Path) -> None:
-    preprocessing = json.loads((bundle_copy / "manifest.json").read_text())["preprocessing"]
-    _edit_manifest(bundle_copy, preprocessing={**preprocessing, "mean": [0.0, 0.0, 0.0]})
-    failed = _failed(_verify(bundle_copy))
-    assert "logits" in failed
-    assert not {"onnx", "engines"} & set(failed)
-
-
 def test_weights_that_are_not_those_of_the_parts_fail_the_onnx_rung(bundle_copy: Path) -> None:
-    from safetensors import safe_open
-
-    path = bundle_copy / "weights.safetensors"
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-    tensors = load_file(path)
-    tensors["base.blocks.1.conv1.weight"] *= 1.01
-    save_file(tensors, path, metadata=metadata)
-    _edit_manifest(bundle_copy, weights={"file": path.name, "sha256": sha256_of_file(path)})
+    _change_weights(bundle_copy, lambda tensors: tensors["base.blocks.1.conv1.weight"].mul_(1.01))
     result = _verify(bundle_copy)
     assert {"onnx", "logits"} <= set(_failed(result))
     assert "engines" not in _failed(result)
 
 
-def test_weights_of_another_network_are_refused(bundle_copy: Path, export_random: Any) -> None:
-    path = bundle_copy / "weights.safetensors"
-    shutil.copy(export_random("resnet14", shortcut="average-pool").path, path)
-    _edit_manifest(bundle_copy, weights={"file": path.name, "sha256": sha256_of_file(path)})
-    with pytest.raises(BundleError, match=r"its weights are those of a resnet14 .* a resnet8. Export the model again"):
-        _verify(bundle_copy)
+def test_weights_of_another_network_fail_the_manifest_rung(bundle_copy: Path, export_random: Any) -> None:
+    _put_weights(bundle_copy, export_random("resnet14", shortcut="average-pool").path)
+    rung = _verify(bundle_copy).rungs[-1]
+    assert (rung.name, rung.ok) == ("manifest", False)
+    assert "arch is 'resnet8', the MODEL says 'resnet14'" in rung.detail
+
+
+def _part(data: dict[str, Any], name: str) -> dict[str, Any]:
+    return next(part for part in data["parts"] if part["name"] == name)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda data: data.update(arch="resnet999"), "arch is 'resnet999', the MODEL says 'resnet8'"),
+        (lambda data: data.update(labels=list("abcdefghij")), "labels is absent, the MODEL says None; .* and 8 more"),
+        (lambda data: data.update(threshold=0.4999), "threshold is 0.4999, the MODEL says 0.5: the manifest was"),
+        (
+            lambda data: data["preprocessing"].update(resize=36),
+            "preprocessing.resize is 36, the MODEL says None: the manifest was changed. Export the model again",
+        ),
+        (
+            lambda data: data["preprocessing"].update(mean=[0, 0, 0]),
+            r"preprocessing.mean\[0\] is 0.0, the MODEL says 0.5",
+        ),
+        (lambda data: _part(data, "block_01").update(flops=7), "parts.block_01.flops is 7, the MODEL says [0-9]+"),
+        (lambda data: _part(data, "full").update(flops=7), "parts.full.flops is 7, the MODEL says [0-9]+"),
+        (
+            lambda data: data["parts"].insert(0, data["parts"].pop()),
+            r"order of parts\[0\] is 'full', the MODEL says 'policy'",
+        ),
+        (
+            lambda data: data["provenance"].update(created_by="me"),
+            "provenance.created_by is 'me', the MODEL says 'test'",
+        ),
+        (lambda data: data["provenance"].update(epochs=3), "provenance.epochs is 3, the MODEL says absent"),
+        (lambda data: data["provenance"].update(model_sha256="0"), "provenance.model_sha256 is '0', the MODEL says"),
+        (
+            lambda data: _part(data, "stem").update(precision="int8"),
+            "parts.stem.precision is 'int8', export writes 'fp32'",
+        ),
+        (lambda data: _part(data, "stem").update(error=0.1), "parts.stem.error is 0.1 of allowed 1e-05, export allows"),
+        (lambda data: _part(data, "stem").update(tolerance=1), "of allowed 1, export allows 1e-05"),
+    ],
+)
+def test_manifest_that_says_other_than_the_model_fails_its_rung(
+    bundle_copy: Path, change: Callable[[dict[str, Any]], None], message: str
+) -> None:
+    data = json.loads((bundle_copy / "manifest.json").read_text())
+    change(data)
+    (bundle_copy / "manifest.json").write_text(json.dumps(data))
+    result = _verify(bundle_copy)
+    assert [rung.name for rung in result.rungs] == ["digests", "manifest"]  # nothing else is compared
+    assert _failed(result) == ["manifest"]
+    assert re.search(message, result.rungs[-1].detail)
+
+
+def test_labels_in_another_order_fail_the_manifest_rung(bundle_copy: Path, tiny: Any, tmp_path: Path) -> None:
+    spec = replace(tiny.model.spec, labels=tuple("abcdefghij"))
+    labelled = model_from_state(spec, tiny.model.state_dict())
+    save_model(labelled, tmp_path / "labelled.safetensors")
+    _put_weights(bundle_copy, tmp_path / "labelled.safetensors")
+    _edit_manifest(bundle_copy, labels=list("jihgfedcba"))
+    assert "labels[0] is 'j', the MODEL says 'a'; labels[1]" in _verify(bundle_copy).rungs[-1].detail
+    _edit_manifest(bundle_copy, labels=list("abcdefghij"))
+    assert _verify(bundle_copy).ok
 
 
 def test_nan_passes_no_rung(tiny: Any) -> None:
-    rung = replace(_verify(tiny.bundle).rungs[4], worst=float("nan"))
+    rung = replace(_verify(tiny.bundle).rungs[5], worst=float("nan"))
     assert not rung.ok
 
 

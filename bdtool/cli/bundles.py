@@ -94,7 +94,7 @@ def verify_cmd(
     place: Place,
     json_file: str | None,
 ) -> None:
-    """Climb a BUNDLE's parity ladder: digests, ONNX against PyTorch, engines, policy bits, logits, top-1.
+    """Climb a BUNDLE's parity ladder: digests, manifest, ONNX against PyTorch, engines, policy bits, logits, top-1.
 
     \b
     Example:
@@ -110,7 +110,7 @@ def verify_cmd(
     source = open_data(data or "synthetic", network=opened.network, resize=resize)
     if not source.is_real:
         warn(f"the images are {source.description}; give real ones with --data")
-    with progress("verifying", 6) as advance:
+    with progress("verifying", 7) as advance:
         result = verify(
             opened,
             source,

@@ -53,7 +53,7 @@ def test_build_reports_each_part_and_then_finds_them(line, bdtool_json, bdtool):
 def test_verify_reports_every_rung(line, bdtool, bdtool_json, npz):
     result = bdtool_json("verify", line[1], "--data", npz)
     assert result["ok"] is True
-    assert list(result["rungs"]) == ["digests", "onnx", "engines", "policy", "logits", "top1"]
+    assert list(result["rungs"]) == ["digests", "manifest", "onnx", "engines", "policy", "logits", "top1"]
     assert all(rung["worst"] <= rung["bound"] for rung in result["rungs"].values())
     text = bdtool("verify", line[1], "--data", npz).stdout
     assert text.startswith(f"20 images of {npz}\n")
