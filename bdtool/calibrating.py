@@ -331,4 +331,4 @@ class _Calibration:
         return part.kind in _FLOAT_KINDS and part.kind not in self._request.include
 
     def _fp32(self, part: PartSpec) -> bytes:
-        return self._bundle.part_path(part).read_bytes()
+        return self._bundle.part_bytes(part)

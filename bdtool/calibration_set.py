@@ -87,7 +87,7 @@ def collect_statistics(
     """
     network = bundle.network
     watched = [part for part in network.parts if part.kind != "full"]
-    parts = {part.name: WatchedPart(bundle.part_path(part).read_bytes(), part) for part in watched}
+    parts = {part.name: WatchedPart(bundle.part_bytes(part), part) for part in watched}
     key = content_key(
         data=source.digest,
         parts=[bundle.part_sha256(part) for part in watched],

@@ -34,7 +34,7 @@ def write_fused(bundle: Bundle, path: Path) -> float:
         BundleError: the file cannot be written.
     """
     network = bundle.network
-    pieces = {part.name: bundle.part_path(part).read_bytes() for part in network.parts if part.kind != "full"}
+    pieces = {part.name: bundle.part_bytes(part) for part in network.parts if part.kind != "full"}
     model = fuse_parts(network, pieces)
     check = _Check(network, OnnxReference(model), pieces)
     error = max(check.error(mask, seed) for seed, mask in enumerate([*_masks(network.n_blocks), None]))

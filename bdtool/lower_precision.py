@@ -64,7 +64,7 @@ def compare_lower_part(
         images: uint8 [n, height, width, 3], of which the probe was made.
     """
     part = bundle.network_at(precision).part(probe.part.name)
-    candidate = CandidatePart(part, bundle.part_path(part, precision).read_bytes())
+    candidate = CandidatePart(part, bundle.part_bytes(part, precision))
     is_int8_network = part.kind == "full" and candidate.precision == "int8"
     feeds = candidate.feeds(probe.feeds[part.inputs[0].name])
     onnx = candidate.outputs(feeds)

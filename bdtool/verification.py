@@ -225,7 +225,7 @@ def _compare_part(
 ) -> tuple[str, Comparison, Comparison]:
     """Return the part's name, its ONNX against PyTorch, and its engine against its ONNX."""
     part = probe.part
-    onnx = OnnxReference(bundle.part_path(part).read_bytes()).run(probe.feeds)
+    onnx = OnnxReference(bundle.part_bytes(part)).run(probe.feeds)
     tolerance = TOLERANCES[bundle.manifest.files[part.name].precision]
     engine = _compare_engine((full if part.kind == "full" else chain).engine(part), probe, images, onnx)
     return part.name, compare_outputs(probe.expected, onnx, tolerance=tolerance), engine

@@ -73,7 +73,7 @@ def commit_candidate(candidate: Bundle, precision: str, sidecars: Mapping[str, b
             )
             if source != target:
                 target.parent.mkdir(parents=True, exist_ok=True)
-                write_bytes(target, source.read_bytes())
+                write_bytes(target, candidate.part_bytes(part, precision))
         for file, data in (sidecars or {}).items():
             (candidate.path / file).parent.mkdir(parents=True, exist_ok=True)
             write_bytes(candidate.path / file, data)
@@ -104,7 +104,7 @@ def _composed(bundle: Bundle, network: NetworkSpec, models: Mapping[str, PartMod
 
     def data(part: PartSpec) -> bytes:
         own = models[part.name].data
-        return own if own is not None else bundle.part_path(part).read_bytes()
+        return own if own is not None else bundle.part_bytes(part)
 
     obtained = {models[part.name].precision for part in chain if part.kind == "block"}
     worst = max((models[part.name] for part in chain), key=lambda model: model.error)

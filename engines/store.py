@@ -39,6 +39,10 @@ from export.pixels_spec import pixels_key
 logger = logging.getLogger(__name__)
 
 
+class ChangedEngineError(BundleError):
+    """An engine is not the one that its record was written for; a build makes it anew."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class EngineRecord:
     """What one engine was built from, and what came out."""
@@ -166,7 +170,7 @@ class EngineStore:
             parts: of `network`, to build no others; None builds all.
 
         Raises:
-            BundleError: the engines cannot be written.
+            BundleError: the engines cannot be written, or a part differs from its digest in the manifest.
         """
         wanted = self.network.parts if parts is None else tuple(parts)
         records = self.find(wanted) if resume else {}
@@ -185,21 +189,27 @@ class EngineStore:
                 f"engines are whole; {advice_on(exc)} and run the same command again"
             ) from exc
 
-    def find(self, parts: Sequence[PartSpec] | None = None) -> dict[str, EngineRecord]:
-        """Return the records of `parts` (None: all) that fit the bundle; their engines are whole and of one layout."""
-        fitting = [record for part in parts or self.network.parts if (record := self._fitting_record(part))]
-        digests = sha256_of_files([self.directory / record.file for record in fitting])
-        records = {r.part: r for r, digest in zip(fitting, digests, strict=True) if digest == r.sha256}
-        layouts = {record.layout for record in records.values()}
-        return records if len(layouts) <= 1 else {}
+    def find(self, parts: Sequence[PartSpec] | None = None, *, check_digests: bool = True) -> dict[str, EngineRecord]:
+        """Return the records of `parts` (None: all) that fit the bundle; their engines are whole and of one layout.
 
-    def find_complete(self, parts: Sequence[PartSpec]) -> tuple[EngineStore, dict[str, EngineRecord]] | None:
+        `check_digests` False leaves the look at whether they are whole to `load`, which reads them anyway.
+        """
+        fitting = [record for part in parts or self.network.parts if (record := self._fitting_record(part))]
+        if check_digests:
+            digests = sha256_of_files([self.directory / record.file for record in fitting])
+            fitting = [record for record, digest in zip(fitting, digests, strict=True) if digest == record.sha256]
+        layouts = {record.layout for record in fitting}
+        return {record.part: record for record in fitting} if len(layouts) <= 1 else {}
+
+    def find_complete(
+        self, parts: Sequence[PartSpec], *, check_digests: bool = True
+    ) -> tuple[EngineStore, dict[str, EngineRecord]] | None:
         """Return a store that has an engine of each of `parts` for this target, and their records; None: there is none.
 
-        It is this one, or one whose engines were built for this target among others.
+        It is this one, or one whose engines were built for this target among others. `check_digests` as in `find`.
         """
         for store in (self, *self._wider()):
-            records = store.find(parts)
+            records = store.find(parts, check_digests=check_digests)
             if len(records) == len(parts):
                 return store, records
         return None
@@ -228,6 +238,7 @@ class EngineStore:
             joinable: keep the engine files in memory, for `EngineSet.join`.
 
         Raises:
+            ChangedEngineError: one differs from the digest in its record.
             EngineError: the backend cannot load one.
         """
         if isinstance(backend, HostCodeBackend) and any(has_host_code(record.settings) for record in records.values()):
@@ -240,12 +251,30 @@ class EngineStore:
                     f"part {name!r}: its engine was built without weights, for a program that refits it; build it "
                     "again without --strip-weights to run it here"
                 )
-            data = (self.directory / record.file).read_bytes()
+            data = self._read(record)
             engines[name] = backend.load(self.network.part(name), data, layout=record.layout)
             if joinable:
                 files[name] = data
         limits = [most for record in records.values() if (most := largest_batch(record.settings)) is not None]
         return EngineSet(engines, backend=backend, files=files, max_batch=min(limits, default=None))
+
+    def _read(self, record: EngineRecord) -> bytes:
+        """Return the engine whose digest the record has: what is run is what was compared when it was built."""
+        path = self.directory / record.file
+        try:
+            data = path.read_bytes()
+        except OSError as exc:
+            raise ChangedEngineError(
+                f"part {record.part!r}: its engine, {path}, cannot be read ({exc.strerror or exc}). Make it readable "
+                "or remove it, and run the same command again, which builds it anew"
+            ) from exc
+        if (digest := sha256_of_bytes(data)) != record.sha256:
+            raise ChangedEngineError(
+                f"part {record.part!r}: its engine, {path}, has SHA-256 {digest[:12]}..., its record "
+                f"says {record.sha256[:12]}...: it was changed or cut short. Run the same command again, which "
+                "builds it anew"
+            )
+        return data
 
     def _build_missing(
         self,
@@ -290,7 +319,7 @@ class EngineStore:
 
     def _model(self, part: PartSpec) -> bytes:
         # what loads onnx is imported here: a build with nothing to do can spare it
-        model = self._bundle.part_path(part, self._source).read_bytes()
+        model = self._bundle.part_bytes(part, self._source)  # the record will say that it was built from its digest
         if self._converts:
             from export.half import half_from_fp32
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bdtool.errors import BundleError, UsageError
 from bdtool.specs import NetworkSpec, PartSpec
-from export.files import sha256_of_files
+from export.files import sha256_of_bytes, sha256_of_files
 from export.manifest import CALIBRATED, EXPORTED, Manifest, PartFile, read_manifest
 
 
@@ -73,6 +73,25 @@ class Bundle:
         staged = None if self._staging is None else self._staging / file
         return staged if staged is not None and staged.is_file() else self.path / file
 
+    def part_bytes(self, part: PartSpec, precision: str = EXPORTED) -> bytes:
+        """Return a part's ONNX model, whose digest is that of the manifest: files can change after `open`.
+
+        Raises:
+            BundleError: it differs from its digest, or cannot be read.
+        """
+        what = f"part {part.name!r}" if precision == EXPORTED else f"{precision} part {part.name!r}"
+        listed = self.files_at(precision)[part.name]
+        try:
+            data = self.part_path(part, precision).read_bytes()
+        except OSError as exc:
+            raise BundleError(
+                f"{self.path}: {what}, {listed.file}, cannot be read ({exc.strerror or exc}). Copy the whole bundle, "
+                "or export again"
+            ) from exc
+        if (actual := sha256_of_bytes(data)) != listed.sha256:
+            raise BundleError(f"{self.path}: {_difference(what, listed.file, actual, listed.sha256)}")
+        return data
+
     def part_sha256(self, part: PartSpec, precision: str = EXPORTED) -> str:
         return self.files_at(precision)[part.name].sha256
 
@@ -105,8 +124,7 @@ class Bundle:
         listed = [row for row in self._listed_files() if self._staging is None or (self.path / row[1]).is_file()]
         found = sha256_of_files([self.path / file for _, file, _ in listed])
         differing = [
-            f"{what}, {file}, has SHA-256 {actual[:12]}..., the manifest says {digest[:12]}...: the file was changed "
-            "or cut short. Copy the bundle again, or export the model again"
+            _difference(what, file, actual, digest)
             for (what, file, digest), actual in zip(listed, found, strict=True)
             if actual != digest
         ]
@@ -131,3 +149,10 @@ class Bundle:
             )
         if not path.is_file():
             raise BundleError(f"{self.path}: {what} is missing: no file {file}. Copy the whole bundle, or export again")
+
+
+def _difference(what: str, file: str, actual: str, digest: str) -> str:
+    return (
+        f"{what}, {file}, has SHA-256 {actual[:12]}..., the manifest says {digest[:12]}...: the file was changed or "
+        "cut short. Copy the bundle again, or export the model again"
+    )

@@ -12,7 +12,7 @@ from bdtool.runtime.factory import parts_for
 from bdtool.runtime.read_only import is_read_only, tell_not_kept, temporary_engines
 from bdtool.specs import NetworkSpec, PartSpec
 from engines.base import Backend, Engine
-from engines.store import EngineSet, EngineStore
+from engines.store import ChangedEngineError, EngineRecord, EngineSet, EngineStore
 from export.bundle import Bundle
 
 logger = logging.getLogger(__name__)
@@ -71,12 +71,20 @@ class Loader:
     ) -> tuple[EngineStore, EngineSet]:
         """Load the engines of `parts`, from where they are; where one is missing, `build` is built first."""
         with ExitStack() as stack:
-            found = store.find_complete(parts)
+            found = store.find_complete(parts, check_digests=False)  # those are checked as they are read: once
+            if found is not None:
+                try:
+                    return self._load_from(*found)
+                except ChangedEngineError as exc:
+                    logger.info("%s", exc)
+                    found = store.find_complete(parts)
             if found is None:
                 store = self._build(store, build, stack)
-                found = store, store.find(parts)
-            store, records = found
-            return store, store.load(self._backend, records, joinable=self._strategy in ("path", "fused"))
+                found = store, store.find(parts, check_digests=False)
+            return self._load_from(*found)
+
+    def _load_from(self, store: EngineStore, records: Mapping[str, EngineRecord]) -> tuple[EngineStore, EngineSet]:
+        return store, store.load(self._backend, records, joinable=self._strategy in ("path", "fused"))
 
     def _build(self, store: EngineStore, parts: Sequence[PartSpec], stack: ExitStack) -> EngineStore:
         """Build what the store lacks and return it; beside a read-only bundle, one in a temporary place."""

@@ -232,3 +232,41 @@ def test_engine_that_does_not_load_names_its_part(bundle_copy, cpu):
     store.build(FakeBackend)  # writes files that ONNX Runtime cannot read
     with pytest.raises(EngineError, match=r"part 'policy': ONNX Runtime cannot load its engine"):
         store.load(cpu, store.find())
+
+
+def _change(file):
+    """Change one byte of a file; return what it was."""
+    before = file.read_bytes()
+    file.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+    return before
+
+
+def test_part_that_changed_since_the_bundle_was_opened_is_not_built(bundle_copy):
+    store = _store(bundle_copy)
+    before = _change(bundle_copy / "onnx" / "block_01.onnx")
+    with pytest.raises(BundleError, match=r"part 'block_01', onnx/block_01.onnx, has SHA-256 .* Copy the bundle again"):
+        store.build(FakeBackend)
+    (bundle_copy / "onnx" / "block_01.onnx").write_bytes(before)
+    assert _statuses(store.build(FakeBackend))["block_01"] == "built"
+
+
+def test_part_that_went_since_the_bundle_was_opened_is_named(bundle_copy):
+    store = _store(bundle_copy)
+    (bundle_copy / "onnx" / "head.onnx").unlink()
+    with pytest.raises(BundleError, match=r"part 'head', onnx/head.onnx, cannot be read \(No such file"):
+        store.build(FakeBackend)
+
+
+def test_engine_that_changed_since_it_was_found_is_not_loaded(built):
+    store = _store(built)
+    records = store.find()
+    before = _change(store.directory / "block_01.json")
+    with pytest.raises(
+        BundleError, match=r"part 'block_01': its engine, .*block_01.json, has SHA-256 .* builds it anew"
+    ):
+        store.load(FakeBackend(), records)
+    (store.directory / "block_01.json").write_bytes(before)
+    assert set(store.load(FakeBackend(), records)) == set(records)
+    (store.directory / "block_01.json").unlink()
+    with pytest.raises(BundleError, match=r"part 'block_01': its engine, .* cannot be read \(No such file"):
+        store.load(FakeBackend(), records)

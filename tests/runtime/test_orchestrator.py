@@ -1,6 +1,8 @@
 """The orchestrator on the fake backend: which engines are called, in which order, and what is refused."""
 
 import gc
+import hashlib
+import json
 import os
 import shutil
 import weakref
@@ -382,3 +384,26 @@ def test_result_compares_by_identity(fake, images_of):
     assert first == first
     assert first != second
     assert len({first, second}) == 2
+
+
+def test_part_that_changed_after_the_bundle_was_opened_leaves_no_engine(bundle_copy, images_of):
+    bundle = Bundle.open(bundle_copy)
+    part = bundle_copy / "onnx" / "block_01.onnx"
+    whole = part.read_bytes()
+    part.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(BundleError, match=r"part 'block_01', onnx/block_01.onnx, has SHA-256"):
+        Orchestrator.open(bundle, backend="fake")
+    part.write_bytes(whole)
+    Orchestrator.open(bundle, backend="fake").close()
+    [record] = (bundle_copy / "engines").rglob("block_01.engine.json")
+    assert json.loads(record.read_text())["onnx_sha256"] == bundle.part_sha256(bundle.network.part("block_01"))
+
+
+def test_engine_is_hashed_once_when_a_bundle_is_opened(bundle_copy, monkeypatch):
+    Orchestrator.open(bundle_copy, backend="fake").close()
+    bundle, hashed = Bundle.open(bundle_copy), []
+    real = hashlib.sha256
+    monkeypatch.setattr(hashlib, "sha256", lambda data=b"": hashed.append(data) or real(data))
+    monkeypatch.setattr(hashlib, "file_digest", lambda *args: pytest.fail("a file was read for its digest alone"))
+    Orchestrator.open(bundle, backend="fake").close()
+    assert len(hashed) == 8  # all parts but `full`
