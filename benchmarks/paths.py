@@ -52,9 +52,8 @@ def main() -> None:
     print(f"without bounds: {stats.n_paths} paths, hits {stats.hit_rate:.1%}")
     print(f"memory of the paths {grown / _MIB:.0f} MiB, estimate {stats.n_bytes / _MIB:.0f} MiB")
     print(f"joined in {seconds / stats.n_paths * 1000:.1f} ms each")
-    full = samples["full"].median_ms
     for name in ("chain", "path"):
-        print(f"{name}: {samples[name].median_ms:.3f} ms, {samples[name].median_ms / full:.3f} of full")
+        print(f"{name}: {samples[name].median_ms:.3f} ms, {samples[name].ratio_to(samples['full']):.3f} of full")
 
 
 def run_bounded(bundle: Bundle, images: np.ndarray, keep: np.ndarray, threads: int) -> None:

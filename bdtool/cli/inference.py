@@ -162,7 +162,8 @@ def profile_cmd(
 ) -> None:
     """Measure latency for each image, strategies side by side in one run, always beside the `full` baseline.
 
-    The strategies take turns, some 50 images at a time, so that a busy machine slows them alike; compare the ratios.
+    The strategies take turns, some 50 images at a time, so that a busy machine slows them alike; compare the ratios,
+    each the median over rounds of the ratio of mean latencies.
 
     \b
     Example:

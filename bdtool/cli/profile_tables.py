@@ -72,7 +72,9 @@ def print_strategies(strategies: dict[str, Any]) -> None:
                 "-" if variation is None else percent(variation),
             ]
         )
-    title = "Latency of one request, milliseconds (IQR: quartiles of the ratio to full, over rounds)"
+    title = (
+        "Latency of one request, milliseconds (to full: median over rounds of the ratio of means; IQR: its quartiles)"
+    )
     print_table(columns, rows, title=title)
 
 

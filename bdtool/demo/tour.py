@@ -109,7 +109,9 @@ def _compare(bundle: Path, test: Path) -> None:
         )
     columns = ["", "accuracy", "blocks", "FLOPs", "median ms", "time to full"]
     print_table(
-        columns, table, title=f"Comparison on {test.name}; FLOPs and time relative to the full network of the same run"
+        columns,
+        table,
+        title=f"Comparison on {test.name}; FLOPs and time (of means) relative to the full network of the same run",
     )
     if policy := tuned_for(Bundle.open(bundle).manifest.provenance):
         click.echo(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,32 +56,36 @@ class Samples:
         """
         return pooled_variation(self.latency_ms, self.blocks_run)
 
-    def round_medians(self) -> np.ndarray | None:
-        """Return the median latency of each round, float64 [rounds], in milliseconds."""
-        if self.rounds is None:
-            return None
-        return np.array([np.median(self.latency_ms[self.rounds == n]) for n in np.unique(self.rounds)])
-
     def median_ms_iqr(self) -> list[float] | None:
         """Return the lower and upper quartile of the rounds' medians, in milliseconds."""
-        medians = self.round_medians()
+        medians = self._of_rounds(np.median)
         return None if medians is None else _quartiles(medians)
 
     def ratio_to(self, full: Samples) -> float:
-        """Return the median over rounds of this median over that of `full` in the same round.
+        """Return the median over rounds of this mean latency over that of `full` in the same round.
 
-        What disturbs the machine for longer than a round slows both alike. Without rounds it is the ratio of medians.
+        Means within a round: on a busy machine latency has two regimes, and as a request to `full` is longer, more
+        than half of them may fall into the slow one while less than half of these do, so that a ratio of medians is
+        one of different regimes. A mixture of paths costs its mean, too. The median over rounds, because what
+        disturbs the machine for longer than a round slows both alike, and for shorter a few rounds only. Without
+        rounds it is the ratio of means.
         """
         ratios = self._round_ratios(full)
-        return self.median_ms / full.median_ms if ratios is None else float(np.median(ratios))
+        return float(self.latency_ms.mean() / full.latency_ms.mean() if ratios is None else np.median(ratios))
 
     def ratio_iqr(self, full: Samples) -> list[float] | None:
         """Return the lower and upper quartile of what `ratio_to` is the median of."""
         ratios = self._round_ratios(full)
         return None if ratios is None else _quartiles(ratios)
 
+    def _of_rounds(self, figure: Callable[[np.ndarray], Any]) -> np.ndarray | None:
+        """Return a figure of each round's latencies, float64 [rounds]; None where there were no rounds."""
+        if self.rounds is None:
+            return None
+        return np.array([figure(self.latency_ms[self.rounds == n]) for n in np.unique(self.rounds)])
+
     def _round_ratios(self, full: Samples) -> np.ndarray | None:
-        mine, base = self.round_medians(), full.round_medians()
+        mine, base = self._of_rounds(np.mean), full._of_rounds(np.mean)
         return None if mine is None or base is None or len(mine) != len(base) else mine / base
 
     def to_json(self, full: Samples, percentiles: Sequence[float]) -> dict[str, Any]:

@@ -55,7 +55,7 @@ class StrategyLatency:
     latency_ms: tuple[float, ...]
     blocks_run: tuple[float, ...]
     summary_ms: dict[str, float]  # min, mean, median, percentiles, max
-    ratio_to_full: float
+    ratio_to_full: float  # median over rounds of the ratio of their means
     variation: float | None  # coefficient of variation of equal work
 
 

@@ -166,7 +166,7 @@ def test_text_shows_every_table(built, bdtool, npz):
     for words in (
         "CPU affinity",
         "clock: uint8 images in host memory",
-        "quartiles of the ratio to full",
+        "median over rounds of the ratio of means",
         "of the images hit",
         "Where the time goes",
         "break-even blocks",

@@ -106,7 +106,7 @@ def _latency(name: str, samples: Samples, full: Samples) -> StrategyLatency:
         latency_ms=tuple(samples.latency_ms.tolist()),
         blocks_run=tuple(samples.blocks_run.tolist()),
         summary_ms=samples.summary((90, 95, 99)),
-        ratio_to_full=samples.median_ms / full.median_ms,
+        ratio_to_full=samples.ratio_to(full),
         variation=samples.variation,
     )
 
