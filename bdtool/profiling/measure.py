@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from bdtool.profiling.instrumented import measure_parts
-from bdtool.profiling.statistics import UNSTABLE_ABOVE, Samples
+from bdtool.profiling.statistics import Samples
 from bdtool.profiling.workload import BASELINE, BOUNDARY, Run, Settings, Workload, is_static, runner
 from bdtool.runtime.orchestrator import Orchestrator
 from bdtool.specs import NetworkSpec
@@ -29,7 +29,6 @@ __all__ = [
     "alternate",
     "measure",
     "measure_parts",
-    "stability_warnings",
 ]
 
 ROUND_IMAGES = 50
@@ -139,14 +138,3 @@ def _run_round(track: Track, *, number: int, n_requests: int) -> None:
         if result.hits is not None:
             track.hits.append(float(result.hits.mean()))
         track.spent_s += seconds
-
-
-def stability_warnings(samples: Mapping[str, Samples]) -> list[str]:
-    """Return trtexec's warning, once, with the strategies whose latency of equal work varies too much."""
-    shaky = [f"{name} {one.variation:.1%}" for name, one in samples.items() if one.variation > UNSTABLE_ABOVE]
-    if not shaky:
-        return []
-    return [
-        f"coefficient of variation above {UNSTABLE_ABOVE:.1%}: {', '.join(shaky)}; the machine is busy or its clock "
-        "changes. Compare medians and ratios of one run only"
-    ]

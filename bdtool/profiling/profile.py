@@ -14,8 +14,9 @@ from bdtool.profiling.device_times import THRESHOLDS, device_warnings
 from bdtool.profiling.environment import clock_warnings, describe_environment, describe_gpu
 from bdtool.profiling.instrumented import DEVICE_NOTE, PASS_NOTE, InstrumentedPass, run_instrumented
 from bdtool.profiling.line import BlocksLine, fit_lines
-from bdtool.profiling.measure import BASELINE, BOUNDARY, Settings, Workload, measure, stability_warnings
+from bdtool.profiling.measure import BASELINE, BOUNDARY, Settings, Workload, measure
 from bdtool.profiling.opening import Opened, knows_masks, open_all, strategy_names
+from bdtool.profiling.stability import find_instability, stability_warnings
 from bdtool.profiling.statistics import Samples
 from bdtool.profiling.workload import is_static, split_name
 from bdtool.runtime.orchestrator import Orchestrator
@@ -60,6 +61,11 @@ class Profile:
     is_recorded: bool = False  # so that strategy `auto` takes it
 
     @property
+    def unstable(self) -> list[str]:
+        """Why the ratios are not to be trusted; [] where they are."""
+        return find_instability(self.samples)
+
+    @property
     def pass_note(self) -> str:
         """How the split and the parts were timed."""
         on_device = any(part["enqueue_ms"] is not None for part in self.parts)
@@ -94,6 +100,7 @@ class Profile:
             "parts_pass": f"engine calls of chain at batch {settings.batch}; {self.pass_note}",
             "peak_memory_mib": self.peak_memory_mib,
             "peak_memory_boundary": MEMORY_NOTE,
+            "unstable": self.unstable,
             "recommendation": None if self.recommendation is None else asdict(self.recommendation),
             "recommendation_recorded": self.is_recorded,
             "warnings": self.warnings,

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 UNSTABLE_ABOVE = 0.025  # trtexec warns above a coefficient of variation of 2.5 %
+_MIN_QUARTILED = 4  # requests of equal work, to have quartiles
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +56,24 @@ class Samples:
         ran equally many blocks. Where all requests run the same blocks this is trtexec's figure.
         """
         return pooled_variation(self.latency_ms, self.blocks_run)
+
+    @property
+    def typical_ms(self) -> float:
+        """Mean over requests of the median latency of those that ran equally many blocks.
+
+        That is the mean without what slows some requests of equal work, or speeds them up.
+        """
+        groups = _equal_work(self.latency_ms, self.blocks_run)
+        return float(sum(len(group) * np.median(group) for group in groups) / len(self.latency_ms))
+
+    @property
+    def spread(self) -> float:
+        """Distance of the quartiles of the latency of equal work, as a share of its median; NaN of few requests."""
+        groups = [group for group in _equal_work(self.latency_ms, self.blocks_run) if len(group) >= _MIN_QUARTILED]
+        if not groups:
+            return float("nan")
+        apart = sum(len(group) * np.subtract(*np.percentile(group, (75, 25))) for group in groups)
+        return float(apart / sum(len(group) * np.median(group) for group in groups))
 
     def median_ms_iqr(self) -> list[float] | None:
         """Return the lower and upper quartile of the rounds' medians, in milliseconds."""
@@ -107,13 +126,17 @@ def pooled_variation(times_ms: np.ndarray, blocks_run: np.ndarray) -> float:
 
     NaN where no two requests did, or all times are zero.
     """
-    groups = [times_ms[blocks_run == n] for n in np.unique(blocks_run)]
-    groups = [group for group in groups if len(group) > 1]
+    groups = [group for group in _equal_work(times_ms, blocks_run) if len(group) > 1]
     if not groups or times_ms.mean() == 0:
         return float("nan")
     squares = sum(float(((group - group.mean()) ** 2).sum()) for group in groups)
     freedom = sum(len(group) - 1 for group in groups)
     return float(np.sqrt(squares / freedom) / times_ms.mean())
+
+
+def _equal_work(times_ms: np.ndarray, blocks_run: np.ndarray) -> list[np.ndarray]:
+    """Return the times float [requests] in groups that ran equally many blocks."""
+    return [times_ms[blocks_run == n] for n in np.unique(blocks_run)]
 
 
 def _quartiles(values: np.ndarray) -> list[float]:

@@ -10,9 +10,8 @@ import pytest
 from bdtool.data.sources import open_data
 from bdtool.errors import PolicyError, UsageError
 from bdtool.profiling import measure as measuring
-from bdtool.profiling.measure import Settings, Workload, measure, measure_parts, stability_warnings
+from bdtool.profiling.measure import Settings, Workload, measure, measure_parts
 from bdtool.profiling.profile import profile
-from bdtool.profiling.statistics import Samples
 from bdtool.runtime.orchestrator import Orchestrator
 from bdtool.runtime.place import Place
 from bdtool.runtime.result import RunResult
@@ -182,17 +181,6 @@ def test_part_table_counts_calls_for_each_image(network):
     }
     assert sum(row["share"] for row in rows.values()) == pytest.approx(1)
     assert all(row["mean_ms"] > 0 for row in rows.values())
-
-
-def _varying(deviation):
-    latency = np.array([10 - deviation, 10 + deviation] * 50)
-    return Samples(latency_ms=latency, blocks_run=np.ones(100), flops=np.ones(100), batch=1)
-
-
-def test_variation_above_two_and_a_half_percent_is_a_warning():
-    assert stability_warnings({"steady": _varying(0.24)}) == []
-    [warning] = stability_warnings({"steady": _varying(0.24), "shaky": _varying(0.26), "worse": _varying(1)})
-    assert warning.startswith("coefficient of variation above 2.5%: shaky 2.6%, worse 10.1%; the machine is busy")
 
 
 @pytest.mark.parametrize("wrong", [{"batch": 0}, {"warmup_ms": -1}, {"duration_s": 0}, {"duration_s": float("nan")}])
