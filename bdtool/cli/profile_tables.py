@@ -179,14 +179,14 @@ def _print_sweep(sweep: dict[str, Any]) -> None:
 
 
 def _print_recommendation(recommendation: dict[str, Any], *, is_recorded: bool) -> None:
-    medians = ", ".join(f"{name} {ms:.3f} ms" for name, ms in recommendation["medians_ms"].items())
+    ratios = ", ".join(f"{name} {ratio:.3f}" for name, ratio in recommendation["ratios_to_full"].items())
     taken = "strategy 'auto' now takes it with as many threads"
     if recommendation["batch"] > 1:
         taken += ", where no smaller batch is recorded"
     click.echo(
-        f"\nrecommended: {recommendation['strategy']} (medians at batch {recommendation['batch']}, "
-        f"{recommendation['threads']} threads, policy {recommendation['policy']}: {medians})"
-        f"; {taken if is_recorded else 'it could not be recorded'}"
+        f"\nrecommended: {recommendation['strategy']} (to full at batch {recommendation['batch']}, "
+        f"{recommendation['threads']} threads, policy {recommendation['policy']}: {ratios})"
+        f"; {taken if is_recorded else 'it was not recorded'}"
     )
 
 

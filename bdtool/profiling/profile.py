@@ -6,6 +6,7 @@ import resource
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from bdtool.data.batches import ImageSource
@@ -16,14 +17,14 @@ from bdtool.profiling.instrumented import DEVICE_NOTE, PASS_NOTE, InstrumentedPa
 from bdtool.profiling.line import BlocksLine, fit_lines
 from bdtool.profiling.measure import BASELINE, BOUNDARY, Settings, Workload, measure
 from bdtool.profiling.opening import Opened, knows_masks, open_all, strategy_names
+from bdtool.profiling.recommending import recommend, record
 from bdtool.profiling.stability import find_instability, stability_warnings
 from bdtool.profiling.statistics import Samples
 from bdtool.profiling.workload import is_static, split_name
 from bdtool.runtime.orchestrator import Orchestrator
 from bdtool.runtime.place import Place
 from bdtool.runtime.policies import parse_policy
-from bdtool.runtime.read_only import is_read_only, tell_not_kept
-from bdtool.runtime.recommendation import AUTO, CANDIDATES, Recommendation, choose_strategy, write_recommendation
+from bdtool.runtime.recommendation import AUTO, Recommendation
 from engines.graph_modes import OFF, GraphChoice
 from engines.registry import identify_backend
 from export.bundle import Bundle
@@ -182,7 +183,7 @@ def profile(
         graphs=graphs,
         peak_memory_mib=peak_memory_mib,
     )
-    return _recommended(result, bundle, place) if AUTO in strategies else result
+    return _recommended(result, bundle, place.store(bundle).directory) if AUTO in strategies else result
 
 
 def _environment(
@@ -246,34 +247,19 @@ def _strategies_json(
     return rows
 
 
-def _recommended(result: Profile, bundle: Bundle, place: Place) -> Profile:
-    """Return the profile with a recommendation, which is recorded beside the engines where that can be written."""
-    medians = {name: samples.median_ms for name, samples in result.samples.items()}
-    environment = result.environment
-    recommendation = Recommendation(
-        strategy=choose_strategy(medians),
-        threads=int(environment["threads"]),
+def _recommended(result: Profile, bundle: Bundle, directory: Path) -> Profile:
+    """Return the profile with a recommendation, recorded in the engines' directory unless a warning says why not."""
+    recommendation = recommend(
+        result.samples,
         batch=result.settings.batch,
         policy=result.policy,
-        medians_ms=medians,
         input_source=result.input_source,
-        versions={key: str(environment[key]) for key in ("bdtool", "backend", "numpy", "python", "cpu")},
+        environment=result.environment,
     )
-    warnings = list(result.warnings)
-    if medians[recommendation.strategy] > medians[BASELINE]:
-        measured = ", ".join(name for name in medians if name in CANDIDATES)
-        warnings.append(f"none of {measured} is faster than `full` here; `auto` takes the fastest of them")
-    is_recorded = not is_read_only(bundle.path)
-    try:
-        if is_recorded:
-            write_recommendation(place.store(bundle).directory, recommendation)
-        else:
-            tell_not_kept(bundle.path, "the recommendation that strategy `auto` takes")
-    except OSError as exc:
-        is_recorded = False
-        reason = exc.strerror or exc
-        warnings.append(f"the recommendation could not be recorded ({reason}); strategy 'auto' does not know it")
-    return replace(result, recommendation=recommendation, is_recorded=is_recorded, warnings=warnings)
+    is_recorded, warnings = record(recommendation, directory, bundle=bundle.path, is_stable=not result.unstable)
+    return replace(
+        result, recommendation=recommendation, is_recorded=is_recorded, warnings=[*result.warnings, *warnings]
+    )
 
 
 def _peak_memory_mib() -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ _FORMAT_VERSION = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Recommendation:
-    """The strategy with the lowest median, and the measurement that says so."""
+    """The strategy with the lowest ratio to `full`, and the measurement that says so."""
 
     strategy: str
     threads: int
@@ -34,6 +34,7 @@ class Recommendation:
     medians_ms: Mapping[str, float]  # of a request, all strategies of the run, `full` included
     input_source: str
     versions: Mapping[str, str]
+    ratios_to_full: Mapping[str, float] = field(default_factory=dict)  # empty in records that went by the medians
 
     def __post_init__(self) -> None:
         if self.strategy not in CANDIDATES:
@@ -41,13 +42,22 @@ class Recommendation:
         for name, value in (("threads", self.threads), ("batch", self.batch)):
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name} must be a whole number from 1; got {value!r}")
-        if not all(isinstance(ms, int | float) and math.isfinite(ms) for ms in self.medians_ms.values()):
-            raise ValueError("medians_ms must be finite numbers")
+        for name, values in (("medians_ms", self.medians_ms), ("ratios_to_full", self.ratios_to_full)):
+            if not all(isinstance(value, int | float) and math.isfinite(value) for value in values.values()):
+                raise ValueError(f"{name} must be finite numbers")
 
 
-def choose_strategy(medians_ms: Mapping[str, float]) -> str:
-    """Return the candidate with the lowest median; of equal ones the first measured."""
-    return min((name for name in medians_ms if name in CANDIDATES), key=lambda name: medians_ms[name])
+def choose_strategy(ratios_to_full: Mapping[str, float]) -> str:
+    """Return the candidate with the lowest ratio; of equal ones the first measured."""
+    return min((name for name in ratios_to_full if name in CANDIDATES), key=lambda name: ratios_to_full[name])
+
+
+def is_recommended(directory: Path, *, threads: int, batch: int) -> bool:
+    """Say whether something was recorded for these threads and this batch; nothing in a damaged file was."""
+    try:
+        return any(_place(entry) == (threads, batch) for entry in read_recommendations(directory))
+    except BundleError:
+        return False
 
 
 def write_recommendation(directory: Path, recommendation: Recommendation) -> None:

@@ -30,7 +30,7 @@ def _read(directory, threads=1):
     return read_recommendation(directory, threads=threads, bundle=directory)
 
 
-def test_lowest_median_of_those_that_take_a_policy_wins():
+def test_lowest_ratio_of_those_that_take_a_policy_wins():
     assert choose_strategy({"full": 1, "chain": 4, "path": 3, "full:resnet32": 0.5}) == "path"
     assert choose_strategy({"full": 1, "chain": 3, "path": 3}) == "chain"
     assert "full" not in CANDIDATES
@@ -104,6 +104,7 @@ def test_damaged_file_is_refused_and_replaced(tmp_path, content):
         {"threads": "1"},
         {"batch": 0},
         {"medians_ms": [1]},
+        {"ratios_to_full": {"path": "low"}},
     ],
 )
 def test_recorded_nonsense_is_refused(tmp_path, wrong):
