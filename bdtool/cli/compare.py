@@ -30,7 +30,8 @@ def compare_cmd(a: Path, b: Path, max_slowdown: float, json_file: str | None) ->
 
     A regression is a median or a ratio to `full` that grew by more than the bound and beyond its spread over rounds.
     The exit status is then 1. Profiles of different machines, threads, batches or policies are not comparable: what
-    differs is listed, there is no verdict, and the exit status is 1 as well.
+    differs is listed, there is no verdict, and the exit status is 1 as well. So it is where one of them is of a run
+    that `profile` found UNSTABLE: nothing was shown to be as fast as before. Measure that one again.
 
     \b
     Example:
@@ -42,6 +43,11 @@ def compare_cmd(a: Path, b: Path, max_slowdown: float, json_file: str | None) ->
     if result.incomparable:
         names = ", ".join(result.incomparable)
         warn(f"NOT COMPARABLE: {a} and {b} differ in {names}; their figures answer different questions")
+    for side, reasons in result.unstable.items():
+        warn(
+            f"UNSTABLE: the ratios of {a if side == 'a' else b} are not to be trusted ({'; '.join(reasons)}); profile "
+            "again when nothing else runs"
+        )
     for file, only in ((a, result.only_in_a), (b, result.only_in_b)):
         if only:
             warn(f"only {file} has {', '.join(only)}, which cannot be compared")
@@ -68,6 +74,9 @@ def _print_comparison(a: Path, b: Path, result: Comparison) -> None:
         click.echo(f"\n{count} regressions ({bound})")
     elif result.incomparable:
         click.echo(f"\nno verdict: the profiles are not comparable ({', '.join(result.incomparable)})")
+    elif result.unstable:
+        names = " and ".join(str({"a": a, "b": b}[side]) for side in result.unstable)
+        click.echo(f"\nno verdict: unstable run in {names}")
     else:
         click.echo(f"\nno regression ({bound})")
 

@@ -46,20 +46,26 @@ class Change:
 class Comparison:
     """What came out. `regressions` are figures that grew by more than the bound and more than their spread.
 
-    Where the profiles are not comparable there is no verdict, and no regressions.
+    Where the profiles are not comparable, or one is of an unstable run, there is no verdict, and no regressions.
     """
 
     strategies: dict[str, dict[str, Change]]
     only_in_a: tuple[str, ...]
     only_in_b: tuple[str, ...]
     differences: dict[str, tuple[Any, Any]]
+    unstable: dict[str, tuple[str, ...]]  # "a", "b": why its ratios are not to be trusted; empty where both are
     regressions: dict[str, tuple[str, ...]]  # by strategy: the figures
     max_slowdown: float
 
     @property
     def ok(self) -> bool:
-        """Whether a comparison was made, and nothing became slower."""
-        return not self.incomparable and not any(self.regressions.values())
+        """Whether there is a verdict, and nothing became slower."""
+        return self.has_verdict and not any(self.regressions.values())
+
+    @property
+    def has_verdict(self) -> bool:
+        """Whether the profiles can be compared, and both are of stable runs."""
+        return not self.incomparable and not self.unstable
 
     @property
     def incomparable(self) -> tuple[str, ...]:
@@ -70,6 +76,8 @@ class Comparison:
         return {
             "ok": self.ok,
             "comparable": not self.incomparable,
+            "stable": not self.unstable,
+            "unstable": {side: list(reasons) for side, reasons in self.unstable.items()},
             "max_slowdown": self.max_slowdown,
             "differences": {name: {"a": a, "b": b} for name, (a, b) in self.differences.items()},
             "strategies": {
@@ -108,12 +116,14 @@ def compare_profiles(a: Mapping[str, Any], b: Mapping[str, Any], *, max_slowdown
     """Compare two profiles as `read_profile` gives them; b is the newer one.
 
     A figure is a regression when b is more than `max_slowdown` (0.05: 5 %) above a, and b's lower quartile over rounds
-    lies above a's upper one; without quartiles the bound alone decides.
+    lies above a's upper one; without quartiles the bound alone decides. Profiles that do not say whether their run was
+    stable are taken to be.
     """
     both = [name for name in a["strategies"] if name in b["strategies"]]
     rows = {name: (a["strategies"][name], b["strategies"][name]) for name in both}
     differences = _differences(a, b)
-    is_judged = not _beside(differences)
+    unstable = {side: reasons for side, profile in (("a", a), ("b", b)) if (reasons := _reasons(profile))}
+    is_judged = not _beside(differences) and not unstable
     return Comparison(
         strategies={
             name: {figure: _change(figure, mine, other) for figure in _FIGURES} for name, (mine, other) in rows.items()
@@ -121,6 +131,7 @@ def compare_profiles(a: Mapping[str, Any], b: Mapping[str, Any], *, max_slowdown
         only_in_a=tuple(name for name in a["strategies"] if name not in b["strategies"]),
         only_in_b=tuple(name for name in b["strategies"] if name not in a["strategies"]),
         differences=differences,
+        unstable=unstable,
         regressions={
             name: tuple(figure for figure in _JUDGED if is_judged and _is_slower(figure, mine, other, max_slowdown))
             for name, (mine, other) in rows.items()
@@ -132,6 +143,10 @@ def compare_profiles(a: Mapping[str, Any], b: Mapping[str, Any], *, max_slowdown
 def _beside(differences: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the names of the differences beside which figures cannot be compared."""
     return tuple(name for name in differences if name in (*_SETTINGS, *_MACHINE))
+
+
+def _reasons(profile: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(map(str, profile.get("unstable") or ()))
 
 
 def _change(figure: str, a: Mapping[str, Any], b: Mapping[str, Any]) -> Change:
@@ -173,6 +188,8 @@ def _problem(data: Any) -> str | None:
     for key in ("strategies", "environment"):
         if not isinstance(data.get(key), dict):
             return f"it has no object {key!r}"
+    if not isinstance(data.get("unstable", []), list):
+        return f"'unstable' is {data['unstable']!r}, expected a list of reasons"
     if not data["strategies"]:
         return "it has no strategies"
     for name, row in data["strategies"].items():

@@ -64,6 +64,17 @@ def test_other_machine_is_a_loud_warning_and_no_verdict(bdtool, write, median):
     assert "no verdict: the profiles are not comparable (threads)" in result.stdout
 
 
+@pytest.mark.parametrize("median", [4, 5])
+def test_unstable_run_is_said_and_no_verdict(bdtool, write, median):
+    noisy = _profile(median) | {"unstable": ["chain: 0.7 of `full` by means, 0.1 by medians of equal work"]}
+    a, b = write("a.json", _profile(4)), write("b.json", noisy)
+    result = bdtool("compare", a, b, status=1)
+    assert "REGRESSION" not in result.stdout
+    assert f"no verdict: unstable run in {b}" in result.stdout
+    assert f"UNSTABLE: the ratios of {b} are not to be trusted (chain: 0.7 of `full`" in result.stderr
+    assert "profile again when nothing else runs" in result.stderr
+
+
 def test_foreign_file_is_wrong_usage(bdtool, write, tmp_path):
     good = write("a.json", _profile(4))
     assert "not JSON" in bdtool("compare", good, write("b.json", "{"), status=2).stderr
@@ -75,6 +86,8 @@ def test_foreign_file_is_wrong_usage(bdtool, write, tmp_path):
 def test_profiles_of_the_command_can_be_compared(bdtool, bdtool_json, tiny, npz, tmp_path):
     words = ("profile", tiny.bundle, "--data", npz, "--duration", "0.02", "--warmup", "0")
     bdtool(*words, "--json", tmp_path / "a.json")
+    profiled = json.loads((tmp_path / "a.json").read_text())
+    (tmp_path / "a.json").write_text(json.dumps(profiled | {"unstable": []}))  # whatever else runs here now
     data = bdtool_json("compare", tmp_path / "a.json", tmp_path / "a.json")
     assert (data["ok"], data["comparable"], data["differences"]) == (True, True, {})
     assert set(data["strategies"]) == {"full", "chain"}

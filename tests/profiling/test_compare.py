@@ -84,6 +84,23 @@ def test_what_makes_figures_incomparable_is_told_from_versions():
     assert _compare(profile_json(), other).to_json()["comparable"] is True
 
 
+@pytest.mark.parametrize("side", ["a", "b"])
+def test_unstable_run_leaves_no_verdict(side):
+    profiles = {"a": profile_json(4), "b": profile_json(5)}
+    profiles[side]["unstable"] = ["chain: noisy"]
+    result = _compare(**profiles)
+    assert (result.ok, result.has_verdict, result.incomparable) == (False, False, ())
+    assert result.unstable == {side: ("chain: noisy",)}
+    assert result.regressions == {"full": (), "chain": ()}
+    assert result.strategies["chain"]["median_ms"].relative == 0.25
+    assert (result.to_json()["stable"], result.to_json()["comparable"]) == (False, True)
+
+
+def test_stable_runs_have_a_verdict():
+    assert not _compare(profile_json(4, unstable=[]), profile_json(5, unstable=[])).ok
+    assert _compare(profile_json(4, unstable=[]), profile_json(4)).ok
+
+
 def test_another_gpu_is_another_machine_and_another_driver_a_version():
     a, b = profile_json(), profile_json()
     a["environment"] |= {"gpu": "NVIDIA H100", "driver": "580.1"}
@@ -131,6 +148,7 @@ def _with(path, value):
         (_with(["strategies", "chain", "ratio_to_full"], math.nan), "ratio_to_full"),
         (_with(["strategies", "chain", "ratio_to_full"], 0), "ratio_to_full"),
         (_with(["environment"], []), "no object 'environment'"),
+        (_with(["unstable"], True), "'unstable' is True, expected a list of reasons"),
     ],
 )
 def test_foreign_files_are_refused_by_name(tmp_path, content, message):
