@@ -52,6 +52,9 @@ def record(recommendation: Recommendation, directory: Path, *, bundle: Path, is_
     if ratios[recommendation.strategy] > 1:
         measured = ", ".join(name for name in ratios if name in CANDIDATES)
         warnings.append(f"none of {measured} is faster than `full` here; `auto` takes the fastest of them")
+    if is_read_only(bundle):
+        tell_not_kept(bundle, "the recommendation that strategy `auto` takes")
+        return False, warnings
     if not is_stable:
         if is_recommended(directory, threads=recommendation.threads, batch=recommendation.batch):
             return False, [*warnings, "the run is unstable: strategy 'auto' keeps the recommendation of an earlier one"]
@@ -59,9 +62,6 @@ def record(recommendation: Recommendation, directory: Path, *, bundle: Path, is_
             "the recommendation is from an unstable run, recorded because there was none. Profile again with "
             "--strategy auto when nothing else runs, or name a strategy"
         )
-    if is_read_only(bundle):
-        tell_not_kept(bundle, "the recommendation that strategy `auto` takes")
-        return False, warnings
     try:
         write_recommendation(directory, recommendation)
     except OSError as exc:
