@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import shlex
@@ -19,7 +20,6 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 _WEIGHTS = "weights.safetensors"  # of a bundle: the MODEL that it was exported from
 
 EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
-NEW_DIRECTORY = click.Path(file_okay=False, path_type=Path)
 PRECISION = click.Choice([EXPORTED, *CALIBRATED])
 
 
@@ -28,11 +28,50 @@ class NewFile(click.Path):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         path = super().convert(value, param, ctx)
-        directory = Path(os.fsdecode(path)).parent
-        if str(path) != "-" and not (directory.is_dir() and os.access(directory, os.W_OK)):
-            what = "cannot be written to. Choose" if directory.is_dir() else "does not exist. Make it, or choose"
-            self.fail(f"{str(path)!r}: the directory {directory} {what} another place", param, ctx)
+        if str(path) == "-":
+            if not self.allow_dash:
+                self.fail("'-' is no name of a file: only --json writes to stdout; give one", param, ctx)
+            return path
+        place = Path(os.fsdecode(path))
+        if problem := _problem_of_link(place) or _problem_of_place(place.parent):
+            self.fail(f"{str(path)!r}: {problem}", param, ctx)
         return path
+
+
+class NewDirectory(click.Path):
+    """A directory to make or to replace, with those above it; that they can be made is checked at the door."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        path = Path(value)
+        if not str(value):
+            self.fail("'' is no name of a directory; give one", param, ctx)
+        if path.exists() and not path.is_dir():
+            self.fail(f"{str(value)!r} is a file, expected a directory to make; choose another name", param, ctx)
+        if problem := _problem_of_link(path):
+            self.fail(f"{str(value)!r}: {problem}", param, ctx)
+        above = next(place for place in path.resolve().parents if place.exists())  # of a link, where it leads
+        if not path.exists() and (problem := _problem_of_place(above)):
+            self.fail(f"{str(value)!r}: {problem}", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+def _problem_of_link(path: Path) -> str | None:
+    try:
+        path.stat()
+    except OSError as exc:
+        if exc.errno == errno.ELOOP:
+            return "a symbolic link that leads to itself. Choose another name"
+    return None
+
+
+def _problem_of_place(directory: Path) -> str | None:
+    """Say why nothing can be written into a directory; None: it can be."""
+    if directory.is_dir():
+        can = os.access(directory, os.W_OK)
+        return None if can else f"the directory {directory} cannot be written to. Choose another place"
+    if directory.exists():
+        return f"{directory} is a file, no directory. Choose another place"
+    return f"the directory {directory} does not exist. Make it, or choose another place"
 
 
 class NewModel(NewFile):
@@ -131,6 +170,7 @@ MODEL = ModelPath(exists=True, dir_okay=False, path_type=Path)
 CHECKPOINT = CheckpointPath(exists=True, dir_okay=False, path_type=Path)
 IMAGE = ImagePath(exists=True, dir_okay=False, path_type=Path)
 MODEL_OR_BUNDLE = ModelPath(exists=True, path_type=Path)
+NEW_DIRECTORY = NewDirectory(file_okay=False, path_type=Path)
 NEW_FILE = NewFile(dir_okay=False, path_type=Path)
 NEW_MODEL = NewModel(dir_okay=False, path_type=Path)
 JSON_FILE = NewFile(dir_okay=False, allow_dash=True, path_type=str)

@@ -163,9 +163,36 @@ def test_directory_that_is_no_bundle_is_left_alone(bdtool, tiny, tmp_path):
 
 def test_place_that_cannot_be_written(bdtool, tiny, tmp_path):
     (tmp_path / "file").write_text("precious")
-    message = bdtool("export", tiny.path, "-o", tmp_path / "file" / "bundle", status=1).stderr
-    assert "file/bundle: writing stopped" in message
+    for words in (("export", tiny.path), ("demo",)):
+        message = bdtool(*words, "-o", tmp_path / "file" / "bundle", status=2).stderr
+        assert f"file/bundle': {tmp_path}/file is a file, no directory. Choose another place" in message
+        message = bdtool(*words, "-o", tmp_path / "file", status=2).stderr
+        assert f"'{tmp_path}/file' is a file, expected a directory to make; choose another name" in message
+        assert "'' is no name of a directory; give one" in bdtool(*words, "-o", "", status=2).stderr
+    message = bdtool("models", "--json", tmp_path / "file" / "f.json", status=2).stderr
+    assert f"f.json': {tmp_path}/file is a file, no directory" in message
     assert (tmp_path / "file").read_text() == "precious"
+
+
+def test_dash_is_stdout_for_json_alone(bdtool, tiny, npz, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for words in (("fuse", tiny.bundle), ("report", tiny.bundle, "--data", npz)):
+        message = bdtool(*words, "-o", "-", status=2).stderr
+        assert "'-' is no name of a file: only --json writes to stdout; give one" in message
+
+
+def test_directory_that_cannot_be_written_to_is_refused_at_the_door(bdtool, tiny, tmp_path, monkeypatch):
+    real = os.access  # for root every place is writable, whatever its mode
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path and real(path, mode))
+    message = bdtool("export", tiny.path, "-o", tmp_path / "a" / "b", status=2).stderr
+    assert f"the directory {tmp_path} cannot be written to. Choose another place" in message
+
+
+def test_link_that_leads_to_itself_is_no_place(bdtool, tiny, tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    for words in (("export", tiny.path, "-o"), ("fuse", tiny.bundle, "-o"), ("models", "--json")):
+        message = bdtool(*words, tmp_path / "loop", status=2).stderr
+        assert f"'{tmp_path}/loop': a symbolic link that leads to itself. Choose another name" in message
 
 
 # images
