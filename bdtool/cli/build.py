@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from bdtool.cli.command import Command
 from bdtool.cli.options import BUNDLE, NEW_FILE, PRECISION, data_option, json_option, policy_option, resize_option
 from bdtool.cli.output import emit, percent, progress, tell_when_stopped
 from bdtool.cli.tensorrt import details_lines, tensorrt_options, tensorrt_options_from
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from export.bundle import Bundle
 
 
-@click.command("build")
+@click.command("build", cls=Command)
 @click.argument("bundle", type=BUNDLE)
 @click.option(
     "--backend",
@@ -96,7 +97,7 @@ def build_cmd(
         raise click.exceptions.Exit(1)
 
 
-@click.command("fuse")
+@click.command("fuse", cls=Command)
 @click.argument("bundle", type=BUNDLE)
 @click.option("-o", "--output", "model", type=NEW_FILE, required=True, metavar="FILE.onnx", help="The file to write.")
 def fuse_cmd(bundle: Path, model: Path) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from bdtool.cli.command import Command
 from bdtool.cli.options import (
     BUNDLE,
     MODEL,
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from export.exporter import ExportedPart
 
 
-@click.command("export")
+@click.command("export", cls=Command)
 @click.argument("model", type=MODEL)
 @click.option(
     "-o", "--output", "bundle", type=NEW_DIRECTORY, required=True, metavar="BUNDLE", help="Directory to make."
@@ -79,7 +80,7 @@ def export_cmd(model: Path, bundle: Path, max_batch: int, force: bool) -> None:
     click.echo(f"worst difference from PyTorch: {file.error:.1e} of the range in {name}, allowed {file.tolerance:.0e}")
 
 
-@click.command("verify")
+@click.command("verify", cls=Command)
 @click.argument("bundle", type=BUNDLE)
 @data_option(required=False)
 @click.option("--limit", type=click.IntRange(min=1), default=256, show_default=True, help="Images to compare on.")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 from click.core import ParameterSource
 
+from bdtool.cli.command import Command
 from bdtool.cli.options import BUNDLE, FiniteRange, data_option, json_option, policy_option, resize_option
 from bdtool.cli.output import emit, percent, print_table, progress, tell_when_stopped, warn
 from export.manifest import CALIBRATED
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from bdtool.calibrating import Calibrated
 
 
-@click.command("calibrate")
+@click.command("calibrate", cls=Command)
 @click.argument("bundle", type=BUNDLE)
 @data_option(required=True)
 @click.option(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from bdtool.cli.command import Command
 from bdtool.cli.options import EXISTING_FILE, FiniteRange, json_option
 from bdtool.cli.output import emit, percent, print_table, warn
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from bdtool.profiling.compare import Change, Comparison
 
 
-@click.command("compare")
+@click.command("compare", cls=Command)
 @click.argument("a", type=EXISTING_FILE, metavar="A.json")
 @click.argument("b", type=EXISTING_FILE, metavar="B.json")
 @click.option(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from bdtool.cli.command import Command
 from bdtool.cli.options import (
     BUNDLE,
     IMAGE,
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from bdtool.runtime.place import Place
 
 
-@click.command("run")
+@click.command("run", cls=Command)
 @click.argument("bundle", type=BUNDLE)
 @click.argument("images", type=IMAGE, nargs=-1, required=True)
 @policy_option
@@ -73,7 +74,7 @@ def run_cmd(
     emit({"images": rows} if choice is None else {"images": rows, "cuda_graph": asdict(choice)}, json_file, text)
 
 
-@click.command("evaluate")
+@click.command("evaluate", cls=Command)
 @click.argument("model_or_bundle", type=MODEL_OR_BUNDLE)
 @data_option(required=True)
 @policy_option
@@ -109,7 +110,7 @@ def evaluate_cmd(
     emit(asdict(result), json_file, lambda: _print_evaluation(result))
 
 
-@click.command("profile")
+@click.command("profile", cls=Command)
 @click.argument("bundle", type=BUNDLE)
 @data_option(required=False)
 @policy_option

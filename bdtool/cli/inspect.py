@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from bdtool.cli.command import Command
 from bdtool.cli.options import MODEL_OR_BUNDLE, json_option
 from bdtool.cli.output import emit, mega, percent, print_table
 
@@ -16,7 +17,7 @@ _ORIGINS = {"start": "  from", "policy_trunk": "  policy trunk"}  # of an earlie
 _N_SHOWN = 10  # of a long list
 
 
-@click.command("inspect")
+@click.command("inspect", cls=Command)
 @click.argument("model_or_bundle", type=MODEL_OR_BUNDLE)
 @json_option
 def inspect_cmd(model_or_bundle: Path, json_file: str | None) -> None:

@@ -7,13 +7,14 @@ from typing import Any
 
 import click
 
+from bdtool.cli.command import Command
 from bdtool.cli.options import CHECKPOINT, NEW_MODEL, NumberList, json_option
 from bdtool.cli.output import emit, mega, percent, print_table
 
 _CIFAR10 = "cifar10"
 
 
-@click.command("import")
+@click.command("import", cls=Command)
 @click.argument("checkpoint", type=CHECKPOINT)
 @click.option("--arch", required=True, metavar="NAME", help="Architecture, for instance resnet32; see `bdtool models`.")
 @click.option(
@@ -58,8 +59,6 @@ def import_cmd(
     from bdtool.models.checkpoints import import_checkpoint
     from bdtool.models.store import save_model
 
-    if model.exists() and model.samefile(checkpoint):
-        raise click.BadParameter(f"{model} is the checkpoint itself; choose another file", param_hint="'-o'")
     imported = import_checkpoint(
         checkpoint,
         arch=arch,
@@ -79,7 +78,7 @@ def import_cmd(
     )
 
 
-@click.command("models")
+@click.command("models", cls=Command)
 @json_option
 def models_cmd(json_file: str | None) -> None:
     """List the shipped models and the known architectures.

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from bdtool.cli.command import Command
 from bdtool.cli.options import (
     BUNDLE,
     NEW_FILE,
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from export.bundle import Bundle
 
 
-@click.command("report")
+@click.command("report", cls=Command)
 @click.argument("bundle", type=BUNDLE)
 @data_option(required=True)
 @click.option("-o", "--output", type=NEW_FILE, required=True, metavar="FILE.html", help="The page to write.")

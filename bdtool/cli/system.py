@@ -7,11 +7,12 @@ from pathlib import Path
 
 import click
 
+from bdtool.cli.command import Command
 from bdtool.cli.options import NEW_DIRECTORY, json_option
 from bdtool.cli.output import emit
 
 
-@click.command("doctor")
+@click.command("doctor", cls=Command)
 @json_option
 def doctor_cmd(json_file: str | None) -> None:
     """Show versions, providers, driver and GPU: what works here, and the command that adds what does not.
@@ -28,7 +29,7 @@ def doctor_cmd(json_file: str | None) -> None:
         raise click.exceptions.Exit(1)
 
 
-@click.command("demo")
+@click.command("demo", cls=Command)
 @click.option(
     "-o",
     "--output",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from bdtool.cli.command import Group
 from bdtool.cli.options import MODEL, NEW_MODEL, FiniteRange, NumberList, json_option
 from bdtool.cli.output import emit
 from bdtool.cli.training_output import logs, print_figures, print_resumed, show
@@ -33,7 +34,7 @@ _CHOICES = {
 }
 
 
-@click.group("train")
+@click.group("train", cls=Group)
 def train_cmd() -> None:
     """Train a base network, a policy network for it, or both together (the paper's Algorithm 1).
 
@@ -197,7 +198,7 @@ def curriculum_cmd(base: Path, trunk: Path | None, **given: Any) -> None:
     from bdtool.training.stages import curriculum
 
     options = _options_from(CurriculumOptions, given)
-    start, first_trunk, digests = _policy_start(base, trunk, given["output"])
+    start, first_trunk, digests = _policy_start(base, trunk)
     _run(given, start.spec, digests, lambda place: curriculum(start, options, place, trunk=first_trunk))
 
 
@@ -228,16 +229,15 @@ def imitate_cmd(base: Path, trunk: Path | None, **given: Any) -> None:
     from bdtool.training.stages import imitate
 
     options = _options_from(ImitateOptions, given)
-    start, first_trunk, digests = _policy_start(base, trunk, given["output"])
+    start, first_trunk, digests = _policy_start(base, trunk)
     _run(given, start.spec, digests, lambda place: imitate(start, options, place, trunk=first_trunk))
 
 
-def _policy_start(base: Path, trunk: Path | None, output: Path) -> tuple[BlockDropModel, BlockDropModel | None, str]:
+def _policy_start(base: Path, trunk: Path | None) -> tuple[BlockDropModel, BlockDropModel | None, str]:
     """Return the model and the trunk that a policy network starts from, and their digests."""
     from bdtool.models.store import load_model
     from export.files import sha256_of_file
 
-    _refuse_overwriting(output, base, trunk)
     digests = " ".join(sha256_of_file(file) for file in (base, trunk) if file)
     return load_model(base), load_model(trunk) if trunk else None, digests
 
@@ -274,19 +274,8 @@ def finetune_cmd(start: Path, **given: Any) -> None:
     from export.files import sha256_of_file
 
     options = _options_from(FinetuneOptions, given)
-    _refuse_overwriting(given["output"], start)
     model = load_model(start)
     _run(given, model.spec, sha256_of_file(start), lambda place: finetune(model, options, place))
-
-
-def _refuse_overwriting(output: Path, *read: Path | None) -> None:
-    for model in filter(None, read):
-        if output.exists() and output.samefile(model):
-            raise click.BadParameter(
-                f"{output} is the MODEL to start from, which the trained one would replace; give the output another "
-                "name",
-                param_hint="'-o'",
-            )
 
 
 _Options = TypeVar("_Options", bound=StageOptions)
