@@ -57,11 +57,18 @@ def bytes_from_json(data: Any) -> bytes:
 
 
 def write_output(path: Path, data: bytes) -> None:
-    """Write to a place that a user named: atomically, a symbolic link staying one, or straight to a device or pipe."""
-    if path.exists() and not path.is_file() and not path.is_dir():
-        path.write_bytes(data)  # /dev/null, /dev/fd/3: nothing could be renamed over it
-    else:
-        write_bytes(path.resolve(), data)
+    """Write to a place that a user named: atomically, a symbolic link staying one, or straight to a device or pipe.
+
+    Raises:
+        OSError: it cannot be written; its `filename` is the place, not the temporary file beside it.
+    """
+    try:
+        if path.exists() and not path.is_file() and not path.is_dir():
+            path.write_bytes(data)  # /dev/null, /dev/fd/3: nothing could be renamed over it
+        else:
+            write_bytes(path.resolve(), data)
+    except OSError as exc:
+        raise OSError(exc.errno, exc.strerror or str(exc), str(path)) from exc
 
 
 def advice_on(error: OSError) -> str:

@@ -2,7 +2,9 @@
 
 import fcntl
 import os
+import re
 import stat
+from pathlib import Path
 
 import pytest
 
@@ -161,3 +163,12 @@ def test_output_goes_straight_into_a_pipe(tmp_path):
     assert os.read(reader, 10) == b"data"
     os.close(reader)
     assert (tmp_path / "pipe").is_fifo()
+
+
+def test_output_that_cannot_be_written_is_named_as_the_user_did(tmp_path):
+    (tmp_path / "taken").mkdir()
+    for place in (Path("/dev/full"), tmp_path / "taken", tmp_path / "absent" / "file"):
+        with pytest.raises(OSError, match=re.escape(f"'{place}'")) as caught:
+            write_output(place, b"data")
+        assert caught.value.filename == str(place)
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "taken"]
