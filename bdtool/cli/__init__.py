@@ -40,6 +40,13 @@ class _Group(click.Group):
             raise click.ClickException(f"{place}{exc.strerror or exc}") from exc
 
 
+class _Lines(logging.Formatter):
+    """Log lines that begin as the commands' own warnings do, with "warning:", not "WARNING:"."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return f"{record.levelname.lower()}: {super().format(record)}"
+
+
 def _show_version(context: click.Context) -> None:
     from bdtool.version import version
 
@@ -71,9 +78,9 @@ def main(verbose: bool) -> None:
       bdtool build bundle
       bdtool run bundle photo.png
     """
-    logging.basicConfig(
-        stream=sys.stderr, level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s: %(message)s"
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Lines())
+    logging.basicConfig(handlers=[handler], level=logging.INFO if verbose else logging.WARNING)
 
 
 for command in (

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -153,3 +154,9 @@ def test_a_cost_below_nothing_is_called_noise(capsys):
     line = {"per_block_ms": 0.3, "break_even_blocks": 15.3, "r_squared": 0.96, "n_requests": 36, "points": "extra"}
     _print_lines({"path": {**line, "fixed_ms": -0.6}, "chain": {**line, "fixed_ms": 0.2}})
     assert "\npath: no cost is below 0; noise bends the line" in capsys.readouterr().out
+
+
+def test_warnings_of_the_log_look_like_those_of_a_command(start_bdtool, tiny, picture):
+    n_threads = len(os.sched_getaffinity(0)) + 1
+    _, stderr = start_bdtool("run", tiny.bundle, picture, "--threads", n_threads).communicate(timeout=120)
+    assert stderr.splitlines()[0].startswith(f"warning: {n_threads} threads share ")
