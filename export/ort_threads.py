@@ -18,6 +18,7 @@ import onnxruntime as ort
 from bdtool.errors import BackendError, UsageError
 
 MAX_DEFAULT_THREADS = 4  # a choice: the convolutions of small networks do not fill many cores
+_MOST_THREADS, _MOST_THREADS_PER_CORE = 64, 8  # 64 on 2 processors answer within seconds, 1000 not within minutes
 _ERRORS_ONLY = 3  # ONNX Runtime's log severity
 
 logger = logging.getLogger(__name__)
@@ -34,13 +35,20 @@ def checked_threads(threads: int | None) -> int:
     """Return a number of threads that was asked for, or the default where it is None.
 
     Raises:
-        UsageError: it is no whole number from 1.
+        UsageError: it is no whole number from 1, or one that these processors cannot serve.
     """
     if threads is None:
         return default_threads()
     if isinstance(threads, bool) or not isinstance(threads, Integral) or threads < 1:
         raise UsageError(f"threads: got {threads!r}, expected a whole number from 1, or None for the default")
-    _warn_of_more(int(threads), len(os.sched_getaffinity(0)))
+    n_cores = len(os.sched_getaffinity(0))
+    most = max(_MOST_THREADS, _MOST_THREADS_PER_CORE * n_cores)
+    if threads > most:
+        raise UsageError(
+            f"threads: got {threads}, expected at most {most} on {n_cores} processors: more only wait for each other. "
+            "The default is a good start"
+        )
+    _warn_of_more(int(threads), n_cores)
     return int(threads)
 
 

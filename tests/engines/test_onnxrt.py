@@ -312,6 +312,16 @@ def test_more_threads_than_processors_are_warned_of(monkeypatch, caplog):
     assert caplog.messages == ["3 threads share 2 processors and wait for each other; fewer are faster"]
 
 
+def test_more_threads_than_can_be_served_are_refused(monkeypatch):
+    """A thousand on two processors did not answer within minutes."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1})
+    for backend in (OnnxRuntimeBackend, TorchBackend):
+        with pytest.raises(UsageError, match="threads: got 65, expected at most 64 on 2 processors"):
+            backend(threads=65)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(128)))
+    assert checked_threads(100) == 100
+
+
 def test_identity_names_version_and_instruction_set():
     identity = identify_backend("onnxruntime", "cpu")
     assert identity.version == ort.__version__
