@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import platform
+import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -123,9 +124,10 @@ def _check_target(target: Path, *, force: bool) -> None:
             "choose another -o BUNDLE"
         )
     if locked := [folder for folder in _folders(target) if not os.access(folder, os.W_OK)]:
+        command = f"chmod -R u+w {shlex.quote(str(target))}"
         raise BundleError(
-            f"{target} is not replaced: {locked[0]} is read-only. Make it writable (chmod -R u+w {target}), or choose "
-            "another -o BUNDLE"
+            f"{target} is not replaced: {locked[0]} is read-only. Make it writable ({command}), or choose another "
+            "-o BUNDLE"
         )
 
 
@@ -137,7 +139,8 @@ def _folders(target: Path) -> Iterator[Path]:
 def _advice_on_target(target: Path) -> str:
     """Return what to do about a target that is no bundle, or no longer looks like one."""
     if {WEIGHTS_NAME, "onnx"} & {entry.name for entry in target.iterdir()}:
-        return f"If it is what is left of a bundle, remove it yourself (rm -r {target}); else choose another -o BUNDLE"
+        command = f"rm -r {shlex.quote(str(target))}"
+        return f"If it is what is left of a bundle, remove it yourself ({command}); else choose another -o BUNDLE"
     return "Choose another -o BUNDLE"
 
 

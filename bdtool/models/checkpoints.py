@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -96,7 +97,8 @@ def _read_source(path: Path, *, format: str, shortcut: ShortcutKind | None) -> _
     entries = _flat_entries(read_checkpoint(path))
     fmt = asked or detect_format(entries)
     if fmt is None and _is_model(path):
-        raise CheckpointError(f"{path} is a MODEL already. Go on with it: bdtool export {path} -o bundle")
+        place = shlex.quote(str(path))
+        raise CheckpointError(f"{path} is a MODEL already. Go on with it: bdtool export {place} -o bundle")
     if fmt is None:
         raise CheckpointError(
             f"{path} looks like none of {', '.join(FORMATS)}: it holds {listing(sorted(entries)) or 'nothing'}; "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -83,7 +84,8 @@ def read_recommendation(directory: Path, *, threads: int, bundle: Path) -> Recom
     Raises:
         BundleError: nothing was recorded for it, or the file is damaged.
     """
-    remedy = f"Run `bdtool profile {bundle} --strategy auto --threads {threads}` (with the --data it will see)"
+    place = shlex.quote(str(bundle))
+    remedy = f"Run `bdtool profile {place} --strategy auto --threads {threads}` (with the --data it will see)"
     try:
         entries = read_recommendations(directory)
     except BundleError as exc:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import platform
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -183,7 +184,7 @@ def _measured_after_saving(
     except DataError as exc:
         raise DataError(
             f"{exc}. The MODEL is trained and saved all the same, without figures: measure it with "
-            f"`bdtool evaluate {output}` on images that can be read"
+            f"`bdtool evaluate {shlex.quote(str(output))}` on images that can be read"
         ) from exc
 
 

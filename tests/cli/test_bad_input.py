@@ -424,3 +424,18 @@ def test_policy_of_many_bits_is_no_file(bdtool, tiny, picture, tmp_path):
     (tmp_path / "old.json").write_text("{}")
     words = ("run", tiny.bundle, picture, "--policy", "01" * 300, "--json", tmp_path / "old.json")
     assert "got 600 bits, the model has 3 blocks" in bdtool(*words, status=2).stderr
+
+
+def test_commands_to_copy_quote_their_paths(bdtool, tiny, picture, blockdrop_checkpoint, tmp_path):
+    place = tmp_path / "a b"
+    place.mkdir()
+    bundle, quoted = shutil.copytree(tiny.bundle, place / "bundle"), f"'{place}/"
+    message = bdtool("run", bundle, picture, "--strategy", "auto", status=1).stderr
+    assert f"Run `bdtool profile {quoted}bundle' --strategy auto" in message
+    message = bdtool("export", shutil.copy(blockdrop_checkpoint, place / "c.t7"), "-o", place / "n", status=1).stderr
+    assert f"make one of it: bdtool import {quoted}c.t7' -o model.safetensors" in message
+    message = bdtool("run", shutil.copy(tiny.path, place / "m.safetensors"), picture, status=2).stderr
+    assert f"bdtool export {quoted}m.safetensors' -o bundle" in message
+    (bundle / "manifest.json").write_text("")
+    message = bdtool("export", tiny.path, "-o", bundle, "--force", status=1).stderr
+    assert f"remove it yourself (rm -r {quoted}bundle')" in message
