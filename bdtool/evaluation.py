@@ -66,7 +66,7 @@ def evaluate(
         PolicyError: the policy does not fit the network.
     """
     if not data.has_labels:
-        raise DataError(f"{data.description} has no labels; evaluate needs them: an .npz with y, or one folder a class")
+        raise DataError(f"no labels in {data.description}; evaluate needs them: an .npz with y, or one folder a class")
     network = classifier.network
     request = parse_policy(policy, n_blocks=network.n_blocks, has_policy_network=network.has_policy)
     correct, kept = [], []

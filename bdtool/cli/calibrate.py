@@ -141,7 +141,7 @@ def calibrate_cmd(
 
         result = calibrate(opened, images, judged, request, on_progress=on_progress)
     if not judged.has_labels:
-        warn(f"{judged.description} has no labels: the accuracy was not measured; give labelled images with --eval")
+        warn(f"no labels in {judged.description}: the accuracy was not measured; give labelled images with --eval")
     emit(result.to_json(), json_file, lambda: _print(result))
     if not result.ok:
         click.echo(f"Error: {_failure(result)}; {bundle} is as it was", err=True)

@@ -10,7 +10,7 @@ from bdtool.data.folders import folder_source
 from bdtool.data.layouts import Split
 from bdtool.data.npz import npz_source
 from bdtool.data.synthetic import synthetic_image
-from bdtool.data.torchvision_sets import torchvision_source
+from bdtool.data.torchvision_sets import N_CLASSES, torchvision_source
 from bdtool.errors import UsageError
 from bdtool.specs import NetworkSpec
 
@@ -54,7 +54,10 @@ def _open_form(data: str, *, network: NetworkSpec, resize: bool, split: Split) -
         return folder_source(path, network=network, resize=resize, split=split)
     if path.suffix.lower() == ".npz" and path.is_file():
         return npz_source(path, network=network, resize=resize)
-    problem = "not a form of DATA" if path.is_file() else "no such file, directory or data set"
+    if data.rstrip(":") in N_CLASSES:
+        problem = f"which directory? Write {data.rstrip(':')}:ROOT"
+    else:
+        problem = "not a form of DATA" if path.is_file() else "no such file, directory or data set"
     raise UsageError(f"{data!r}: {problem}. DATA is one of: {DATA_FORMS}")
 
 

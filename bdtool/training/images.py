@@ -160,7 +160,7 @@ def read_all(source: ImageSource) -> tuple[np.ndarray, np.ndarray]:
 def _labels(source: ImageSource) -> np.ndarray:
     if source.labels is None:
         raise DataError(
-            f"{source.description} has no labels; training needs them: an .npz with y, or one folder a class"
+            f"no labels in {source.description}; training needs them: an .npz with y, or one folder a class"
         )
     return source.labels
 

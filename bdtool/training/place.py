@@ -48,7 +48,7 @@ class Place:
             )
         if self.val is not None and not self.val.has_labels:  # class numbers are checked where it is opened
             raise DataError(
-                f"{self.val.description} has no labels, by which to measure; give --val an .npz with y, or one folder "
+                f"no labels in {self.val.description}, by which to measure; give --val an .npz with y, or one folder "
                 "a class, or leave it out"
             )
 

@@ -290,7 +290,9 @@ def test_empty_data_sets(bdtool, tiny, tmp_path):
 def test_data_without_labels_cannot_be_evaluated(bdtool, tiny, tmp_path):
     np.savez(tmp_path / "x.npz", x=np.zeros((2, 32, 32, 3), np.uint8))
     message = bdtool("evaluate", tiny.bundle, "--data", tmp_path / "x.npz", status=1).stderr
-    assert "x.npz has no labels; evaluate needs them" in message
+    assert "x.npz; evaluate needs them: an .npz with y, or one folder a class" in message
+    message = bdtool("evaluate", tiny.bundle, "--data", "synthetic:2", status=1).stderr
+    assert "no labels in 2 synthetic pictures (seed 0), not real images; evaluate needs them" in message
 
 
 def test_labels_outside_the_classes_are_named(bdtool, tiny, tmp_path):

@@ -276,6 +276,12 @@ def test_unknown_data_lists_the_forms(data: str) -> None:
         open_data(data, network=NETWORK)
 
 
+@pytest.mark.parametrize("data", ["cifar10", "imagenet:"])
+def test_data_set_without_its_directory_is_asked_for_it(data: str) -> None:
+    with pytest.raises(UsageError, match=r"which directory\? Write (cifar10|imagenet):ROOT\. DATA is one of"):
+        open_data(data, network=NETWORK)
+
+
 def test_file_of_another_kind_is_no_data(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="not a form of DATA"):
         open_data(str(Path(folders(tmp_path, "a.png"), "a.png")), network=NETWORK)
