@@ -110,6 +110,8 @@ def why_no_manifest(directory: Path) -> str | None:
     missing = {"format_version", "parts"} - set(data)
     if missing:
         return f"its {MANIFEST_NAME} has no {' and no '.join(sorted(missing))}, expected in one of ours"
+    if not isinstance(data["parts"], list):
+        return f"its {MANIFEST_NAME} has parts that are no list"
     version = data["format_version"]
     if not _is_version(version):
         return f"its {MANIFEST_NAME} has format_version {version!r}, expected a number from 1 on"

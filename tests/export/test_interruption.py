@@ -134,6 +134,7 @@ def test_manifest_of_another_program_makes_no_bundle(tiny, tmp_path):
         (b"\xff\xfe\x00", "is not JSON, or cut short"),
         (b"[" * 100_000, "is not JSON, or cut short"),
         (b"[]", "holds a JSON list, expected an object"),
+        (b'{"format_version": 1, "parts": {}}', "has parts that are no list"),
         (b'{"format_version": "1.0", "parts": []}', r"has format_version '1\.0', expected a number from 1 on"),
     ],
 )
