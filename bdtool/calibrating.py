@@ -55,7 +55,7 @@ class CalibrationRequest:
     at_least: int = DEFAULT_AT_LEAST
     include: frozenset[str] = frozenset()  # of "policy", "head": quantize these, too
     max_accuracy_drop: float = DEFAULT_MAX_ACCURACY_DROP
-    eval_limit: int | None = None
+    eval_limit: int | None = None  # images of those for the gates that are drawn; None takes all
     threads: int | None = None
 
 
@@ -171,9 +171,8 @@ class _Calibration:
         self._policy = policy
         self._on_progress = on_progress
         self._trial = Trial(
-            evaluation=evaluation,
+            evaluation=evaluation.drawn(request.eval_limit),
             policy=self._policy,
-            limit=request.eval_limit,
             max_accuracy_drop=request.max_accuracy_drop,
             threads=request.threads,
             engines=staging / "engines",

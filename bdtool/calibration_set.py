@@ -38,15 +38,13 @@ class CalibrationSet:
         """Let the policy decide; a learned one is the policy network of `fp32`."""
         digest = hashlib.sha256()
         rows = []
-        first = 0
         for batch in images.batches(_BATCH):
-            keep = keep_for(policy, len(batch.images), first)
+            keep = keep_for(policy, batch.rows)
             if keep is None:
                 keep = fp32.decide(batch.images)
             rows.append(keep)
             digest.update(batch.images.tobytes())
             digest.update(keep.tobytes())
-            first += len(batch.images)
         return cls(
             images=images,
             keep=np.concatenate(rows),

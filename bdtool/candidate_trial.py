@@ -29,7 +29,6 @@ class Trial:
     """How candidates are judged: on which images, along which paths, and with which bound.
 
     Attributes:
-        limit: judge on the first images only; None on all.
         max_accuracy_drop: percentage points.
         engines: directory outside the bundle for engines that the bundle lacks.
         on_share: called with the share of the images that is done, 0 to 1.
@@ -37,7 +36,6 @@ class Trial:
 
     evaluation: ImageSource
     policy: PolicyRequest
-    limit: int | None
     max_accuracy_drop: float
     threads: int | None
     engines: Path
@@ -46,7 +44,7 @@ class Trial:
     def digest(self) -> str:
         """Return the digest of what candidates are judged on: the images, their labels, and the policy."""
         digest = hashlib.sha256(self.policy.name.encode())
-        for batch in self.evaluation.batches(_BATCH, limit=self.limit):
+        for batch in self.evaluation.batches(_BATCH):
             digest.update(batch.images.tobytes())
             digest.update(b"" if batch.labels is None else np.asarray(batch.labels, np.int64).tobytes())
         return digest.hexdigest()
@@ -75,11 +73,11 @@ class Trial:
             yield runtime
 
     def reference(self, fp32: Orchestrator) -> Reference:
-        return Reference(fp32, self.evaluation, self.policy, limit=self.limit)
+        return Reference(fp32, self.evaluation, self.policy)
 
     def measure(self, reference: Reference, other: Orchestrator) -> Gates:
         """Measure the gates of any engines against fp32."""
-        total = min(self.limit or self.evaluation.n_images, self.evaluation.n_images)
+        total = self.evaluation.n_images
         done = 0
 
         def on_batch(n_images: int) -> None:

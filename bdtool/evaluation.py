@@ -55,7 +55,7 @@ def evaluate(
     limit: int | None = None,
     on_batch: Callable[[int], None] = lambda n_images: None,
 ) -> Evaluation:
-    """Classify every image (or the first `limit`) and count.
+    """Classify every image (or `limit` of them, drawn as by `ImageSource.drawn`) and count.
 
     Args:
         policy: a POLICY; None is the policy network, or `all` where there is none.
@@ -69,21 +69,20 @@ def evaluate(
         raise DataError(f"no labels in {data.description}; evaluate needs them: an .npz with y, or one folder a class")
     network = classifier.network
     request = parse_policy(policy, n_blocks=network.n_blocks, has_policy_network=network.has_policy)
+    data = data.drawn(limit)
     correct, kept = [], []
-    first = 0
-    for batch in data.batches(batch_size, limit=limit):
+    for batch in data.batches(batch_size):
         assert batch.labels is not None
-        result = classifier.run(batch.images, policy=keep_for(request, len(batch.images), first))
+        result = classifier.run(batch.images, policy=keep_for(request, batch.rows))
         correct.append(result.classes == batch.labels)
         kept.append(result.policy)
-        first += len(batch.images)
         on_batch(len(batch.images))
     return _figures(network, request, np.concatenate(correct), np.concatenate(kept), data.description)
 
 
-def keep_for(request: PolicyRequest, n_images: int, first: int) -> np.ndarray | None:
-    """Return the keep matrix of one batch, or None where the policy network decides."""
-    return None if request.is_learned else request.matrix(n_images, first=first)
+def keep_for(request: PolicyRequest, rows: np.ndarray) -> np.ndarray | None:
+    """Return the keep matrix of images with these numbers, or None where the policy network decides."""
+    return None if request.is_learned else request.matrix_at(rows)
 
 
 def _figures(

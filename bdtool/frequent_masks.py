@@ -20,28 +20,24 @@ def frequent_masks(
     data: ImageSource,
     request: PolicyRequest,
     *,
-    limit: int | None = None,
     on_batch: Callable[[int], None] = lambda n_images: None,
 ) -> list[MaskCount]:
-    """Count the masks of the first `limit` images (None: all), the most frequent first; only the policy network runs.
+    """Count the masks of the images, the most frequent first; only the policy network runs.
 
     Args:
         runtime: an opened bundle, of any strategy but `full`.
         request: the policy whose masks are counted.
     """
-    return count_masks(_decisions(runtime, data, request, limit, on_batch))
+    return count_masks(_decisions(runtime, data, request, on_batch))
 
 
 def _decisions(
     runtime: Orchestrator,
     data: ImageSource,
     request: PolicyRequest,
-    limit: int | None,
     on_batch: Callable[[int], None],
 ) -> Iterator[np.ndarray]:
-    first = 0
-    for batch in data.batches(_BATCH, limit=limit):
-        keep = keep_for(request, len(batch.images), first)
+    for batch in data.batches(_BATCH):
+        keep = keep_for(request, batch.rows)
         yield runtime.decide(batch.images) if keep is None else keep
-        first += len(batch.images)
         on_batch(len(batch.images))

@@ -58,27 +58,25 @@ class _Answers:
 
 
 class Reference:
-    """What fp32 says of the first `limit` images (None: all), asked once for all that is compared with it.
+    """What fp32 says of a data set, asked once for all that is compared with it.
 
     The keep bits are those of `request`, decided by the fp32 policy network where it is learned: a flipped bit would
     make any comparison of logits meaningless, so flips are counted apart. Keeps logits and bits, but no images.
     """
 
-    def __init__(self, fp32: Orchestrator, data: ImageSource, request: PolicyRequest, *, limit: int | None) -> None:
-        self.fp32, self.data, self.request, self._limit = fp32, data, request, limit
+    def __init__(self, fp32: Orchestrator, data: ImageSource, request: PolicyRequest) -> None:
+        self.fp32, self.data, self.request = fp32, data, request
         self._answers: list[_Answers] = []
 
     def batches(self) -> Iterator[tuple[ImageBatch, _Answers]]:
-        first = 0
-        for i, batch in enumerate(self.data.batches(_BATCH, limit=self._limit)):
+        for i, batch in enumerate(self.data.batches(_BATCH)):
             if i == len(self._answers):
-                self._answers.append(self._ask(batch.images, first))
+                self._answers.append(self._ask(batch.images, batch.rows))
             yield batch, self._answers[i]
-            first += len(batch.images)
 
-    def _ask(self, images: np.ndarray, first: int) -> _Answers:
+    def _ask(self, images: np.ndarray, rows: np.ndarray) -> _Answers:
         bits = self.fp32.decide(images) if self.fp32.network.has_policy else None
-        keep = keep_for(self.request, len(images), first)
+        keep = keep_for(self.request, rows)
         keep = bits if keep is None else keep
         assert keep is not None
         return _Answers(keep, bits, self.fp32.run(images, policy=keep).logits)

@@ -30,7 +30,7 @@ def classify_files(
     images = [fit_image(read_image(file), network.preprocessing, source=str(file), resize=resize) for file in files]
     rows = []
     for i, (file, image) in enumerate(zip(files, images, strict=True)):
-        result = runtime.run(image[None], policy=keep_for(request, 1, i))
+        result = runtime.run(image[None], policy=keep_for(request, np.array([i])))
         winner = int(result.classes[0])
         rows.append(
             {

@@ -114,7 +114,7 @@ def verify(
     It ends where digests differ, or the manifest from the MODEL: whatever else is compared would be of another network.
 
     Args:
-        data: images for the upper rungs; at most `limit` of them.
+        data: images for the upper rungs; `limit` of them are drawn.
 
     Raises:
         CheckpointError: the bundle's weights cannot be loaded.
@@ -136,6 +136,7 @@ def verify(
     model = load_model(bundle.weights_path)
     if not add(_manifest(bundle, model)):
         return ladder(0)
+    data = data.drawn(limit)
     batch = data.take(limit)
     with ExitStack() as stack:
         chain, full = [stack.enter_context(place.open(bundle, strategy)) for strategy in ("chain", "full")]
@@ -197,7 +198,7 @@ def _climb_lower(
     policy = variant.calibration["policy"]  # its ranges hold for the paths of this one
     request = parse_policy(policy, n_blocks=bundle.network.n_blocks, has_policy_network=bundle.network.has_policy)
     oracle = TorchClassifier(model)
-    keep = _run_oracle(oracle, batch.images).policy if request.is_learned else request.matrix(len(batch.images))
+    keep = _run_oracle(oracle, batch.images).policy if request.is_learned else request.matrix_at(batch.rows)
     pixels = preprocess(batch.images[:_N_PROBES], bundle.network.preprocessing)
     comparisons = []
     for probe in path_probes(model, bundle.network, pixels, keep[:_N_PROBES]):

@@ -55,9 +55,10 @@ def main() -> None:
 def run_way(args: argparse.Namespace) -> dict[str, float]:
     """Return the median milliseconds an image of each strategy, and the chain's share of the FLOPs of `full`."""
     network = Bundle.open(args.bundle).network
-    images = open_data(args.data, network=network).take(args.batch * N_BATCHES).images
+    sample = open_data(args.data, network=network).take(args.batch * N_BATCHES)
+    images = sample.images
     request = parse_policy(args.policy, n_blocks=network.n_blocks, has_policy_network=network.has_policy)
-    keep = request.matrix(len(images))
+    keep = request.matrix_at(sample.rows)
     threads, n_parallel = (2 if args.way == WAYS[1] else 1), (2 if args.way == WAYS[2] else 1)
     opened = {
         name: [Orchestrator.open(args.bundle, strategy=name, threads=threads) for _ in range(n_parallel)]

@@ -53,9 +53,9 @@ def main() -> None:
 def run_way(way: str, path: Path, policy: str, threads: int, duration: float) -> dict[str, float]:
     bundle = Bundle.open(path)
     data = open_data("synthetic:64", network=bundle.network)
-    images = data.take(64).images
+    batch = data.take(64)
     request = parse_policy(policy, n_blocks=bundle.network.n_blocks, has_policy_network=bundle.network.has_policy)
-    workload = Workload(images=images, keep=keep_for(request, len(images), 0))
+    workload = Workload(images=batch.images, keep=keep_for(request, batch.rows))
     with tempfile.TemporaryDirectory(prefix="bdtool-benchmark-") as directory:
         runtimes = {"full": open_way(way, bundle, "full", threads, Path(directory))}
         runtimes["chain"] = open_way(way, bundle, "chain", threads, Path(directory))

@@ -82,7 +82,7 @@ def measure(bundle: Bundle, args: argparse.Namespace, policy: str, source: str, 
         Orchestrator.open(bundle.path, threads=args.threads) as fp32,
         Orchestrator.open(bundle.path, threads=args.threads, precision="int8") as int8,
     ):
-        return measure_gates(Reference(fp32, judged, parsed, limit=args.eval_limit), int8, max_accuracy_drop=100)
+        return measure_gates(Reference(fp32, judged.drawn(args.eval_limit), parsed), int8, max_accuracy_drop=100)
 
 
 def formatted(gates: Gates) -> list[str]:

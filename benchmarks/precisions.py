@@ -32,9 +32,10 @@ def main() -> None:
     args = parser.parse_args()
     bundle = Bundle.open(args.bundle)
     network = bundle.network
-    images = open_data(args.data, network=network, resize=True).take(args.batch).images
+    batch = open_data(args.data, network=network, resize=True).take(args.batch)
+    images = batch.images
     request = parse_policy(args.policy, n_blocks=network.n_blocks, has_policy_network=network.has_policy)
-    keep = keep_for(request, len(images), 0)
+    keep = keep_for(request, batch.rows)
     precisions = args.precisions.split(",")
     times: dict[str, list[float]] = {name: [] for name in precisions}
     with ExitStack() as stack:

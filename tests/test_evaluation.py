@@ -87,6 +87,19 @@ def test_figures_equal_a_count_by_hand(tiny: Any, data: ImageSource) -> None:
     assert given.full_flops == kept == cost["full"]
 
 
+def test_row_of_a_policy_file_goes_with_its_image(tiny: Any, data: ImageSource, tmp_path: Path) -> None:
+    rows = np.random.default_rng(0).integers(0, 2, (data.n_images, 3)).astype(bool)
+    np.save(tmp_path / "bits.npy", rows)
+    given: list[np.ndarray] = []
+    answers = _Answers(Bundle.open(tiny.bundle).network)
+    run = answers.run
+    answers.run = lambda images, policy: given.append(policy) or run(images, policy)  # type: ignore[method-assign]
+    result = evaluate(answers, data, policy=str(tmp_path / "bits.npy"), batch_size=10, limit=20)
+    drawn = [data.names.index(name) for name in data.drawn(20).names]
+    np.testing.assert_array_equal(np.concatenate(given), rows[drawn])
+    assert result.input_source == f"{data.description}, drawn from {data.n_images} images with seed 0"
+
+
 def test_flops_of_a_convolution_are_those_of_the_paper(tiny: Any) -> None:
     parts = {part.name: part for part in Bundle.open(tiny.bundle).network.parts}
     assert parts["stem"].flops == 2 * 32 * 32 * 3 * 3 * 3 * 16

@@ -32,7 +32,7 @@ def images() -> ImageSource:
 def test_fp32_is_asked_once_for_all_candidates(tiny: Exported, images: ImageSource, policy: str | None) -> None:
     with Orchestrator.open(tiny.bundle) as fp32, Orchestrator.open(tiny.bundle) as other:
         request = parse_policy(policy, n_blocks=fp32.network.n_blocks, has_policy_network=fp32.network.has_policy)
-        reference = Reference(fp32, images, request, limit=None)
+        reference = Reference(fp32, images, request)
         first = measure_gates(reference, other, max_accuracy_drop=1)
         with (
             patch.object(fp32, "run", side_effect=AssertionError),
@@ -46,7 +46,7 @@ def test_fp32_is_asked_once_for_all_candidates(tiny: Exported, images: ImageSour
 def test_differences_are_counted_over_all_batches(tiny: Exported, images: ImageSource) -> None:
     with Orchestrator.open(tiny.bundle) as fp32, Orchestrator.open(tiny.bundle) as other:
         request = parse_policy("all", n_blocks=fp32.network.n_blocks, has_policy_network=fp32.network.has_policy)
-        reference = Reference(fp32, images, request, limit=90)
+        reference = Reference(fp32, images.drawn(90), request)
         run = other.run
 
         def shifted(batch: np.ndarray, policy: np.ndarray) -> object:
@@ -55,9 +55,7 @@ def test_differences_are_counted_over_all_batches(tiny: Exported, images: ImageS
 
         with patch.object(other, "run", side_effect=shifted):
             gates = measure_gates(reference, other, max_accuracy_drop=1)
-        squares = sum(
-            float((fp32.run(batch.images, policy="all").logits ** 2).sum()) for batch in images.batches(90, limit=90)
-        )
+        squares = float((fp32.run(images.take(90).images, policy="all").logits ** 2).sum())
         n_classes = fp32.network.n_classes
     assert gates.n_images == 90
     assert gates.changed_classes == 0

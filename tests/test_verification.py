@@ -76,7 +76,9 @@ def test_policy_network_with_a_hidden_layer_passes_every_rung(export_random: Any
 
 
 def test_limit_is_kept(tiny: Any) -> None:
-    assert _verify(tiny.bundle, limit=5).n_images == 5
+    result = _verify(tiny.bundle, limit=5)
+    assert result.n_images == 5
+    assert result.input_source.endswith(", drawn from 12 images with seed 0")
 
 
 def test_bundle_without_policy_network_has_nothing_to_compare_there(export_random: Any) -> None:

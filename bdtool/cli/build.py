@@ -41,7 +41,9 @@ if TYPE_CHECKING:
 )
 @data_option(required=False)
 @policy_option
-@click.option("--limit", type=click.IntRange(min=1), help="With --paths or --coverage: only the first N images.")
+@click.option(
+    "--limit", type=click.IntRange(min=1), help="With --paths or --coverage: count on N images, drawn with seed 0."
+)
 @resize_option
 @tensorrt_options
 @json_option
@@ -186,14 +188,14 @@ def _note_masks(bundle: Bundle, store: EngineStore, device: str, options: _MaskO
     from bdtool.runtime.orchestrator import Orchestrator
     from bdtool.runtime.policies import parse_policy
 
-    network, limit = bundle.network, options.limit
-    source = open_data(options.data or "", network=network, resize=options.resize)
+    network = bundle.network
+    source = open_data(options.data or "", network=network, resize=options.resize).drawn(options.limit)
     request = parse_policy(options.policy, n_blocks=network.n_blocks, has_policy_network=network.has_policy)
     with (
         Orchestrator.open(bundle, backend=store.identity.name, device=device, precision=store.precision) as runtime,
-        progress("counting masks", min(limit or source.n_images, source.n_images)) as advance,
+        progress("counting masks", source.n_images) as advance,
     ):
-        counts = frequent_masks(runtime, source, request, limit=limit, on_batch=advance)
+        counts = frequent_masks(runtime, source, request, on_batch=advance)
     chosen = choose_masks(counts, n_paths=options.paths, coverage=options.coverage)
     write_masks(store.directory, chosen, source=source.description, policy=request.name)
     return {

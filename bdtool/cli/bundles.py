@@ -83,7 +83,13 @@ def export_cmd(model: Path, bundle: Path, max_batch: int, force: bool) -> None:
 @click.command("verify", cls=Command)
 @click.argument("bundle", type=BUNDLE)
 @data_option(required=False)
-@click.option("--limit", type=click.IntRange(min=1), default=256, show_default=True, help="Images to compare on.")
+@click.option(
+    "--limit",
+    type=click.IntRange(min=1),
+    default=256,
+    show_default=True,
+    help="Images to compare on, drawn with seed 0.",
+)
 @resize_option
 @place_options()
 @json_option

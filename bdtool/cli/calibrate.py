@@ -68,7 +68,7 @@ if TYPE_CHECKING:
     "--include", type=click.Choice(["policy", "head"]), multiple=True, help="Quantize this part, too; may be repeated."
 )
 @click.option("--eval", "evaluation", metavar="DATA", help="Labelled images for the gates. Default: those of --data.")
-@click.option("--eval-limit", type=click.IntRange(min=1), help="Only the first N images for the gates.")
+@click.option("--eval-limit", type=click.IntRange(min=1), help="Only N images for the gates, drawn with seed 0.")
 @click.option(
     "--max-accuracy-drop",
     type=FiniteRange(min=0, max=100),
@@ -181,9 +181,7 @@ def _refuse_idle_percentile(method: str) -> None:
 
 def _print(result: Calibrated) -> None:
     gates = result.gates
-    count = f"{result.n_images} of "
-    source = result.input_source.removeprefix(count)  # which a set that was drawn begins with
-    click.echo(f"{result.precision} from {count}{source}, policy {gates.policy}")
+    click.echo(f"{result.precision} from {result.n_images} images of {result.input_source}, policy {gates.policy}")
     if result.ok and result.replaced is not None:
         click.echo(f"replaces the {result.precision} parts that were calibrated for policy {result.replaced}")
     for name, n_images in result.topped_up.items():

@@ -32,7 +32,9 @@ if TYPE_CHECKING:
 @data_option(required=True)
 @click.option("-o", "--output", type=NEW_FILE, required=True, metavar="FILE.html", help="The page to write.")
 @policy_option
-@click.option("--limit", type=click.IntRange(min=1), default=2000, show_default=True, help="Only the first N images.")
+@click.option(
+    "--limit", type=click.IntRange(min=1), default=2000, show_default=True, help="Only N images, drawn with seed 0."
+)
 @click.option(
     "--duration",
     type=FiniteRange(min=0, min_open=True),
@@ -70,7 +72,7 @@ def report_cmd(
     require_extra()
     opened = Bundle.open(bundle)
     # so that the profile sees no other images than the walk
-    source = open_data(data, network=opened.network, resize=resize).first(limit)
+    source = open_data(data, network=opened.network, resize=resize).drawn(limit)
     request = ReportRequest(
         bundle=bundle,
         data=data,
@@ -97,7 +99,7 @@ def write_page(profiled: Profile, bundle: Bundle, source: ImageSource, request: 
     from bdtool.report.gather import gather_report, n_steps
     from bdtool.report.page import write_report
 
-    with progress("walking", n_steps(source, request.limit)) as advance:
+    with progress("walking", n_steps(source)) as advance:
         gathered = gather_report(profiled, bundle, source, request, on_images=advance)
     for message in gathered.warnings:
         warn(message)

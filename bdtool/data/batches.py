@@ -16,11 +16,15 @@ _DECODERS = 8  # threads at most
 
 @dataclass(frozen=True, kw_only=True)
 class ImageBatch:
-    """Images uint8 [N, H, W, 3], their labels int64 [N] where known, and a name for each, for messages."""
+    """Images uint8 [N, H, W, 3], their labels int64 [N] where known, and a name for each, for messages.
+
+    `rows` int64 [N] are their numbers in the whole data set, whatever sample of it they were read from.
+    """
 
     images: np.ndarray
     labels: np.ndarray | None
     names: tuple[str, ...]
+    rows: np.ndarray
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +39,7 @@ class ImageSource:
         image_at: returns image i as uint8 [height, width, 3] at the network's input size.
         picture_at: returns image i as uint8 [H, W, 3] in its own size, for training to crop; None where only
             `image_at` is known.
+        rows: int64 [n_images], the images' numbers in the whole data set, of which this is a sample; None: it is whole.
     """
 
     description: str
@@ -43,6 +48,7 @@ class ImageSource:
     labels: np.ndarray | None
     image_at: Callable[[int], np.ndarray]
     picture_at: Callable[[int], np.ndarray] | None = None
+    rows: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if not self.names:
@@ -56,11 +62,11 @@ class ImageSource:
     def has_labels(self) -> bool:
         return self.labels is not None
 
-    def batches(self, batch_size: int, *, limit: int | None = None) -> Iterator[ImageBatch]:
-        """Yield the images in order; the last batch may be smaller. `limit` stops after that many, None takes all."""
-        if batch_size < 1 or (limit is not None and limit < 1):
-            raise ValueError(f"batch_size and limit must be at least 1; got {batch_size} and {limit}")
-        stop = self.n_images if limit is None else min(limit, self.n_images)
+    def batches(self, batch_size: int) -> Iterator[ImageBatch]:
+        """Yield the images in order; the last batch may be smaller."""
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1; got {batch_size}")
+        stop = self.n_images
         return (self._read(first, min(first + batch_size, stop)) for first in range(0, stop, batch_size))
 
     def images_at(self, indices: Sequence[int]) -> np.ndarray:
@@ -71,34 +77,42 @@ class ImageSource:
             return np.stack(list(pool.map(self.image_at, indices)))  # decoding lets other threads run
 
     def take(self, n_images: int) -> ImageBatch:
-        """Return the first `n_images`, or all there are where the data set is smaller."""
-        return next(self.batches(n_images, limit=n_images))
+        """Return a sample of the data set in one batch: as many images as that, drawn as by `drawn`."""
+        return next(self.drawn(n_images).batches(n_images))
 
     def first(self, n_images: int | None) -> ImageSource:
-        """Return the first `n_images` alone; None, or a smaller data set, gives all."""
+        """Return the first `n_images` alone; None, or a smaller data set, gives all.
+
+        They stand for the set only where whoever made it shuffled it: see `drawn`.
+        """
         if n_images is None:
             return self
         if n_images < 1:
             raise ValueError(f"n_images must be at least 1; got {n_images}")
         labels = None if self.labels is None else self.labels[:n_images]
-        return replace(self, names=self.names[:n_images], labels=labels)
+        rows = None if self.rows is None else self.rows[:n_images]
+        return replace(self, names=self.names[:n_images], labels=labels, rows=rows)
 
-    def drawn(self, n_images: int, *, seed: int) -> ImageSource:
-        """Return that many images drawn without repetition, in the set's order: folders list one class after another.
+    def drawn(self, n_images: int | None, *, seed: int = 0) -> ImageSource:
+        """Return a sample that stands for the set: folders list one class after another, so the first would not.
 
-        A smaller data set is returned as it is.
+        That many images are drawn without repetition, the same ones whenever the same set is asked with the same seed;
+        they keep the set's order, in which files are read best. None, or a smaller data set, gives all.
         """
-        if n_images >= self.n_images:
+        if n_images is None or n_images >= self.n_images:
             return self
-        rows = np.sort(np.random.default_rng(seed).choice(self.n_images, size=n_images, replace=False))
+        if n_images < 1:
+            raise ValueError(f"n_images must be at least 1; got {n_images}")
+        chosen = np.sort(np.random.default_rng(seed).choice(self.n_images, size=n_images, replace=False))
         picture_at = self.picture_at
         return ImageSource(
-            description=f"{n_images} of {self.description} (seed {seed})",
+            description=f"{self.description}, drawn from {self.n_images:,} images with seed {seed}",
             is_real=self.is_real,
-            names=[self.names[row] for row in rows],
-            labels=None if self.labels is None else self.labels[rows],
-            image_at=lambda index: self.image_at(int(rows[index])),
-            picture_at=None if picture_at is None else lambda index: picture_at(int(rows[index])),
+            names=[self.names[index] for index in chosen],
+            labels=None if self.labels is None else self.labels[chosen],
+            image_at=lambda index: self.image_at(int(chosen[index])),
+            picture_at=None if picture_at is None else lambda index: picture_at(int(chosen[index])),
+            rows=chosen if self.rows is None else self.rows[chosen],
         )
 
     def _read(self, first: int, stop: int) -> ImageBatch:
@@ -106,4 +120,5 @@ class ImageSource:
             images=self.images_at(range(first, stop)),
             labels=None if self.labels is None else self.labels[first:stop],
             names=tuple(self.names[first:stop]),
+            rows=np.arange(first, stop) if self.rows is None else self.rows[first:stop],
         )

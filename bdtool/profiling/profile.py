@@ -121,7 +121,7 @@ def profile(
     sweep: Sequence[int] = (),
     on_progress: Callable[[float], None] = lambda share_done: None,
 ) -> Profile:
-    """Measure `strategies` and the baseline `full` on the first images of `data`, in one run.
+    """Measure `strategies` and the baseline `full` on images drawn from `data`, in one run.
 
     Args:
         strategies: names; "auto" stands for all that take a policy, and records the fastest beside the engines;
@@ -136,8 +136,10 @@ def profile(
     """
     network = bundle.network
     request = parse_policy(policy, n_blocks=network.n_blocks, has_policy_network=network.has_policy)
-    images = data.take(MAX_IMAGES).images
-    workload = Workload(images=images, keep=keep_for(request, len(images), 0))
+    data = data.drawn(MAX_IMAGES)
+    batch = data.take(MAX_IMAGES)
+    images = batch.images
+    workload = Workload(images=images, keep=keep_for(request, batch.rows))
     names = strategy_names(strategies, network, place)
     batches = [batch for batch in sweep if batch <= bundle.manifest.max_batch]
     steps = _Steps(2 + len(batches), on_progress)

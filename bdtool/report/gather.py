@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shlex
 import time
@@ -102,9 +103,10 @@ def gather_report(
     *,
     on_images: Callable[[int], None] = lambda n_images: None,
 ) -> ReportData:
-    """Walk the first `request.limit` images one by one, and join what they show to a finished profile.
+    """Walk all images one by one, and join what they show to a finished profile.
 
     Args:
+        source: `request.limit` images, drawn.
         profile: of the same bundle, images and policy, at batch 1: all latencies that are compared come from it.
         on_images: called with how many images were classified since the last call; see `n_steps`.
 
@@ -117,14 +119,14 @@ def gather_report(
     network = bundle.network
     policy = parse_policy(request.policy, n_blocks=network.n_blocks, has_policy_network=network.has_policy)
     with request.place.open(bundle) as runtime:
-        walk = walk_images(runtime, source, policy, limit=request.limit, on_images=on_images)
-        points = _operating_points(runtime, source, policy, walk, limit=request.limit, on_images=on_images)
+        walk = walk_images(runtime, source, policy, on_images=on_images)
+        points = _operating_points(runtime, source, policy, walk, on_images=on_images)
     return report_from(profile, bundle, source, request, policy=policy, walk=walk, points=points)
 
 
-def n_steps(source: ImageSource, limit: int) -> int:
+def n_steps(source: ImageSource) -> int:
     """Return about how many images `gather_report` will classify."""
-    return min(limit, source.n_images) * (1 + (len(_COMPARED) if source.has_labels else 0))
+    return source.n_images * (1 + (len(_COMPARED) if source.has_labels else 0))
 
 
 def walk_images(
@@ -132,7 +134,6 @@ def walk_images(
     source: ImageSource,
     policy: PolicyRequest,
     *,
-    limit: int,
     on_images: Callable[[int], None] = lambda n_images: None,
 ) -> Walk:
     """Classify images one by one after a short warm-up; the clock runs from pixels to logits.
@@ -141,17 +142,17 @@ def walk_images(
     answer.
     """
 
-    def run(image: np.ndarray, index: int) -> tuple[np.ndarray, int]:
-        keep = keep_for(policy, 1, index)
+    def run(image: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, int]:
+        keep = keep_for(policy, rows)
         result = runtime.run(image) if keep is None else runtime.run_with_policy_cost(image, keep)
         return result.policy[0], int(result.classes[0])
 
-    for index, batch in enumerate(source.batches(1, limit=min(_N_WARMUP, limit))):
-        run(batch.images, index)
+    for batch in itertools.islice(source.batches(1), _N_WARMUP):
+        run(batch.images, batch.rows)
     keep, predicted, latency_ms = [], [], []
-    for index, batch in enumerate(source.batches(1, limit=limit)):
+    for batch in source.batches(1):
         start = time.perf_counter()
-        bits, class_index = run(batch.images, index)
+        bits, class_index = run(batch.images, batch.rows)
         latency_ms.append((time.perf_counter() - start) * 1000)
         keep.append(bits)
         predicted.append(class_index)
@@ -160,7 +161,7 @@ def walk_images(
         keep=np.stack(keep),
         predicted=np.array(predicted),
         latency_ms=np.array(latency_ms),
-        labels=None if source.labels is None else source.labels[: len(keep)],
+        labels=source.labels,
     )
 
 
@@ -173,7 +174,6 @@ def _operating_points(
     policy: PolicyRequest,
     walk: Walk,
     *,
-    limit: int,
     on_images: Callable[[int], None],
 ) -> tuple[OperatingPoint, ...]:
     """Return the policy's own accuracy and cost beside every block and the paper's heuristics at equally many blocks.
@@ -193,7 +193,7 @@ def _operating_points(
         named = parse_policy(text, n_blocks=network.n_blocks, has_policy_network=network.has_policy)
         if named.name == policy.name:
             continue
-        result = evaluate(runtime, source, policy=text, limit=limit, on_batch=on_images)
+        result = evaluate(runtime, source, policy=text, on_batch=on_images)
         points.append(_point(text, result.accuracy, result.blocks_mean, result.flops_mean))
     return tuple(points)
 

@@ -27,12 +27,12 @@ class PolicyRequest:
 
     Attributes:
         name: canonical text, the same for equal requests: `random:3` becomes `random:3:0`.
-        draw: computes the keep matrix from n_images and first; None where the policy network decides.
+        draw: computes the keep matrix from the images' numbers; None where the policy network decides.
         n_rows: number of rows of a file that gives each image of one data set its own bits; None otherwise.
     """
 
     name: str
-    draw: Callable[[int, int], np.ndarray] | None
+    draw: Callable[[np.ndarray], np.ndarray] | None
     n_rows: int | None = None
 
     @property
@@ -40,10 +40,19 @@ class PolicyRequest:
         return self.draw is None
 
     def matrix(self, n_images: int, *, first: int = 0) -> np.ndarray:
-        """Return the keep matrix bool [n_images, K] of a batch, True = kept; the caller owns it.
+        """Return the keep matrix bool [n_images, K] of images that follow one another; see `matrix_at`.
 
         Args:
-            first: index in the data set of the batch's first image, so that no answer depends on the batch size.
+            first: number of the batch's first image in the data set.
+        """
+        return self.matrix_at(np.arange(first, first + n_images))
+
+    def matrix_at(self, rows: np.ndarray) -> np.ndarray:
+        """Return the keep matrix bool [n, K] of some images, True = kept; the caller owns it.
+
+        Args:
+            rows: int [n], the images' numbers in the whole data set: an image has the same bits in every batch and
+                every sample.
 
         Raises:
             PolicyError: a file has fewer rows than the data set images.
@@ -51,7 +60,7 @@ class PolicyRequest:
         """
         if self.draw is None:
             raise ValueError("policy 'learned' has no fixed matrix: run the policy network")
-        return self.draw(n_images, first)
+        return self.draw(rows)
 
 
 def parse_policy(text: str | None, *, n_blocks: int, has_policy_network: bool) -> PolicyRequest:
@@ -177,22 +186,33 @@ def _distributed(count: int, n_blocks: int) -> np.ndarray:
     return keep
 
 
-def _repeat_row(keep: np.ndarray, n_images: int, first: int) -> np.ndarray:
-    return np.tile(keep, (n_images, 1))
+def _repeat_row(keep: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    return np.tile(keep, (len(rows), 1))
 
 
-def _random_rows(low: int, high: int, seed: int, n_blocks: int, n_images: int, first: int) -> np.ndarray:
+def _random_rows(low: int, high: int, seed: int, n_blocks: int, rows: np.ndarray) -> np.ndarray:
     """Give every block of every image a random number, and keep the lowest of each image: `low` to `high` of them.
 
     Philox counts: image i always gets the same stretch of its counter, whatever batch it comes in.
     """
     n_numbers = n_blocks if low == high else n_blocks + 1  # the last one says how many blocks to keep
     steps = -(-n_numbers // 4)  # one step of Philox4x64 yields four numbers
-    numbers = np.random.Philox(key=seed, counter=first * steps).random_raw(n_images * steps * 4)
-    numbers = numbers.reshape(n_images, steps * 4)
+    numbers = np.concatenate([_philox(seed, run, steps) for run in _runs(rows)])
     counts = low + numbers[:, n_blocks:n_numbers] % np.uint64(high - low + 1) if high > low else low
     ranks = numbers[:, :n_blocks].argsort(axis=1).argsort(axis=1)
     return np.asarray(ranks < counts)
+
+
+def _philox(seed: int, rows: np.ndarray, steps: int) -> np.ndarray:
+    """Return random numbers uint64 [n, 4 x steps] for images that follow one another."""
+    first = int(rows[0]) if len(rows) else 0
+    numbers = np.random.Philox(key=seed, counter=first * steps).random_raw(len(rows) * steps * 4)
+    return np.asarray(numbers).reshape(len(rows), steps * 4)
+
+
+def _runs(rows: np.ndarray) -> list[np.ndarray]:
+    """Split numbers of images into runs of such as follow one another."""
+    return np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1)
 
 
 def _from_file(text: str, *, n_blocks: int) -> PolicyRequest:
@@ -209,14 +229,13 @@ def _from_file(text: str, *, n_blocks: int) -> PolicyRequest:
     return PolicyRequest(name=text, draw=functools.partial(_file_rows, keep, text), n_rows=len(keep))
 
 
-def _file_rows(keep: np.ndarray, name: str, n_images: int, first: int) -> np.ndarray:
-    if first + n_images > len(keep):
+def _file_rows(keep: np.ndarray, name: str, rows: np.ndarray) -> np.ndarray:
+    if (last := int(rows.max(initial=-1))) >= len(keep):
         raise PolicyError(
-            f"policy {name}: has {len(keep)} rows, but image {first + n_images - 1} of the data set needs row "
-            f"{first + n_images - 1}. Give a row for each image, or one row [K] for all; `evaluate` also takes "
-            f"--limit {len(keep)}"
+            f"policy {name}: has {len(keep)} rows, but image {last} of the data set needs row {last}. Give a row for "
+            "each image of the data set, of which --limit draws some, or one row [K] for all"
         )
-    return keep[first : first + n_images].copy()
+    return np.asarray(keep[rows])
 
 
 def _checked_bits(policy: ArrayLike, *, n_blocks: int, source: str) -> np.ndarray:

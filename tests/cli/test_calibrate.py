@@ -154,10 +154,8 @@ def test_what_candidates_are_judged_on_has_a_digest(tmp_path, bundle_copy):
     def digest(labels, policy="all", limit=None):
         np.savez(tmp_path / "data.npz", x=images, y=np.array(labels))
         request = parse_policy(policy, n_blocks=3, has_policy_network=True)
-        source = open_data(str(tmp_path / "data.npz"), network=network, resize=False)
-        return Trial(
-            **{**dict.fromkeys(Trial.__dataclass_fields__), "evaluation": source, "policy": request, "limit": limit}
-        ).digest()
+        source = open_data(str(tmp_path / "data.npz"), network=network, resize=False).drawn(limit)
+        return Trial(**{**dict.fromkeys(Trial.__dataclass_fields__), "evaluation": source, "policy": request}).digest()
 
     first = digest([0, 1, 2, 3])
     assert first == digest([0, 1, 2, 3])

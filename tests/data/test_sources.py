@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torchvision import datasets
 
+from bdtool.data import folders as folder_files
 from bdtool.data import torchvision_sets
 from bdtool.data.sources import ImageSource, open_data
 from bdtool.errors import DataError, UsageError
@@ -84,16 +85,44 @@ def test_drawn_images_are_spread_over_the_set(tmp_path: Path) -> None:
     np.testing.assert_array_equal(batch.images, X[rows])
     assert batch.labels is not None
     np.testing.assert_array_equal(batch.labels, Y[rows])
-    assert drawn.description.startswith("3 of ")
+    np.testing.assert_array_equal(batch.rows, rows)  # by which a POLICY file has its row
+    assert drawn.description == f"{source.description}, drawn from 5 images with seed 0"
     assert len({tuple(source.drawn(3, seed=seed).names) for seed in range(20)}) > 1
-    assert source.drawn(5, seed=0) is source
+    assert source.drawn(5, seed=0) is source.drawn(None) is source
+    with pytest.raises(ValueError, match="n_images must be at least 1; got 0"):
+        source.drawn(0)
 
 
-def test_limit_and_take_stop_early(tmp_path: Path) -> None:
+def test_a_sample_of_a_sample_knows_the_numbers_in_the_whole_set(tmp_path: Path) -> None:
     source = open_data(npz(tmp_path, x=X, y=Y), network=NETWORK)
-    assert [len(batch.images) for batch in source.batches(2, limit=3)] == [2, 1]
-    assert len(source.take(2).images) == 2
+    for sample in (source.drawn(4).drawn(2), source.drawn(4).first(2), source.first(4).drawn(2)):
+        batch = sample.take(9)
+        np.testing.assert_array_equal(batch.images, X[batch.rows])
+        assert len(batch.rows) == 2
+    assert source.take(9).rows.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_take_draws_what_a_sample_is(tmp_path: Path) -> None:
+    source = open_data(npz(tmp_path, x=X, y=Y), network=NETWORK)
+    assert source.take(2).names == tuple(source.drawn(2).names)
     assert len(source.take(99).images) == 5
+
+
+def test_sample_of_class_folders_has_all_classes_and_reads_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [f"{label}/{index:02}.png" for label in ("cat", "ant", "dog") for index in range(20)]
+    source = open_data(folders(tmp_path, *names), network=NETWORK)
+    read: list[str] = []
+    real = folder_files.read_image
+    monkeypatch.setattr(
+        folder_files, "read_image", lambda path: read.append(path.relative_to(tmp_path).as_posix()) or real(path)
+    )
+    sample = source.drawn(12)
+    assert read == []
+    batches = list(sample.batches(5))
+    assert sorted(read) == sorted(sample.names) == list(sample.names)
+    assert {int(label) for batch in batches for label in batch.labels} == {0, 1, 2}
 
 
 def test_first_images_are_a_source_of_their_own(tmp_path: Path) -> None:
@@ -107,11 +136,10 @@ def test_first_images_are_a_source_of_their_own(tmp_path: Path) -> None:
         source.first(0)
 
 
-@pytest.mark.parametrize(("batch_size", "limit"), [(0, None), (1, 0)])
-def test_batches_refuse_sizes_below_one(tmp_path: Path, batch_size: int, limit: int | None) -> None:
+def test_batches_refuse_sizes_below_one(tmp_path: Path) -> None:
     source = open_data(npz(tmp_path, x=X), network=NETWORK)
     with pytest.raises(ValueError, match="at least 1"):
-        source.batches(batch_size, limit=limit)
+        source.batches(0)
 
 
 @pytest.mark.parametrize(
@@ -235,9 +263,10 @@ def test_directory_of_other_data_says_what_to_pass(
 def test_images_are_decoded_only_when_read(tmp_path: Path) -> None:
     source = open_data(folders(tmp_path, "a.png", "b.png"), network=NETWORK)
     (tmp_path / "b.png").write_text("damaged meanwhile")
-    assert len(source.take(1).images) == 1
+    batches = source.batches(1)
+    assert len(next(batches).images) == 1
     with pytest.raises(DataError, match=r"b\.png"):
-        source.take(2)
+        next(batches)
 
 
 def test_image_of_another_size_is_refused_when_opening(tmp_path: Path) -> None:

@@ -128,7 +128,7 @@ def test_the_line_is_found_despite_slow_requests() -> None:
 
 def test_a_profile_of_batches_is_refused(tiny: Any, data: Path) -> None:
     bundle = Bundle.open(tiny.bundle)
-    source = open_data(str(data), network=bundle.network).first(4)
+    source = open_data(str(data), network=bundle.network).drawn(4)
     settings = Settings(batch=2, duration_s=0.01, warmup_ms=0)
     batches = profile(bundle, source, policy=None, strategies=[], settings=settings, place=Place())
     request = ReportRequest(bundle=tiny.bundle, data=str(data), output=Path("r.html"))

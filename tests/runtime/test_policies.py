@@ -182,11 +182,20 @@ def test_file_of_rows_serves_image_by_image(tmp_path: Path) -> None:
     rows = np.random.default_rng(0).integers(0, 2, (5, K))
     request = parse(saved(tmp_path / "policy.npy", rows))
     np.testing.assert_array_equal(request.matrix(2, first=3), rows[3:] == 1)
+    np.testing.assert_array_equal(request.matrix_at(np.array([0, 2, 3])), rows[[0, 2, 3]] == 1)
+
+
+@pytest.mark.parametrize("text", ["random:3", "random:1-5:7", "distribute:3", "all"])
+def test_image_has_the_same_bits_in_every_sample(text: str) -> None:
+    rows = np.array([0, 3, 4, 5, 17, 900])
+    np.testing.assert_array_equal(parse(text).matrix_at(rows), parse(text).matrix(901)[rows])
 
 
 def test_file_shorter_than_the_data_is_refused(tmp_path: Path) -> None:
     request = parse(saved(tmp_path / "policy.npy", np.ones((5, K))))
-    with pytest.raises(PolicyError, match=r"policy\.npy: has 5 rows, but image 5 .*--limit 5"):
+    with pytest.raises(
+        PolicyError, match=r"policy\.npy: has 5 rows, but image 5 .* needs row 5. Give a row for each image"
+    ):
         request.matrix(2, first=4)
 
 
