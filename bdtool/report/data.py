@@ -40,7 +40,7 @@ class ClassFigures:
     blocks_mean: float
     blocks_std: float
     n_policies: int
-    median_ms: float
+    line_ms: float | None  # what the latency line gives for `blocks_mean`; None where there is no line
     usage: tuple[float, ...]  # share of the class's images that keep each block
     dominant: tuple[PolicyUse, ...]  # the most frequent first; empty where no two images share a policy
     easiest: tuple[Picture, ...]  # fewest blocks first; empty where all ran equally many
@@ -66,6 +66,9 @@ class LatencyLine:
     fixed_ms: float
     per_block_ms: float
     break_even_blocks: float | None  # None where another block costs nothing measurable
+
+    def latency_ms(self, blocks: float) -> float:
+        return self.fixed_ms + self.per_block_ms * blocks
 
 
 @dataclass(frozen=True, kw_only=True)

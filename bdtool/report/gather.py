@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import shlex
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,7 +36,7 @@ from bdtool.specs import NetworkSpec
 from export.bundle import Bundle
 
 PERCENTILES = (90.0, 95.0, 99.0)
-_N_WARMUP = 20
+_BATCH = 64
 _N_DOMINANT = 3  # policies shown for each class
 _N_PICTURES = 4  # pictures shown for each policy, and of the easiest and hardest
 _MAX_PICTURED_CLASSES = 12  # the page grows by some 50 kB with each
@@ -82,7 +80,6 @@ class Walk:
 
     keep: np.ndarray  # bool [N, K]
     predicted: np.ndarray  # int [N]
-    latency_ms: np.ndarray  # float64 [N]
     labels: np.ndarray | None  # int [N]
 
     @property
@@ -103,11 +100,11 @@ def gather_report(
     *,
     on_images: Callable[[int], None] = lambda n_images: None,
 ) -> ReportData:
-    """Walk all images one by one, and join what they show to a finished profile.
+    """Classify all images, and join what they show to a finished profile.
 
     Args:
         source: `request.limit` images, drawn.
-        profile: of the same bundle, images and policy, at batch 1: all latencies that are compared come from it.
+        profile: of the same bundle, images and policy, at batch 1: all latencies come from it.
         on_images: called with how many images were classified since the last call; see `n_steps`.
 
     Raises:
@@ -136,33 +133,14 @@ def walk_images(
     *,
     on_images: Callable[[int], None] = lambda n_images: None,
 ) -> Walk:
-    """Classify images one by one after a short warm-up; the clock runs from pixels to logits.
-
-    With given bits the policy network runs all the same where there is one, as in a profile: its time is part of the
-    answer.
-    """
-
-    def run(image: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, int]:
-        keep = keep_for(policy, rows)
-        result = runtime.run(image) if keep is None else runtime.run_with_policy_cost(image, keep)
-        return result.policy[0], int(result.classes[0])
-
-    for batch in itertools.islice(source.batches(1), _N_WARMUP):
-        run(batch.images, batch.rows)
-    keep, predicted, latency_ms = [], [], []
-    for batch in source.batches(1):
-        start = time.perf_counter()
-        bits, class_index = run(batch.images, batch.rows)
-        latency_ms.append((time.perf_counter() - start) * 1000)
-        keep.append(bits)
-        predicted.append(class_index)
-        on_images(1)
-    return Walk(
-        keep=np.stack(keep),
-        predicted=np.array(predicted),
-        latency_ms=np.array(latency_ms),
-        labels=source.labels,
-    )
+    """Classify the images, without a clock: in folders a class is a stretch of time, and machines change with time."""
+    keep, predicted = [], []
+    for batch in source.batches(_BATCH):
+        result = runtime.run(batch.images, policy=keep_for(policy, batch.rows))
+        keep.append(result.policy)
+        predicted.append(result.classes)
+        on_images(len(batch.images))
+    return Walk(keep=np.concatenate(keep), predicted=np.concatenate(predicted), labels=source.labels)
 
 
 _COMPARED = ("all", "distribute", "random", "first")
@@ -220,6 +198,7 @@ def report_from(
     vectors = np.unique(walk.keep, axis=0)
     strategies = tuple(_strategy(name, samples, profile.samples["full"]) for name, samples in profile.samples.items())
     dynamic = next((samples for name, samples in profile.samples.items() if name != "full"), None)
+    line = None if dynamic is None else latency_line(dynamic, profile.samples["full"].median_ms)
     return ReportData(
         bundle=bundle.path.resolve().name,
         arch=network.arch,
@@ -241,11 +220,11 @@ def report_from(
         boundary=profile.to_json()["boundary"],
         n_timed_images=profile.n_images,
         strategies=strategies,
-        line=None if dynamic is None else latency_line(dynamic, profile.samples["full"].median_ms),
+        line=line,
         points=points,
         paper_points=paper_points(network) if points else (),
         usage=tuple(walk.keep.mean(axis=0).tolist()),
-        classes=_classes(network, source, walk),
+        classes=_classes(network, source, walk, line),
         parts=_parts(network, profile.parts, walk.keep),
         warnings=tuple(profile.warnings),
         environment=_environment(profile, bundle),
@@ -272,12 +251,14 @@ def latency_line(samples: Samples, full_ms: float) -> LatencyLine | None:
     return LatencyLine(fixed_ms=line.fixed_ms, per_block_ms=line.per_block_ms, break_even_blocks=line.break_even_blocks)
 
 
-def _classes(network: NetworkSpec, source: ImageSource, walk: Walk) -> tuple[ClassFigures, ...]:
+def _classes(
+    network: NetworkSpec, source: ImageSource, walk: Walk, line: LatencyLine | None
+) -> tuple[ClassFigures, ...]:
     if walk.labels is None:
         return ()
     present = np.unique(walk.labels).tolist()
     pictured = set(_pictured(present, walk))
-    return tuple(_class_figures(network, source, walk, k, with_pictures=k in pictured) for k in present)
+    return tuple(_class_figures(network, source, walk, line, k, with_pictures=k in pictured) for k in present)
 
 
 def _pictured(present: list[int], walk: Walk) -> list[int]:
@@ -292,7 +273,13 @@ def _pictured(present: list[int], walk: Walk) -> list[int]:
 
 
 def _class_figures(
-    network: NetworkSpec, source: ImageSource, walk: Walk, class_index: int, *, with_pictures: bool
+    network: NetworkSpec,
+    source: ImageSource,
+    walk: Walk,
+    line: LatencyLine | None,
+    class_index: int,
+    *,
+    with_pictures: bool,
 ) -> ClassFigures:
     assert walk.correct is not None
     rows = np.flatnonzero(walk.labels == class_index)
@@ -311,7 +298,7 @@ def _class_figures(
         blocks_mean=float(blocks.mean()),
         blocks_std=float(blocks.std()),
         n_policies=len(np.unique(keep, axis=0)),
-        median_ms=float(np.median(walk.latency_ms[rows])),
+        line_ms=None if line is None else line.latency_ms(float(blocks.mean())),
         usage=tuple(keep.mean(axis=0).tolist()),
         dominant=_dominant(rows, keep, pictures) if with_pictures else (),
         easiest=pictures(by_cost) if shows_extremes else (),

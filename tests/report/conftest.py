@@ -135,7 +135,7 @@ def _class_figures(label: str, usage: tuple[float, ...]) -> ClassFigures:
         blocks_mean=7.5,
         blocks_std=1.25,
         n_policies=20,
-        median_ms=0.9,
+        line_ms=0.9,
         usage=usage,
         dominant=(PolicyUse(bits="110110110110000", n_images=30, share=0.3, pictures=pictures),),
         easiest=pictures,

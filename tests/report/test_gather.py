@@ -75,6 +75,21 @@ def test_classes_and_blocks_add_up(learned: ReportData) -> None:
     assert by_name["block_01"] + by_name["shortcut_01"] == pytest.approx(1)
 
 
+def test_latency_of_a_class_is_what_the_line_gives_for_its_blocks(tiny: Any, data: Path) -> None:
+    """Not what a pass in the order of the data took: there, a machine that slows down slows the later classes."""
+    bundle = Bundle.open(tiny.bundle)
+    source = open_data(str(data), network=bundle.network)
+    profile = profiled(bundle, source, None)
+    blocks = np.tile([1.0, 2.0, 3.0], 40)
+    chain = Samples(latency_ms=0.5 + 0.25 * blocks, blocks_run=blocks, flops=blocks, batch=1)
+    profile = dataclasses.replace(profile, samples={**profile.samples, "chain": chain})
+    request = ReportRequest(bundle=tiny.bundle, data=str(data), output=Path("report.html"))
+    report = gather_report(profile, bundle, source, request)
+    assert len({one.blocks_mean for one in report.classes}) > 1
+    for one in report.classes:
+        assert one.line_ms == pytest.approx(0.5 + 0.25 * one.blocks_mean)
+
+
 def test_easiest_and_hardest_are_in_order(learned: ReportData) -> None:
     for one in learned.classes:
         easy, hard = ([picture.blocks_run for picture in side] for side in (one.easiest, one.hardest))
@@ -103,6 +118,7 @@ def test_a_fixed_policy_is_recognised(gathered: Callable[[str | None], ReportDat
     report = gathered("distribute:2")
     assert report.common_bits == "110"
     assert report.line is None
+    assert all(one.line_ms is None for one in report.classes)
     assert all(not one.easiest for one in report.classes)
     assert [point.name for point in report.points].count("distribute:2") == 0
 

@@ -70,6 +70,13 @@ def test_the_fitted_line_is_said_in_words(page: Page, varied: ReportData) -> Non
     assert f"fewer than {varied.line.break_even_blocks:.1f} blocks" in page.text
 
 
+def test_classes_are_given_the_latency_of_the_line_where_there_is_one(varied: ReportData, fixed: ReportData) -> None:
+    assert "by the line" in Page(render(varied)).text
+    assert fixed.line is None
+    assert fixed.classes
+    assert "by the line" not in Page(render(fixed)).text
+
+
 def test_the_papers_points_are_labelled_as_such(page: Page) -> None:
     assert "paper: ResNet-110, CIFAR-10" in page.text
     assert "Stars are the paper's own results" in page.text
