@@ -17,7 +17,7 @@ import numpy as np
 
 from calibration.paths import PathBatch, PathWalker
 from calibration.ranges import RangeCollector
-from export.files import write_bytes, write_json
+from export.files import json_from_bytes, write_bytes, write_json
 
 SAVE_EVERY = 4  # batches; an interruption loses no more
 
@@ -61,7 +61,7 @@ class ResultCache:
     def __init__(self, file: Path) -> None:
         self._file = file
         try:
-            self._rows: dict[str, Any] = dict(json.loads(file.read_bytes()))
+            self._rows: dict[str, Any] = dict(json_from_bytes(file.read_bytes()))
         except (OSError, ValueError, TypeError):
             self._rows = {}
 

@@ -7,7 +7,6 @@ its record, so a build that is killed leaves nothing that looks finished.
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,7 +29,7 @@ from engines.base import (
 )
 from engines.trt_options import has_host_code, largest_batch
 from export.bundle import Bundle
-from export.files import advice_on, sha256_of_bytes, sha256_of_files, write_bytes, write_json
+from export.files import advice_on, json_from_bytes, sha256_of_bytes, sha256_of_files, write_bytes, write_json
 from export.fused_spec import fused_spec
 from export.half_spec import HALF_DTYPES, HALF_VERSION
 from export.manifest import EXPORTED
@@ -356,7 +355,7 @@ class EngineStore:
     def _fitting_record(self, part: PartSpec) -> EngineRecord | None:
         """Return the part's record, if there is one, it was made from the same content, and its engine is there."""
         try:
-            record = EngineRecord(**json.loads(self._record_path(part).read_bytes()))
+            record = EngineRecord(**json_from_bytes(self._record_path(part).read_bytes()))
         except (OSError, ValueError, TypeError):
             return None
         fits = all(getattr(record, name) == value for name, value in self._key(part).items())

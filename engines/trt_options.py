@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from bdtool.errors import UsageError
+from export.files import json_from_bytes
 
 HardwareCompatibility = Literal["none", "ampere-plus", "same-compute-capability"]
 _RECIPE = 1  # of `engines.trt_build`: raise it when the same options come to build another engine
@@ -100,7 +101,11 @@ def has_host_code(settings: str) -> bool:
 
 def _setting(settings: str, name: str) -> Any:
     """Return one of `TensorRTOptions.settings`; None where another backend's record has its own text, or none."""
-    return json.loads(settings).get(name) if settings.startswith("{") else None
+    try:
+        values = json_from_bytes(settings)
+    except (ValueError, TypeError):  # a record can hold anything
+        return None
+    return values.get(name) if isinstance(values, dict) else None
 
 
 def flag_of(field_name: str) -> str:

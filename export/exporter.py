@@ -7,7 +7,6 @@ whole; the next run takes up the parts whose weights, structure and exporter are
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import platform
 import shlex
@@ -30,6 +29,7 @@ from export.files import (
     advice_on,
     atomic_path,
     exclusive_lock,
+    json_from_bytes,
     sha256_of_bytes,
     sha256_of_file,
     swap_directory,
@@ -211,7 +211,7 @@ def _onnx_file(part: PartSpec) -> str:
 def _earlier(record_path: Path, key: str, partial: Path) -> PartFile | None:
     """Return the part that an interrupted run finished, if it was made from the same content and is still whole."""
     try:
-        record = json.loads(record_path.read_bytes())
+        record = json_from_bytes(record_path.read_bytes())
         file = PartFile(**record["file"])
         fits = record["key"] == key and sha256_of_file(partial / file.file) == file.sha256
     except (OSError, ValueError, KeyError, TypeError):

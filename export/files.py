@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +20,7 @@ from bdtool.errors import BundleError
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2  # linux/fs.h
+_MAX_DEPTH = 200  # of JSON; ours has less than 10 levels, and two more for each training that a MODEL went through
 
 
 @contextmanager
@@ -54,6 +55,27 @@ def write_json(path: Path, data: Any) -> None:
 
 def bytes_from_json(data: Any) -> bytes:
     return (json.dumps(data, indent=2) + "\n").encode()
+
+
+def json_from_bytes(data: bytes | str) -> Any:
+    """Read JSON of which nothing is known: whatever is wrong with it is a ValueError, nesting without end included.
+
+    Whoever walks what it returns may do so by calls that call themselves.
+    """
+    try:
+        value = json.loads(data)
+    except RecursionError as exc:
+        raise ValueError(f"nested more than {_MAX_DEPTH} deep") from exc
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        level = [inner for outer in level if isinstance(outer, dict | list) for inner in _inside(outer)]
+        if not level:
+            return value
+    raise ValueError(f"nested more than {_MAX_DEPTH} deep")
+
+
+def _inside(outer: dict[str, Any] | list[Any]) -> Iterable[Any]:
+    return outer.values() if isinstance(outer, dict) else outer
 
 
 def write_output(path: Path, data: bytes) -> None:

@@ -11,7 +11,6 @@ made and what its gates measured. `parts` above always describes fp32.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -20,7 +19,7 @@ from typing import Any, TypeGuard
 
 from bdtool.errors import BundleError
 from bdtool.specs import NetworkSpec, PartSpec, TensorSpec, dict_from_spec, preprocessing_from_dict
-from export.files import write_json
+from export.files import json_from_bytes, write_json
 
 FORMAT_VERSION = 1
 EXPORTED = "fp32"  # the precision of the parts that `bdtool export` writes
@@ -143,7 +142,7 @@ def read_manifest(directory: Path) -> Manifest:
         raise BundleError(f"{path}: {exc}") from exc
     except KeyError as exc:
         raise BundleError(f"{path}: no field {exc}; the file was changed or cut short, export the model again") from exc
-    except (TypeError, ValueError, AttributeError) as exc:
+    except (TypeError, ValueError, AttributeError, OverflowError) as exc:  # the last of 1e999
         raise BundleError(f"{path}: {exc}; the file was changed, export the model again") from exc
 
 
@@ -153,8 +152,8 @@ def _parsed(path: Path) -> dict[str, Any]:
     if not content.strip():
         raise ValueError("is empty")
     try:
-        data = json.loads(content)
-    except (ValueError, RecursionError) as exc:
+        data = json_from_bytes(content)
+    except ValueError as exc:
         raise ValueError(f"is not JSON, or cut short ({exc})") from exc
     if not isinstance(data, dict):
         raise ValueError(f"holds a JSON {type(data).__name__}, expected an object")

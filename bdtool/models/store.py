@@ -20,7 +20,7 @@ from bdtool.models.difference import COUNTER, compare_states, listing
 from bdtool.models.layout import tensor_shapes
 from bdtool.models.model_spec import ModelSpec
 from bdtool.specs import preprocessing_from_dict
-from export.files import atomic_path
+from export.files import atomic_path, json_from_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -108,7 +108,7 @@ def read_spec(path: Path) -> ModelSpec:
             f"{path} is a safetensors file but not a MODEL of bdtool; run `bdtool import` on it first"
         )
     try:
-        header = json.loads(text)
+        header = json_from_bytes(text)
         version = int(header["format_version"])
         if version > FORMAT_VERSION:
             raise CheckpointError(

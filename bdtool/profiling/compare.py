@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bdtool.errors import UsageError
+from export.files import json_from_bytes
 
 # Where these differ, the figures answer different questions.
 _SETTINGS = ("arch", "policy", "policy_network", "batch", "boundary", "input_source", "n_images")
@@ -100,7 +100,7 @@ def read_profile(path: Path) -> dict[str, Any]:
             that something became slower.
     """
     try:
-        data = json.loads(path.read_bytes())
+        data = json_from_bytes(path.read_bytes())
     except OSError as exc:
         raise UsageError(f"{path}: cannot be read ({exc.strerror or exc})") from exc
     except ValueError as exc:

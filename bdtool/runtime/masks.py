@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ import numpy as np
 
 from bdtool.errors import BundleError
 from bdtool.runtime.policies import bits_of, keep_of
-from export.files import advice_on, write_json
+from export.files import advice_on, json_from_bytes, write_json
 
 _FILE = "paths.json"
 
@@ -76,7 +75,7 @@ def read_masks(directory: Path, n_blocks: int) -> list[MaskCount]:
     """
     path = directory / _FILE
     try:
-        rows = json.loads(path.read_bytes())["masks"]
+        rows = json_from_bytes(path.read_bytes())["masks"]
         masks = [MaskCount(mask=row["mask"], share=float(row["share"])) for row in rows]
     except FileNotFoundError:
         return []

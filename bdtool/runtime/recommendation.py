@@ -6,7 +6,6 @@ of threads and batch size, because the order of the strategies changes with both
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ from typing import Any
 
 from bdtool.errors import BundleError
 from bdtool.runtime.factory import STRATEGIES
-from export.files import write_json
+from export.files import json_from_bytes, write_json
 
 AUTO = "auto"
 CANDIDATES = tuple(name for name in STRATEGIES if name != "full")  # `full` takes no policy, so it is no answer
@@ -121,7 +120,7 @@ def _place(entry: Recommendation) -> tuple[int, int]:
 
 
 def _read(directory: Path) -> list[Recommendation]:
-    data: Any = json.loads((directory / FILE).read_bytes())
+    data: Any = json_from_bytes((directory / FILE).read_bytes())
     if data["format_version"] != _FORMAT_VERSION:
         raise ValueError(f"format_version is {data['format_version']!r}, this version reads {_FORMAT_VERSION}")
     return [Recommendation(**row) for row in data["recommendations"]]

@@ -78,6 +78,7 @@ def test_results_are_computed_once(tmp_path):
         calls.append(1)
         return {"ms": 1.5}
 
+    (tmp_path / "r.json").write_text("[" * 200_000)
     assert ResultCache(tmp_path / "r.json").get("block_00", compute) == {"ms": 1.5}
     assert ResultCache(tmp_path / "r.json").get("block_00", compute) == {"ms": 1.5}
     assert len(calls) == 1

@@ -73,7 +73,7 @@ def _rebuilt(path, **options):
     return {name for name, status in statuses.items() if status == "built"}
 
 
-@pytest.mark.parametrize("damage", ["tampered", "deleted", "record deleted", "record garbage"])
+@pytest.mark.parametrize("damage", ["tampered", "deleted", "record deleted", "record garbage", "record nested"])
 def test_damaged_engine_is_built_again_and_no_other(built, damage):
     engine = built / "engines" / "fake-1-cpu-fp32" / "block_01.json"
     record = engine.with_name("block_01.engine.json")
@@ -84,7 +84,7 @@ def test_damaged_engine_is_built_again_and_no_other(built, damage):
     elif damage == "record deleted":
         record.unlink()
     else:
-        record.write_text("{")
+        record.write_text("{" if damage == "record garbage" else "[" * 200_000)
     assert _rebuilt(built) == {"block_01"}
     assert _rebuilt(built) == set()
 

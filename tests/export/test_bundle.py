@@ -111,7 +111,9 @@ def test_symbolic_link_that_leaves_the_bundle_is_refused(bundle_copy, tmp_path):
         Bundle.open(bundle_copy)
 
 
-@pytest.mark.parametrize("text", ["", "{", "garbage", "\xff\xfe", '{"format_version": 1'])
+@pytest.mark.parametrize(
+    "text", ["", "{", "garbage", "\xff\xfe", '{"format_version": 1', pytest.param("[" * 200_000, id="nested")]
+)
 def test_garbage_instead_of_json_is_refused(bundle_copy, text):
     (bundle_copy / "manifest.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(BundleError, match=r"manifest.json is (empty|not JSON).*copy the bundle again, or export"):
@@ -167,6 +169,7 @@ def _drop(name):
         ),
         (lambda data: data.update(max_batch=0), "max_batch is 0, expected at least 1"),
         (lambda data: data.update(max_batch="many"), "invalid literal"),
+        (lambda data: data.update(max_batch=float("inf")), "cannot convert float infinity to integer"),
         (lambda data: data.update(labels=["one"]), "1 labels for 10 classes"),
         (lambda data: data["preprocessing"].update(std=[0, 1, 1]), "std above 0"),
         (lambda data: data["preprocessing"].update(std=[float("nan"), 1, 1]), "std above 0"),

@@ -13,6 +13,7 @@ from export import files
 from export.files import (
     atomic_path,
     exclusive_lock,
+    json_from_bytes,
     sha256_of_bytes,
     sha256_of_files,
     swap_directory,
@@ -172,3 +173,17 @@ def test_output_that_cannot_be_written_is_named_as_the_user_did(tmp_path):
             write_output(place, b"data")
         assert caught.value.filename == str(place)
     assert sorted(tmp_path.iterdir()) == [tmp_path / "taken"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [pytest.param("[" * 200_000, id="nested"), "[" * 201 + "]" * 201, '{"a":' * 300 + "1" + "}" * 300, "[", "\xff", ""],
+)
+def test_json_that_is_garbage_or_nested_without_end_is_a_value_error(text):
+    with pytest.raises(ValueError, match=r"nested more than 200 deep|Expecting|codec"):
+        json_from_bytes(text.encode("latin-1"))
+
+
+def test_json_of_our_own_is_read():
+    assert json_from_bytes(b'{"a": [1, {"b": null}]}') == {"a": [1, {"b": None}]}
+    assert json_from_bytes("[" * 200 + "]" * 200)

@@ -138,6 +138,7 @@ def _with(path, value):
     ("content", "message"),
     [
         ("", "not JSON"),
+        pytest.param("[" * 200_000, "not JSON", id="nested"),
         ("\xff", "not JSON"),
         ("[]", "it holds a list"),
         ("{}", "no object 'strategies'"),

@@ -79,6 +79,7 @@ def test_other_number_of_threads_is_refused(tmp_path):
     [
         "",
         "{",
+        pytest.param("[" * 200_000, id="nested"),
         "[]",
         "null",
         '{"format_version": 2, "recommendations": []}',

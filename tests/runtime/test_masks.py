@@ -77,7 +77,18 @@ def test_bundle_without_masks_has_none(tmp_path):
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"{", b"[]", b"{}", b"\xff\xfe", b'{"masks": 3}', b'{"masks": ["110"]}', b'{"masks": [{"share": 1}]}', b"7"],
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"{}",
+        b"\xff\xfe",
+        b'{"masks": 3}',
+        b'{"masks": ["110"]}',
+        b'{"masks": [{"share": 1}]}',
+        b"7",
+        pytest.param(b"[" * 200_000, id="nested"),
+    ],
 )
 def test_damaged_file_is_refused_with_advice(tmp_path, content):
     (tmp_path / "paths.json").write_bytes(content)
