@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +14,8 @@ from export.bundle import Bundle
 from export.compose import compose_parts
 from export.files import advice_on, sha256_of_bytes, write_bytes
 from export.manifest import Manifest, PartFile, Variant, write_manifest
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +59,8 @@ def commit_candidate(candidate: Bundle, precision: str, sidecars: Mapping[str, b
     Whenever this stops, the manifest names files that are whole: the old ones or the new ones.
 
     Raises:
-        BundleError: the bundle cannot be written, or was exported anew meanwhile; it is as it was.
+        BundleError: the bundle cannot be written, or was exported anew meanwhile; its manifest and the parts that it
+            names are as they were.
     """
     now = Bundle.open(candidate.path).manifest  # calibrating took minutes
     if (now.files, now.weights_sha256) != (candidate.manifest.files, candidate.manifest.weights_sha256):
@@ -78,12 +82,12 @@ def commit_candidate(candidate: Bundle, precision: str, sidecars: Mapping[str, b
             (candidate.path / file).parent.mkdir(parents=True, exist_ok=True)
             write_bytes(candidate.path / file, data)
         write_manifest(candidate.path, manifest)
-        _remove_unlisted(candidate, precision)
     except OSError as exc:
         raise BundleError(
             f"{candidate.path}: the {precision} parts cannot be written ({exc.strerror or exc}). "
-            f"The bundle is as it was; {advice_on(exc)} and run the same command again"
+            f"Its manifest and the parts that it names are as they were; {advice_on(exc)} and run it again"
         ) from exc
+    _remove_unlisted(candidate, precision)
     return manifest
 
 
@@ -117,8 +121,16 @@ def _composed(bundle: Bundle, network: NetworkSpec, models: Mapping[str, PartMod
 
 
 def _remove_unlisted(candidate: Bundle, precision: str) -> None:
-    """Remove what an earlier calibration of this precision left."""
+    """Remove what an earlier calibration of this precision left; what stays harms nothing, as no manifest names it."""
     listed = {candidate.path / file.file for file in candidate.files_at(precision).values()}
     for file in (candidate.path / "onnx" / precision).glob("*.onnx"):
-        if file not in listed:
+        if file in listed:
+            continue
+        try:
             file.unlink()
+        except OSError as exc:
+            logger.warning(
+                "%s belongs to no part any more and cannot be removed (%s); the bundle is whole without it",
+                file,
+                exc.strerror or exc,
+            )

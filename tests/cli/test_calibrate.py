@@ -114,6 +114,24 @@ def test_precisions_live_side_by_side(calibrate, bundle_copy):
     assert 0 < np.abs(logits["fp32"] - logits["fp16"]).max() < 0.02 * np.abs(logits["fp32"]).max()
 
 
+def test_file_that_cannot_be_removed_is_no_failure(calibrate, bundle_copy, caplog):
+    """The parts are in the bundle by then, so that nothing may say that it is as it was."""
+    in_the_way = bundle_copy / "onnx" / "fp16" / "head-of-an-earlier-run.onnx"
+    in_the_way.mkdir(parents=True)
+    assert calibrate("--precision", "fp16")["ok"] is True
+    assert f"{in_the_way} belongs to no part any more and cannot be removed" in caplog.text
+    assert Bundle.open(bundle_copy).precisions == ("fp32", "fp16")
+
+
+def test_parts_that_cannot_be_written_leave_the_manifest_as_it_was(bdtool, bundle_copy, labelled):
+    (bundle_copy / "onnx" / "fp16").write_text("a file in the way")
+    before = _digests(bundle_copy)
+    result = bdtool("calibrate", bundle_copy, "--data", labelled, "--precision", "fp16", status=1)
+    assert "fp16 parts cannot be written" in result.stderr
+    assert "Its manifest and the parts that it names are as they were; clear the way" in result.stderr
+    assert _digests(bundle_copy) == before
+
+
 def _meanwhile(monkeypatch, change):
     """Let something happen to the bundle between what `calibrate` measured and what it writes."""
     from bdtool import calibrating
