@@ -41,6 +41,11 @@ class Opened:
         """The runtimes of the bundle itself."""
         return {name: runtime for name, runtime in self.runtimes.items() if ":" not in name}
 
+    @property
+    def max_batch(self) -> int:
+        """The largest batch that everything here takes at once."""
+        return min(runtime.max_batch for runtime in self.runtimes.values())
+
     def graph_choices(self) -> dict[str, GraphChoice]:
         """Return how each strategy that has CUDA graphs uses them."""
         choices = {name: runtime.graph_choice for name, runtime in self.runtimes.items()}
@@ -57,6 +62,21 @@ class Opened:
             "path_bytes_bound": stats.max_bytes,
             "path_masks": self.path_masks,
         }
+
+
+def require_batch(batch: int, bundles: Sequence[Bundle]) -> None:
+    """Refuse batches that would run in slices and be reported as one.
+
+    Raises:
+        UsageError: a bundle was exported for smaller ones.
+    """
+    for bundle in bundles:
+        limit = bundle.manifest.max_batch
+        if batch > limit:
+            raise UsageError(
+                f"--batch {batch}: {bundle.path} was exported with --max-batch {limit}, so that a request would run in "
+                f"slices of {limit}. Give --batch {limit} or less, or export with --max-batch {batch}"
+            )
 
 
 def strategy_names(asked: Sequence[str], network: NetworkSpec, place: Place) -> list[str]:

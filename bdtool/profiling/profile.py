@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from bdtool.data.batches import ImageSource
+from bdtool.errors import UsageError
 from bdtool.evaluation import keep_for
 from bdtool.profiling.device_times import THRESHOLDS, device_warnings
 from bdtool.profiling.environment import clock_warnings, describe_environment, describe_gpu
 from bdtool.profiling.instrumented import DEVICE_NOTE, PASS_NOTE, InstrumentedPass, run_instrumented
 from bdtool.profiling.line import BlocksLine, fit_lines
 from bdtool.profiling.measure import BASELINE, BOUNDARY, Settings, Workload, measure
-from bdtool.profiling.opening import Opened, knows_masks, open_all, strategy_names
+from bdtool.profiling.opening import Opened, knows_masks, open_all, require_batch, strategy_names
 from bdtool.profiling.recommending import recommend, record
 from bdtool.profiling.stability import find_instability, stability_warnings
 from bdtool.profiling.statistics import Samples
@@ -131,9 +132,11 @@ def profile(
 
     Raises:
         PolicyError: the policy does not fit the network.
-        UsageError: an unknown strategy or backend, or a baseline for images of another size.
+        UsageError: an unknown strategy or backend, a baseline for images of another size, or a batch above what bundle
+            or engines were made for.
         BackendError: the engines cannot be built, or backend, device or threads are not to be had.
     """
+    require_batch(settings.batch, [bundle] if baseline is None else [bundle, baseline])
     network = bundle.network
     request = parse_policy(policy, n_blocks=network.n_blocks, has_policy_network=network.has_policy)
     data = data.drawn(MAX_IMAGES)
@@ -141,10 +144,10 @@ def profile(
     images = batch.images
     workload = Workload(images=images, keep=keep_for(request, batch.rows))
     names = strategy_names(strategies, network, place)
-    batches = [batch for batch in sweep if batch <= bundle.manifest.max_batch]
-    steps = _Steps(2 + len(batches), on_progress)
     with ExitStack() as stack:
         opened = open_all(bundle, names, workload, place, stack, baseline=baseline)
+        batches = _batches(settings.batch, sweep, opened.max_batch)
+        steps = _Steps(2 + len(batches), on_progress)
         before = describe_gpu(place.device)
         samples = measure(opened.runtimes, workload, settings, on_round=steps.share)
         gpu = describe_gpu(place.device)
@@ -175,7 +178,7 @@ def profile(
             *device_warnings(on_device),
             *_baseline_warnings(graphs),
             *clock_warnings(gpu),
-            *_sweep_warnings(sweep, bundle.manifest.max_batch),
+            *_sweep_warnings(sweep, opened.max_batch),
         ],
         environment=_environment(place, n_threads, gpu, before=before),
         splits=splits,
@@ -289,8 +292,20 @@ def _baseline_warnings(graphs: dict[str, GraphChoice]) -> list[str]:
     ]
 
 
+def _batches(batch: int, sweep: Sequence[int], max_batch: int) -> list[int]:
+    """Return the batches of the sweep that run at once; refuse a `batch` that would not."""
+    if batch > max_batch:
+        raise UsageError(
+            f"--batch {batch}: the engines were built for at most {max_batch} images, so that a request would run in "
+            f"slices. Give --batch {max_batch} or less, or build again with --max-batch {batch}"
+        )
+    return [batch for batch in sweep if batch <= max_batch]
+
+
 def _sweep_warnings(sweep: Sequence[int], max_batch: int) -> list[str]:
     left_out = [str(batch) for batch in sweep if batch > max_batch]
     if not left_out:
         return []
-    return [f"batch {', '.join(left_out)} left out of the sweep: the bundle was exported with --max-batch {max_batch}"]
+    return [
+        f"batch {', '.join(left_out)} left out of the sweep: bundle or engines were made with --max-batch {max_batch}"
+    ]

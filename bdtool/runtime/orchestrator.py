@@ -58,6 +58,7 @@ class Orchestrator:
     Attributes:
         network: the bundle's parts, their images and activations in the types that the engines have.
         threads: CPU threads of one engine call.
+        max_batch: images that run at once, by the bundle and its engines; more of them run in slices.
     """
 
     def __init__(
@@ -78,7 +79,7 @@ class Orchestrator:
         self.threads = backend.threads
         self._library: Backend | None = backend  # None once it is closed
         self._engines = engines
-        self._max_batch = max_batch
+        self.max_batch = max_batch
         self._graphs, self._paths = graphs, paths
         self._wrap = wrap
         self._lock = threading.RLock()  # a controller may ask for P(keep) while it runs
@@ -245,7 +246,7 @@ class Orchestrator:
             raise PolicyError(f"strategy {self.strategy_name!r} loads no policy network; open the bundle with 'chain'")
         with self._lock, self._current():
             taken = self.prepare(images)
-            slices = [taken[i : i + self._max_batch] for i in range(0, len(taken), self._max_batch)]
+            slices = [taken[i : i + self.max_batch] for i in range(0, len(taken), self.max_batch)]
             engines = self._prepared().engines if self._needs_prepared(taken) else self._engines
             engine = engines[part.name]
             return np.concatenate([engine.run({part.inputs[0].name: s})[part.outputs[0].name] for s in slices])
@@ -299,7 +300,7 @@ class Orchestrator:
             self._backend,
             self._engines,
             strategy=self.strategy_name,
-            max_batch=self._max_batch,
+            max_batch=self.max_batch,
             paths=paths or self._paths,
             graphs=self._graphs if choice is None else chosen(self._graphs, choice),
             wrap=wrap,
@@ -343,7 +344,7 @@ class Orchestrator:
     def _at_once(self, images: Images) -> int:
         """Return how many of these images one call of the strategy takes."""
         limit = self._require_open().max_device_images
-        return self._max_batch if limit is None or isinstance(images, np.ndarray) else min(limit, self._max_batch)
+        return self.max_batch if limit is None or isinstance(images, np.ndarray) else min(limit, self.max_batch)
 
     def _joined(self, logits: list[Any]) -> Logits:
         if isinstance(logits[0], np.ndarray):

@@ -95,11 +95,18 @@ def test_sweep_measures_each_batch(built, npz, bdtool, tmp_path):
             assert row["ratio_to_full_iqr"][0] > 0
 
 
-def test_batches_above_the_bundle_are_left_out_with_a_warning(shared_traces, tiny, bdtool, npz, tmp_path):
+def test_batches_above_the_bundle_are_left_out_or_refused(shared_traces, tiny, bdtool, npz, tmp_path):
     bdtool("export", tiny.path, "-o", tmp_path / "small", "--max-batch", 8)
     result = bdtool("profile", tmp_path / "small", "--data", npz, "--sweep", *QUICK, "--json", "-")
     assert list(json.loads(result.stdout)["sweep"]) == ["1", "8"]
-    assert "batch 32, 64 left out of the sweep: the bundle was exported with --max-batch 8" in result.stderr
+    assert "batch 32, 64 left out of the sweep: bundle or engines were made with --max-batch 8" in result.stderr
+    message = bdtool("profile", tmp_path / "small", "--data", npz, "--batch", 9, *QUICK, status=2).stderr
+    assert f"--batch 9: {tmp_path / 'small'} was exported with --max-batch 8, so that a request would run in" in message
+    assert "slices of 8. Give --batch 8 or less, or export with --max-batch 9" in message
+    message = bdtool(
+        "profile", tiny.bundle, "--baseline", tmp_path / "small", "--data", npz, "--batch", 9, *QUICK, status=2
+    ).stderr
+    assert f"--batch 9: {tmp_path / 'small'} was exported" in message
 
 
 def test_baseline_of_another_bundle_takes_turns(built, export_random, bdtool_json, npz):

@@ -58,6 +58,15 @@ def test_profile_times_parts_on_the_device(monkeypatch, tmp_path, bdtool, bdtool
     assert "us to enqueue" in text
 
 
+def test_profile_refuses_a_batch_above_the_engines(monkeypatch, tmp_path, bdtool, bundle_copy, npz):
+    install_gpu(monkeypatch, tmp_path / "cache")
+    bdtool("build", bundle_copy, *TENSORRT, "--max-batch", 4)
+    quick = ("--data", npz, "--policy", "101", "--duration", "0.01", "--warmup", "0", *TENSORRT)
+    message = bdtool("profile", bundle_copy, *quick, "--batch", 5, status=2).stderr
+    assert "--batch 5: the engines were built for at most 4 images" in message
+    assert "Give --batch 4 or less, or build again with --max-batch 5" in message
+
+
 def test_profile_measures_graph_modes_side_by_side(monkeypatch, tmp_path, bdtool, bdtool_json, bundle_copy, npz):
     driver = install_gpu(monkeypatch, tmp_path / "cache")
     driver.launch_ms = 10
