@@ -55,7 +55,19 @@ def _gpu_line(environment: dict[str, Any]) -> str:
 def print_strategies(strategies: dict[str, Any]) -> None:
     """Print the latency table of a profile's JSON."""
     percentiles = [name for name in strategies["full"]["latency_ms"] if name not in ("mean", "median")]
-    columns = ["strategy", "median", "mean", *percentiles, "to full", "IQR", "FLOPs", "blocks", "images/s", "CoV"]
+    columns = [
+        "strategy",
+        "median",
+        "mean",
+        *percentiles,
+        "to full",
+        "IQR",
+        "FLOPs",
+        "blocks",
+        "images/s",
+        "CoV",
+        "requests",
+    ]
     rows = []
     for name, s in strategies.items():
         latency = s["latency_ms"]
@@ -63,13 +75,14 @@ def print_strategies(strategies: dict[str, Any]) -> None:
         rows.append(
             [
                 name,
-                *(f"{latency[column]:.3f}" for column in ("median", "mean", *percentiles)),
+                *(_milliseconds(latency[column]) for column in ("median", "mean", *percentiles)),
                 f"{s['ratio_to_full']:.3f}",
                 _range(s["ratio_to_full_iqr"]),
                 f"{s['flops_ratio_to_full']:.3f}",
                 f"{s['blocks_mean']:.2f}",
                 f"{s['throughput_ips']:.1f}",
                 "-" if variation is None else percent(variation),
+                str(s["n_requests"]),
             ]
         )
     title = (
@@ -188,6 +201,10 @@ def _print_recommendation(recommendation: dict[str, Any], *, is_recorded: bool) 
         f"{recommendation['threads']} threads, policy {recommendation['policy']}: {ratios})"
         f"; {taken if is_recorded else 'it was not recorded'}"
     )
+
+
+def _milliseconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"  # a percentile that so few requests do not hold
 
 
 def _range(quartiles: list[float] | None) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 UNSTABLE_ABOVE = 0.025  # trtexec warns above a coefficient of variation of 2.5 %
+_ROUNDING = 1e-9  # 1 - 0.999 is a little less than 0.001
 _MIN_QUARTILED = 4  # requests of equal work, to have quartiles
 
 
@@ -32,14 +33,17 @@ class Samples:
         """Share of the measured images that ran as one path engine; None for strategies without them."""
         return None if self.hits is None else float(self.hits.mean())
 
-    def summary(self, percentiles: Sequence[float]) -> dict[str, float]:
-        """Return min, mean, median, the percentiles (as "p99") and max, in milliseconds."""
+    def summary(self, percentiles: Sequence[float]) -> dict[str, float | None]:
+        """Return min, mean, median, the percentiles (as "p99") and max, in milliseconds.
+
+        A percentile is None where too few requests were measured for one of them to lie beyond it: p99 takes 100.
+        """
         latency = self.latency_ms
         return {
             "min": float(latency.min()),
             "mean": float(latency.mean()),
             "median": self.median_ms,
-            **{f"p{p:g}": float(np.percentile(latency, p)) for p in percentiles},
+            **{f"p{p:g}": _percentile(latency, p) for p in percentiles},
             "max": float(latency.max()),
         }
 
@@ -137,6 +141,14 @@ def pooled_variation(times_ms: np.ndarray, blocks_run: np.ndarray) -> float:
 def _equal_work(times_ms: np.ndarray, blocks_run: np.ndarray) -> list[np.ndarray]:
     """Return the times float [requests] in groups that ran equally many blocks."""
     return [times_ms[blocks_run == n] for n in np.unique(blocks_run)]
+
+
+def _percentile(values: np.ndarray, percentile: float) -> float | None:
+    """Return a percentile, or None where it would be interpolated between the outermost value and the next."""
+    beyond = min(percentile, 100 - percentile) / 100  # the share of values on its outer side; 0: the extreme itself
+    if beyond > 0 and len(values) * beyond < 1 - _ROUNDING:
+        return None
+    return float(np.percentile(values, percentile))
 
 
 def _quartiles(values: np.ndarray) -> list[float]:

@@ -11,7 +11,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from bdtool.report import words
-from bdtool.report.data import OperatingPoint, ReportData
+from bdtool.report.data import OperatingPoint, ReportData, StrategyLatency
 
 # Each has a contrast of at least 3:1 on the page's light and on its dark background.
 _BLUE, _ORANGE, _GREEN, _PINK, _PURPLE = "#2f7ed8", "#d9730d", "#2a9d5c", "#c2559d", "#7d6be0"
@@ -49,14 +49,19 @@ def latency_distribution(data: ReportData) -> Chart:
     slowest = max(float(np.quantile(strategy.latency_ms, 0.99)) for strategy in data.strategies)
     figure.update_xaxes(title="latency of one image, ms", range=[0, 1.05 * slowest])
     figure.update_yaxes(title="images at most as slow, %", range=[0, 101])
-    parts = [
-        f"{strategy.name}: median {words.milliseconds(summary['median'])}, 90 % within "
-        f"{words.milliseconds(summary['p90'])}, 99 % within {words.milliseconds(summary['p99'])}"
-        for strategy in data.strategies
-        for summary in [strategy.summary_ms]
-    ]
-    text = "; ".join(parts) + f". The axis ends just above {words.milliseconds(slowest)}, the slowest 99th percentile."
+    text = (
+        "; ".join(map(_quantiles, data.strategies))
+        + f". The axis ends just above {words.milliseconds(slowest)}, the slowest 99th percentile."
+    )
     return _chart("latency-distribution", "Latency distribution", text, figure)
+
+
+def _quantiles(strategy: StrategyLatency) -> str:
+    """Say the median, and within what most images took, where that many were timed."""
+    named = {"median": "median", "p90": "90 % within", "p99": "99 % within"}
+    values = {text: strategy.summary_ms[name] for name, text in named.items()}
+    said = [f"{text} {words.milliseconds(value)}" for text, value in values.items() if value is not None]
+    return f"{strategy.name}: {', '.join(said)}"
 
 
 def latency_against_blocks(data: ReportData) -> Chart:
@@ -71,7 +76,7 @@ def latency_against_blocks(data: ReportData) -> Chart:
             why = f"The timed images ran {numbers} blocks: too few numbers, or images of each, for a line."
         text = f"{why} Try a policy that varies from image to image."
         return Chart(name="latency-blocks", title=title, text=text)
-    full_ms = data.full.summary_ms["median"]
+    full_ms = data.full.median_ms
     drawn = np.linspace(0, len(dynamic.latency_ms) - 1, min(_MAX_DOTS, len(dynamic.latency_ms))).astype(int)
     latency_ms, blocks = np.array(dynamic.latency_ms), np.array(dynamic.blocks_run)
     ends = np.array([0.0, data.n_blocks])

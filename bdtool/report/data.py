@@ -54,9 +54,15 @@ class StrategyLatency:
     name: str
     latency_ms: tuple[float, ...]
     blocks_run: tuple[float, ...]
-    summary_ms: dict[str, float]  # min, mean, median, percentiles, max
+    summary_ms: dict[str, float | None]  # min, mean, median, percentiles, max; see `Samples.summary`
     ratio_to_full: float  # median over rounds of the ratio of their means
     variation: float | None  # coefficient of variation of equal work
+
+    @property
+    def median_ms(self) -> float:
+        median = self.summary_ms["median"]
+        assert median is not None  # unlike percentiles, which too few requests do not hold
+        return median
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -184,6 +184,17 @@ def test_text_shows_every_table(built, bdtool, npz):
         assert words in text
 
 
+def test_percentiles_that_few_requests_do_not_hold_are_dashes(built, bdtool, npz, tmp_path):
+    words = ("profile", built, "--data", npz, "--batch", 25, "--policy", "101", "--duration", "1e-9", "--warmup", "0")
+    text = bdtool(*words, "--json", tmp_path / "profile.json").stdout
+    chain = json.loads((tmp_path / "profile.json").read_text())["strategies"]["chain"]
+    assert chain["n_requests"] == 8
+    assert [chain["latency_ms"][name] for name in ("p90", "p95", "p99")] == [None] * 3
+    [row] = [line.split() for line in text.splitlines() if line.startswith("chain ")][:1]
+    assert row[4:7] == ["-"] * 3
+    assert row[-1] == "8"
+
+
 def test_unknown_strategy_of_run_is_wrong_usage(built, bdtool, picture):
     assert "unknown strategy 'magic'" in bdtool("run", built, picture, "--strategy", "magic", status=2).stderr
     with pytest.raises(UsageError, match="'magic'"):

@@ -125,6 +125,13 @@ def test_missing_percentile_is_no_figure():
     assert (change.a, change.relative) == (None, None)
 
 
+def test_percentile_that_few_requests_do_not_hold_is_no_figure():
+    a = profile_json()
+    a["strategies"]["chain"]["latency_ms"]["p99"] = None
+    change = _compare(a, profile_json()).strategies["chain"]["p99_ms"]
+    assert (change.a, change.relative) == (None, None)
+
+
 def _with(path, value):
     data = copy.deepcopy(profile_json())
     inner = data

@@ -31,6 +31,24 @@ def test_summary_equals_numpy():
     assert (summary["mean"], summary["median"]) == (latency.mean(), np.median(latency))
 
 
+@pytest.mark.parametrize(
+    ("n_requests", "held"),
+    [
+        (1, {"p0", "p100"}),
+        (2, {"p0", "p50", "p100"}),
+        (10, {"p0", "p50", "p90", "p100"}),
+        (19, {"p0", "p50", "p90", "p100"}),
+        (20, {"p0", "p50", "p90", "p95", "p100"}),
+        (99, {"p0", "p50", "p90", "p95", "p100"}),
+        (100, {"p0", "p1", "p50", "p90", "p95", "p99", "p100"}),
+    ],
+)
+def test_percentiles_that_the_requests_do_not_hold_are_none(n_requests, held):
+    summary = _samples(np.arange(n_requests)).summary((0, 1, 50, 90, 95, 99, 100))
+    assert {name for name, value in summary.items() if name[0] == "p" and value is not None} == held
+    assert (summary["p0"], summary["p100"]) == (summary["min"], summary["max"])
+
+
 def test_throughput_counts_the_images_of_a_request():
     assert _samples([2, 4, 6]).throughput_ips == 250
     assert _samples([2, 4, 6], batch=8).throughput_ips == 2000

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bdtool.report.charts import latency_against_blocks
+from bdtool.report.charts import latency_against_blocks, latency_distribution
 from bdtool.report.data import ReportData
 from bdtool.report.page import render, write_report
 
@@ -179,3 +179,13 @@ def test_too_few_numbers_of_blocks_are_named_instead_of_a_line(varied: ReportDat
     strategies = tuple(dynamic if strategy is varied.dynamic else strategy for strategy in varied.strategies)
     data = dataclasses.replace(varied, line=None, strategies=strategies)
     assert "The timed images ran 4, 7 blocks: too few" in latency_against_blocks(data).text
+
+
+def test_percentiles_of_few_images_are_left_out(varied: ReportData) -> None:
+    few = [
+        dataclasses.replace(one, summary_ms=one.summary_ms | {"p95": None, "p99": None}) for one in varied.strategies
+    ]
+    data = dataclasses.replace(varied, strategies=tuple(few))
+    assert "99 % within" not in latency_distribution(data).text
+    assert "90 % within" in latency_distribution(data).text
+    assert 2 * "\N{EN DASH} " in Page(render(data)).text
