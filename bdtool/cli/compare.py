@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,8 @@ from bdtool.cli.output import emit, percent, print_table, warn
 
 if TYPE_CHECKING:
     from bdtool.profiling.compare import Change, Comparison
+
+_DIGEST = re.compile("[0-9a-f]{64}")
 
 
 @click.command("compare", cls=Command)
@@ -31,7 +34,8 @@ def compare_cmd(a: Path, b: Path, max_slowdown: float, json_file: str | None) ->
 
     A regression is a median or a ratio to `full` that grew by more than the bound and beyond its spread over rounds.
     The exit status is then 1. Profiles of different machines, threads, batches or policies are not comparable: what
-    differs is listed, there is no verdict, and the exit status is 1 as well. So it is where one of them is of a run
+    differs is listed, there is no verdict, and the exit status is 1 as well. Weights, images and given keep bits are
+    compared by their digests, not by their names. The exit status is 1, too, where one of them is of a run
     that `profile` found UNSTABLE: nothing was shown to be as fast as before. Measure that one again.
 
     \b
@@ -67,7 +71,7 @@ def _print_comparison(a: Path, b: Path, result: Comparison) -> None:
     ]
     print_table(["strategy", "figure", "A", "B", "change", ""], rows, title="Figures")
     if result.differences:
-        shown = [[name, str(one), str(other)] for name, (one, other) in result.differences.items()]
+        shown = [[name, _short(one), _short(other)] for name, (one, other) in result.differences.items()]
         print_table(["differs", "A", "B"], shown, title="What else is different")
     count = sum(map(len, result.regressions.values()))
     bound = f"more than {percent(result.max_slowdown)} slower and beyond the spread"
@@ -84,6 +88,12 @@ def _print_comparison(a: Path, b: Path, result: Comparison) -> None:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
+
+
+def _short(value: object) -> str:
+    """Return a digest by its beginning, other values whole."""
+    text = str(value)
+    return f"sha256 {text[:12]}..." if _DIGEST.fullmatch(text) else text
 
 
 def _relative(change: Change) -> str:

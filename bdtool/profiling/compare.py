@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,16 @@ from bdtool.errors import UsageError
 from export.files import json_from_bytes
 
 # Where these differ, the figures answer different questions.
-_SETTINGS = ("arch", "policy", "policy_network", "batch", "boundary", "input_source", "n_images")
+_SETTINGS = ("arch", "policy_network", "batch", "boundary", "n_images")
+# What was run, by its digest: one thing has many names and paths, and a path many contents. The second key is for
+# profiles that have no digest, and where there is nothing to digest.
+_CONTENTS = {
+    "weights": ("weights_sha256",),
+    "images": ("images_sha256", "input_source"),
+    "keep_bits": ("keep_sha256", "policy"),
+}
 _MACHINE = ("cpu", "instruction_set", "processors_available", "cpu_affinity", "threads", "device", "gpu")
-_CHOICES = ("precision",)  # what one may want to compare, like versions
+_CHOICES = ("precision", "input_source", "policy")  # what one may want to compare, like versions; names of contents
 _VERSIONS = ("backend", "driver", "driver_cuda", "os", "python", "numpy", "bdtool")
 _FIGURES = {
     "median_ms": ("latency_ms", "median"),
@@ -142,7 +149,7 @@ def compare_profiles(a: Mapping[str, Any], b: Mapping[str, Any], *, max_slowdown
 
 def _beside(differences: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the names of the differences beside which figures cannot be compared."""
-    return tuple(name for name in differences if name in (*_SETTINGS, *_MACHINE))
+    return tuple(name for name in differences if name in (*_SETTINGS, *_CONTENTS, *_MACHINE))
 
 
 def _reasons(profile: Mapping[str, Any]) -> tuple[str, ...]:
@@ -177,8 +184,14 @@ def _quartiles(row: Mapping[str, Any], figure: str) -> tuple[float, float] | Non
 
 def _differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     pairs = {name: (a.get(name), b.get(name)) for name in (*_SETTINGS, *_CHOICES)}
+    pairs |= {name: (_first_of(a, keys), _first_of(b, keys)) for name, keys in _CONTENTS.items()}
     pairs |= {name: (a["environment"].get(name), b["environment"].get(name)) for name in (*_MACHINE, *_VERSIONS)}
     return {name: (mine, other) for name, (mine, other) in pairs.items() if mine != other}
+
+
+def _first_of(profile: Mapping[str, Any], keys: Sequence[str]) -> Any:
+    """Return the first of these that a profile has, or None."""
+    return next((profile[key] for key in keys if profile.get(key) is not None), None)
 
 
 def _problem(data: Any) -> str | None:

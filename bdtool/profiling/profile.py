@@ -49,6 +49,9 @@ class Profile:
     n_images: int
     input_source: str
     is_real_input: bool
+    images_sha256: str  # of the timed images
+    keep_sha256: str | None  # of their keep bits; None where the policy network decides
+    weights_sha256: str  # of the MODEL that the bundle was exported from
     samples: dict[str, Samples]
     parts: list[dict[str, Any]]
     warnings: list[str]
@@ -88,6 +91,9 @@ class Profile:
             "n_images": self.n_images,
             "input_source": self.input_source,
             "is_real_input": self.is_real_input,
+            "images_sha256": self.images_sha256,
+            "keep_sha256": self.keep_sha256,
+            "weights_sha256": self.weights_sha256,
             "strategies": _strategies_json(self.samples, settings, self.paths, self.graphs),
             "split": {
                 "pass": self.pass_note,
@@ -170,6 +176,9 @@ def profile(
         n_images=len(images),
         input_source=data.description,
         is_real_input=data.is_real,
+        images_sha256=workload.images_sha256,
+        keep_sha256=workload.keep_sha256,
+        weights_sha256=bundle.manifest.weights_sha256,
         samples=samples,
         parts=passes["chain"].parts() if "chain" in passes else [],
         warnings=[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,6 +41,16 @@ class Workload:
     images: np.ndarray
     keep: np.ndarray | None
 
+    @property
+    def images_sha256(self) -> str:
+        """Digest of the pixels and their shape: the same images from another place have the same one."""
+        return _sha256(self.images)
+
+    @property
+    def keep_sha256(self) -> str | None:
+        """Digest of the keep bits; None where the policy network decides."""
+        return None if self.keep is None else _sha256(self.keep)
+
     def request(self, index: int, batch: int) -> tuple[np.ndarray, np.ndarray | None]:
         """Return request number `index`: `batch` images, starting again from the first when the images run out."""
         rows = np.arange(index * batch, (index + 1) * batch) % len(self.images)
@@ -48,6 +59,12 @@ class Workload:
     def requests(self, batch: int) -> list[tuple[np.ndarray, np.ndarray | None]]:
         """Return the fewest requests that hold every image; the last one is filled up with the first images again."""
         return [self.request(i, batch) for i in range(math.ceil(len(self.images) / batch))]
+
+
+def _sha256(array: np.ndarray) -> str:
+    digest = hashlib.sha256(f"{array.dtype} {array.shape}".encode())
+    digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
 
 
 def split_name(name: str) -> tuple[str, str | None]:

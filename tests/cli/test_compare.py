@@ -2,7 +2,10 @@
 
 import json
 
+import numpy as np
 import pytest
+
+from bdtool.profiling.compare import compare_profiles
 
 
 def _profile(median, *, threads=1):
@@ -81,6 +84,33 @@ def test_foreign_file_is_wrong_usage(bdtool, write, tmp_path):
     assert "b.json: not a profile" in bdtool("compare", good, write("b.json", {"accuracy": 1}), status=2).stderr
     bdtool("compare", good, tmp_path / "absent.json", status=2)
     bdtool("compare", good, good, "--max-slowdown", "nan", status=2)
+
+
+def test_profiles_are_told_apart_by_what_they_ran(bdtool, tiny, export_random, npz, tmp_path):
+    """The same images by another path are the same; others under the same path, and other weights, are not."""
+    images = tmp_path / "x.npz"
+    images.write_bytes(npz.read_bytes())
+
+    def profiled(name, bundle, data):
+        words = ("profile", bundle, "--data", data, "--policy", "101", "--duration", "1e-9", "--warmup", "0")
+        bdtool(*words, "--json", tmp_path / name)
+        return tmp_path / name
+
+    def differences(a, b):
+        files = (json.loads(file.read_text()) | {"unstable": []} for file in (a, b))
+        return compare_profiles(*files, max_slowdown=1e9).incomparable
+
+    first = profiled("a.json", tiny.bundle, npz)
+    assert differences(first, profiled("b.json", tiny.bundle, images)) == ()
+    with np.load(npz) as data:
+        np.savez(images, x=255 - data["x"])
+    changed = profiled("c.json", tiny.bundle, images)
+    assert differences(profiled("b.json", tiny.bundle, npz), changed) == ("images",)
+    other = export_random("resnet8", shortcut="average-pool", seed=1).bundle
+    assert differences(first, profiled("d.json", other, npz)) == ("weights",)
+    shown = bdtool("compare", first, changed, status=1)
+    assert "differ in images" in shown.stderr
+    assert "sha256 " in shown.stdout
 
 
 def test_profiles_of_the_command_can_be_compared(bdtool, bdtool_json, tiny, npz, tmp_path):

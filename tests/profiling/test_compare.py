@@ -101,6 +101,38 @@ def test_stable_runs_have_a_verdict():
     assert _compare(profile_json(4, unstable=[]), profile_json(4)).ok
 
 
+SAME = {"images_sha256": "1" * 64, "weights_sha256": "2" * 64, "keep_sha256": "3" * 64}
+
+
+def test_same_contents_by_other_names_are_comparable():
+    a = profile_json(input_source="./small.npz", policy="masks.npy", **SAME)
+    b = profile_json(input_source="/data/small.npz", policy="old/masks.npy", **SAME)
+    result = _compare(a, b)
+    assert result.ok
+    assert set(result.differences) == {"input_source", "policy"}
+
+
+@pytest.mark.parametrize(
+    ("key", "name"), [("images_sha256", "images"), ("weights_sha256", "weights"), ("keep_sha256", "keep_bits")]
+)
+def test_other_contents_under_one_name_are_not_comparable(key, name):
+    names = {"input_source": "small.npz", "policy": "masks.npy"}
+    result = _compare(profile_json(**names, **SAME), profile_json(**names, **(SAME | {key: "4" * 64})))
+    assert (result.ok, result.incomparable) == (False, (name,))
+
+
+def test_given_bits_are_not_those_of_the_policy_network():
+    learned = SAME | {"keep_sha256": None}
+    result = _compare(profile_json(**learned), profile_json(**SAME))
+    assert result.differences == {"keep_bits": ("learned", "3" * 64)}
+
+
+def test_profiles_without_digests_are_compared_by_names():
+    assert _compare(profile_json(input_source="a"), profile_json(input_source="a")).ok
+    assert _compare(profile_json(input_source="a"), profile_json(input_source="b")).incomparable == ("images",)
+    assert _compare(profile_json(policy="all"), profile_json()).incomparable == ("keep_bits",)
+
+
 def test_another_gpu_is_another_machine_and_another_driver_a_version():
     a, b = profile_json(), profile_json()
     a["environment"] |= {"gpu": "NVIDIA H100", "driver": "580.1"}
