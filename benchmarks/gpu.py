@@ -32,8 +32,8 @@ import torch
 from bdtool.data.sources import open_data
 from bdtool.models.store import load_model
 from bdtool.profiling.environment import describe_gpu
-from bdtool.profiling.measure import Settings
 from bdtool.profiling.profile import profile
+from bdtool.profiling.workload import Settings
 from bdtool.runtime.factory import strategies_for
 from bdtool.runtime.orchestrator import Orchestrator
 from bdtool.runtime.place import Place

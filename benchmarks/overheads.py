@@ -19,7 +19,8 @@ from pathlib import Path
 
 from bdtool.data.sources import open_data
 from bdtool.evaluation import keep_for
-from bdtool.profiling.measure import Settings, Workload, measure
+from bdtool.profiling.measure import measure
+from bdtool.profiling.workload import Settings, Workload
 from bdtool.runtime.orchestrator import Orchestrator
 from bdtool.runtime.policies import parse_policy
 from bdtool.specs import BATCH_AXIS

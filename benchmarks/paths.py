@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from bdtool.data.synthetic import synthetic_images
-from bdtool.profiling.measure import Settings, Workload, measure
+from bdtool.profiling.measure import measure
+from bdtool.profiling.workload import Settings, Workload
 from bdtool.runtime.orchestrator import Orchestrator
 from bdtool.runtime.paths import PathOptions
 from bdtool.runtime.policies import parse_policy

@@ -174,8 +174,8 @@ def profile_cmd(
     """
     from bdtool.cli.profile_tables import print_profile
     from bdtool.data.sources import open_data
-    from bdtool.profiling.measure import Settings
     from bdtool.profiling.profile import SWEEP, profile
+    from bdtool.profiling.workload import Settings
     from export.bundle import Bundle
 
     strategies = [name.strip() for name in strategy.split(",")]

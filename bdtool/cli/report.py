@@ -63,8 +63,8 @@ def report_cmd(
       bdtool report bundle --data cifar10:data -o report.html
     """
     from bdtool.data.sources import open_data
-    from bdtool.profiling.measure import Settings
     from bdtool.profiling.profile import profile
+    from bdtool.profiling.workload import Settings
     from bdtool.report.gather import PERCENTILES, ReportRequest
     from bdtool.report.page import require_extra
     from export.bundle import Bundle

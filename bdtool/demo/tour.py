@@ -122,8 +122,8 @@ def _compare(bundle: Path, test: Path) -> None:
 def _figures(bundle: Path, test: Path, policy: str) -> dict[str, Any]:
     from bdtool.data.sources import open_data
     from bdtool.evaluation import evaluate
-    from bdtool.profiling.measure import Settings
     from bdtool.profiling.profile import profile
+    from bdtool.profiling.workload import Settings
     from bdtool.runtime.place import Place
     from export.bundle import Bundle
 

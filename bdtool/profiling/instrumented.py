@@ -94,7 +94,13 @@ class InstrumentedPass:
         return np.array([keep.sum(axis=1).mean() for keep in self.keep])
 
     def parts(self) -> list[dict[str, Any]]:
-        """Return one row for each part that ran; see `measure_parts`."""
+        """Return one row for each part that ran.
+
+        mean_ms of a call, its quartiles call_ms_iqr, ms_per_image over all images, calls of each request, usage (share
+        of images whose bits want it), share of all engine time, FLOPs of one image; where calls only enqueue, their
+        times are the device's, and enqueue_ms is the host's mean for a call, else None. In a batch of images with
+        different bits a call runs on those images that the strategy hands to it, so that mean_ms is not for one image.
+        """
         kept = np.concatenate(self.keep).mean(axis=0)
         shares = {"block": kept, "shortcut": 1 - kept}
         whole = sum(entry.total_ms for entry in self.times.values())
@@ -177,15 +183,3 @@ def _clocked(call: Call, on_ms: Callable[[float], None]) -> Call:
         on_ms((time.perf_counter() - start) * 1000)
 
     return clocked
-
-
-def measure_parts(runtime: Orchestrator, workload: Workload, *, batch: int = 1) -> list[dict[str, Any]]:
-    """Time each engine call of a strategy, in a pass of its own: the clock reads would disturb the latency figures.
-
-    Returns one row for each part that ran: mean_ms of a call, its quartiles call_ms_iqr, ms_per_image over all images,
-    calls of each request, usage (share of images whose bits want it), share of all engine time, FLOPs of one image;
-    where calls only enqueue, their times are the device's, and enqueue_ms is the host's mean for a call, else None.
-    In a batch of images with different bits a call runs on those images that the strategy hands to it, so that mean_ms
-    is not for one image.
-    """
-    return run_instrumented("", runtime, workload, batch=batch).parts()

@@ -13,23 +13,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from bdtool.profiling.instrumented import measure_parts
 from bdtool.profiling.statistics import Samples
-from bdtool.profiling.workload import BASELINE, BOUNDARY, Run, Settings, Workload, is_static, runner
+from bdtool.profiling.workload import Run, Settings, Workload, is_static, runner
 from bdtool.runtime.orchestrator import Orchestrator
 from bdtool.specs import NetworkSpec
-
-__all__ = [
-    "BASELINE",
-    "BOUNDARY",
-    "ROUND_IMAGES",
-    "Settings",
-    "Track",
-    "Workload",
-    "alternate",
-    "measure",
-    "measure_parts",
-]
 
 ROUND_IMAGES = 50
 _SETTLE_REQUESTS = 3  # not counted at the start of each round

@@ -16,12 +16,12 @@ from bdtool.profiling.device_times import THRESHOLDS, device_warnings
 from bdtool.profiling.environment import clock_warnings, describe_environment, describe_gpu
 from bdtool.profiling.instrumented import DEVICE_NOTE, PASS_NOTE, InstrumentedPass, run_instrumented
 from bdtool.profiling.line import BlocksLine, fit_lines
-from bdtool.profiling.measure import BASELINE, BOUNDARY, Settings, Workload, measure
+from bdtool.profiling.measure import measure
 from bdtool.profiling.opening import Opened, knows_masks, open_all, require_batch, strategy_names
 from bdtool.profiling.recommending import recommend, record
 from bdtool.profiling.stability import find_instability, stability_warnings
 from bdtool.profiling.statistics import Samples
-from bdtool.profiling.workload import is_static, split_name
+from bdtool.profiling.workload import BASELINE, BOUNDARY, Settings, Workload, is_static, split_name
 from bdtool.runtime.orchestrator import Orchestrator
 from bdtool.runtime.place import Place
 from bdtool.runtime.policies import parse_policy

@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 
-from bdtool.profiling.instrumented import measure_parts, run_instrumented
+from bdtool.profiling.instrumented import run_instrumented
 from bdtool.profiling.workload import Workload
 from bdtool.runtime.orchestrator import Orchestrator
 from bdtool.runtime.paths import PathOptions
@@ -49,7 +49,7 @@ def _ms(split):
 
 @pytest.mark.usefixtures("ticking")
 def test_each_part_states_the_spread_of_its_calls(runtime):
-    rows = measure_parts(runtime("chain"), _workload(KEEP[:1]))
+    rows = run_instrumented("chain", runtime("chain"), _workload(KEEP[:1])).parts()
     assert [row["call_ms_iqr"] for row in rows] == [pytest.approx([1, 1])] * len(rows)  # every call is one tick
 
 
@@ -81,7 +81,8 @@ def test_split_is_for_one_image_of_a_batch(runtime):
 
 
 def test_table_of_parts_of_mixed_batches_counts_images(runtime):
-    rows = {row["name"]: row for row in measure_parts(runtime("chain"), _workload(np.repeat(KEEP, 2, axis=0)), batch=4)}
+    seen = run_instrumented("chain", runtime("chain"), _workload(np.repeat(KEEP, 2, axis=0)), batch=4)
+    rows = {row["name"]: row for row in seen.parts()}
     usage = {name: row["usage"] for name, row in rows.items()}
     assert usage == {
         "policy": 1,

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from bdtool.profiling.line import FROM_WORKLOAD, fit_line, fit_lines
-from bdtool.profiling.measure import Settings, Workload, measure
+from bdtool.profiling.measure import measure
 from bdtool.profiling.statistics import Samples
+from bdtool.profiling.workload import Settings, Workload
 from bdtool.runtime.result import RunResult
 from export.bundle import Bundle
 

@@ -10,8 +10,10 @@ import pytest
 from bdtool.data.sources import open_data
 from bdtool.errors import PolicyError, UsageError
 from bdtool.profiling import measure as measuring
-from bdtool.profiling.measure import Settings, Workload, measure, measure_parts
+from bdtool.profiling.instrumented import run_instrumented
+from bdtool.profiling.measure import measure
 from bdtool.profiling.profile import profile
+from bdtool.profiling.workload import Settings, Workload
 from bdtool.runtime.orchestrator import Orchestrator
 from bdtool.runtime.place import Place
 from bdtool.runtime.result import RunResult
@@ -168,7 +170,9 @@ def test_learned_policy_decides_while_measured(network):
 def test_part_table_counts_calls_for_each_image(network):
     chain, _ = _fake(network, "chain")
     keep = np.array([[True, False, True], [True, True, False]])
-    rows = {row["name"]: row for row in measure_parts(chain, Workload(images=_images(2), keep=keep))}
+    rows = {
+        row["name"]: row for row in run_instrumented("chain", chain, Workload(images=_images(2), keep=keep)).parts()
+    }
     assert {name: row["usage"] for name, row in rows.items()} == {
         "policy": 1,
         "stem": 1,

@@ -15,9 +15,9 @@ from bdtool.data.sources import open_data
 from bdtool.data.synthetic import synthetic_images
 from bdtool.evaluation import evaluate
 from bdtool.profiling.line import fit_line
-from bdtool.profiling.measure import Settings
 from bdtool.profiling.profile import Profile, profile
 from bdtool.profiling.statistics import Samples
+from bdtool.profiling.workload import Settings
 from bdtool.report.data import ReportData
 from bdtool.report.gather import ReportRequest, gather_report
 from bdtool.report.paper import CIFAR10_POINTS, paper_points
