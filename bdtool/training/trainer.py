@@ -7,15 +7,12 @@ on from a checkpoint repeats exactly what an unbroken run does, and several proc
 from __future__ import annotations
 
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -28,6 +25,7 @@ from bdtool.training.distributed import Group
 from bdtool.training.images import TrainingImages
 from bdtool.training.options import Schedule, TrainOptions
 from bdtool.training.progress_file import read_progress, write_progress
+from bdtool.training.stopping import Interrupted, Stop, StopNow, stop_signals
 from bdtool.training.tasks import Outcome, Step, Task
 
 _WARM_UP = 0.15  # share of a one-cycle run in which the learning rate rises
@@ -68,10 +66,6 @@ class _Batch:
     images: Tensor
     labels: Tensor
     uniforms: Tensor
-
-
-class Interrupted(TrainingError):
-    """The user or the system asked the run to stop; its checkpoint is written."""
 
 
 class Trainer:
@@ -131,7 +125,7 @@ class Trainer:
             Interrupted: SIGINT or SIGTERM came; the step in hand was finished and saved, a measurement broken off.
         """
         saved = time.monotonic()
-        with _stop_signals() as stop, ThreadPoolExecutor(max_workers=1) as ahead:
+        with stop_signals() as stop, ThreadPoolExecutor(max_workers=1) as ahead:
             if self._epoch_is_over():
                 self._finish_epoch(stop)  # the checkpoint is of a run that broke off while it measured
             following = ahead.submit(self._batch, self.step)
@@ -212,12 +206,12 @@ class Trainer:
             note=self._note,
         )
 
-    def _finish_epoch(self, stop: _Stop) -> None:
+    def _finish_epoch(self, stop: Stop) -> None:
         try:
             # several processes stop together, after a step: the others wait there for the one that measures
             with stop.at_once() if self._group.size == 1 else nullcontext():
                 validation = dict(self._validate()) if self._group.is_first else {}
-        except _StopNow:
+        except StopNow:
             raise self._interrupted() from None
         report = asdict(self._report())
         epoch = Epoch(
@@ -291,46 +285,3 @@ def _means(outcome: Outcome) -> Tensor:
     """Return loss, accuracy, blocks and reward as float64 [4], by one transfer from the device."""
     values = [outcome.loss, outcome.correct.mean(), outcome.n_blocks.mean(), outcome.reward.mean()]
     return torch.stack([value.detach().float() for value in values]).double()
-
-
-class _StopNow(BaseException):
-    """Raised by a signal where nothing is lost by stopping at once. No `Exception`: nobody on its way may handle it."""
-
-
-class _Stop:
-    """What SIGINT and SIGTERM ask for: a stop after the step in hand, or one at once. A second one ends the process."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._at_once = False
-
-    @contextmanager
-    def at_once(self) -> Iterator[None]:
-        self._at_once = True
-        try:
-            yield
-        finally:
-            self._at_once = False
-
-    def on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._at_once:
-            self._at_once = False
-            raise _StopNow
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
-
-
-@contextmanager
-def _stop_signals() -> Iterator[_Stop]:
-    """Handle SIGINT and SIGTERM, where this is the main thread: no other one may."""
-    stop = _Stop()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    previous = {number: signal.signal(number, stop.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -25,7 +25,8 @@ from bdtool.models.store import load_model
 from bdtool.training.options import CurriculumOptions, FinetuneOptions, PretrainOptions, TrainOptions
 from bdtool.training.place import Place
 from bdtool.training.stages import Trained, base_spec, curriculum, finetune, pretrain
-from bdtool.training.trainer import Interrupted, Report, schedule_factor
+from bdtool.training.stopping import Interrupted
+from bdtool.training.trainer import Report, schedule_factor
 
 _FAST = {"epochs": 1.5, "batch": 32, "amp": "off"}  # 12 steps; the break comes in the middle of an epoch
 _BREAK_AT = 5
