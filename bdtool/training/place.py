@@ -56,6 +56,22 @@ class Place:
     def checkpoint(self) -> Path:
         return self.output.with_name(self.output.name + _CHECKPOINT)  # whole: net.v1 and net.v2 are two runs
 
+    def check_resume(self) -> None:
+        """Refuse to start over an unfinished run, and to go on where there is none but a finished one.
+
+        Raises:
+            UsageError: `resume` says otherwise than the files.
+        """
+        if self.checkpoint.exists() and not self.resume:
+            raise UsageError(
+                f"{self.checkpoint} holds an unfinished run: add --resume to go on with it, or remove it to start anew"
+            )
+        if self.resume and self.output.exists() and not self.checkpoint.exists():
+            raise UsageError(
+                f"nothing to go on with: {self.output} is there, and no unfinished run beside it. Leave --resume out "
+                "to train it anew"
+            )
+
     def with_first(self, n_images: int | None) -> Place:
         """Return the same place with the first images of `train` alone; None leaves all."""
         return replace(self, train=self.train.first(n_images))

@@ -265,39 +265,19 @@ def _train(
     make_task: Callable[[BlockDropModel, bool], Task],
 ) -> Trained:
     group = place.group
-    if place.checkpoint.exists() and not place.resume:
-        raise UsageError(
-            f"{place.checkpoint} holds an unfinished run: add --resume to go on with it, or remove it to start anew"
-        )
-    if place.resume and place.output.exists() and not place.checkpoint.exists():
-        raise UsageError(
-            f"nothing to go on with: {place.output} is there, and no unfinished run beside it. Leave --resume out to "
-            "train it anew"
-        )
+    place.check_resume()
     model.to(device=group.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     if group.size > 1 and model.policy is not None:
         synchronize_batch_norms(model.policy)
     amp = computes_in_bfloat16(options.amp, group.device)
     images = training_images(place.train, model.spec.preprocessing, device=group.device, augment=options.augment)
-    request = {
-        "stage": stage,
-        "arch": model.spec.arch,
-        "classes": list(model.spec.labels or ()) or model.spec.n_classes,
-        "preprocessing": asdict(model.spec.preprocessing),
-        "policy_file": _digest_of_policy(options),
-        "data": images.facts,
-        "start": place.start,
-        "options": asdict(options),
-        "amp": amp,
-        "processes": group.size,
-    }
     trainer = Trainer(
         model,
         make_task(model, amp),
         images,
         options,
         group=group,
-        request=request,
+        request=_request(model.spec, stage, options, place, images.facts, amp=amp),
         checkpoint=place.checkpoint,
         save_every_s=place.save_every_s,
         on_step=place.on_step,
@@ -315,7 +295,31 @@ def _train(
     return Trained(model=finished, figures=figures, epochs=epochs)
 
 
-def _digest_of_policy(options: TrainOptions) -> str | None:
+def _request(
+    spec: ModelSpec,
+    stage: str,
+    options: StageOptions,
+    place: Place,
+    data: Mapping[str, str | int],
+    *,
+    amp: bool,
+) -> dict[str, Any]:
+    """Return all that a run's result depends on, as JSON values: a checkpoint of another request is refused."""
+    return {
+        "stage": stage,
+        "arch": spec.arch,
+        "classes": list(spec.labels or ()) or spec.n_classes,
+        "preprocessing": asdict(spec.preprocessing),
+        "policy_file": _digest_of_policy(options),
+        "data": dict(data),
+        "start": place.start,
+        "options": asdict(options),
+        "amp": amp,
+        "processes": place.group.size,
+    }
+
+
+def _digest_of_policy(options: StageOptions) -> str | None:
     """Return the digest of a POLICY that is a file; its name alone would let a run go on along other paths."""
     policy = options.policy if isinstance(options, FinetuneOptions) else None
     return sha256_of_file(Path(policy)) if policy is not None and policy.lower().endswith(".npy") else None
