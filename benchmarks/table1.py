@@ -172,8 +172,7 @@ class Row:
         path = self._path(name)
         if not path.exists():
             place = ("--data", self._data, "--val", self._val, "--device", self._device)
-            going_on = () if stage == "imitate" else ("--resume",)  # imitate takes minutes and starts anew
-            bdtool("train", stage, *words, *place, *going_on, "--json", path.with_suffix(".json"), "-o", path)
+            bdtool("train", stage, *words, *place, "--resume", "--json", path.with_suffix(".json"), "-o", path)
         return path
 
 

@@ -66,20 +66,28 @@ def _run_options(command: _Command) -> _Command:
     )
 
 
-def _epoch_options(command: _Command) -> _Command:
-    """What the stages take that last for hours: how to go on, and where to log."""
-    return _with_options(
+def _resume_options(*, save_every_s: int, also: str) -> Callable[[_Command], _Command]:
+    """How to go on with a run, and how often to save it; `also` says when that is done besides."""
+    return lambda command: _with_options(
         command,
         click.option("--resume", is_flag=True, help="Go on with the unfinished run of the same options, if any."),
         click.option(
             "--save-every",
             "save_every_s",
             type=FiniteRange(min=0),
-            default=120,
+            default=save_every_s,
             show_default=True,
             metavar="S",
-            help="Seconds between checkpoints; one is written after each epoch, too.",
+            help=f"Seconds between checkpoints; one is written {also}, too.",
         ),
+    )
+
+
+def _epoch_options(command: _Command) -> _Command:
+    """What the stages take that go by epochs: how to go on, and where to log."""
+    return _with_options(
+        command,
+        _resume_options(save_every_s=120, also="after each epoch"),
         click.option("--tensorboard", type=click.Path(file_okay=False, path_type=Path), help="Write event files here."),
     )
 
@@ -216,11 +224,13 @@ def curriculum_cmd(base: Path, trunk: Path | None, **given: Any) -> None:
 )
 @_TRUNK
 @_run_options
+@_resume_options(save_every_s=60, also="before the result is measured")
 def imitate_cmd(base: Path, trunk: Path | None, **given: Any) -> None:
     """Train a policy network for the base of MODEL to give harder images more blocks.
 
     Which blocks are missed least, and which images are hard, the base's own losses on the training images show. Not in
-    the paper: minutes of this take the place of thousands of epochs of curriculum.
+    the paper: minutes of this take the place of thousands of epochs of curriculum. A ResNet-110 takes longer; Ctrl-C
+    saves first, and --resume goes on.
 
     \b
     Example:

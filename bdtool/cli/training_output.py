@@ -85,8 +85,8 @@ def _print_epoch(epoch: Epoch) -> None:
     click.echo(f"{time.strftime('%H:%M:%S')} epoch {epoch.epoch} ({epoch.seconds:.0f} s): {text}", err=True)
 
 
-def print_resumed(step: int, n_steps: int) -> None:
-    click.echo(f"{time.strftime('%H:%M:%S')} going on from step {step} of {n_steps}", err=True)
+def print_resumed(where: str) -> None:
+    click.echo(f"{time.strftime('%H:%M:%S')} going on from {where}", err=True)
 
 
 def print_figures(output: Path, trained: Trained) -> None:

@@ -6,33 +6,32 @@ the policy network is a trained classifier that stays as it is; what is learned 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from bdtool.data.batches import ImageBatch, ImageSource
+from bdtool.data.batches import ImageSource
 from bdtool.models.model import BlockDropModel
-from bdtool.models.policy import PolicyNetwork
+from bdtool.models.resnet import ResNet
 from bdtool.runtime.preprocess import Preprocessor
-from bdtool.training.nested import blocks_by_rank, nested_masks, path_losses
+from bdtool.training.nested import MaskSearch, blocks_by_rank, path_losses
 from bdtool.training.options import ImitateOptions
 from bdtool.training.passes import frozen_copy
-from bdtool.training.trainer import schedule_factor
+from bdtool.training.pieces import Part
+from bdtool.training.policy_head import HeadFit
 
 _BATCH = 250
-_LEAST_SPREAD = 1e-3  # of a feature, as a share of the mean spread
-OnProgress = Callable[[float, str], None]  # the share that is done, and a line of text
+_SHARES = (0.0, 0.2, 0.8, 1.0)  # of the whole, where the parts begin and end
 
 
-def imitate_losses(
-    model: BlockDropModel, images: ImageSource, options: ImitateOptions, *, on_progress: OnProgress
-) -> Tensor:
-    """Train the layers of the policy network behind its trunk, in place, on the model's device.
+class Imitation:
+    """Trains the layers of the policy network behind its trunk, in place, on the model's device.
 
-    Returns the masks that it chooses from, as `nested_masks` does.
+    Its parts follow one another, each from what those before it found: nested masks, the losses and features of all
+    images, the layers.
 
     Args:
         images: labelled; each is taken as it is deployed, and flipped.
@@ -40,90 +39,119 @@ def imitate_losses(
     Raises:
         UsageError: `options` ask for more blocks than the model has.
     """
-    assert model.policy is not None
-    fewest, most = options.blocks_of(model.n_blocks)
-    model.eval()
-    base = frozen_copy(model.base, dtype=torch.float32)
-    on_progress(0.0, "masks")
-    judges = images.drawn(options.judges, seed=options.seed)
-    n_masks = max(1, model.n_blocks - fewest)
-    masks = nested_masks(
-        base,
-        *_tensors(model, judges.take(judges.n_images)),
-        fewest=fewest,
-        on_mask=lambda n_kept: on_progress(0.2 * (model.n_blocks - n_kept) / n_masks, "masks"),
-    )
-    losses, features = [], []
-    for number, batch in enumerate(images.batches(_BATCH)):
-        on_progress(0.2 + 0.6 * number * _BATCH / images.n_images, "losses and features")
-        pixels, labels = _tensors(model, batch)
-        losses.append(path_losses(base, pixels, labels, masks[-1]))
-        features.append(_features(model.policy, pixels))
-    n_blocks = blocks_by_rank(torch.cat(losses).cpu().numpy(), fewest=fewest, most=most)
-    targets = masks[model.n_blocks - torch.from_numpy(n_blocks)].float()
-    on_progress(0.8, "policy network")
-    fit_head(
-        model.policy,
-        torch.cat(features, dim=1),
-        targets.to(features[0].device),
-        options,
-        on_share=lambda share: on_progress(0.8 + 0.2 * share, "policy network"),
-    )
-    return masks
+
+    def __init__(self, model: BlockDropModel, images: ImageSource, options: ImitateOptions) -> None:
+        self._model, self._images, self._options = model.eval(), images, options
+        self._fewest, self._most = options.blocks_of(model.n_blocks)
+        self._base = frozen_copy(model.base, dtype=torch.float32)
+        judges = images.drawn(options.judges, seed=options.seed)
+        pixels, labels = _tensors(model, judges, range(judges.n_images))
+        self._search = MaskSearch(self._base, pixels, labels, fewest=self._fewest)
+        self._parts: list[Part] = [self._search]
+        self._begin_next()
+
+    @property
+    def masks(self) -> Tensor:
+        """The masks that the policy network chooses from, as of `MaskSearch`."""
+        return self._search.masks
+
+    @property
+    def is_over(self) -> bool:
+        return len(self._parts) == len(_SHARES) - 1 and self._parts[-1].is_over
+
+    @property
+    def name(self) -> str:
+        return self._parts[-1].name
+
+    @property
+    def share(self) -> float:
+        first, last = _SHARES[len(self._parts) - 1 : len(self._parts) + 1]
+        return first + (last - first) * self._parts[-1].share
+
+    @property
+    def where(self) -> str:
+        return self._parts[-1].where
+
+    def advance(self) -> None:
+        self._parts[-1].advance()
+        self._begin_next()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"parts": [part.state_dict() for part in self._parts]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._parts = [self._search]
+        for number, saved in enumerate(state["parts"]):
+            if number == len(self._parts):
+                self._begin_next()
+            self._parts[number].load_state_dict(saved)
+
+    def _begin_next(self) -> None:
+        if not self._parts[-1].is_over or len(self._parts) == len(_SHARES) - 1:
+            return
+        if len(self._parts) == 1:
+            self._survey = _Survey(self._model, self._base, self._images, self.masks[-1])
+            self._parts.append(self._survey)
+        else:
+            self._parts.append(self._head_fit())
+
+    def _head_fit(self) -> HeadFit:
+        assert self._model.policy is not None
+        losses, features = self._survey.losses, self._survey.features
+        n_blocks = blocks_by_rank(losses.cpu().numpy(), fewest=self._fewest, most=self._most)
+        targets = self.masks[self._model.n_blocks - torch.from_numpy(n_blocks)].float()
+        return HeadFit(self._model.policy, features, targets.to(features.device), self._options)
 
 
-def fit_head(
-    policy: PolicyNetwork,
-    features: Tensor,
-    targets: Tensor,
-    options: ImitateOptions,
-    *,
-    on_share: Callable[[float], None] = lambda share: None,
-) -> None:
-    """Fit the layers behind the trunk, in place, by binary cross-entropy.
+class _Survey:
+    """What base and trunk make of every image: its loss along one path, and its features, as it is and flipped."""
 
-    Args:
-        features: float32 [2, N, n_features], of the images and of the flipped images.
-        targets: keep bits, float32 [N, K].
-        on_share: called with the share of the steps that is done.
-    """
-    mean, std = features.mean(dim=(0, 1)), features.std(dim=(0, 1))
-    # a feature that hardly varies on these images says nothing; scaled up, it would decide on others
-    std[std <= _LEAST_SPREAD * std.mean()] = torch.inf
-    features = (features - mean) / std  # as Adam's steps are alike for all weights; undone in `_unscale`
-    first = policy.logit if policy.hidden is None else policy.hidden
-    head = nn.Sequential(first) if first is policy.logit else nn.Sequential(first, nn.ReLU(), policy.logit)
-    optimizer = torch.optim.Adam(head.parameters(), lr=options.lr)
-    n_steps = max(1, round(options.epochs * len(targets) / options.batch))
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule_factor(options.schedule, n_steps))
-    generator = torch.Generator().manual_seed(options.seed)
-    for step in range(n_steps):
-        image = torch.randint(len(targets), (options.batch,), generator=generator)
-        flipped = torch.randint(2, (options.batch,), generator=generator)
-        loss = F.binary_cross_entropy_with_logits(head(features[flipped, image]), targets[image])
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        scheduler.step()
-        on_share((step + 1) / n_steps)
-    _unscale(first, mean, std)
+    name = "losses and features"
 
+    def __init__(self, model: BlockDropModel, base: ResNet, images: ImageSource, mask: Tensor) -> None:
+        assert model.policy is not None
+        self._model, self._policy, self._base, self._images, self._mask = model, model.policy, base, images, mask
+        device = next(model.parameters()).device
+        self.losses = torch.empty(images.n_images, device=device)
+        self.features = torch.empty(2, images.n_images, model.policy.trunk.n_features, device=device)
+        self._n_read = 0
 
-@torch.no_grad()
-def _unscale(layer: nn.Linear, mean: Tensor, std: Tensor) -> None:
-    """Let a layer that learned on (features - mean) / std take the features themselves."""
-    layer.weight.div_(std)
-    layer.bias.sub_(layer.weight @ mean)
+    @property
+    def is_over(self) -> bool:
+        return self._n_read == self._images.n_images
 
+    @property
+    def share(self) -> float:
+        return self._n_read / self._images.n_images
 
-@torch.no_grad()
-def _features(policy: PolicyNetwork, pixels: Tensor) -> Tensor:
-    """Return what the trunk makes of the images and of the flipped images, float32 [2, N, n_features]."""
-    return torch.stack([policy.features(pixels), policy.features(pixels.flip(3))])
+    @property
+    def where(self) -> str:
+        return f"losses and features of {self._n_read} of {self._images.n_images} images"
+
+    @torch.no_grad()
+    def advance(self) -> None:
+        index = range(self._n_read, min(self._n_read + _BATCH, self._images.n_images))
+        pixels, labels = _tensors(self._model, self._images, index)
+        read = slice(index.start, index.stop)
+        self.losses[read] = path_losses(self._base, pixels, labels, self._mask)
+        self.features[0, read] = self._policy.features(pixels)
+        self.features[1, read] = self._policy.features(pixels.flip(3))
+        self._n_read = index.stop
+
+    def state_dict(self) -> dict[str, Any]:
+        # clones: of a view, torch.save writes the whole
+        return {"losses": self.losses[: self._n_read].clone(), "features": self.features[:, : self._n_read].clone()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._n_read = len(state["losses"])
+        self.losses[: self._n_read] = state["losses"]
+        self.features[:, : self._n_read] = state["features"]
 
 
-def _tensors(model: BlockDropModel, batch: ImageBatch) -> tuple[Tensor, Tensor]:
-    assert batch.labels is not None
+def _tensors(model: BlockDropModel, images: ImageSource, index: range) -> tuple[Tensor, Tensor]:
+    """Return these images, preprocessed float32 [n, 3, H, W], and their labels int64 [n], on the model's device."""
+    assert images.labels is not None
     device = next(model.parameters()).device
-    pixels = torch.from_numpy(Preprocessor(model.spec.preprocessing)(batch.images))
-    return pixels.to(device), torch.from_numpy(batch.labels.astype(np.int64)).to(device)
+    pixels = torch.from_numpy(Preprocessor(model.spec.preprocessing)(images.images_at(index)))
+    labels = images.labels[index.start : index.stop].astype(np.int64)
+    return pixels.to(device), torch.from_numpy(labels).to(device)

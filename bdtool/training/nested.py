@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,16 +15,8 @@ from bdtool.models.resnet import ResidualBlock, ResNet
 _AT_ONCE = 64  # images; a ResNet-50 takes 8 MiB for each
 
 
-@torch.no_grad()
-def nested_masks(
-    base: ResNet,
-    images: Tensor,
-    labels: Tensor,
-    *,
-    fewest: int,
-    on_mask: Callable[[int], None] = lambda n_kept: None,
-) -> Tensor:
-    """Return masks that keep K, K - 1, ... `fewest` blocks, bool [K - fewest + 1, K], each a part of the one before.
+class MaskSearch:
+    """The search for nested masks, a path of some images at a time: between two paths it can be saved.
 
     The block dropped next is the one without which the mean cross-entropy of the images is lowest.
 
@@ -31,37 +24,112 @@ def nested_masks(
         base: in eval mode.
         images: preprocessed float32 [N, 3, H, W].
         labels: int64 [N].
-        on_mask: called with the number of blocks of each mask that was found.
+        fewest: blocks of the smallest mask.
     """
-    masks = [torch.ones(len(base.blocks), dtype=torch.bool)]
-    while (n_kept := int(masks[-1].sum())) > fewest:
-        smaller = masks[-1].clone()
-        losses = losses_without_each(base, images, labels, masks[-1])
-        smaller[masks[-1].nonzero()[losses.argmin()]] = False
-        masks.append(smaller)
-        on_mask(n_kept - 1)
-    return torch.stack(masks)
+
+    name = "masks"
+
+    def __init__(self, base: ResNet, images: Tensor, labels: Tensor, *, fewest: int) -> None:
+        self._base, self._images, self._labels, self._fewest = base, images, labels, fewest
+        self._masks = [torch.ones(len(base.blocks), dtype=torch.bool)]
+        self._sums, self._n_seen = self._no_sums(), 0
+        self._losses: list[Tensor] = []  # of the piece of the images at work, without the first kept blocks
+        self._following: Iterator[Tensor] | None = None  # those without the others, as they are computed
+
+    @property
+    def masks(self) -> Tensor:
+        """Those found so far, bool [n, K]: they keep K, K - 1, ... blocks, each a part of the one before."""
+        return torch.stack(self._masks)
+
+    @property
+    def is_over(self) -> bool:
+        return self._n_kept <= self._fewest
+
+    @property
+    def share(self) -> float:
+        return (len(self._masks) - 1 + self._share_of_next) / max(1, self._n_masks)
+
+    @property
+    def where(self) -> str:
+        return f"{len(self._masks) - 1} of {self._n_masks} masks and {self._share_of_next:.1%} of the next"
+
+    def advance(self) -> None:
+        """Run a piece of the images without one more block; behind the last block and piece a mask is found."""
+        piece = slice(self._n_seen, self._n_seen + _AT_ONCE)
+        if self._following is None:
+            images, labels, n_known = self._images[piece], self._labels[piece], len(self._losses)
+            self._following = _sums_without_each(self._base, images, labels, self._masks[-1], first=n_known)
+        self._losses.append(next(self._following))
+        if len(self._losses) == self._n_kept:
+            self._sums += torch.stack(self._losses)
+            self._n_seen = min(piece.stop, len(self._images))
+            self._losses, self._following = [], None
+        if self._n_seen == len(self._images):
+            smaller = self._masks[-1].clone()
+            smaller[smaller.nonzero()[self._sums.argmin().cpu()]] = False
+            self._masks.append(smaller)
+            self._sums, self._n_seen = self._no_sums(), 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"masks": self.masks, "sums": self._sums, "n_seen": self._n_seen, "losses": self._losses}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        device = self._images.device
+        self._masks = list(state["masks"])
+        self._sums, self._n_seen = state["sums"].to(device), state["n_seen"]
+        self._losses, self._following = [loss.to(device) for loss in state["losses"]], None
+
+    @property
+    def _n_masks(self) -> int:
+        """How many are to be found, besides that of all blocks."""
+        return len(self._base.blocks) - self._fewest
+
+    @property
+    def _n_kept(self) -> int:
+        return int(self._masks[-1].sum())
+
+    @property
+    def _share_of_next(self) -> float:
+        n_piece = min(_AT_ONCE, len(self._images) - self._n_seen)
+        return (self._n_seen + n_piece * len(self._losses) / self._n_kept) / len(self._images)
+
+    def _no_sums(self) -> Tensor:
+        """Return the sums before the first piece, of the losses without each kept block."""
+        return torch.zeros(self._n_kept, device=self._images.device)
+
+
+def nested_masks(base: ResNet, images: Tensor, labels: Tensor, *, fewest: int) -> Tensor:
+    """Return masks that keep K, K - 1, ... `fewest` blocks, bool [K - fewest + 1, K]: a `MaskSearch` run to its end."""
+    search = MaskSearch(base, images, labels, fewest=fewest)
+    while not search.is_over:
+        search.advance()
+    return search.masks
+
+
+def losses_without_each(base: ResNet, images: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+    """Return the mean cross-entropy of the images along `mask` without each of its blocks in turn, float32 [n kept]."""
+    sums = torch.zeros(int(mask.sum()), device=images.device)
+    for x, y in _pieces(images, labels):
+        sums += torch.stack(list(_sums_without_each(base, x, y, mask)))
+    return (sums / len(images)).cpu()
 
 
 @torch.no_grad()
-def losses_without_each(base: ResNet, images: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-    """Return the mean cross-entropy of the images along `mask` without each of its blocks in turn, float32 [n kept].
+def _sums_without_each(
+    base: ResNet, images: Tensor, labels: Tensor, mask: Tensor, *, first: int = 0
+) -> Iterator[Tensor]:
+    """Yield the sum of the images' losses, a scalar, without each kept block in turn, from the kept block `first` on.
 
     The paths are alike up to the block that one of them lacks, and run together until there.
     """
     kept: list[bool] = mask.tolist()
-    sums = torch.zeros(sum(kept), device=images.device)
-    for x, y in _pieces(images, labels):
-        losses = []
-        x = base.stem(x)
-        for k, block in enumerate(base.blocks):
-            assert isinstance(block, ResidualBlock)
-            if kept[k]:
-                rest = _run_blocks(base, block.shortcut(x), kept, first=k + 1)
-                losses.append(F.cross_entropy(base.head(rest).float(), y, reduction="sum"))
-            x = block(x) if kept[k] else block.shortcut(x)
-        sums += torch.stack(losses)
-    return (sums / len(images)).cpu()
+    x = base.stem(images)
+    for k, block in enumerate(base.blocks):
+        assert isinstance(block, ResidualBlock)
+        if kept[k] and sum(kept[:k]) >= first:
+            rest = _run_blocks(base, block.shortcut(x), kept, first=k + 1)
+            yield F.cross_entropy(base.head(rest).float(), labels, reduction="sum")
+        x = block(x) if kept[k] else block.shortcut(x)
 
 
 @torch.no_grad()

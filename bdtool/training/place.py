@@ -24,7 +24,7 @@ class Place:
         output: the MODEL file to write; the checkpoint of the unfinished run lies beside it, as OUTPUT.checkpoint.
             While a run is at work others into the same output are refused, by the lock file .OUTPUT.lock.
         val: labelled images to measure on after each epoch and at the end; None measures nothing.
-        on_resume: told where an unfinished run is taken up, the step and how many there are.
+        on_resume: told where an unfinished run is taken up: "step 5 of 12".
         start: digest of the MODEL that the run starts from; a checkpoint of a run from another one is refused.
     """
 
@@ -35,7 +35,7 @@ class Place:
     resume: bool = False
     start: str = ""
     save_every_s: float = 120
-    on_resume: Callable[[int, int], None] = lambda step, n_steps: None
+    on_resume: Callable[[str], None] = lambda where: None
     on_step: Callable[[Report], None] = lambda report: None
     on_epoch: Callable[[Epoch], None] = lambda epoch: None
     on_progress: Callable[[float, str], None] = lambda share, text: None

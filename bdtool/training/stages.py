@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import platform
-import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import nn
 
 from bdtool.data.batches import ImageSource
 from bdtool.data.torchvision_sets import N_CLASSES
-from bdtool.errors import DataError, PolicyError, UsageError
+from bdtool.errors import PolicyError, UsageError
 from bdtool.evaluation import evaluate
 from bdtool.models.architectures import architecture
 from bdtool.models.checkpoint_formats import (
@@ -36,7 +35,7 @@ from bdtool.torch_classifier import TorchClassifier
 from bdtool.training.budget import shift_policy
 from bdtool.training.distributed import synchronize_batch_norms
 from bdtool.training.images import data_name, training_images
-from bdtool.training.imitation import imitate_losses
+from bdtool.training.imitation import Imitation
 from bdtool.training.options import (
     Amp,
     CurriculumOptions,
@@ -47,6 +46,7 @@ from bdtool.training.options import (
     TrainOptions,
 )
 from bdtool.training.paths import deployed_paths, heuristic_paths
+from bdtool.training.pieces import run_pieces
 from bdtool.training.place import Place
 from bdtool.training.tasks import CurriculumTask, FinetuneTask, Paths, PretrainTask, Task
 from bdtool.training.trainer import Epoch, Trainer
@@ -138,15 +138,12 @@ def imitate(
 ) -> Trained:
     """Train a policy network for the base of `start` to give harder images more blocks: `bdtool.training.imitation`.
 
-    It takes minutes, so it is not resumed: an unfinished run leaves nothing behind. Its MODEL is saved before it is
-    measured, and again with the figures.
-
     Args:
         trunk: as for `curriculum`.
 
     Raises:
         UsageError: `trunk` does not fit, the model has not so many blocks, or several processes were started.
-        DataError: images cannot be read; if those are of `place.val`, the MODEL is there, without figures.
+        DataError: images cannot be read; if those are of `place.val`, what was learned is in the checkpoint.
     """
     if place.group.size > 1:
         raise UsageError(f"imitate: got {place.group.size} processes, expected one; start it without torchrun")
@@ -155,37 +152,25 @@ def imitate(
 
 
 def _imitate(start: BlockDropModel, options: ImitateOptions, place: Place, trunk: BlockDropModel | None) -> Trained:
+    place.check_resume()
     model = with_policy(start, seed=options.seed, n_hidden=options.hidden)
     if trunk is not None:
         start_from_trunk(model, trunk)
     model.to(device=place.group.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    images = training_images(place.train, model.spec.preprocessing, device=torch.device("cpu"))
-    masks = imitate_losses(model, place.train, options, on_progress=place.on_progress)
-    bits = {str(int(mask.sum())): bits_of(mask.numpy()) for mask in masks}
-
-    def save(val: ImageSource | None, figures: Mapping[str, float]) -> BlockDropModel:
-        finished = _finished(model, "imitate", options, images.facts, val, figures)
-        finished.spec = dataclasses.replace(finished.spec, provenance={**finished.spec.provenance, "masks": bits})
-        save_model(finished, place.output)
-        return finished
-
-    finished, figures = save(None, {}), {}
-    if place.val is not None:
-        figures = _measured_after_saving(model, options, place.val, place.output)
-        finished = save(place.val, figures)
+    data = training_images(place.train, model.spec.preprocessing, device=torch.device("cpu")).facts
+    imitation = Imitation(model, place.train, options)
+    figures = run_pieces(
+        imitation,
+        place,
+        request=_request(model.spec, "imitate", options, place, data, amp=False),
+        measure=lambda: _measure(model, options, place.val),
+    )
+    finished = _finished(model, "imitate", options, data, place.val, figures)
+    masks = {str(int(mask.sum())): bits_of(mask.numpy()) for mask in imitation.masks}
+    finished.spec = dataclasses.replace(finished.spec, provenance={**finished.spec.provenance, "masks": masks})
+    save_model(finished, place.output)
+    place.checkpoint.unlink(missing_ok=True)
     return Trained(model=finished, figures=figures, epochs=[])
-
-
-def _measured_after_saving(
-    model: BlockDropModel, options: StageOptions, val: ImageSource, output: Path
-) -> dict[str, float]:
-    try:
-        return _measure(model, options, val)
-    except DataError as exc:
-        raise DataError(
-            f"{exc}. The MODEL is trained and saved all the same, without figures: measure it with "
-            f"`bdtool evaluate {shlex.quote(str(output))}` on images that can be read"
-        ) from exc
 
 
 def finetune(start: BlockDropModel, options: FinetuneOptions, place: Place) -> Trained:
@@ -285,7 +270,7 @@ def _train(
         validate=lambda: _measure(model, options, place.val),
     )
     if trainer.step and group.is_first:
-        place.on_resume(trainer.step, trainer.n_steps)
+        place.on_resume(trainer.where)
     epochs = trainer.run()
     figures = epochs[-1].validation  # of the model as it is: a run ends with an epoch
     finished = _finished(model, stage, options, images.facts, place.val, figures)

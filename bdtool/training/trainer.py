@@ -117,6 +117,10 @@ class Trainer:
             self._restore(read_progress(checkpoint, request=self._request))
         self._module = group.wrap(task.module)
 
+    @property
+    def where(self) -> str:
+        return f"step {self.step} of {self.n_steps}"
+
     def run(self) -> list[Epoch]:
         """Train to the end and return the epochs; the checkpoint stays for the caller to remove.
 
@@ -144,7 +148,7 @@ class Trainer:
         return self.epochs
 
     def _interrupted(self) -> Interrupted:
-        return Interrupted(f"stopped after step {self.step} of {self.n_steps}; the same command with --resume goes on")
+        return Interrupted(f"stopped after {self.where}; the same command with --resume goes on")
 
     def _train_step(self, batch: _Batch) -> None:
         start = time.perf_counter()

@@ -99,3 +99,23 @@ def test_ctrl_c_in_calibrate_says_what_is_kept(bdtool, bundle_copy, npz, digests
     assert bdtool(*words, status=1).stderr == f"\n{told}\nAborted!\n"
     assert digests(bundle_copy / "onnx") == before
     bdtool(*words)
+
+
+def test_ctrl_c_in_imitate_saves_and_the_same_command_goes_on(tiny, npz, tmp_path, start_bdtool):
+    model = tmp_path / "policy.safetensors"
+    command = ["train", "imitate", tiny.path, "--epochs", 3000, "--batch", 20, "--judges", 20, "--data", npz]
+    command += ["--threads", 1, "-o", model]
+    process = start_bdtool(*command, "--save-every", 0)
+    _wait_for(tmp_path / "policy.safetensors.checkpoint", process)
+    stdout, stderr = _stop(process, signal.SIGINT)
+    assert (process.returncode, stdout) == (1, "")
+    said = re.search(r"Error: stopped after (.*); the same command with --resume goes on", " ".join(stderr.split()))
+    assert said
+    assert not model.exists()
+
+    process = start_bdtool(*command, "--resume")
+    stdout, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0
+    assert f"going on from {said[1]}" in stderr
+    assert stdout.strip() == f"{model}: resnet8, 3000 epochs"
+    assert sorted(path.name for path in tmp_path.glob("policy.safetensors*")) == ["policy.safetensors"]

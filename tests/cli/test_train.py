@@ -83,13 +83,13 @@ def test_imitate_makes_a_model_that_finetune_goes_on_with(
     assert load_model(model).spec.provenance["start"]["created_by"] == "bdtool train imitate"
 
 
-@pytest.mark.parametrize("option", [["--resume"], ["--tensorboard", "logs"]])
 def test_imitate_refuses_what_it_would_not_do(
-    bdtool: Callable[..., Result], base: Path, npz: Path, tmp_path: Path, option: list[str]
+    bdtool: Callable[..., Result], base: Path, npz: Path, tmp_path: Path
 ) -> None:
-    refused = bdtool("train", "imitate", base, "--data", npz, *option, "-o", tmp_path / "p.safetensors", status=2)
+    words = ["--data", npz, "--tensorboard", "logs", "-o", tmp_path / "p.safetensors"]
+    refused = bdtool("train", "imitate", base, *words, status=2)
     assert "No such option" in refused.stderr
-    assert option[0] in refused.stderr
+    assert "--tensorboard" in refused.stderr
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """A policy network that gives harder images more blocks, from what the base's own losses show."""
 
 import copy
-import dataclasses
 import itertools
 from collections.abc import Callable
 
@@ -10,16 +9,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bdtool.errors import BundleError, DataError, UsageError
+from bdtool.errors import BundleError, UsageError
 from bdtool.models.model import BlockDropModel
 from bdtool.models.policy import PolicyNetwork
 from bdtool.models.store import load_model
 from bdtool.training import nested
 from bdtool.training.distributed import Group
-from bdtool.training.imitation import fit_head
 from bdtool.training.nested import blocks_by_rank, nested_masks, path_losses
 from bdtool.training.options import ImitateOptions
 from bdtool.training.place import Place
+from bdtool.training.policy_head import HeadFit
 from bdtool.training.stages import imitate
 
 
@@ -59,6 +58,12 @@ def test_many_images_run_in_pieces(
     assert seen == [8, 3, 3, 2, 3, 3, 2]  # once for all blocks
     expected = [path_losses(model.base, images, labels, torch.tensor(one)).mean() for one in ([0, 1, 0], [1, 0, 0])]
     torch.testing.assert_close(in_pieces, torch.stack(expected))
+
+
+def fit_head(policy: PolicyNetwork, features: torch.Tensor, targets: torch.Tensor, options: ImitateOptions) -> None:
+    fit = HeadFit(policy, features, targets, options)
+    while not fit.is_over:
+        fit.advance()
 
 
 @pytest.mark.parametrize("n_hidden", [0, 16])
@@ -156,21 +161,6 @@ def test_a_second_run_into_the_same_model_is_refused_while_one_is_at_work(
     with pytest.raises(BundleError, match=r"training into .*model.safetensors is already running in another process"):
         imitate(start, options, where)
     assert not where.output.exists()
-
-
-def test_images_that_cannot_be_measured_on_leave_the_model(
-    random_model: Callable[..., BlockDropModel], place: Callable[..., Place]
-) -> None:
-    def image_at(index: int) -> np.ndarray:
-        raise DataError("a damaged picture")
-
-    where = place(val=dataclasses.replace(place().train, image_at=image_at))
-    options = ImitateOptions(epochs=1, batch=64, fewest=1, most=3, judges=32, limit=64)
-    with pytest.raises(DataError, match=r"a damaged picture. The MODEL is trained and saved .*model.safetensors"):
-        imitate(random_model("resnet8", has_policy=False), options, where)
-    provenance = load_model(where.output).spec.provenance
-    assert "masks" in provenance
-    assert "figures" not in provenance
 
 
 @pytest.mark.parametrize(("fewest", "most"), [(3, 2), (1, 4)])

@@ -117,15 +117,15 @@ def test_a_signal_saves_first(number: signal.Signals, place: Callable[..., Place
     with pytest.raises(Interrupted, match=f"after step {_BREAK_AT} of 12; the same command with --resume"):
         pretrain(spec, options, asked)
     steps: list[int] = []
-    resumed: list[tuple[int, int]] = []
+    resumed: list[str] = []
     again = place(
         resume=True,
         on_step=lambda report: steps.append(report.step),
-        on_resume=lambda step, n_steps: resumed.append((step, n_steps)),
+        on_resume=resumed.append,
     )
     pretrain(spec, options, again)
     assert steps == list(range(_BREAK_AT + 1, 13))
-    assert resumed == [(_BREAK_AT, 12)]
+    assert resumed == [f"step {_BREAK_AT} of 12"]
 
 
 def test_a_finished_run_is_not_trained_again_by_resume(place: Callable[..., Place]) -> None:
