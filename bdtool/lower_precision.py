@@ -90,10 +90,14 @@ def lower_outputs(
         expected, actual: logits float32 [N, classes] of PyTorch and of the engines, on equal keep bits.
         labels: int64 [N], or None.
     """
-    error = math.sqrt(float(((actual - expected) ** 2).mean()) / max(float((expected**2).mean()), 1e-30))
     changed = float((actual.argmax(axis=1) != expected.argmax(axis=1)).mean())
     rows: list[tuple[str, float | None, float, str]] = [
-        ("logits", error, LOGITS_BOUNDS[precision], f"largest difference {np.abs(actual - expected).max():.2g}"),
+        (
+            "logits",
+            logits_error(expected, actual),
+            LOGITS_BOUNDS[precision],
+            f"largest difference {np.abs(actual - expected).max():.2g}",
+        ),
         ("top1", changed, CHANGED_BOUNDS[precision], f"{percent(changed)} of the classes change"),
     ]
     if labels is None:
@@ -102,6 +106,11 @@ def lower_outputs(
     noise = 2 * math.sqrt(changed / len(labels)) * _POINTS
     detail = f"{percent(after)}, PyTorch {percent(before)}; bound {max_accuracy_drop:g} points and noise"
     return [*rows, ("accuracy", max(0.0, _POINTS * (before - after)), max_accuracy_drop + noise, detail)]
+
+
+def logits_error(expected: np.ndarray, actual: np.ndarray) -> float:
+    """Return the root mean square of the difference over that of the expected logits; both float32 [N, classes]."""
+    return math.sqrt(float(((actual - expected) ** 2).mean()) / max(float((expected**2).mean()), 1e-30))
 
 
 def flips_bound(measured: float, n_bits: int) -> float:

@@ -5,7 +5,8 @@
     onnx      each ONNX part against its PyTorch module, on the activations of real paths
     engines   each engine against its ONNX part
     policy    keep bits of the policy engine against PyTorch's
-    logits    the chain of engines against PyTorch's masked forward, on equal keep bits
+    logits    the chain of engines, and on a few images the other strategies but `full`, against PyTorch's masked
+              forward, on equal keep bits
     top1      the class of each image, chain against PyTorch
 
 Policy flips and logits are separate rungs because one flipped bit makes any comparison of logits meaningless. For a
@@ -16,7 +17,7 @@ precision that `bdtool calibrate` made, the bounds are wider, the keep bits are 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +26,7 @@ import numpy as np
 
 from bdtool.data.batches import ImageBatch, ImageSource
 from bdtool.errors import EngineError
-from bdtool.lower_precision import compare_lower_part, flips_bound, lower_outputs, path_probes
+from bdtool.lower_precision import compare_lower_part, flips_bound, logits_error, lower_outputs, path_probes
 from bdtool.manifest_check import compare_with_model
 from bdtool.models.model import BlockDropModel
 from bdtool.models.parts import part_modules
@@ -36,6 +37,7 @@ from bdtool.runtime.place import Place
 from bdtool.runtime.policies import parse_policy
 from bdtool.runtime.preprocess import preprocess
 from bdtool.runtime.result import RunResult
+from bdtool.strategy_check import LEARNED, answers_of, other_strategies
 from bdtool.torch_classifier import TorchClassifier
 from engines.base import ENGINE_TOLERANCE, Engine
 from engines.layouts import run_plain
@@ -140,7 +142,7 @@ def verify(
     batch = data.take(limit)
     with ExitStack() as stack:
         chain, full = [stack.enter_context(place.open(bundle, strategy)) for strategy in ("chain", "full")]
-        for rung in _climb(bundle, model, batch, chain, full, place.precision):
+        for rung in _climb(bundle, model, batch, chain, full, place):
             add(rung)
     return ladder(len(batch.images))
 
@@ -170,11 +172,11 @@ def _rung(name: str, worst: float | None, bound: float, detail: str) -> Rung:
 
 
 def _climb(
-    bundle: Bundle, model: BlockDropModel, batch: ImageBatch, chain: Orchestrator, full: Orchestrator, precision: str
+    bundle: Bundle, model: BlockDropModel, batch: ImageBatch, chain: Orchestrator, full: Orchestrator, place: Place
 ) -> Iterator[Rung]:
     images = batch.images
-    if precision != EXPORTED:
-        yield from _climb_lower(bundle, model, batch, chain, full, precision)
+    if place.precision != EXPORTED:
+        yield from _climb_lower(bundle, model, batch, chain, full, place)
         return
     pixels = preprocess(images[:_N_PROBES], bundle.network.preprocessing)
     probes = walk(bundle.network, part_modules(model), pixels)
@@ -182,18 +184,22 @@ def _climb(
     yield _worst("onnx", [(onnx, name) for name, onnx, _ in comparisons])
     yield _worst("engines", [(engine, name) for name, _, engine in comparisons])
     oracle = TorchClassifier(model)
-    upper = {("policy",): _policy_rungs, ("logits", "top1"): _output_rungs}
-    for names, compared in upper.items():
+    upper: dict[tuple[str, ...], Callable[[], list[Rung]]] = {
+        ("policy",): lambda: _policy_rungs(chain, oracle, images),
+        ("logits", "top1"): lambda: _output_rungs(bundle, place, chain, oracle, images),
+    }
+    for names, compare in upper.items():
         try:
-            yield from compared(chain, oracle, images)
+            yield from compare()
         except EngineError as exc:  # a failed rung, not the end of the ladder
             yield from (_rung(name, math.inf, 0.0, str(exc)) for name in names)
 
 
 def _climb_lower(
-    bundle: Bundle, model: BlockDropModel, batch: ImageBatch, chain: Orchestrator, full: Orchestrator, precision: str
+    bundle: Bundle, model: BlockDropModel, batch: ImageBatch, chain: Orchestrator, full: Orchestrator, place: Place
 ) -> Iterator[Rung]:
     """Compare parts of another precision, whose errors are of another size, and whose last word is the accuracy."""
+    precision = place.precision
     variant = bundle.manifest.variants[precision]
     policy = variant.calibration["policy"]  # its ranges hold for the paths of this one
     request = parse_policy(policy, n_blocks=bundle.network.n_blocks, has_policy_network=bundle.network.has_policy)
@@ -211,6 +217,7 @@ def _climb_lower(
     expected = _run_oracle(oracle, batch.images, keep)
     try:
         actual = chain.run(batch.images, policy=keep)
+        others = _lower_errors(bundle, place, batch.images[:_N_PROBES], keep[:_N_PROBES], expected.logits[:_N_PROBES])
     except EngineError as exc:
         yield from (_rung(name, math.inf, 0.0, str(exc)) for name in ("logits", "top1"))
         return
@@ -218,6 +225,9 @@ def _climb_lower(
     rows = lower_outputs(expected.logits, actual.logits, batch.labels, precision=precision, max_accuracy_drop=bound)
     for name, worst, allowed, detail in rows:
         detail = f"policy {request.name}; {detail}"
+        if name == "logits" and worst is not None:
+            worst = max([worst, *others.values()])
+            detail += f"; {_strategies(others)}"
         yield Rung(name=name, worst=worst, bound=allowed, unit=_LOWER_UNITS[name], detail=detail)
 
 
@@ -278,26 +288,68 @@ def _policy_rungs(
     return [_rung("policy", float(differ.mean()), bound, detail)]
 
 
-def _output_rungs(chain: Orchestrator, oracle: TorchClassifier, images: np.ndarray) -> list[Rung]:
+def _output_rungs(
+    bundle: Bundle, place: Place, chain: Orchestrator, oracle: TorchClassifier, images: np.ndarray
+) -> list[Rung]:
     """Compare logits and classes on equal keep bits: every block, half of them, and what the policy network chose."""
     n_blocks = chain.network.n_blocks
     policies = {"all": np.ones((len(images), n_blocks), dtype=bool)}
     half = parse_policy(f"random:{n_blocks // 2}", n_blocks=n_blocks, has_policy_network=False)
     policies[half.name] = half.matrix(len(images))
     if chain.network.has_policy:
-        policies["learned"] = _run_oracle(oracle, images).policy
+        policies[LEARNED] = _run_oracle(oracle, images).policy
+    answers = [_Answer("chain", name, keep, chain.run(images, policy=keep)) for name, keep in policies.items()]
+    few = images[:_N_PROBES]
+    given = {name: keep[:_N_PROBES] for name, keep in policies.items()}
+    if LEARNED in given:  # what the policy engine says; where it is not PyTorch, the rung before this one has failed
+        given[LEARNED] = chain.decide(few)
+    for strategy in other_strategies(place):
+        found = answers_of(bundle, strategy, place, few, given)
+        answers += [_Answer(strategy, name, given[name], result) for name, result in found.items()]
+    return _compare_answers(answers, oracle, images)
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What a strategy answered on the first images to a policy, which should have kept `keep`, bool [n, K]."""
+
+    strategy: str
+    policy: str
+    keep: np.ndarray
+    result: RunResult
+
+
+def _compare_answers(answers: list[_Answer], oracle: TorchClassifier, images: np.ndarray) -> list[Rung]:
+    """Return the rungs logits and top1."""
     errors, changed = {}, 0
-    for name, keep in policies.items():
-        actual, expected = chain.run(images, policy=keep), _run_oracle(oracle, images, keep)
-        errors[name] = float(np.abs(actual.logits - expected.logits).max())
-        changed += int((actual.classes != expected.classes).sum())
+    for answer in answers:
+        result, expected = answer.result, _run_oracle(oracle, images[: len(answer.keep)], answer.keep)
+        error = float(np.abs(result.logits - expected.logits).max())
+        if not np.array_equal(result.policy, answer.keep):  # it decided by itself, and otherwise
+            error = math.inf
+        errors[f"{answer.policy} by {answer.strategy}"] = error
+        changed += int((result.classes != expected.classes).sum())
     where = max(errors, key=lambda name: errors[name])
-    n_answers = len(policies) * len(images)
-    logits = f"policies {', '.join(policies)}; worst {where}"
+    n_answers = sum(len(answer.keep) for answer in answers)
+    policies = dict.fromkeys(answer.policy for answer in answers)
+    others = dict.fromkeys(answer.strategy for answer in answers if answer.strategy != "chain")
+    logits = f"policies {', '.join(policies)}; {_strategies(others)}; worst {where}"
     return [
         _rung("logits", errors[where], LOGITS_TOLERANCE, logits),
         _rung("top1", changed / n_answers, 0.0, f"{changed} of {n_answers} classes differ"),
     ]
+
+
+def _lower_errors(
+    bundle: Bundle, place: Place, images: np.ndarray, keep: np.ndarray, expected: np.ndarray
+) -> dict[str, float]:
+    """Return the error of the logits that each strategy but `chain` and `full` gives, as a share of them."""
+    answers = {name: answers_of(bundle, name, place, images, {"given": keep}) for name in other_strategies(place)}
+    return {name: logits_error(expected, answer["given"].logits) for name, answer in answers.items()}
+
+
+def _strategies(others: Iterable[str]) -> str:
+    return f"strategies {', '.join(['chain', *others])}"
 
 
 def _pieces(rows: np.ndarray) -> list[np.ndarray]:

@@ -1,6 +1,7 @@
 """The parity ladder finds damage on the rung where it belongs, and says so without stopping half-way."""
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable
@@ -16,8 +17,10 @@ from bdtool.data.sources import open_data
 from bdtool.errors import BackendError
 from bdtool.models.state import model_from_state
 from bdtool.models.store import save_model
+from bdtool.runtime import one_call, paths
 from bdtool.runtime.place import Place
 from bdtool.verification import Verification, verify
+from engines.onnxrt import OnnxRuntimeBackend
 from export.bundle import Bundle
 from export.files import sha256_of_file
 
@@ -221,6 +224,39 @@ def test_labels_in_another_order_fail_the_manifest_rung(bundle_copy: Path, tiny:
     assert "labels[0] is 'j', the MODEL says 'a'; labels[1]" in _verify(bundle_copy).rungs[-1].detail
     _edit_manifest(bundle_copy, labels=list("abcdefghij"))
     assert _verify(bundle_copy).ok
+
+
+def test_all_strategies_of_the_backend_are_compared(tiny: Any) -> None:
+    assert "strategies chain, path, fused; worst" in _rung(_verify(tiny.bundle), "logits").detail
+
+
+def test_path_engine_of_other_parts_fails_the_logits_rung(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = paths.parts_of_path
+    monkeypatch.setattr(paths, "parts_of_path", lambda network, mask: real(network, ~mask))
+    result = _verify(tiny.bundle)
+    assert "logits" in _failed(result)
+    assert not {"onnx", "engines", "policy"} & set(_failed(result))
+    assert _rung(result, "logits").detail.endswith("by path")
+
+
+def test_fused_engine_that_runs_other_blocks_fails_the_logits_rung(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = one_call._forced
+    monkeypatch.setattr(one_call, "_forced", lambda keep: real(~keep))
+    rung = _rung(_verify(tiny.bundle), "logits")
+    assert not rung.ok
+    assert rung.detail.endswith("by fused")
+
+
+def test_fused_engine_that_decides_otherwise_fails_the_logits_rung(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = OnnxRuntimeBackend.fuse
+    monkeypatch.setattr(
+        OnnxRuntimeBackend, "fuse", lambda self, network, files: real(self, replace(network, threshold=0.9), files)
+    )
+    result = _verify(tiny.bundle)
+    rung = _rung(result, "logits")
+    assert (rung.worst, rung.ok) == (math.inf, False)
+    assert rung.detail.endswith("worst learned by fused")
+    json.dumps(result.to_json(), allow_nan=False)
 
 
 def test_nan_passes_no_rung(tiny: Any) -> None:

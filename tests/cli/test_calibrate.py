@@ -55,6 +55,7 @@ def test_int8_runs_through_every_command(calibrate, bdtool, bdtool_json, bundle_
     assert evaluated["accuracy"] == found["gates"]["accuracy"]
     verified = bdtool_json("verify", bundle_copy, "--data", labelled, *common)
     assert verified["ok"] is True
+    assert "strategies chain, path, fused" in verified["rungs"]["logits"]["detail"]
     assert 0 < verified["rungs"]["logits"]["worst"] <= verified["rungs"]["logits"]["bound"]
     assert verified["rungs"]["logits"]["unit"] == "rms, of logits"
     assert len(bdtool_json("run", bundle_copy, picture, *common)["images"]) == 1

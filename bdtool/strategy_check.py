@@ -1,0 +1,50 @@
+"""What the strategies beside `chain` and `full` answer, on a few images: each joins or fuses engines in its own way."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from bdtool.runtime.factory import strategies_for
+from bdtool.runtime.orchestrator import Orchestrator
+from bdtool.runtime.paths import PathOptions
+from bdtool.runtime.place import Place
+from bdtool.runtime.result import RunResult
+from export.bundle import Bundle
+
+LEARNED = "learned"
+_OTHERS = ("path", "fused", "graph")
+
+
+def other_strategies(place: Place) -> tuple[str, ...]:
+    """Return the strategies beside `chain` and `full` that the backend has there."""
+    return tuple(name for name in strategies_for(place.backend, place.device) if name in _OTHERS)
+
+
+def answers_of(
+    bundle: Bundle, strategy: str, place: Place, images: np.ndarray, policies: Mapping[str, np.ndarray]
+) -> dict[str, RunResult]:
+    """Return what a strategy answers to each policy, image by image; under `learned` it decides by itself.
+
+    Args:
+        images: uint8 [n, height, width, 3].
+        policies: keep matrices bool [n, K] by name; their masks have engines from the start, where they fit the cache.
+
+    Raises:
+        EngineError: engines cannot be joined, or do not run.
+    """
+    masks = np.unique(np.concatenate(list(policies.values())), axis=0)
+    with place.open(bundle, strategy, paths=PathOptions(ahead=list(masks), background=False)) as runtime:
+        return {
+            name: _run_singly(runtime, images, None if name == LEARNED else keep) for name, keep in policies.items()
+        }
+
+
+def _run_singly(runtime: Orchestrator, images: np.ndarray, keep: np.ndarray | None) -> RunResult:
+    rows = [
+        runtime.run(images[i : i + 1], policy=None if keep is None else keep[i : i + 1]) for i in range(len(images))
+    ]
+    return RunResult(
+        logits=np.concatenate([row.logits for row in rows]), policy=np.concatenate([row.policy for row in rows])
+    )
