@@ -6,7 +6,8 @@ means, though each engine computes what it should.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import reprlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from bdtool.models.model import BlockDropModel
@@ -26,7 +27,7 @@ _ABSENT = _Absent()
 
 
 def compare_with_model(bundle: Bundle, model: BlockDropModel) -> tuple[int, list[str]]:
-    """Return how many facts of the manifest were compared with the MODEL, and what to say of each that differs.
+    """Return how many fields of the manifest were compared with the MODEL, and what to say of each that differs.
 
     Compared are the network (arch, classes, labels, preprocessing, stages, threshold, parts with shapes and FLOPs), the
     provenance but for the name of the exporter, and what export recorded of each part. `max_batch`, `environment` and
@@ -39,8 +40,17 @@ def compare_with_model(bundle: Bundle, model: BlockDropModel) -> tuple[int, list
     found = _facts({**_tree(manifest.network), "provenance": told})
     names = list(dict.fromkeys([*known, *found]))
     pairs = [(name, found.get(name, _ABSENT), known.get(name, _ABSENT)) for name in names]
-    differing = [f"{name} is {says!r}, the MODEL says {must!r}" for name, says, must in pairs if says != must]
+    differing = [_difference(name, says, must) for name, says, must in pairs if says != must]
     return len(names), [*differing, *_impossible_records(manifest)]
+
+
+def _difference(name: str, says: Any, must: Any) -> str:
+    more = ""
+    if isinstance(says, list) and isinstance(must, list) and len(says) == len(must):  # name the first that differs
+        differing = [index for index, pair in enumerate(zip(says, must, strict=True)) if pair[0] != pair[1]]
+        more = f" ({len(differing)} of {len(must)} differ)" if len(must) > 1 else ""
+        name, says, must = f"{name}[{differing[0]}]", says[differing[0]], must[differing[0]]
+    return f"{name} is {reprlib.repr(says)}, the MODEL says {reprlib.repr(must)}{more}"
 
 
 def _tree(network: NetworkSpec) -> dict[str, Any]:
@@ -49,14 +59,16 @@ def _tree(network: NetworkSpec) -> dict[str, Any]:
 
 
 def _facts(value: Any, name: str = "") -> dict[str, Any]:
-    """Return every single value of nested dicts and lists by a name such as parts.stem.inputs[0].shape[1]."""
+    """Return the values of nested dicts by names such as parts.stem.inputs[0].shape; lists of values are one field."""
     if isinstance(value, Mapping):
         inner = {f"{name}.{key}" if name else str(key): one for key, one in value.items()}
-    elif isinstance(value, Sequence) and not isinstance(value, str):
+    elif not isinstance(value, list | tuple):
+        return {name: value}
+    elif any(isinstance(one, Mapping) for one in value):
         inner = {f"{name}[{index}]": one for index, one in enumerate(value)}
     else:
-        return {name: value}
-    return {path: single for key, one in inner.items() for path, single in _facts(one, key).items()}
+        return {name: list(value)}
+    return {path: field for key, one in inner.items() for path, field in _facts(one, key).items()}
 
 
 def _impossible_records(manifest: Manifest) -> Iterator[str]:

@@ -48,11 +48,11 @@ from export.walk import Probe, walk
 
 LOGITS_TOLERANCE = 1e-4  # largest |difference| between the chain's logits and PyTorch's
 _N_PROBES = 4  # images on which single parts are compared
-_N_NAMED = 3  # differences that a detail names
+_N_NAMED = 5  # differences that a detail names
 _ORACLE_BATCH = 64  # images that PyTorch runs at a time: bounds its memory
 _UNITS = {
     "digests": "files",
-    "manifest": "facts",
+    "manifest": "fields",
     "onnx": "of largest value",
     "engines": "of largest value",
     "policy": "of keep bits",
@@ -159,9 +159,9 @@ def _digests(bundle: Bundle) -> Rung:
 
 
 def _manifest(bundle: Bundle, model: BlockDropModel) -> Rung:
-    n_facts, differing = compare_with_model(bundle, model)
+    n_fields, differing = compare_with_model(bundle, model)
     if not differing:
-        return _rung("manifest", 0, 0, f"{n_facts} facts as in the MODEL")
+        return _rung("manifest", 0, 0, f"{n_fields} fields as in the MODEL")
     more = f"; and {len(differing) - _N_NAMED} more" if len(differing) > _N_NAMED else ""
     detail = f"{'; '.join(differing[:_N_NAMED])}{more}: the manifest was changed. Export the model again"
     return _rung("manifest", len(differing), 0, detail)
