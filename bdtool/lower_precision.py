@@ -13,6 +13,7 @@ from bdtool.models.parts import part_modules
 from bdtool.part_feeds import feeds_for
 from bdtool.runtime.orchestrator import Orchestrator
 from bdtool.specs import NetworkSpec, PartSpec
+from bdtool.words import percent
 from calibration.part_errors import CandidatePart
 from calibration.walk import everyone_where_nobody, walk_paths
 from engines.base import ENGINE_BOUNDS
@@ -98,13 +99,13 @@ def lower_outputs(
             LOGITS_BOUNDS[precision],
             f"largest difference {np.abs(actual - expected).max():.2g}",
         ),
-        ("top1", changed, CHANGED_BOUNDS[precision], f"{percent(changed)} of the classes change"),
+        ("top1", changed, CHANGED_BOUNDS[precision], f"{percent(changed, 2)} of the classes change"),
     ]
     if labels is None:
         return [*rows, ("accuracy", None, max_accuracy_drop, "the images have no labels")]
     before, after = float((expected.argmax(axis=1) == labels).mean()), float((actual.argmax(axis=1) == labels).mean())
     noise = 2 * math.sqrt(changed / len(labels)) * _POINTS
-    detail = f"{percent(after)}, PyTorch {percent(before)}; bound {max_accuracy_drop:g} points and noise"
+    detail = f"{percent(after, 2)}, PyTorch {percent(before, 2)}; bound {max_accuracy_drop:g} points and noise"
     return [*rows, ("accuracy", max(0.0, _POINTS * (before - after)), max_accuracy_drop + noise, detail)]
 
 
@@ -116,7 +117,3 @@ def logits_error(expected: np.ndarray, actual: np.ndarray) -> float:
 def flips_bound(measured: float, n_bits: int) -> float:
     """Return the share of `n_bits` keep bits that may flip: what calibration measured, and two standard errors."""
     return measured + 2 * math.sqrt((measured + 1 / n_bits) / n_bits)  # of at least one bit
-
-
-def percent(share: float) -> str:
-    return f"{_POINTS * share:.2f} %"

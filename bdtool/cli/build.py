@@ -11,8 +11,9 @@ import click
 
 from bdtool.cli.command import Command
 from bdtool.cli.options import BUNDLE, NEW_FILE, PRECISION, data_option, json_option, policy_option, resize_option
-from bdtool.cli.output import emit, percent, progress, tell_when_stopped
+from bdtool.cli.output import emit, progress, tell_when_stopped
 from bdtool.cli.tensorrt import details_lines, tensorrt_options, tensorrt_options_from
+from bdtool.words import percent
 
 if TYPE_CHECKING:
     from engines.base import Backend

@@ -10,7 +10,8 @@ from click.core import ParameterSource
 
 from bdtool.cli.command import Command
 from bdtool.cli.options import BUNDLE, FiniteRange, data_option, json_option, policy_option, resize_option
-from bdtool.cli.output import emit, percent, print_table, progress, tell_when_stopped, warn
+from bdtool.cli.output import emit, print_table, progress, tell_when_stopped, warn
+from bdtool.words import percent
 from export.manifest import CALIBRATED
 
 if TYPE_CHECKING:

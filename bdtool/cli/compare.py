@@ -10,7 +10,8 @@ import click
 
 from bdtool.cli.command import Command
 from bdtool.cli.options import EXISTING_FILE, FiniteRange, json_option
-from bdtool.cli.output import emit, percent, print_table, warn
+from bdtool.cli.output import emit, print_table, warn
+from bdtool.words import percent
 
 if TYPE_CHECKING:
     from bdtool.profiling.compare import Change, Comparison

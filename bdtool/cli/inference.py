@@ -22,7 +22,8 @@ from bdtool.cli.options import (
     policy_option,
     resize_option,
 )
-from bdtool.cli.output import emit, mega, percent, print_table, progress, progress_of_share, warn
+from bdtool.cli.output import emit, mega, print_table, progress, progress_of_share, warn
+from bdtool.words import percent
 
 if TYPE_CHECKING:
     from bdtool.evaluation import Evaluation

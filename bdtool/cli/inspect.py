@@ -10,7 +10,8 @@ import click
 
 from bdtool.cli.command import Command
 from bdtool.cli.options import MODEL_OR_BUNDLE, json_option
-from bdtool.cli.output import emit, mega, percent, print_table
+from bdtool.cli.output import emit, mega, print_table
+from bdtool.words import percent
 
 _LABEL_WIDTH = 16
 _ORIGINS = {"start": "  from", "policy_trunk": "  policy trunk"}  # of an earlier MODEL in a provenance

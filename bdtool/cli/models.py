@@ -9,7 +9,8 @@ import click
 
 from bdtool.cli.command import Command
 from bdtool.cli.options import CHECKPOINT, NEW_MODEL, NumberList, json_option
-from bdtool.cli.output import emit, mega, percent, print_table
+from bdtool.cli.output import emit, mega, print_table
+from bdtool.words import percent
 
 _CIFAR10 = "cifar10"
 

@@ -105,10 +105,6 @@ def tell_when_stopped(finished: Callable[[], str]) -> Iterator[None]:
         raise click.Abort from exc
 
 
-def percent(share: float, digits: int = 1) -> str:
-    return f"{100 * share:.{digits}f} %"
-
-
 def mega(flops: float) -> str:
     """FLOPs with a unit a reader can compare: MFLOPs below 1e9, GFLOPs above."""
     return f"{flops / 1e9:.3f} G" if flops >= 1e9 else f"{flops / 1e6:.2f} M"

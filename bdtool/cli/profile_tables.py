@@ -6,7 +6,8 @@ from typing import Any
 
 import click
 
-from bdtool.cli.output import mega, percent, print_table
+from bdtool.cli.output import mega, print_table
+from bdtool.words import percent
 
 _MIB = 2**20
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from bdtool.cli.output import percent, progress_of_share
+from bdtool.cli.output import progress_of_share
+from bdtool.words import percent
 
 if TYPE_CHECKING:
     from bdtool.training.stages import Trained

@@ -12,10 +12,11 @@ import click
 import numpy as np
 from PIL import Image
 
-from bdtool.cli.output import percent, print_table
+from bdtool.cli.output import print_table
 from bdtool.demo.pictures import drawn_pictures
 from bdtool.errors import UsageError
 from bdtool.models.checkpoint_formats import CIFAR10_LABELS
+from bdtool.words import percent
 from export.files import atomic_path
 
 MODEL = "r32-cifar10"

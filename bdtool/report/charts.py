@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from bdtool.report import words
+from bdtool import words
 from bdtool.report.data import OperatingPoint, ReportData, StrategyLatency
 
 # Each has a contrast of at least 3:1 on the page's light and on its dark background.

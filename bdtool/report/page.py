@@ -7,8 +7,8 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bdtool import words
 from bdtool.errors import UsageError
-from bdtool.report import words
 from bdtool.report.data import ReportData
 from export.files import write_output
 
