@@ -71,6 +71,7 @@ def write_recommendation(directory: Path, recommendation: Recommendation) -> Non
         entries = []
     entries = sorted([*entries, recommendation], key=_place)
     rows = [asdict(entry) for entry in entries]
+    directory.mkdir(parents=True, exist_ok=True)  # the engines may lie in that of several targets
     write_json(directory / FILE, {"format_version": _FORMAT_VERSION, "recommendations": rows})
 
 

@@ -45,6 +45,12 @@ def test_each_number_of_threads_has_its_own(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [FILE]
 
 
+def test_directory_is_made_where_the_engines_are_those_of_several_targets(tmp_path):
+    directory = tmp_path / "engines" / "tensorrt-rtx-1.7.1-sm89-fp32"
+    write_recommendation(directory, _recommendation("chain", 1))
+    assert _read(directory, 1).strategy == "chain"
+
+
 @pytest.mark.parametrize("order", [(1, 64), (64, 1)])
 def test_batch_of_one_is_read_whichever_was_measured_last(tmp_path, order):
     for batch in order:
