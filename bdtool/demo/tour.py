@@ -12,7 +12,7 @@ import click
 import numpy as np
 from PIL import Image
 
-from bdtool.cli.output import print_table
+from bdtool.cli.output import print_table, warn
 from bdtool.demo.pictures import drawn_pictures
 from bdtool.errors import UsageError
 from bdtool.models.checkpoint_formats import CIFAR10_LABELS
@@ -114,6 +114,8 @@ def _compare(bundle: Path, test: Path) -> None:
         table,
         title=f"Comparison on {test.name}; FLOPs and time (of means) relative to the full network of the same run",
     )
+    if unstable := [f"{row['policy']} ({reason})" for row in rows for reason in row["unstable"]]:
+        warn(f"UNSTABLE, times are not to be trusted: {', '.join(unstable)}. Measure again when nothing else runs")
     if policy := tuned_for(Bundle.open(bundle).manifest.provenance):
         click.echo(
             f"The base was fine-tuned for policy {policy}: every block at once is a baseline for time, not accuracy."
@@ -132,15 +134,15 @@ def _figures(bundle: Path, test: Path, policy: str) -> dict[str, Any]:
     data = open_data(str(test), network=opened.network)
     with place.open(opened) as runtime:
         accuracy = evaluate(runtime, data, policy=policy).accuracy
-    strategies = profile(
+    measured = profile(
         opened,
         data,
         policy=policy,
         strategies=["chain"],
         settings=Settings(duration_s=0.5),
         place=place,
-    ).to_json()["strategies"]
-    chain = strategies["chain"]
+    ).to_json()
+    strategies, chain = measured["strategies"], measured["strategies"]["chain"]
     return {
         "policy": policy,
         "accuracy": accuracy,
@@ -149,4 +151,5 @@ def _figures(bundle: Path, test: Path, policy: str) -> dict[str, Any]:
         "median_ms": chain["latency_ms"]["median"],
         "full_ms": strategies["full"]["latency_ms"]["median"],
         "ratio": chain["ratio_to_full"],
+        "unstable": measured["unstable"],
     }

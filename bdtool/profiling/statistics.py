@@ -11,6 +11,7 @@ import numpy as np
 UNSTABLE_ABOVE = 0.025  # trtexec warns above a coefficient of variation of 2.5 %
 _ROUNDING = 1e-9  # 1 - 0.999 is a little less than 0.001
 _MIN_QUARTILED = 4  # requests of equal work, to have quartiles
+_SLOWEST_OF = 20  # requests, one of which any machine may hold up
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +60,7 @@ class Samples:
         An image that keeps more blocks rightly takes longer, so the deviation is pooled over groups of requests that
         ran equally many blocks. Where all requests run the same blocks this is trtexec's figure.
         """
-        return pooled_variation(self.latency_ms, self.blocks_run)
+        return _pooled_variation(self._equal_work(), self.latency_ms.mean())
 
     @property
     def typical_ms(self) -> float:
@@ -67,13 +68,17 @@ class Samples:
 
         That is the mean without what slows some requests of equal work, or speeds them up.
         """
-        groups = _equal_work(self.latency_ms, self.blocks_run)
-        return float(sum(len(group) * np.median(group) for group in groups) / len(self.latency_ms))
+        return self._mean_of_groups(np.median)
+
+    @property
+    def trimmed_mean_ms(self) -> float:
+        """Mean over requests of the mean latency of those that ran equally many blocks, without the slowest 5 %."""
+        return self._mean_of_groups(_without_slowest)
 
     @property
     def spread(self) -> float:
         """Distance of the quartiles of the latency of equal work, as a share of its median; NaN of few requests."""
-        groups = [group for group in _equal_work(self.latency_ms, self.blocks_run) if len(group) >= _MIN_QUARTILED]
+        groups = [group for group in self._equal_work() if len(group) >= _MIN_QUARTILED]
         if not groups:
             return float("nan")
         apart = sum(len(group) * np.subtract(*np.percentile(group, (75, 25))) for group in groups)
@@ -100,6 +105,13 @@ class Samples:
         """Return the lower and upper quartile of what `ratio_to` is the median of."""
         ratios = self._round_ratios(full)
         return None if ratios is None else _quartiles(ratios)
+
+    def _equal_work(self) -> list[np.ndarray]:
+        """Return the latencies in groups that ran equally many blocks, in one path engine or not."""
+        return _groups(self.latency_ms, self.blocks_run, self.hits)
+
+    def _mean_of_groups(self, figure: Callable[[np.ndarray], Any]) -> float:
+        return float(sum(len(group) * figure(group) for group in self._equal_work()) / len(self.latency_ms))
 
     def _of_rounds(self, figure: Callable[[np.ndarray], Any]) -> np.ndarray | None:
         """Return a figure of each round's latencies, float64 [rounds]; None where there were no rounds."""
@@ -130,17 +142,28 @@ def pooled_variation(times_ms: np.ndarray, blocks_run: np.ndarray) -> float:
 
     NaN where no two requests did, or all times are zero.
     """
-    groups = [group for group in _equal_work(times_ms, blocks_run) if len(group) > 1]
-    if not groups or times_ms.mean() == 0:
+    return _pooled_variation(_groups(times_ms, blocks_run), times_ms.mean())
+
+
+def _pooled_variation(groups: Sequence[np.ndarray], mean: float) -> float:
+    several = [group for group in groups if len(group) > 1]
+    if not several or mean == 0:
         return float("nan")
-    squares = sum(float(((group - group.mean()) ** 2).sum()) for group in groups)
-    freedom = sum(len(group) - 1 for group in groups)
-    return float(np.sqrt(squares / freedom) / times_ms.mean())
+    squares = sum(float(((group - group.mean()) ** 2).sum()) for group in several)
+    freedom = sum(len(group) - 1 for group in several)
+    return float(np.sqrt(squares / freedom) / mean)
 
 
-def _equal_work(times_ms: np.ndarray, blocks_run: np.ndarray) -> list[np.ndarray]:
-    """Return the times float [requests] in groups that ran equally many blocks."""
-    return [times_ms[blocks_run == n] for n in np.unique(blocks_run)]
+def _groups(times_ms: np.ndarray, *alike: np.ndarray | None) -> list[np.ndarray]:
+    """Return the times float [requests] in groups whose figures, float [requests] each, are alike."""
+    known = [figures for figures in alike if figures is not None]
+    _, group_of = np.unique(np.stack(known, axis=1), axis=0, return_inverse=True)
+    return [times_ms[group_of.ravel() == n] for n in range(group_of.max() + 1)]
+
+
+def _without_slowest(values: np.ndarray) -> float:
+    """Return the mean of all but the slowest of each 20."""
+    return float(np.sort(values)[: len(values) - len(values) // _SLOWEST_OF].mean())
 
 
 def _percentile(values: np.ndarray, percentile: float) -> float | None:

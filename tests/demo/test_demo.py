@@ -100,3 +100,15 @@ def bdtool_words() -> Callable[..., Result]:
         return result
 
     return run
+
+
+def test_times_of_a_busy_machine_are_not_shown_without_a_word(
+    bundle_copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures = {"accuracy": 0.9, "blocks": 3.0, "flops": 1.0, "median_ms": 1.0, "full_ms": 1.0, "ratio": 1.0}
+    monkeypatch.setattr(
+        tour, "_figures", lambda bundle, test, policy: {**figures, "policy": policy, "unstable": ["chain: torn apart"]}
+    )
+    tour._compare(bundle_copy, Path("test.npz"))
+    shown = capsys.readouterr()
+    assert "UNSTABLE, times are not to be trusted: learned (chain: torn apart), all (chain: torn apart)." in shown.err
