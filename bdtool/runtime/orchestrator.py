@@ -238,13 +238,14 @@ class Orchestrator:
         Raises:
             PolicyError: the bundle has no policy network.
         """
-        self._require_open()
         part = self.network.find("policy")
         if part is None:
             raise PolicyError("the bundle has no policy network; give a POLICY")
-        if part.name not in self._engines:
-            raise PolicyError(f"strategy {self.strategy_name!r} loads no policy network; open the bundle with 'chain'")
         with self._lock, self._current():
+            self._require_open()
+            if part.name not in self._engines:
+                name = self.strategy_name
+                raise PolicyError(f"strategy {name!r} loads no policy network; open the bundle with 'chain'")
             taken = self.prepare(images)
             slices = [taken[i : i + self.max_batch] for i in range(0, len(taken), self.max_batch)]
             engines = self._prepared().engines if self._needs_prepared(taken) else self._engines

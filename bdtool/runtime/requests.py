@@ -53,6 +53,8 @@ class PolicyReader:
     def _matrix_of(self, policy: str | None, n_images: int, first: int | None) -> np.ndarray | None:
         is_file = policy is not None and names_file(policy)  # which may be written anew between two calls
         request = self._parse_text(policy) if is_file else self._parse(policy)
+        if first is not None and first < 0:
+            raise ValueError(f"first: got {first}, expected the number of an image, from 0 on")
         if request.is_learned:
             return None
         if first is None and request.n_rows not in (None, n_images):

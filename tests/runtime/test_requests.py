@@ -16,6 +16,8 @@ def test_file_of_rows_must_fit_the_batch_unless_it_is_said_where_it_begins(fake,
     np.testing.assert_array_equal(runtime.run(images_of(range(3)), policy=file, first=2).policy, rows[2:])
     with pytest.raises(PolicyError, match=r"rows\.npy: got 5 rows for 3 images, expected one row .* Pass `first`"):
         runtime.run(images_of(range(3)), policy=file)
+    with pytest.raises(ValueError, match="first: got -2, expected the number of an image, from 0 on"):
+        runtime.run(images_of(range(2)), policy=file, first=-2)
     with pytest.raises(PolicyError, match=r"has 5 rows, but image 5"):
         runtime.run(images_of(range(3)), policy=file, first=3)
 

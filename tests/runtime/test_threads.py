@@ -66,3 +66,23 @@ def test_closing_waits_for_what_runs_in_another_thread(fake, images_of):
     assert len(results) == 1
     with pytest.raises(ValueError, match="was closed"):
         runtime.run(images_of([1]))
+
+
+def test_policy_asked_for_while_another_thread_closes_says_closed(fake, images_of):
+    runtime, errors = fake().runtime, []
+
+    def ask():
+        try:
+            runtime.decide(images_of([1]))
+        except Exception as error:
+            errors.append(error)
+
+    asking = threading.Thread(target=ask)
+    with runtime._lock:  # so that it asks before, and runs after
+        asking.start()
+        asking.join(0.05)
+        runtime.close()
+    asking.join(10)
+    [error] = errors
+    assert isinstance(error, ValueError)
+    assert "this orchestrator was closed" in str(error)
