@@ -136,7 +136,7 @@ _SHARED_HELP = {
     "seed": "Of every random draw.",
     "augment": "Crop and flip the images, or only flip them: policy networks learn best from what they will see.",
     "amp": "bfloat16; auto takes it where it is faster: CUDA, and CPUs with AMX.",
-    "limit": "Read the first N training images only.",
+    "limit": "Draw N of the training images, with seed 0, and read no others.",
 }
 _SGD_HELP = {"momentum": "Of SGD, Nesterov's.", "weight_decay": "Of SGD."}
 _POLICY_HELP = {

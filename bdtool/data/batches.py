@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -40,6 +40,7 @@ class ImageSource:
         picture_at: returns image i as uint8 [H, W, 3] in its own size, for training to crop; None where only
             `image_at` is known.
         rows: int64 [n_images], the images' numbers in the whole data set, of which this is a sample; None: it is whole.
+        drawn_from: description and number of images of the set that this was drawn from; None: it was not drawn.
     """
 
     description: str
@@ -49,6 +50,7 @@ class ImageSource:
     image_at: Callable[[int], np.ndarray]
     picture_at: Callable[[int], np.ndarray] | None = None
     rows: np.ndarray | None = None
+    drawn_from: tuple[str, int] | None = None
 
     def __post_init__(self) -> None:
         if not self.names:
@@ -80,39 +82,31 @@ class ImageSource:
         """Return a sample of the data set in one batch: as many images as that, drawn as by `drawn`."""
         return next(self.drawn(n_images).batches(n_images))
 
-    def first(self, n_images: int | None) -> ImageSource:
-        """Return the first `n_images` alone; None, or a smaller data set, gives all.
-
-        They stand for the set only where whoever made it shuffled it: see `drawn`.
-        """
-        if n_images is None:
-            return self
-        if n_images < 1:
-            raise ValueError(f"n_images must be at least 1; got {n_images}")
-        labels = None if self.labels is None else self.labels[:n_images]
-        rows = None if self.rows is None else self.rows[:n_images]
-        return replace(self, names=self.names[:n_images], labels=labels, rows=rows)
-
     def drawn(self, n_images: int | None, *, seed: int = 0) -> ImageSource:
         """Return a sample that stands for the set: folders list one class after another, so the first would not.
 
-        That many images are drawn without repetition, the same ones whenever the same set is asked with the same seed;
-        they keep the set's order, in which files are read best. None, or a smaller data set, gives all.
+        That many images are drawn without repetition, the same ones whenever the same set is asked with the same seed,
+        and all of them among those of a larger sample: 512 of 1,000 drawn are the 512 that the set gives. They keep
+        the set's order, in which files are read best. None, or a smaller data set, gives all.
         """
         if n_images is None or n_images >= self.n_images:
             return self
         if n_images < 1:
             raise ValueError(f"n_images must be at least 1; got {n_images}")
-        chosen = np.sort(np.random.default_rng(seed).choice(self.n_images, size=n_images, replace=False))
+        rows = np.arange(self.n_images) if self.rows is None else self.rows
+        lots = np.random.default_rng(seed).random(int(rows.max()) + 1)  # the same for an image in every sample
+        chosen = np.sort(np.argsort(lots[rows], kind="stable")[:n_images])
         picture_at = self.picture_at
+        whole, n_whole = self.drawn_from or (self.description, self.n_images)
         return ImageSource(
-            description=f"{self.description}, drawn from {self.n_images:,} images with seed {seed}",
+            description=f"{whole}, drawn from {n_whole:,} images with seed {seed}",
             is_real=self.is_real,
             names=[self.names[index] for index in chosen],
             labels=None if self.labels is None else self.labels[chosen],
             image_at=lambda index: self.image_at(int(chosen[index])),
             picture_at=None if picture_at is None else lambda index: picture_at(int(chosen[index])),
-            rows=chosen if self.rows is None else self.rows[chosen],
+            rows=rows[chosen],
+            drawn_from=(whole, n_whole),
         )
 
     def _read(self, first: int, stop: int) -> ImageBatch:

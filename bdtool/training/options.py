@@ -27,7 +27,7 @@ class StageOptions:
         schedule: one-cycle warms up and falls to almost 0; cosine falls to 0; step divides by 10 at half and at three
             quarters of the run.
         seed: of every draw: shuffling, augmentation and keep bits.
-        limit: read the first images of the data set only, for everything that is learned or counted; None reads all.
+        limit: draw so many images from the data set, for everything that is learned or counted; None reads all.
     """
 
     epochs: float

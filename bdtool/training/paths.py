@@ -15,20 +15,22 @@ from bdtool.training.distributed import Group
 from bdtool.training.tasks import Paths, Step
 
 
-def heuristic_paths(request: PolicyRequest, *, n_images: int) -> Paths:
+def heuristic_paths(request: PolicyRequest, images: ImageSource) -> Paths:
     """Return the paths of a POLICY other than learned: an image's row of a file, or a row drawn anew in each step.
 
     Raises:
-        PolicyError: the POLICY is a file with another number of rows than the data set has images.
+        PolicyError: the POLICY is a file with another number of rows than the data set has images, all of them.
     """
     if request.n_rows is None:
         return lambda step: torch.from_numpy(_drawn(request, step))
+    n_images = images.n_images if images.drawn_from is None else images.drawn_from[1]
     if request.n_rows != n_images:
         raise PolicyError(
             f"policy {request.name}: got {request.n_rows} rows for {n_images} training images, expected one row for "
             "each. Write it for this data set, or give one row [K] for all"
         )
-    return _rows_of_images(torch.from_numpy(request.matrix(n_images)))
+    rows = np.arange(n_images) if images.rows is None else images.rows
+    return _rows_of_images(torch.from_numpy(request.matrix_at(rows)))
 
 
 def deployed_paths(model: BlockDropModel, images: ImageSource, *, group: Group) -> Paths:

@@ -72,9 +72,9 @@ class Place:
                 "to train it anew"
             )
 
-    def with_first(self, n_images: int | None) -> Place:
-        """Return the same place with the first images of `train` alone; None leaves all."""
-        return replace(self, train=self.train.first(n_images))
+    def with_sample(self, n_images: int | None) -> Place:
+        """Return the same place with that many images drawn from `train`; None leaves all."""
+        return replace(self, train=self.train.drawn(n_images))
 
     @contextmanager
     def reserved(self) -> Iterator[None]:

@@ -103,7 +103,7 @@ def base_spec(
 
 def pretrain(spec: ModelSpec, options: PretrainOptions, place: Place) -> Trained:
     """Train a base network from random weights; `spec` says which, without a policy network."""
-    place = place.with_first(options.limit)
+    place = place.with_sample(options.limit)
     with place.reserved():
         model = build_model(dataclasses.replace(spec, has_policy=False), seed=options.seed)
         return _train(model, "pretrain", options, place, lambda m, amp: PretrainTask(m, options, amp=amp))
@@ -122,7 +122,7 @@ def curriculum(
         UsageError: `trunk` has another architecture, shortcut or input than the policy network; or the run would end
             before all blocks are learned.
     """
-    place = place.with_first(options.limit)
+    place = place.with_sample(options.limit)
     if options.batch <= place.train.n_images:  # else the trainer refuses the batch
         steps_per_epoch = place.train.n_images // options.batch
         options.check_all_learned(steps_per_epoch=steps_per_epoch, n_blocks=start.n_blocks)
@@ -148,7 +148,7 @@ def imitate(
     if place.group.size > 1:
         raise UsageError(f"imitate: got {place.group.size} processes, expected one; start it without torchrun")
     with place.reserved():
-        return _imitate(start, options, place.with_first(options.limit), trunk)
+        return _imitate(start, options, place.with_sample(options.limit), trunk)
 
 
 def _imitate(start: BlockDropModel, options: ImitateOptions, place: Place, trunk: BlockDropModel | None) -> Trained:
@@ -181,7 +181,7 @@ def finetune(start: BlockDropModel, options: FinetuneOptions, place: Place) -> T
             it gives each training image its own bits, which `place.val` cannot be measured with.
         UsageError: `freeze_policy` beside a heuristic.
     """
-    place = place.with_first(options.limit)
+    place = place.with_sample(options.limit)
     request = parse_policy(options.policy, n_blocks=start.n_blocks, has_policy_network=start.policy is not None)
     if options.freeze_policy and not request.is_learned:
         raise UsageError(f"policy {request.name}: has no policy network to freeze; use freeze_policy with learned")
@@ -202,7 +202,7 @@ def finetune(start: BlockDropModel, options: FinetuneOptions, place: Place) -> T
 def _fixed_paths(model: BlockDropModel, request: PolicyRequest, options: FinetuneOptions, place: Place) -> Paths | None:
     """Return the paths that the base alone learns along, or None where the policy network learns, too."""
     if not request.is_learned:
-        return heuristic_paths(request, n_images=place.train.n_images)
+        return heuristic_paths(request, place.train)
     if not options.freeze_policy:
         return None
     model.to(device=place.group.device)

@@ -74,7 +74,7 @@ def test_flipped_images_are_else_as_they_are_deployed(
 def test_facts_name_the_data_without_its_place(stripes: Path, random_model: Callable[..., BlockDropModel]) -> None:
     model = random_model("resnet8")
     source = open_data(str(stripes), network=network_spec(model))
-    facts = training_images(source.first(100), model.spec.preprocessing, device=CPU).facts
+    facts = training_images(source.drawn(100), model.spec.preprocessing, device=CPU).facts
     assert facts["name"] == "stripes.npz"
     assert facts["n_images"] == 100
     whole = training_images(source, model.spec.preprocessing, device=CPU).facts

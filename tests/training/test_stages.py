@@ -113,7 +113,7 @@ def test_frozen_policy_decides_on_pictures_as_they_are(
 ) -> None:
     model, where = random_model("resnet8", has_policy=True), place()
     shift_policy(model, where.train, 1.5)  # so that pictures differ
-    paths = deployed_paths(model, where.train.first(200), group=where.group)
+    paths = deployed_paths(model, where.train.drawn(200), group=where.group)
     expected = TorchClassifier(model).run(where.train.take(200).images).policy
     assert len(np.unique(expected, axis=0)) > 1
     index = torch.tensor([199, 3, 3, 60])
@@ -130,6 +130,16 @@ def test_base_learns_along_the_row_of_each_image(
     options = FinetuneOptions(epochs=1, batch=32, policy=str(tmp_path / "rows.npy"))
     trained = finetune(random_model("resnet8"), options, place(val=None))
     assert trained.epochs[0].blocks_mean == 2
+
+
+def test_images_of_a_sample_keep_their_rows(
+    random_model: Callable[..., BlockDropModel], place: Callable[..., Place], tmp_path: Path
+) -> None:
+    rows, drawn = np.zeros((256, 3), dtype=bool), place().train.take(64).rows
+    rows[drawn, 0] = True
+    np.save(tmp_path / "rows.npy", rows)
+    options = FinetuneOptions(epochs=1, batch=32, policy=str(tmp_path / "rows.npy"), limit=64)
+    assert finetune(random_model("resnet8"), options, place(val=None)).epochs[0].blocks_mean == 1
 
 
 def test_rows_of_training_images_are_not_measured_on_others(
@@ -210,7 +220,7 @@ def test_limit_leaves_all_other_images_unread(
         "finetune": lambda: finetune(start, FinetuneOptions(**quick, freeze_policy=True, blocks=1.5), where),
     }
     assert run[stage]().model.spec.provenance["data"]["n_images"] == 40
-    assert read == set(range(40))
+    assert read == set(source.take(40).rows)
 
 
 @pytest.mark.parametrize("has_amx", [True, False])
