@@ -52,10 +52,9 @@ def evaluate(
     *,
     policy: str | None = None,
     batch_size: int = 64,
-    limit: int | None = None,
     on_batch: Callable[[int], None] = lambda n_images: None,
 ) -> Evaluation:
-    """Classify every image (or `limit` of them, drawn as by `ImageSource.drawn`) and count.
+    """Classify every image and count.
 
     Args:
         policy: a POLICY; None is the policy network, or `all` where there is none.
@@ -69,7 +68,6 @@ def evaluate(
         raise DataError(f"no labels in {data.description}; evaluate needs them: an .npz with y, or one folder a class")
     network = classifier.network
     request = parse_policy(policy, n_blocks=network.n_blocks, has_policy_network=network.has_policy)
-    data = data.drawn(limit)
     correct, kept = [], []
     for batch in data.batches(batch_size):
         assert batch.labels is not None

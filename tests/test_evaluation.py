@@ -75,7 +75,7 @@ def test_figures_equal_a_count_by_hand(tiny: Any, data: ImageSource) -> None:
     fixed = cost["stem"] + cost["block_00"] + cost["block_02"] + cost["head"]
     dropped, kept = fixed + cost["shortcut_01"], fixed + cost["block_01"]
 
-    learned = evaluate(_Answers(network), data, batch_size=10, limit=20)
+    learned = evaluate(_Answers(network), data.drawn(20), batch_size=10)
     assert learned.accuracy == 2 / 20
     assert (learned.n_images, learned.unique_policies) == (20, 2)
     assert (learned.blocks_mean, learned.blocks_std) == (2.5, 0.5)
@@ -94,7 +94,7 @@ def test_row_of_a_policy_file_goes_with_its_image(tiny: Any, data: ImageSource, 
     answers = _Answers(Bundle.open(tiny.bundle).network)
     run = answers.run
     answers.run = lambda images, policy: given.append(policy) or run(images, policy)  # type: ignore[method-assign]
-    result = evaluate(answers, data, policy=str(tmp_path / "bits.npy"), batch_size=10, limit=20)
+    result = evaluate(answers, data.drawn(20), policy=str(tmp_path / "bits.npy"), batch_size=10)
     drawn = [data.names.index(name) for name in data.drawn(20).names]
     np.testing.assert_array_equal(np.concatenate(given), rows[drawn])
     assert result.input_source == f"{data.description}, drawn from {data.n_images} images with seed 0"
