@@ -94,14 +94,6 @@ def test_absent_directory_for_the_model(bdtool, blockdrop_checkpoint, tmp_path):
     assert "absent does not exist. Make it, or choose another place" in message
 
 
-def test_checkpoint_is_not_overwritten_by_its_own_import(bdtool, blockdrop_checkpoint, tmp_path):
-    checkpoint = shutil.copy(blockdrop_checkpoint, tmp_path / "c.t7")
-    before = sha256_of_file(checkpoint)
-    message = bdtool("import", checkpoint, "--arch", "resnet8", "-o", checkpoint, status=2).stderr
-    assert "c.t7 is also given as CHECKPOINT, and would be overwritten; choose another name" in message
-    assert sha256_of_file(checkpoint) == before
-
-
 def test_failed_import_leaves_the_earlier_model(bdtool, blockdrop_checkpoint, tiny, tmp_path):
     model = shutil.copy(tiny.path, tmp_path / "m")
     bdtool("import", blockdrop_checkpoint, "--arch", "resnet20", "-o", model, status=1)
@@ -364,68 +356,7 @@ def test_wrong_numbers_for_profile(bdtool, tiny, words, message):
     assert message in bdtool("profile", tiny.bundle, *words, status=2).stderr
 
 
-# one thing where another is expected
-
-
-def test_bundle_where_a_model_is_expected_names_the_model_in_it(bdtool, bundle_copy, npz, tmp_path):
-    told = (
-        f"'{bundle_copy}' is a BUNDLE, expected a MODEL file. It was exported from the one in it: '{bundle_copy}/weigh"
-    )
-    for words in (("export", bundle_copy, "-o", "b"), ("train", "finetune", bundle_copy, "--data", npz, "-o", "m")):
-        assert told in bdtool(*words, status=2).stderr
-    message = bdtool("export", tmp_path, "-o", "b", status=2).stderr
-    assert f"'{tmp_path}' is a directory, expected a MODEL file (.safetensors)" in message
-
-
-def test_file_where_a_bundle_is_expected_is_told_apart(bdtool, bundle_copy, picture):
-    for file in (bundle_copy / "manifest.json", bundle_copy / "onnx" / "stem.onnx"):
-        message = bdtool("build", file, status=2).stderr
-        assert f"'{file}' is a file of the BUNDLE '{bundle_copy}'; give that directory" in message
-    assert "give that directory" in bdtool("inspect", bundle_copy / "manifest.json", status=2).stderr
-    message = bdtool("run", picture, bundle_copy, status=2).stderr
-    assert (
-        f"'{picture}' is a file, expected the directory of a BUNDLE, which `bdtool export` makes of a MODEL" in message
-    )
-    message = bdtool("build", bundle_copy.parent / "a b", status=2).stderr
-    assert f"no such directory. `bdtool export MODEL -o '{bundle_copy.parent}/a b'` makes one" in message
-
-
-def test_shipped_model_or_directory_is_no_checkpoint(bdtool, tmp_path):
-    message = _import(bdtool, "r32-cifar10", tmp_path / "m", status=2)
-    assert "'r32-cifar10' is a MODEL already, which ships with bdtool. Go on with it: bdtool export" in message
-    assert f"'{tmp_path}' is a directory, expected a checkpoint file" in _import(
-        bdtool, tmp_path, tmp_path / "m", status=2
-    )
-
-
-def test_directory_of_images_shows_how_to_name_them(bdtool, tiny, tmp_path):
-    message = bdtool("run", tiny.bundle, tmp_path, status=2).stderr
-    assert f"is a directory, expected image files, for instance {tmp_path}/*.png" in message
-
-
-def test_no_command_writes_over_what_it_reads(bdtool, tiny, npz, picture, tmp_path):
-    bits = tmp_path / "p.npy"
-    np.save(bits, np.array([1, 0, 1]))
-    (tmp_path / "link.png").symlink_to(picture)
-    for target, name, *words in (
-        (picture, "IMAGES...", "run", tiny.bundle, picture, "--json"),
-        (tmp_path / "link.png", "IMAGES...", "run", tiny.bundle, picture, "--json"),
-        (npz, "--data", "evaluate", tiny.bundle, "--data", npz, "--json"),
-        (bits, "--policy", "run", tiny.bundle, picture, "--policy", bits, "--json"),
-        (npz, "--data", "report", tiny.bundle, "--data", npz, "-o"),
-        (npz, "--val", "train", "finetune", tiny.path, "--data", "cifar10:there", "--val", npz, "--json"),
-    ):
-        before = sha256_of_file(target)
-        extra = ("-o", tmp_path / "new") if words[0] == "train" else ()
-        message = bdtool(*words, target, *extra, status=2).stderr
-        assert f"{target} is also given as {name}, and would be overwritten; choose another name" in message
-        assert sha256_of_file(target) == before
-
-
-def test_policy_of_many_bits_is_no_file(bdtool, tiny, picture, tmp_path):
-    (tmp_path / "old.json").write_text("{}")
-    words = ("run", tiny.bundle, picture, "--policy", "01" * 300, "--json", tmp_path / "old.json")
-    assert "got 600 bits, the model has 3 blocks" in bdtool(*words, status=2).stderr
+# what the messages tell to do
 
 
 def test_commands_to_copy_quote_their_paths(bdtool, tiny, picture, blockdrop_checkpoint, tmp_path):
