@@ -9,7 +9,7 @@ import click
 from click.core import ParameterSource
 
 from bdtool.cli.command import Command
-from bdtool.cli.options import BUNDLE, FiniteRange, data_option, json_option, policy_option, resize_option
+from bdtool.cli.options import BUNDLE, DATA, FiniteRange, data_option, json_option, policy_option, resize_option
 from bdtool.cli.output import emit, print_table, progress, tell_when_stopped, warn
 from bdtool.words import percent
 from export.manifest import CALIBRATED
@@ -68,7 +68,13 @@ if TYPE_CHECKING:
 @click.option(
     "--include", type=click.Choice(["policy", "head"]), multiple=True, help="Quantize this part, too; may be repeated."
 )
-@click.option("--eval", "evaluation", metavar="DATA", help="Labelled images for the gates. Default: those of --data.")
+@click.option(
+    "--eval",
+    "evaluation",
+    type=DATA,
+    metavar="DATA",
+    help="Labelled images for the gates. Default: those of --data.",
+)
 @click.option("--eval-limit", type=click.IntRange(min=1), help="Only N images for the gates, drawn with seed 0.")
 @click.option(
     "--max-accuracy-drop",

@@ -4,35 +4,34 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import click
 
-from bdtool.cli.options import NewFile
+from bdtool.cli.options import NewDirectory, NewFile, PathInText
 
 
 class Command(click.Command):
-    """Refuses, before anything is done, a file to write that is given as one to read, under whatever name."""
+    """Refuses, before anything is done, to write what is given to be read, under whatever name, or one place twice."""
 
     def invoke(self, context: click.Context) -> Any:
-        for param in self.params:
-            target = context.params.get(param.name or "")
-            if isinstance(param.type, NewFile) and target is not None and os.path.isfile(target):
-                self._refuse_overwriting(context, param, Path(target))
+        targets = [(param, path) for param in self.params for path in _targets(param, context)]
+        for (first, place), (second, target) in combinations(targets, 2):
+            if _is_same(place, target):
+                names = f"{_name(first, context)} and {_name(second, context)}"
+                _refuse(f"{target} is given twice: as {names}; choose another name for one of them", second, context)
+        for param, target in targets:
+            if isinstance(param.type, NewFile):
+                self._refuse_overwriting(context, param, target)
         return super().invoke(context)
 
     def _refuse_overwriting(self, context: click.Context, param: click.Parameter, target: Path) -> None:
         for other in self.params:
-            for given in _paths(context.params.get(other.name or "")):
-                # os.path, since a policy of many bits is too long for a file's name
-                if other is not param and os.path.exists(given) and target.samefile(given):
-                    name = other.opts[0] if isinstance(other, click.Option) else other.make_metavar(context)
-                    raise click.BadParameter(
-                        f"{target} is also given as {name}, and would be overwritten; choose another name",
-                        ctx=context,
-                        param=param,
-                    )
+            for source in _sources(other, context):
+                if problem := _problem(target, source, _name(other, context)):
+                    _refuse(problem, param, context)
 
 
 class Group(click.Group):
@@ -41,10 +40,41 @@ class Group(click.Group):
     command_class = Command
 
 
-def _paths(value: Any) -> Iterator[Path]:
-    """Yield the paths that a parameter's value may be: DATA and POLICY are texts, and images are several."""
-    if isinstance(value, str | Path) and str(value):
-        yield Path(value)
-    elif isinstance(value, tuple):
-        for one in value:
-            yield from _paths(one)
+def _targets(param: click.Parameter, context: click.Context) -> Iterator[Path]:
+    """Yield what a parameter names to be written; not stdout nor a device, which keep nothing to lose."""
+    value = context.params.get(param.name or "")
+    if isinstance(param.type, NewFile | NewDirectory) and value is not None and str(value) != "-":
+        path = Path(value)
+        if not path.exists() or path.is_file() or path.is_dir():
+            yield path
+
+
+def _sources(param: click.Parameter, context: click.Context) -> Iterator[Path]:
+    """Yield what a parameter names to be read, where it is there."""
+    value = context.params.get(param.name or "")
+    for one in value if isinstance(value, tuple) else (value,):
+        path = None
+        if isinstance(param.type, PathInText):
+            path = param.type.path_of(one) if one is not None else None
+        elif isinstance(param.type, click.Path) and not isinstance(param.type, NewFile | NewDirectory):
+            path = one
+        if path is not None and os.path.exists(path):
+            yield Path(path)
+
+
+def _problem(target: Path, source: Path, name: str) -> str | None:
+    """Say what a file to write would do to what is read; None: nothing."""
+    same = target.is_file() and target.samefile(source)
+    return f"{target} is also given as {name}, and would be overwritten; choose another name" if same else None
+
+
+def _is_same(first: Path, second: Path) -> bool:
+    return os.path.realpath(first) == os.path.realpath(second)  # not Path.resolve, which raises on links in a circle
+
+
+def _name(param: click.Parameter, context: click.Context) -> str:
+    return param.opts[0] if isinstance(param, click.Option) else param.make_metavar(context)
+
+
+def _refuse(problem: str, param: click.Parameter, context: click.Context) -> None:
+    raise click.BadParameter(problem, ctx=context, param=param)

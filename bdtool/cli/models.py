@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from bdtool.cli.command import Command
-from bdtool.cli.options import CHECKPOINT, NEW_MODEL, NumberList, json_option
+from bdtool.cli.options import CHECKPOINT, NEW_MODEL, NumberList, PathInText, json_option
 from bdtool.cli.output import emit, mega, print_table
 from bdtool.words import percent
 
@@ -36,6 +36,7 @@ _CIFAR10 = "cifar10"
 )
 @click.option(
     "--labels",
+    type=PathInText("labels", lambda labels: None if labels == _CIFAR10 else Path(labels)),
     metavar="cifar10|FILE",
     help="Class names: a text file with one a line. Default: CIFAR-10's or ImageNet's where they fit.",
 )

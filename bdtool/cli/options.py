@@ -144,6 +144,25 @@ class ImagePath(click.Path):
         return super().convert(value, param, ctx)
 
 
+class PathInText(click.ParamType):  # type: ignore[type-arg]  # generic only in newer versions of click
+    """A text that may name a file or directory to read; `path_of` returns that, or None."""
+
+    def __init__(self, name: str, path_of: Callable[[str], Path | None]) -> None:
+        self.name, self.path_of = name, path_of
+
+
+def _path_of_data(data: str) -> Path | None:
+    from bdtool.data.sources import path_from_data
+
+    return path_from_data(data)
+
+
+def _path_of_policy(policy: str) -> Path | None:
+    from bdtool.runtime.policies import names_file
+
+    return Path(policy.strip()) if names_file(policy) else None
+
+
 def _directory_for_model(path: Path) -> str:
     weights = path / _WEIGHTS
     if (path / MANIFEST_NAME).is_file() and weights.is_file():
@@ -173,6 +192,8 @@ MODEL_OR_BUNDLE = ModelPath(exists=True, path_type=Path)
 NEW_DIRECTORY = NewDirectory(file_okay=False, path_type=Path)
 NEW_FILE = NewFile(dir_okay=False, path_type=Path)
 NEW_MODEL = NewModel(dir_okay=False, path_type=Path)
+DATA = PathInText("data", _path_of_data)
+POLICY = PathInText("policy", _path_of_policy)
 JSON_FILE = NewFile(dir_okay=False, allow_dash=True, path_type=str)
 
 
@@ -220,7 +241,7 @@ def policy_option(command: _Command) -> _Command:
         "learned, all, none, first:K, random:K[:SEED], random:LOW-HIGH[:SEED], distribute:K, a string of 0 and 1, or "
         "FILE.npy. Default: learned where the model has a policy network, else all."
     )
-    return click.option("--policy", metavar="POLICY", help=help_text)(command)
+    return click.option("--policy", type=POLICY, metavar="POLICY", help=help_text)(command)
 
 
 def data_option(*, required: bool) -> Callable[[_Command], _Command]:
@@ -230,7 +251,7 @@ def data_option(*, required: bool) -> Callable[[_Command], _Command]:
     )
     if not required:
         help_text += " Default: synthetic pictures, labelled as such in the result."
-    return click.option("--data", metavar="DATA", required=required, help=help_text)
+    return click.option("--data", type=DATA, metavar="DATA", required=required, help=help_text)
 
 
 def resize_option(command: _Command) -> _Command:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from bdtool.cli.command import Group
-from bdtool.cli.options import MODEL, NEW_MODEL, FiniteRange, NumberList, json_option
+from bdtool.cli.options import DATA, MODEL, NEW_DIRECTORY, NEW_MODEL, POLICY, FiniteRange, NumberList, json_option
 from bdtool.cli.output import emit
 from bdtool.cli.training_output import logs, print_figures, print_resumed, show
 from bdtool.training.options import CurriculumOptions, FinetuneOptions, ImitateOptions, PretrainOptions, StageOptions
@@ -54,11 +54,17 @@ def _run_options(command: _Command) -> _Command:
         command,
         click.option(
             "--data",
+            type=DATA,
             metavar="DATA",
             required=True,
             help="Labelled training images: FILE.npz, a folder per class, cifar10:ROOT, cifar100:ROOT, imagenet:ROOT.",
         ),
-        click.option("--val", metavar="DATA", help="Labelled images to measure on, after each epoch and at the end."),
+        click.option(
+            "--val",
+            type=DATA,
+            metavar="DATA",
+            help="Labelled images to measure on, after each epoch and at the end.",
+        ),
         click.option("-o", "--output", type=NEW_MODEL, required=True, metavar="MODEL", help="The MODEL file to write."),
         click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda", help="Where to train."),
         click.option("--threads", type=click.IntRange(min=1), help="CPU threads. Default: torch's own choice."),
@@ -88,7 +94,7 @@ def _epoch_options(command: _Command) -> _Command:
     return _with_options(
         command,
         _resume_options(save_every_s=120, also="after each epoch"),
-        click.option("--tensorboard", type=click.Path(file_okay=False, path_type=Path), help="Write event files here."),
+        click.option("--tensorboard", type=NEW_DIRECTORY, help="Write event files here."),
     )
 
 
@@ -118,6 +124,8 @@ def _option_from_field(field: dataclasses.Field[Any], help_text: str) -> Callabl
         )
     if isinstance(default, bool):
         return click.option(name, is_flag=True, default=default, help=help_text)
+    if field.name == "policy":
+        return click.option(name, type=POLICY, metavar="POLICY", default=default, show_default=True, help=help_text)
     is_float = str(field.type).startswith("float")
     if default is None:
         return click.option(name, type=FiniteRange(min=0) if is_float else click.IntRange(min=1), help=help_text)

@@ -43,6 +43,15 @@ def open_data(data: str, *, network: NetworkSpec, resize: bool = False, split: S
     return source
 
 
+def path_from_data(data: str) -> Path | None:
+    """Return the file or directory that a DATA reads, whether it is there or not; None where it reads none."""
+    if data.split(":", 1)[0] == "synthetic":
+        return None
+    if match := _TORCHVISION.fullmatch(data):
+        return Path(match["root"]).expanduser()
+    return Path(data) if data else None
+
+
 def _open_form(data: str, *, network: NetworkSpec, resize: bool, split: Split) -> ImageSource:
     if data.split(":", 1)[0] == "synthetic":
         return _synthetic_source(data, network=network)
