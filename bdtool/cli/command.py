@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from bdtool.cli.options import NewDirectory, NewFile, PathInText
+from bdtool.cli.options import BundlePath, ModelPath, NewDirectory, NewFile, PathInText
 
 
 class Command(click.Command):
@@ -30,7 +30,7 @@ class Command(click.Command):
     def _refuse_overwriting(self, context: click.Context, param: click.Parameter, target: Path) -> None:
         for other in self.params:
             for source in _sources(other, context):
-                if problem := _problem(target, source, _name(other, context)):
+                if problem := _problem(target, source, other, _name(other, context)):
                     _refuse(problem, param, context)
 
 
@@ -62,14 +62,28 @@ def _sources(param: click.Parameter, context: click.Context) -> Iterator[Path]:
             yield Path(path)
 
 
-def _problem(target: Path, source: Path, name: str) -> str | None:
+def _problem(target: Path, source: Path, param: click.Parameter, name: str) -> str | None:
     """Say what a file to write would do to what is read; None: nothing."""
-    same = target.is_file() and target.samefile(source)
-    return f"{target} is also given as {name}, and would be overwritten; choose another name" if same else None
+    if not source.is_dir():
+        same = target.is_file() and target.samefile(source)
+        return f"{target} is also given as {name}, and would be overwritten; choose another name" if same else None
+    if not _is_below(target, source):
+        return None
+    if isinstance(param.type, BundlePath | ModelPath):  # of those the directories are bundles
+        return f"{target} lies in {source}, given as {name}, which holds its own files alone; choose another place"
+    if target.is_file():
+        return f"{target} lies in {source}, given as {name}, and would be overwritten; choose another name"
+    return None
 
 
 def _is_same(first: Path, second: Path) -> bool:
     return os.path.realpath(first) == os.path.realpath(second)  # not Path.resolve, which raises on links in a circle
+
+
+def _is_below(target: Path, directory: Path) -> bool:
+    """Say whether a file lies in a directory: itself or, where it is a link, what that leads to."""
+    places = (Path(os.path.realpath(target)), Path(os.path.realpath(target.parent), target.name))
+    return any(place.is_relative_to(os.path.realpath(directory)) for place in places)
 
 
 def _name(param: click.Parameter, context: click.Context) -> str:

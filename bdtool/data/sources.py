@@ -10,7 +10,7 @@ from bdtool.data.folders import folder_source
 from bdtool.data.layouts import Split
 from bdtool.data.npz import npz_source
 from bdtool.data.synthetic import synthetic_image
-from bdtool.data.torchvision_sets import N_CLASSES, torchvision_source
+from bdtool.data.torchvision_sets import N_CLASSES, directory_of_set, torchvision_source
 from bdtool.errors import UsageError
 from bdtool.specs import NetworkSpec
 
@@ -48,7 +48,7 @@ def path_from_data(data: str) -> Path | None:
     if data.split(":", 1)[0] == "synthetic":
         return None
     if match := _TORCHVISION.fullmatch(data):
-        return Path(match["root"]).expanduser()
+        return directory_of_set(match["name"], Path(match["root"]).expanduser())
     return Path(data) if data else None
 
 

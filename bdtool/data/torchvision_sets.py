@@ -32,11 +32,21 @@ def torchvision_source(name: str, root: Path, *, network: NetworkSpec, resize: b
     return open_set(name, root, network=network, resize=resize, split=split)
 
 
+def directory_of_set(name: str, root: Path) -> Path:
+    """Return the directory, `root` or one in it, that the files of one of these data sets are read from."""
+    return root if name not in CIFAR_FOLDERS or _is_unpacked_folder(name, root) else root / CIFAR_FOLDERS[name]
+
+
+def _is_unpacked_folder(name: str, root: Path) -> bool:
+    """Say whether `root` is what CIFAR's archive unpacks to, rather than the directory that it was unpacked in."""
+    return all((root / file).is_file() for file in CIFAR_FILES[name])
+
+
 def _cifar_source(name: str, root: Path, *, network: NetworkSpec, resize: bool, split: Split) -> ImageSource:
     from torchvision import datasets
 
     dataset_class = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
-    if all((root / file).is_file() for file in CIFAR_FILES[name]):  # the unpacked folder itself was given
+    if _is_unpacked_folder(name, root):
         dataset_class = type(dataset_class.__name__, (dataset_class,), {"base_folder": ""})
     try:
         # torchvision compares every file with a known digest before it unpickles it

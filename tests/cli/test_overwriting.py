@@ -41,6 +41,76 @@ def test_policy_of_many_bits_is_no_file(bdtool, tiny, picture, tmp_path):
     assert "got 600 bits, the model has 3 blocks" in bdtool(*words, status=2).stderr
 
 
+@pytest.fixture
+def folders(tmp_path, picture):
+    """Ten classes of one picture each."""
+    for label in range(10):
+        (tmp_path / "folders" / str(label)).mkdir(parents=True)
+        shutil.copy(picture, tmp_path / "folders" / str(label) / "00.png")
+    return tmp_path / "folders"
+
+
+def test_no_command_writes_into_a_bundle(bdtool, bundle_copy, tiny, npz, picture, digests):
+    before = digests(bundle_copy)
+    inside = bundle_copy / "onnx" / "full.onnx"
+    for target, name, *words in (
+        (inside, "BUNDLE", "fuse", bundle_copy, "-o"),
+        (bundle_copy / "new.html", "BUNDLE", "report", bundle_copy, "--data", npz, "-o"),
+        (bundle_copy / "engines.json", "BUNDLE", "run", bundle_copy, picture, "--json"),
+        (bundle_copy / "manifest.json", "MODEL_OR_BUNDLE", "inspect", bundle_copy, "--json"),
+        (bundle_copy / "new.json", "--baseline", "profile", tiny.bundle, "--baseline", bundle_copy, "--json"),
+    ):
+        message = bdtool(*words, target, status=2).stderr
+        assert f"{target} lies in {bundle_copy}, given as {name}, which holds its own files alone" in message
+    assert digests(bundle_copy) == before
+
+
+def test_bundle_is_found_under_another_name(bdtool, bundle_copy, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to("bundle")
+    (tmp_path / "full.onnx").symlink_to("bundle/onnx/full.onnx")
+    for given, target in (("link", "bundle/new.onnx"), ("bundle", "link/../bundle/onnx/new"), ("link", "full.onnx")):
+        assert f"{target} lies in {given}, given as BUNDLE" in bdtool("fuse", given, "-o", target, status=2).stderr
+
+
+def test_no_command_writes_over_what_lies_in_a_folder_of_data(bdtool, tiny, folders, digests, tmp_path):
+    before = digests(folders)
+    target = folders / "3" / "00.png"
+    training = ("train", "finetune", tiny.path, "--data", "synthetic", "-o", tmp_path / "new", "--val", folders)
+    for name, *words in (
+        ("--data", "evaluate", tiny.bundle, "--data", folders),
+        ("--eval", "calibrate", tiny.bundle, "--data", "synthetic", "--eval", folders),
+        ("--val", *training),
+    ):
+        message = bdtool(*words, "--json", target, status=2).stderr
+        assert f"{target} lies in {folders}, given as {name}, and would be overwritten; choose another name" in message
+    assert digests(folders) == before
+
+
+def test_new_file_in_a_folder_of_data_is_written(bdtool, tiny, folders):
+    bdtool("evaluate", tiny.bundle, "--data", folders, "--json", folders / "result.json")
+    assert (folders / "result.json").is_file()
+
+
+def test_no_command_writes_over_the_files_of_a_known_data_set(bdtool, tiny, tmp_path):
+    batches = tmp_path / "cifar-10-batches-py"
+    batches.mkdir()
+    for name in ("data_batch_1", "test_batch"):
+        (batches / name).write_text("precious")
+    for root in (tmp_path, batches):
+        words = ("evaluate", tiny.bundle, "--data", f"cifar10:{root}", "--json", batches / "test_batch")
+        assert f"test_batch lies in {batches}, given as --data" in bdtool(*words, status=2).stderr
+    (tmp_path / "old.json").write_text("{}")  # beside the data set, whatever ROOT is
+    words = ("evaluate", tiny.bundle, "--data", f"cifar10:{tmp_path}", "--json", tmp_path / "old.json")
+    assert "data set not found or damaged" in bdtool(*words, status=1).stderr
+
+
+def test_earlier_model_beside_the_event_files_may_be_replaced(bdtool, tiny, tmp_path):
+    (tmp_path / "model").touch()
+    words = ("train", "finetune", tiny.path, "--data", "absent.npz", "-o", tmp_path / "model")
+    assert "'absent.npz': no such file" in bdtool(*words, "--tensorboard", tmp_path, status=2).stderr
+
+
 def test_text_that_is_no_path_is_not_taken_for_one(bdtool, tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("resnet32", "synthetic", "cpu", "all"):
