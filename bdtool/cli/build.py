@@ -13,6 +13,8 @@ from bdtool.cli.command import Command
 from bdtool.cli.options import BUNDLE, NEW_FILE, PRECISION, data_option, json_option, policy_option, resize_option
 from bdtool.cli.output import emit, progress, tell_when_stopped
 from bdtool.cli.tensorrt import details_lines, tensorrt_options, tensorrt_options_from
+from bdtool.errors import BundleError
+from bdtool.runtime.read_only import is_read_only
 from bdtool.words import percent
 
 if TYPE_CHECKING:
@@ -86,6 +88,8 @@ def build_cmd(
 
     options = _MaskOptions(paths=paths, coverage=coverage, data=data, policy=policy, limit=limit, resize=resize)
     opened = Bundle.open(bundle)
+    if options.wanted:
+        _refuse_read_only(opened.path)
     trt = tensorrt_options_from(backend, tensorrt, default_max_batch=opened.manifest.max_batch)
     identity = identify_backend(backend, device, tensorrt=trt)
     store = EngineStore(opened, identity, precision=precision)
@@ -179,6 +183,15 @@ class _MaskOptions:
     @property
     def wanted(self) -> bool:
         return self.paths is not None or self.coverage is not None
+
+
+def _refuse_read_only(bundle: Path) -> None:
+    """Refuse to note masks where they have no place, before engines are built and all images counted."""
+    if is_read_only(bundle):
+        raise BundleError(
+            f"{bundle} is read-only, and its keep masks would have no place. Make it writable, or build a copy with "
+            "--paths or --coverage"
+        )
 
 
 def _note_masks(bundle: Bundle, store: EngineStore, device: str, options: _MaskOptions) -> dict[str, Any]:

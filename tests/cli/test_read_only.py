@@ -46,3 +46,12 @@ def test_read_only_bundle_is_neither_replaced_nor_calibrated(read_only, bdtool, 
     assert f"{read_only} is read-only, and its int8 parts would have no place. Make it writable" in message
     assert digests(read_only) == before
     assert sorted(read_only.parent.iterdir()) == beside
+
+
+def test_masks_of_a_read_only_bundle_are_not_counted(read_only, bdtool, npz, monkeypatch, digests):
+    monkeypatch.setattr("bdtool.frequent_masks.frequent_masks", lambda *_, **__: pytest.fail("counted"))
+    before = digests(read_only)
+    for option in (("--paths", 2), ("--coverage", 0.9)):
+        message = bdtool("build", read_only, "--data", npz, *option, status=1).stderr
+        assert f"{read_only} is read-only, and its keep masks would have no place. Make it writable" in message
+    assert digests(read_only) == before
