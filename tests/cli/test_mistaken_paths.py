@@ -37,3 +37,12 @@ def test_shipped_model_or_directory_is_no_checkpoint(bdtool, tmp_path):
 def test_directory_of_images_shows_how_to_name_them(bdtool, tiny, tmp_path):
     message = bdtool("run", tiny.bundle, tmp_path, status=2).stderr
     assert f"is a directory, expected image files, for instance {tmp_path}/*.png" in message
+
+
+def test_directory_of_validation_data_is_not_told_to_be_the_training_data(bdtool, tiny, npz, tmp_path):
+    (tmp_path / "val").mkdir()
+    npz.rename(tmp_path / "val" / "val.npz")
+    words = ("train", "finetune", tiny.path, "--data", "synthetic", "--val", tmp_path / "val", "-o", tmp_path / "m")
+    message = bdtool(*words, status=2).stderr
+    assert f"it holds val.npz; pass the file itself: {tmp_path}/val/val.npz\n" in message
+    assert "--data" not in message

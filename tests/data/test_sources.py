@@ -238,13 +238,13 @@ def test_empty_directory_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "split", "message"),
     [
-        (["test.npz"], "test", r"no images in it; it holds test\.npz; pass the file: --data .*/test\.npz$"),
-        (["test.npz", "train.npz"], "train", r"it holds test\.npz, train\.npz; pass the file: --data .*/train\.npz$"),
+        (["test.npz"], "test", r"no images in it; it holds test\.npz; pass the file itself: .*/test\.npz$"),
+        (["test.npz", "train.npz"], "train", r"it holds test\.npz, train\.npz; pass the file itself: .*/train\.npz$"),
         (["a.npz", "b.npz", "c.npz", "d.npz"], "test", r"it holds a\.npz, b\.npz, c\.npz, \.\.\.; .*/a\.npz$"),
-        (["data_batch_1", "test_batch"], "test", r"it holds cifar10's own files; pass --data cifar10:"),
-        (["train", "test", "meta"], "test", r"it holds cifar100's own files; pass --data cifar100:"),
-        (["cifar-10-batches-py/data_batch_1"], "test", r"it holds cifar-10-batches-py; pass --data cifar10:"),
-        (["cifar-10-python.tar.gz"], "test", r"unpack that there \(tar -xzf\), then pass --data cifar10:"),
+        (["data_batch_1", "test_batch"], "test", r"it holds cifar10's own files; pass cifar10:"),
+        (["train", "test", "meta"], "test", r"it holds cifar100's own files; pass cifar100:"),
+        (["cifar-10-batches-py/data_batch_1"], "test", r"it holds cifar-10-batches-py; pass cifar10:"),
+        (["cifar-10-python.tar.gz"], "test", r"unpack that there \(tar -xzf\), then pass cifar10:"),
         (["data_batch_1.bin"], "test", r"binary version; cifar10:ROOT reads the Python version"),
     ],
 )
