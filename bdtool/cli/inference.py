@@ -139,7 +139,7 @@ def evaluate_cmd(
     default="90,95,99",
     show_default=True,
     metavar="LIST",
-    help="Percentiles to report; those that too few requests hold are left out (p99 takes 100).",
+    help="Percentiles to report; those that too few requests hold are null (p99 takes 100).",
 )
 @resize_option
 @place_options(graphs=True)

@@ -188,4 +188,5 @@ def test_percentiles_of_few_images_are_left_out(varied: ReportData) -> None:
     data = dataclasses.replace(varied, strategies=tuple(few))
     assert "99 % within" not in latency_distribution(data).text
     assert "90 % within" in latency_distribution(data).text
+    assert "percentile" not in latency_distribution(data).text
     assert 2 * "\N{EN DASH} " in Page(render(data)).text
