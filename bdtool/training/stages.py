@@ -30,7 +30,7 @@ from bdtool.models.checkpoint_formats import (
 from bdtool.models.model import BlockDropModel, build_model
 from bdtool.models.model_spec import ModelSpec
 from bdtool.models.store import save_model
-from bdtool.runtime.policies import PolicyRequest, bits_of, parse_policy
+from bdtool.runtime.policies import PolicyRequest, bits_of, names_file, parse_policy
 from bdtool.torch_classifier import TorchClassifier
 from bdtool.training.budget import shift_policy
 from bdtool.training.distributed import synchronize_batch_norms
@@ -307,7 +307,7 @@ def _request(
 def _digest_of_policy(options: StageOptions) -> str | None:
     """Return the digest of a POLICY that is a file; its name alone would let a run go on along other paths."""
     policy = options.policy if isinstance(options, FinetuneOptions) else None
-    return sha256_of_file(Path(policy)) if policy is not None and policy.lower().endswith(".npy") else None
+    return sha256_of_file(Path(policy.strip())) if policy is not None and names_file(policy) else None
 
 
 def _measure(model: BlockDropModel, options: StageOptions, val: ImageSource | None) -> dict[str, float]:

@@ -217,11 +217,12 @@ def test_checkpoint_of_other_options_is_refused_by_name(place: Callable[..., Pla
         pretrain(spec, PretrainOptions(**_FAST, lr=0.2), place(resume=True))
 
 
+@pytest.mark.parametrize("after", ["", " "])
 def test_checkpoint_along_other_paths_is_refused_though_their_file_has_the_same_name(
-    place: Callable[..., Place], random_model: Callable[..., BlockDropModel], tmp_path: Path
+    place: Callable[..., Place], random_model: Callable[..., BlockDropModel], tmp_path: Path, after: str
 ) -> None:
     rows = tmp_path / "rows.npy"
-    options, start = FinetuneOptions(**_FAST, policy=str(rows)), random_model("resnet8")
+    options, start = FinetuneOptions(**_FAST, policy=f"{rows}{after}"), random_model("resnet8")
     np.save(rows, np.array([1, 0, 1]))
     with pytest.raises(RuntimeError):
         finetune(start, options, place(save_every_s=0, on_step=stop_at(_BREAK_AT, die)))
