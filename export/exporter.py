@@ -36,11 +36,18 @@ from export.files import (
     write_bytes,
     write_json,
 )
-from export.manifest import MANIFEST_NAME, Manifest, PartFile, read_manifest, why_no_manifest, write_manifest
+from export.manifest import (
+    MANIFEST_NAME,
+    WEIGHTS_NAME,
+    Manifest,
+    PartFile,
+    read_manifest,
+    why_no_manifest,
+    write_manifest,
+)
 from export.onnx_model import OPSET, OnnxExporter, fold_batch_norm, structure
 from export.walk import Probe, walk
 
-WEIGHTS_NAME = "weights.safetensors"
 PRECISION = "fp32"
 _RECORDS = "records"
 _ENTRIES = frozenset({MANIFEST_NAME, WEIGHTS_NAME, "onnx", "engines", "calibration"})  # of a bundle

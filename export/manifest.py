@@ -25,6 +25,7 @@ FORMAT_VERSION = 1
 EXPORTED = "fp32"  # the precision of the parts that `bdtool export` writes
 CALIBRATED = ("int8", "fp16", "bf16", "mixed")  # those that `bdtool calibrate` adds
 MANIFEST_NAME = "manifest.json"
+WEIGHTS_NAME = "weights.safetensors"  # the MODEL that the bundle was exported from
 _COPY = "copy the bundle again, or export the model again to another place"
 _DTYPES = ("float32", "float16", "bfloat16", "int8", "uint8")
 _SHA256 = re.compile(r"[0-9a-f]{64}")

@@ -13,11 +13,9 @@ from typing import Any, TypeVar
 
 import click
 
-from export.manifest import CALIBRATED, EXPORTED, MANIFEST_NAME
+from export.manifest import CALIBRATED, EXPORTED, MANIFEST_NAME, WEIGHTS_NAME
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
-
-_WEIGHTS = "weights.safetensors"  # of a bundle: the MODEL that it was exported from
 
 EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 PRECISION = click.Choice([EXPORTED, *CALIBRATED])
@@ -164,7 +162,7 @@ def _path_of_policy(policy: str) -> Path | None:
 
 
 def _directory_for_model(path: Path) -> str:
-    weights = path / _WEIGHTS
+    weights = path / WEIGHTS_NAME
     if (path / MANIFEST_NAME).is_file() and weights.is_file():
         return f"{str(path)!r} is a BUNDLE, expected a MODEL file. It was exported from the one in it: {str(weights)!r}"
     return f"{str(path)!r} is a directory, expected a MODEL file (.safetensors)"
