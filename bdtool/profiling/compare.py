@@ -60,7 +60,8 @@ class Comparison:
     only_in_a: tuple[str, ...]
     only_in_b: tuple[str, ...]
     differences: dict[str, tuple[Any, Any]]
-    unstable: dict[str, tuple[str, ...]]  # "a", "b": why its ratios are not to be trusted; empty where both are
+    # "a", "b": why its ratios are not to be trusted; empty where both runs were stable
+    unstable: dict[str, tuple[str, ...]]
     regressions: dict[str, tuple[str, ...]]  # by strategy: the figures
     max_slowdown: float
 
