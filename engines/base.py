@@ -169,7 +169,7 @@ class Backend(Protocol):
 
     @property
     def plans_by_batch(self) -> bool:
-        """Whether an engine plans its work anew, for longer than it runs, each time that its batch size changes."""
+        """Whether an engine plans its work anew each time that its batch size changes, which is then worth avoiding."""
 
     def activation_layout(self, network: NetworkSpec) -> str:
         """Return the layout that this backend prefers between the engines of `network`."""

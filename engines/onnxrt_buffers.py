@@ -49,24 +49,27 @@ class DeviceRows:
 
     def __init__(self, open_session: OpenSession) -> None:
         self._open = open_session
-        self._sessions: dict[tuple[str, str], ort.InferenceSession] = {}
+        self._sessions: dict[tuple[str, str], tuple[ort.InferenceSession, set[str]]] = {}  # with their inputs
 
     def run(self, name: str, source: ort.OrtValue, rows: np.ndarray, target: ort.OrtValue, dtype: str) -> None:
         """Move rows int [n] of tensors of `dtype` by the model `name`: "gather", "scatter" or "copy"."""
-        key = (name, dtype)
-        if key not in self._sessions:
-            self._sessions[key] = self._open(_MODELS[name](helper.np_dtype_to_tensor_dtype(np.dtype(dtype))))
-        session = self._sessions[key]
-        given = {item.name for item in session.get_inputs()}
+        session, inputs = self._session(name, dtype)
+        numbers = np.ascontiguousarray(rows, dtype=np.int64)
+        tensors, indices = {"source": source, "target": target}, {"rows": numbers, "places": numbers[:, None]}
         binding = session.io_binding()
-        for tensor, value in (("source", source), ("target", target)):
-            if tensor in given:
-                binding.bind_ortvalue_input(tensor, value)
-        for tensor, shape in (("rows", (-1,)), ("places", (-1, 1))):
-            if tensor in given:
-                binding.bind_cpu_input(tensor, np.ascontiguousarray(rows, dtype=np.int64).reshape(shape))
+        for tensor in inputs & tensors.keys():
+            binding.bind_ortvalue_input(tensor, tensors[tensor])
+        for tensor in inputs & indices.keys():
+            binding.bind_cpu_input(tensor, indices[tensor])
         binding.bind_ortvalue_output("result", target)  # ScatterND leaves alone what is there already
         session.run_with_iobinding(binding)
+
+    def _session(self, name: str, dtype: str) -> tuple[ort.InferenceSession, set[str]]:
+        key = (name, dtype)
+        if key not in self._sessions:
+            session = self._open(_MODELS[name](helper.np_dtype_to_tensor_dtype(np.dtype(dtype))))
+            self._sessions[key] = session, {item.name for item in session.get_inputs()}
+        return self._sessions[key]
 
 
 def _gather(element_type: int) -> bytes:

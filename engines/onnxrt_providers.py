@@ -83,8 +83,7 @@ class CudaProvider:
     """The CUDA provider on "cuda:N". FP32 means FP32: by default it would let convolutions use TF32."""
 
     name = CUDA
-    # A convolution keeps the plan of its last shape alone, and makes one in milliseconds (`Conv::UpdateState`,
-    # onnxruntime/core/providers/cuda/nn/conv.cc).
+    # a convolution keeps the plan of its last shape alone (`Conv::UpdateState`, core/providers/cuda/nn/conv.cc)
     plans_by_batch = True
 
     def __init__(self, device: str) -> None:

@@ -1,7 +1,6 @@
 """Whether a run's figures can be trusted: how far requests of equal work lie apart, and estimates of a ratio.
 
-The bounds are wide apart from what machines do that run nothing else: there, with two threads on two cores, the
-coefficient of variation was 0.15 at most, and the two estimates of a ratio 3 % apart. Single slow requests, which every
+The bounds are choices, far above the spread of a machine that runs nothing else. Single slow requests, which every
 machine has, move neither: the mean is that of all but the slowest of 20.
 """
 
