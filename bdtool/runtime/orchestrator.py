@@ -16,17 +16,17 @@ import numpy as np
 from bdtool.errors import DataError, EngineError, PolicyError
 from bdtool.runtime.controllers import Controller, MaskController, all_finite
 from bdtool.runtime.factory import DEFAULT_STRATEGY, make_strategy, parts_for, require_strategy
+from bdtool.runtime.intake import Intake
 from bdtool.runtime.loading import Loaded, Loader
 from bdtool.runtime.masks import read_masks
 from bdtool.runtime.paths import PathOptions, PathStats, PathStrategy
-from bdtool.runtime.preprocess import Preprocessor
 from bdtool.runtime.recommendation import AUTO, read_recommendation
 from bdtool.runtime.requests import PolicyLike, PolicyReader
 from bdtool.runtime.result import RunResult
 from bdtool.runtime.strategies import Strategy, WrapCall
-from bdtool.specs import PIXELS, NetworkSpec, PartSpec
+from bdtool.specs import NetworkSpec, PartSpec
 from engines.base import Backend, ContextBackend, Engine
-from engines.device_array import DeviceArray, DeviceArrayBackend, Images, Logits, device_array
+from engines.device_array import DeviceArray, DeviceArrayBackend, Images, Logits
 from engines.device_timer import DeviceTimer, timer_of
 from engines.graph_modes import AUTO as AUTO_GRAPH
 from engines.graph_modes import GraphChoice, GraphPlan, chosen
@@ -88,9 +88,7 @@ class Orchestrator:
         self._load_prepared = prepared
         self._prepared_strategy: Strategy | None = None
         self._ran_prepared = False
-        self._preprocess = Preprocessor(network.preprocessing)
-        self._takes_pixels = network.takes_pixels  # once: `run` asks for each image
-        self._input = np.empty((0, 3, network.preprocessing.height, network.preprocessing.width), dtype=np.float32)
+        self._intake = Intake(network)
         self._policies = PolicyReader(network, runs_all=strategy == "full")
 
     @classmethod
@@ -187,7 +185,7 @@ class Orchestrator:
             PolicyError: the policy does not fit.
             EngineError: an engine fails, or a result on the host is not finite.
         """
-        taken = images if isinstance(images, np.ndarray) else self._from_device(images)
+        taken = images if isinstance(images, np.ndarray) else self._intake.from_device(images, self._backend)
         keep = self._policies.keep_matrix(policy, len(taken), first=first)
         return self._run_slices(taken, keep, run_policy=False)
 
@@ -223,14 +221,7 @@ class Orchestrator:
         Raises:
             DataError: the images have another shape or type.
         """
-        if self._takes_pixels:
-            return self._preprocess.checked(images)
-        if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.ndim != 4:
-            return self._preprocess(images)
-        # The same memory each time: new memory costs page faults, for one 32 x 32 image five times the arithmetic.
-        if len(images) > len(self._input):
-            self._input = np.empty((len(images), *self._input.shape[1:]), dtype=np.float32)
-        return self._preprocess(images, out=self._input[: len(images)])
+        return self._intake.prepare(images)
 
     def keep_probability(self, images: np.ndarray) -> np.ndarray:
         """Return the policy network's P(keep), float32 [N, K], without running anything else.
@@ -248,7 +239,7 @@ class Orchestrator:
                 raise PolicyError(f"strategy {name!r} loads no policy network; open the bundle with 'chain'")
             taken = self.prepare(images)
             slices = [taken[i : i + self.max_batch] for i in range(0, len(taken), self.max_batch)]
-            engines = self._prepared().engines if self._needs_prepared(taken) else self._engines
+            engines = self._prepared().engines if self._intake.needs_prepared_parts(taken) else self._engines
             engine = engines[part.name]
             return np.concatenate([engine.run({part.inputs[0].name: s})[part.outputs[0].name] for s in slices])
 
@@ -352,22 +343,6 @@ class Orchestrator:
             return np.concatenate(logits)
         return cast(DeviceArrayBackend, self._backend).concatenate(logits)
 
-    def _from_device(self, images: Any) -> DeviceArray:
-        """Return images that are on a GPU; raise TypeError or DataError where they are not, or not on the backend's."""
-        found = device_array(images)
-        if found is None:
-            raise TypeError(
-                f"images must be a numpy array, or one on a GPU; got {type(images).__name__}. Pass np.asarray(images)"
-            )
-        if not isinstance(self._backend, DeviceArrayBackend):
-            raise DataError(
-                "images: got a GPU array, this backend takes host arrays. Open the bundle with --backend torch or "
-                "tensorrt on that GPU, or pass a numpy array"
-            )
-        self._preprocess.check_on_device(found.shape, found.dtype, pixels=self._takes_pixels)
-        self._backend.check_device_array(found)
-        return found
-
     def _controller(self, keep: np.ndarray | None, run_policy: bool) -> Controller:
         return MaskController(keep, threshold=self.network.threshold, run_policy=run_policy)
 
@@ -397,16 +372,12 @@ class Orchestrator:
     def _strategy_for(self, taken: Images) -> Strategy:
         """Return what runs on such images."""
         strategy = self._require_open()
-        self._ran_prepared = self._needs_prepared(taken)
+        self._ran_prepared = self._intake.needs_prepared_parts(taken)
         if not self._ran_prepared:
             return strategy
         if self._prepared_strategy is None:
             self._prepared_strategy = self._make_strategy(self._prepared())
         return self._prepared_strategy
-
-    def _needs_prepared(self, taken: Images) -> bool:
-        """Say whether images are preprocessed and the engines take pixels."""
-        return self._takes_pixels and taken.dtype != PIXELS
 
     def _prepared(self) -> Loaded:
         if self._load_prepared is None:

@@ -1,10 +1,6 @@
 """The orchestrator on the fake backend: which engines are called, in which order, and what is refused."""
 
 import gc
-import hashlib
-import json
-import os
-import shutil
 import weakref
 
 import numpy as np
@@ -13,10 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from bdtool.errors import BundleError, DataError, EngineError, PolicyError, UsageError
+from bdtool.errors import EngineError, PolicyError
 from bdtool.runtime.orchestrator import Orchestrator
-from bdtool.runtime.preprocess import preprocess
-from export.bundle import Bundle
 
 K = 6
 
@@ -257,18 +251,6 @@ def test_closed_orchestrator_refuses_to_run(fake, images_of):
         runtime.run(images_of([1]))
 
 
-def test_bad_images_are_refused_before_anything_runs(fake):
-    opened = fake()
-    for images in (
-        np.zeros((1, 3, 5, 4), np.float32),
-        np.zeros((0, 3, 4, 4), np.float32),
-        np.zeros((3, 4, 4), np.uint8),
-    ):
-        with pytest.raises(DataError):
-            opened.runtime.run(images)
-    assert opened.backend.calls == []
-
-
 def test_timed_orchestrator_sees_every_call_of_one_image(fake, images_of):
     opened, seen = fake(), []
 
@@ -279,78 +261,6 @@ def test_timed_orchestrator_sees_every_call_of_one_image(fake, images_of):
     result = timed.run(images_of([1]), policy="010101")
     assert seen == [name for name, _ in opened.backend.calls]
     np.testing.assert_array_equal(result.logits, opened.runtime.run(images_of([1]), policy="010101").logits)
-
-
-def test_unknown_strategy_backend_and_device_are_wrong_usage(tiny):
-    with pytest.raises(UsageError, match=r"unknown strategy 'magic'; this version has chain, .*full"):
-        Orchestrator.open(tiny.bundle, strategy="magic")
-    with pytest.raises(UsageError, match="unknown backend 'openvino'"):
-        Orchestrator.open(tiny.bundle, backend="openvino")
-    with pytest.raises(UsageError, match="unknown device 0"):
-        Orchestrator.open(tiny.bundle, device=0)
-    with pytest.raises(UsageError, match="unknown device 'gpu'"):
-        Orchestrator.open(tiny.bundle, device="gpu")
-
-
-def test_prepared_images_equal_the_preprocessor_and_share_memory(fake):
-    runtime = fake(max_batch=4).runtime
-    height, width = runtime.network.preprocessing.height, runtime.network.preprocessing.width
-    images = np.random.default_rng(0).integers(0, 256, (4, height, width, 3), dtype=np.uint8)
-    for n_images in (1, 4, 2):
-        prepared = runtime.prepare(images[:n_images])
-        np.testing.assert_array_equal(prepared, preprocess(images[:n_images], runtime.network.preprocessing))
-    assert np.shares_memory(prepared, runtime.prepare(images[2:]))
-    assert runtime.prepare(prepared) is prepared
-
-
-def _pixels(n):
-    return np.zeros((n, 32, 32, 3), np.uint8)
-
-
-def test_open_builds_what_is_missing_once(bundle_copy):
-    with Orchestrator.open(bundle_copy, backend="fake") as runtime:
-        runtime.run(_pixels(2))
-    engines = {path.name: path.stat().st_mtime_ns for path in (bundle_copy / "engines" / "fake-1-cpu-fp32").iterdir()}
-    assert len(engines) == 2 * len(Bundle.open(bundle_copy).network.parts)
-    Orchestrator.open(str(bundle_copy), backend="fake").close()
-    assert engines == {
-        path.name: path.stat().st_mtime_ns for path in (bundle_copy / "engines" / "fake-1-cpu-fp32").iterdir()
-    }
-
-
-def test_moved_bundle_keeps_its_engines(bundle_copy, tmp_path):
-    Orchestrator.open(bundle_copy, backend="fake").close()
-    moved = shutil.move(bundle_copy, tmp_path / "moved")
-    with Orchestrator.open(Bundle.open(moved), backend="fake") as runtime:
-        assert runtime.run(_pixels(1)).logits.shape == (1, 10)
-
-
-def test_damaged_bundle_does_not_open(bundle_copy):
-    (bundle_copy / "onnx" / "block_01.onnx").write_bytes(b"")
-    with pytest.raises(BundleError, match="part 'block_01'"):
-        Orchestrator.open(bundle_copy, backend="fake")
-
-
-def test_read_only_bundle_runs_and_is_left_as_it_is(bundle_copy, monkeypatch, caplog):
-    real = os.access  # for root every place is writable, whatever its mode
-    monkeypatch.setattr(os, "access", lambda path, mode: path != bundle_copy and real(path, mode))
-    before = sorted(bundle_copy.rglob("*"))
-    with Orchestrator.open(bundle_copy, backend="onnxruntime") as runtime:
-        assert runtime.run(_pixels(3)).logits.shape == (3, 10)
-    assert sorted(bundle_copy.rglob("*")) == before
-    assert "is read-only and does not keep the engines onnxruntime-" in caplog.text
-    assert "for this run only. Make it writable, or copy it, to keep them" in caplog.text
-
-
-def test_failing_build_names_the_first_part(bundle_copy, monkeypatch):
-    from engines.fake import FakeBackend
-
-    def build(self, part, model, *, layout):
-        raise EngineError(f"part {part.name!r}: broken")
-
-    monkeypatch.setattr(FakeBackend, "build", build)
-    with pytest.raises(EngineError, match=r"9 engines did not build; the first: part 'policy': broken"):
-        Orchestrator.open(bundle_copy, backend="fake")
 
 
 def test_strategy_without_a_policy_network_gives_no_probabilities(tiny, pixels):
@@ -384,26 +294,3 @@ def test_result_compares_by_identity(fake, images_of):
     assert first == first
     assert first != second
     assert len({first, second}) == 2
-
-
-def test_part_that_changed_after_the_bundle_was_opened_leaves_no_engine(bundle_copy, images_of):
-    bundle = Bundle.open(bundle_copy)
-    part = bundle_copy / "onnx" / "block_01.onnx"
-    whole = part.read_bytes()
-    part.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    with pytest.raises(BundleError, match=r"part 'block_01', onnx/block_01.onnx, has SHA-256"):
-        Orchestrator.open(bundle, backend="fake")
-    part.write_bytes(whole)
-    Orchestrator.open(bundle, backend="fake").close()
-    [record] = (bundle_copy / "engines").rglob("block_01.engine.json")
-    assert json.loads(record.read_text())["onnx_sha256"] == bundle.part_sha256(bundle.network.part("block_01"))
-
-
-def test_engine_is_hashed_once_when_a_bundle_is_opened(bundle_copy, monkeypatch):
-    Orchestrator.open(bundle_copy, backend="fake").close()
-    bundle, hashed = Bundle.open(bundle_copy), []
-    real = hashlib.sha256
-    monkeypatch.setattr(hashlib, "sha256", lambda data=b"": hashed.append(data) or real(data))
-    monkeypatch.setattr(hashlib, "file_digest", lambda *args: pytest.fail("a file was read for its digest alone"))
-    Orchestrator.open(bundle, backend="fake").close()
-    assert len(hashed) == 8  # all parts but `full`

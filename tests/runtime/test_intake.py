@@ -1,0 +1,36 @@
+"""Batches are checked and prepared before any engine sees them."""
+
+import numpy as np
+import pytest
+
+from bdtool.errors import DataError
+from bdtool.runtime.preprocess import preprocess
+
+
+def test_bad_images_are_refused_before_anything_runs(fake):
+    opened = fake()
+    for images in (
+        np.zeros((1, 3, 5, 4), np.float32),
+        np.zeros((0, 3, 4, 4), np.float32),
+        np.zeros((3, 4, 4), np.uint8),
+    ):
+        with pytest.raises(DataError):
+            opened.runtime.run(images)
+    assert opened.backend.calls == []
+
+
+def test_prepared_images_equal_the_preprocessor_and_share_memory(fake):
+    runtime = fake(max_batch=4).runtime
+    height, width = runtime.network.preprocessing.height, runtime.network.preprocessing.width
+    images = np.random.default_rng(0).integers(0, 256, (4, height, width, 3), dtype=np.uint8)
+    for n_images in (1, 4, 2):
+        prepared = runtime.prepare(images[:n_images])
+        np.testing.assert_array_equal(prepared, preprocess(images[:n_images], runtime.network.preprocessing))
+    assert np.shares_memory(prepared, runtime.prepare(images[2:]))
+    assert runtime.prepare(prepared) is prepared
+
+
+@pytest.mark.parametrize("images", [[[0.0]], None, "cat.png"])
+def test_what_is_no_array_is_refused(fake, images):
+    with pytest.raises(TypeError, match=r"images must be a numpy array, or one on a GPU; got .*Pass np.asarray"):
+        fake().runtime.run(images)

@@ -1,0 +1,97 @@
+"""Opening a bundle for inference: what is built, what is kept, and what is refused."""
+
+import hashlib
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+
+from bdtool.errors import BundleError, EngineError, UsageError
+from bdtool.runtime.orchestrator import Orchestrator
+from export.bundle import Bundle
+
+
+def test_unknown_strategy_backend_and_device_are_wrong_usage(tiny):
+    with pytest.raises(UsageError, match=r"unknown strategy 'magic'; this version has chain, .*full"):
+        Orchestrator.open(tiny.bundle, strategy="magic")
+    with pytest.raises(UsageError, match="unknown backend 'openvino'"):
+        Orchestrator.open(tiny.bundle, backend="openvino")
+    with pytest.raises(UsageError, match="unknown device 0"):
+        Orchestrator.open(tiny.bundle, device=0)
+    with pytest.raises(UsageError, match="unknown device 'gpu'"):
+        Orchestrator.open(tiny.bundle, device="gpu")
+
+
+def _pixels(n):
+    return np.zeros((n, 32, 32, 3), np.uint8)
+
+
+def test_open_builds_what_is_missing_once(bundle_copy):
+    with Orchestrator.open(bundle_copy, backend="fake") as runtime:
+        runtime.run(_pixels(2))
+    engines = {path.name: path.stat().st_mtime_ns for path in (bundle_copy / "engines" / "fake-1-cpu-fp32").iterdir()}
+    assert len(engines) == 2 * len(Bundle.open(bundle_copy).network.parts)
+    Orchestrator.open(str(bundle_copy), backend="fake").close()
+    assert engines == {
+        path.name: path.stat().st_mtime_ns for path in (bundle_copy / "engines" / "fake-1-cpu-fp32").iterdir()
+    }
+
+
+def test_moved_bundle_keeps_its_engines(bundle_copy, tmp_path):
+    Orchestrator.open(bundle_copy, backend="fake").close()
+    moved = shutil.move(bundle_copy, tmp_path / "moved")
+    with Orchestrator.open(Bundle.open(moved), backend="fake") as runtime:
+        assert runtime.run(_pixels(1)).logits.shape == (1, 10)
+
+
+def test_damaged_bundle_does_not_open(bundle_copy):
+    (bundle_copy / "onnx" / "block_01.onnx").write_bytes(b"")
+    with pytest.raises(BundleError, match="part 'block_01'"):
+        Orchestrator.open(bundle_copy, backend="fake")
+
+
+def test_part_that_changed_after_the_bundle_was_opened_leaves_no_engine(bundle_copy, images_of):
+    bundle = Bundle.open(bundle_copy)
+    part = bundle_copy / "onnx" / "block_01.onnx"
+    whole = part.read_bytes()
+    part.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(BundleError, match=r"part 'block_01', onnx/block_01.onnx, has SHA-256"):
+        Orchestrator.open(bundle, backend="fake")
+    part.write_bytes(whole)
+    Orchestrator.open(bundle, backend="fake").close()
+    [record] = (bundle_copy / "engines").rglob("block_01.engine.json")
+    assert json.loads(record.read_text())["onnx_sha256"] == bundle.part_sha256(bundle.network.part("block_01"))
+
+
+def test_engine_is_hashed_once_when_a_bundle_is_opened(bundle_copy, monkeypatch):
+    Orchestrator.open(bundle_copy, backend="fake").close()
+    bundle, hashed = Bundle.open(bundle_copy), []
+    real = hashlib.sha256
+    monkeypatch.setattr(hashlib, "sha256", lambda data=b"": hashed.append(data) or real(data))
+    monkeypatch.setattr(hashlib, "file_digest", lambda *args: pytest.fail("a file was read for its digest alone"))
+    Orchestrator.open(bundle, backend="fake").close()
+    assert len(hashed) == 8  # all parts but `full`
+
+
+def test_read_only_bundle_runs_and_is_left_as_it_is(bundle_copy, monkeypatch, caplog):
+    real = os.access  # for root every place is writable, whatever its mode
+    monkeypatch.setattr(os, "access", lambda path, mode: path != bundle_copy and real(path, mode))
+    before = sorted(bundle_copy.rglob("*"))
+    with Orchestrator.open(bundle_copy, backend="onnxruntime") as runtime:
+        assert runtime.run(_pixels(3)).logits.shape == (3, 10)
+    assert sorted(bundle_copy.rglob("*")) == before
+    assert "is read-only and does not keep the engines onnxruntime-" in caplog.text
+    assert "for this run only. Make it writable, or copy it, to keep them" in caplog.text
+
+
+def test_failing_build_names_the_first_part(bundle_copy, monkeypatch):
+    from engines.fake import FakeBackend
+
+    def build(self, part, model, *, layout):
+        raise EngineError(f"part {part.name!r}: broken")
+
+    monkeypatch.setattr(FakeBackend, "build", build)
+    with pytest.raises(EngineError, match=r"9 engines did not build; the first: part 'policy': broken"):
+        Orchestrator.open(bundle_copy, backend="fake")
