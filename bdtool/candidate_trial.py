@@ -17,6 +17,7 @@ from bdtool.gates import Gates, Reference, measure_gates
 from bdtool.runtime.factory import parts_for
 from bdtool.runtime.orchestrator import Orchestrator
 from bdtool.runtime.policies import PolicyRequest
+from bdtool.words import counted
 from engines.registry import identify_backend, open_backend
 from engines.store import EngineStore
 from export.bundle import Bundle
@@ -66,7 +67,8 @@ class Trial:
             store = EngineStore(bundle, identity, precision=precision, directory=self.engines)
             failed = [status for status in store.build(lambda: library) if status.status == "failed"]
             if failed:
-                raise EngineError(f"{len(failed)} {precision} engines did not build; the first: {failed[0].message}")
+                n_failed = counted(len(failed), f"{precision} engine")
+                raise EngineError(f"{n_failed} did not build; the first: {failed[0].message}")
             records = store.find(parts)
         engines = store.load(library, records)
         with Orchestrator(network, library, engines, strategy="chain", max_batch=bundle.manifest.max_batch) as runtime:

@@ -18,6 +18,11 @@ def flops(value: float) -> str:
     return f"{value / 1e6:.1f} MFLOPs" if value >= 1e6 or value == 0 else f"{value / 1e3:.1f} kFLOPs"
 
 
+def counted(number: int, noun: str) -> str:
+    """Return "1 image" or "2 images"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def blocks(value: float) -> str:
     if value == 1:
         return "1 block"

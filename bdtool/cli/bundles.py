@@ -18,6 +18,7 @@ from bdtool.cli.options import (
     resize_option,
 )
 from bdtool.cli.output import emit, print_table, progress, tell_when_stopped, warn
+from bdtool.words import counted
 
 if TYPE_CHECKING:
     from bdtool.runtime.place import Place
@@ -132,7 +133,7 @@ def verify_cmd(
 
 def _print_ladder(result: Verification) -> None:
     if result.n_images:
-        click.echo(f"{result.n_images} images of {result.input_source}")
+        click.echo(f"{counted(result.n_images, 'image')} of {result.input_source}")
     rows = []
     for rung in result.rungs:
         worst = "-" if rung.worst is None else f"{rung.worst:.2g}"

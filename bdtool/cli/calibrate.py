@@ -11,7 +11,7 @@ from click.core import ParameterSource
 from bdtool.cli.command import Command
 from bdtool.cli.options import BUNDLE, DATA, FiniteRange, data_option, json_option, policy_option, resize_option
 from bdtool.cli.output import emit, print_table, progress, tell_when_stopped, warn
-from bdtool.words import percent
+from bdtool.words import counted, percent
 from export.manifest import CALIBRATED
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ def _finished(shares: dict[str, float]) -> str:
         return ""
     done = f"the ranges of {percent(shares['collecting ranges'], 0)} of the images"
     if n_known := sum(step.startswith("sensitivity") for step in shares):
-        done += f" and the sensitivity of {n_known} parts"
+        done += f" and the sensitivity of {counted(n_known, 'part')}"
     return f"finished: {done}; the same command goes on from there, or a few batches earlier"
 
 
@@ -188,7 +188,8 @@ def _refuse_idle_percentile(method: str) -> None:
 
 def _print(result: Calibrated) -> None:
     gates = result.gates
-    click.echo(f"{result.precision} from {result.n_images} images of {result.input_source}, policy {gates.policy}")
+    drawn = counted(result.n_images, "image")
+    click.echo(f"{result.precision} from {drawn} of {result.input_source}, policy {gates.policy}")
     if result.ok and result.replaced is not None:
         click.echo(f"replaces the {result.precision} parts that were calibrated for policy {result.replaced}")
     for name, n_images in result.topped_up.items():
@@ -206,7 +207,7 @@ def _print(result: Calibrated) -> None:
     if gates.accuracy is not None and gates.accuracy_fp32 is not None:
         figures = f"{percent(gates.accuracy, 2)}, fp32 {percent(gates.accuracy_fp32, 2)}"
         rows.append(["accuracy", _state(gates.ok), figures, f"-{gates.max_accuracy_drop:g} points"])
-    title = f"{gates.n_images} images of {gates.input_source}"
+    title = f"{counted(gates.n_images, 'image')} of {gates.input_source}"
     if not gates.n_images:
         reason = "no engine on this CPU computes in bfloat16" if result.precision == "bf16" else "a part is wrong"
         title = f"logits and accuracy were not measured: {reason}"

@@ -23,7 +23,7 @@ from bdtool.cli.options import (
     resize_option,
 )
 from bdtool.cli.output import emit, mega, print_table, progress, progress_of_share, warn
-from bdtool.words import percent
+from bdtool.words import counted, percent
 
 if TYPE_CHECKING:
     from bdtool.evaluation import Evaluation
@@ -228,7 +228,7 @@ def _require_page(batch: int, strategies: list[str]) -> None:
 
 
 def _print_evaluation(result: Evaluation) -> None:
-    click.echo(f"{result.n_images} images of {result.input_source}, policy {result.policy}")
+    click.echo(f"{counted(result.n_images, 'image')} of {result.input_source}, policy {result.policy}")
     click.echo(f"accuracy         {percent(result.accuracy, 2)}")
     click.echo(f"blocks           {result.blocks_mean:.2f} ± {result.blocks_std:.2f}")
     share = percent(result.flops_mean / result.full_flops)

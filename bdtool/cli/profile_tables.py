@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from bdtool.cli.output import mega, print_table
-from bdtool.words import percent
+from bdtool.words import counted, percent
 
 _MIB = 2**20
 
@@ -15,12 +15,12 @@ _MIB = 2**20
 def print_profile(data: dict[str, Any]) -> None:
     """Print a profile's JSON for people."""
     environment = data["environment"]
-    machine = f"{environment['backend']}, {environment['threads']} threads, {environment['cpu']}"
+    machine = f"{environment['backend']}, {counted(environment['threads'], 'thread')}, {environment['cpu']}"
     click.echo(f"{data['bundle']}: {data['arch']}, {machine}, CPU affinity {environment['cpu_affinity']}")
     if "gpu" in environment:
         click.echo(_gpu_line(environment))
     click.echo(f"policy {data['policy']}; policy network: {data['policy_network']}")
-    click.echo(f"input: {data['n_images']} images of {data['input_source']}; batch {data['batch']}")
+    click.echo(f"input: {counted(data['n_images'], 'image')} of {data['input_source']}; batch {data['batch']}")
     click.echo(f"clock: {data['boundary']}")
     print_strategies(data["strategies"])
     for name, row in data["strategies"].items():
@@ -116,7 +116,7 @@ def print_parts(parts: list[dict[str, Any]], *, batch: int = 1) -> None:
 
 def _print_paths(path: dict[str, Any]) -> None:
     click.echo(
-        f"path: {percent(path['hit_rate'])} of the images hit; {path['paths']} engines, "
+        f"path: {percent(path['hit_rate'])} of the images hit; {counted(path['paths'], 'engine')}, "
         f"{path['path_bytes'] / _MIB:.1f} of at most {path['path_bytes_bound'] / _MIB:.0f} MiB; "
         f"masks {path['path_masks']}"
     )
@@ -199,7 +199,7 @@ def _print_recommendation(recommendation: dict[str, Any], *, is_recorded: bool) 
         taken += ", where no smaller batch is recorded"
     click.echo(
         f"\nrecommended: {recommendation['strategy']} (to full at batch {recommendation['batch']}, "
-        f"{recommendation['threads']} threads, policy {recommendation['policy']}: {ratios})"
+        f"{counted(recommendation['threads'], 'thread')}, policy {recommendation['policy']}: {ratios})"
         f"; {taken if is_recorded else 'it was not recorded'}"
     )
 

@@ -18,6 +18,7 @@ from bdtool.cli.options import (
     resize_option,
 )
 from bdtool.cli.output import progress, warn
+from bdtool.words import counted
 
 if TYPE_CHECKING:
     from bdtool.data.batches import ImageSource
@@ -105,4 +106,4 @@ def write_page(profiled: Profile, bundle: Bundle, source: ImageSource, request: 
         warn(message)
     write_report(request.output, gathered)
     size = request.output.stat().st_size / 1e6
-    return f"{request.output}: {size:.1f} MB, {gathered.n_images} images, policy {gathered.policy}"
+    return f"{request.output}: {size:.1f} MB, {counted(gathered.n_images, 'image')}, policy {gathered.policy}"

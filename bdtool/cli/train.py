@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -14,6 +15,7 @@ from bdtool.cli.options import DATA, MODEL, NEW_DIRECTORY, NEW_MODEL, POLICY, Fi
 from bdtool.cli.output import emit
 from bdtool.cli.training_output import logs, print_figures, print_resumed, show
 from bdtool.training.options import CurriculumOptions, FinetuneOptions, ImitateOptions, PretrainOptions, StageOptions
+from bdtool.words import counted
 
 if TYPE_CHECKING:
     import torch
@@ -66,7 +68,7 @@ def _run_options(command: _Command) -> _Command:
             help="Labelled images to measure on, after each epoch and at the end.",
         ),
         click.option("-o", "--output", type=NEW_MODEL, required=True, metavar="MODEL", help="The MODEL file to write."),
-        click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda", help="Where to train."),
+        click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda|cuda:N", help="Where to train."),
         click.option("--threads", type=click.IntRange(min=1), help="CPU threads. Default: torch's own choice."),
         json_option,
     )
@@ -356,11 +358,17 @@ def _open(given: dict[str, Any], network: NetworkSpec) -> tuple[ImageSource, Ima
 def _device(name: str) -> torch.device:
     import torch
 
-    if name != "cpu" and not name.startswith("cuda"):
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise click.BadParameter(f"{name!r}: expected cpu, cuda or cuda:N", param_hint="'--device'")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise click.BadParameter(
             f"{name}: torch sees no usable GPU here; `bdtool doctor` says why, --device cpu trains without one",
             param_hint="'--device'",
         )
-    return torch.device(name)
+    device = torch.device(name)
+    if device.index is not None and device.index >= torch.cuda.device_count():
+        raise click.BadParameter(
+            f"{name}: torch sees {counted(torch.cuda.device_count(), 'GPU')} here, counted from cuda:0",
+            param_hint="'--device'",
+        )
+    return device

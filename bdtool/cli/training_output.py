@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from bdtool.cli.output import progress_of_share
-from bdtool.words import percent
+from bdtool.words import counted, percent
 
 if TYPE_CHECKING:
     from bdtool.training.stages import Trained
@@ -96,4 +96,5 @@ def print_figures(output: Path, trained: Trained) -> None:
     if trained.figures:
         figures = trained.figures
         blocks = f"{figures['blocks_mean']:.2f} ± {figures['blocks_std']:.2f} blocks"
-        click.echo(f"accuracy {percent(figures['accuracy'], 2)} with {blocks} on {figures['n_images']} images")
+        n_images = counted(int(figures["n_images"]), "image")
+        click.echo(f"accuracy {percent(figures['accuracy'], 2)} with {blocks} on {n_images}")

@@ -11,6 +11,7 @@ from bdtool.errors import EngineError
 from bdtool.runtime.factory import parts_for
 from bdtool.runtime.read_only import is_read_only, tell_not_kept, temporary_engines
 from bdtool.specs import NetworkSpec, PartSpec
+from bdtool.words import counted
 from engines.base import Backend, Engine
 from engines.store import ChangedEngineError, EngineRecord, EngineSet, EngineStore
 from export.bundle import Bundle
@@ -96,5 +97,5 @@ class Loader:
         logger.info("building the engines that %s lacks for %s, once", path, store.identity.target)
         failed = [status for status in store.build(lambda: self._backend, parts=parts) if status.status == "failed"]
         if failed:
-            raise EngineError(f"{len(failed)} engines did not build; the first: {failed[0].message}")
+            raise EngineError(f"{counted(len(failed), 'engine')} did not build; the first: {failed[0].message}")
         return store

@@ -15,6 +15,7 @@ from typing import Any
 
 from bdtool.errors import BundleError
 from bdtool.runtime.factory import STRATEGIES
+from bdtool.words import counted
 from export.files import json_from_bytes, write_json
 
 AUTO = "auto"
@@ -97,7 +98,7 @@ def read_recommendation(directory: Path, *, threads: int, bundle: Path) -> Recom
         return min(fitting, key=lambda entry: entry.batch)
     known = ", ".join(map(str, sorted({entry.threads for entry in entries})))
     raise BundleError(
-        f"{bundle}: strategy 'auto' has no recommendation for {threads} threads, only for {known}. {remedy}"
+        f"{bundle}: strategy 'auto' has no recommendation for {counted(threads, 'thread')}, only for {known}. {remedy}"
     )
 
 

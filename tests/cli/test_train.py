@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from click.testing import Result
 
 from bdtool.models.store import load_model, read_spec
@@ -152,6 +153,17 @@ def test_same_seed_gives_the_same_file(bdtool: Callable[..., Result], base: Path
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
+def test_gpu_that_torch_does_not_see_is_named(
+    bdtool: Callable[..., Result], base: Path, npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    refused = bdtool(
+        "train", "curriculum", base, "--data", npz, "-o", tmp_path / "x.safetensors", "--device", "cuda:1", status=2
+    )
+    assert "'--device': cuda:1: torch sees 1 GPU here, counted from cuda:0" in refused.stderr
+
+
 def test_what_users_get_wrong_is_named(
     bdtool: Callable[..., Result], base: Path, npz: Path, picture: Path, tmp_path: Path
 ) -> None:
@@ -163,7 +175,8 @@ def test_what_users_get_wrong_is_named(
     assert (
         "torch sees no usable GPU" in bdtool("train", "curriculum", base, *output, "--device", "cuda", status=2).stderr
     )
-    assert "expected cpu, cuda" in bdtool("train", "curriculum", base, *output, "--device", "tpu", status=2).stderr
+    for device in ("tpu", "cuda0", "cuda:"):
+        assert "expected cpu, cuda" in bdtool("train", "curriculum", base, *output, "--device", device, status=2).stderr
     assert "alpha 0.3: expected" in bdtool("train", "curriculum", base, *output, "--alpha", 0.3, status=2).stderr
     assert (
         "'--seed': -1 is not in the range"

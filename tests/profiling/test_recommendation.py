@@ -76,7 +76,7 @@ def test_none_recorded_says_what_to_run(tmp_path):
 
 def test_other_number_of_threads_is_refused(tmp_path):
     write_recommendation(tmp_path, _recommendation(threads=2))
-    with pytest.raises(BundleError, match=r"for 1 threads, only for 2\. Run `bdtool profile"):
+    with pytest.raises(BundleError, match=r"for 1 thread, only for 2\. Run `bdtool profile"):
         _read(tmp_path)
 
 
