@@ -34,10 +34,7 @@ logger = logging.getLogger(__name__)
 
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
 TENSORRT_INSTALL = 'pip install "tensorrt>=10.13,<11"'  # the provider is linked with libnvinfer.so.10
-# The first whose CUDA provider has kernels for all that parts hold: Pad of opset 20. An older one would leave it to the
-# CPU (microsoft/onnxruntime issue 26393), which no session here does.
-_OLDEST_FOR_CUDA = (1, 25)
-_FIRST_ON_CUDA_13 = (1, 27)  # which a driver of CUDA 12 does not load
+_FIRST_ON_CUDA_13 = "1.27"  # which a driver of CUDA 12 does not load
 MAX_CACHE_BYTES = 4 * 2**30  # of all bundles, GPUs and versions; a ResNet-101's FP32 weights are 0.17 GiB
 _BATCHES, _LEVEL = "bdtool.batches", "bdtool.optimization_level"  # keys of an engine file's metadata
 _PRECISION_FLAGS = {"fp16": "trt_fp16_enable", "bf16": "trt_bf16_enable", "int8": "trt_int8_enable"}
@@ -199,8 +196,6 @@ def require_provider(device: str, provider: Provider) -> None:
     driver = driver_from_libcuda()
     if error := driver.error:  # of which the provider would speak in riddles
         raise BackendError(f"device {device!r}: {error}. See `bdtool doctor`, or use --device cpu")
-    if provider.name == CUDA and (reason := too_old_for_cuda(ort.__version__)):
-        raise BackendError(f"device {device!r}: {reason}; update it: {cuda_install(driver)}, or use --device cpu")
     if provider.name == TENSORRT:
         os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")  # read when its libraries load
     load_libraries(tensorrt=provider.name == TENSORRT)
@@ -229,22 +224,13 @@ def require_provider(device: str, provider: Provider) -> None:
         )
 
 
-def too_old_for_cuda(version: str) -> str | None:
-    """Return why the CUDA provider of an onnxruntime cannot run the parts; None where it can."""
-    major, minor = (int(number) for number in version.split(".")[:2])
-    if (major, minor) >= _OLDEST_FOR_CUDA:
-        return None
-    return f"onnxruntime {version} has no CUDA kernel for Pad of opset 20"
-
-
 def cuda_install(driver: Driver) -> str:
     """Return the command that installs ONNX Runtime with what its CUDA provider is linked with.
 
     The extras bring libcurand, which PyTorch does not.
     """
-    least, limit = ("{}.{}".format(*version) for version in (_OLDEST_FOR_CUDA, _FIRST_ON_CUDA_13))
-    below = f",<{limit}" if driver.usable and driver.cuda_version < (13, 0) else ""
-    return f'pip install "onnxruntime-gpu[cuda,cudnn]>={least}{below}"'
+    below = f",<{_FIRST_ON_CUDA_13}" if driver.usable and driver.cuda_version < (13, 0) else ""
+    return f'pip install "onnxruntime-gpu[cuda,cudnn]>=1.25{below}"'
 
 
 def open_session(data: bytes, options: ort.SessionOptions, providers: list[Any]) -> ort.InferenceSession:

@@ -23,6 +23,7 @@ from torch.fx.experimental.optimization import fuse
 
 from bdtool.errors import ExportError
 from bdtool.specs import BATCH_AXIS, PartSpec
+from export.batch_shapes import fold_batch_shapes
 
 OPSET = 20
 
@@ -91,6 +92,7 @@ def _trace(module: torch.fx.GraphModule, part: PartSpec) -> onnx.ModelProto:
     model: onnx.ModelProto = program.model_proto
     _strip_metadata(model)
     _declare_shapes(model, part)
+    fold_batch_shapes(model)
     return model
 
 

@@ -87,7 +87,7 @@ def _make_pool(n_threads: int) -> None:
     if not hasattr(ort, "set_global_thread_pool_sizes"):
         raise BackendError(
             f"onnxruntime {ort.__version__} cannot share {n_threads} threads between engines; "
-            "use threads=1, or: pip install 'onnxruntime-gpu>=1.23'"
+            "use threads=1, or: pip install 'onnxruntime-gpu>=1.25'"
         )
     try:
         ort.set_global_thread_pool_sizes(n_threads, 1)

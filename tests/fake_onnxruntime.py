@@ -38,8 +38,8 @@ _LIBRARIES = {ALL[0]: "libonnxruntime_providers_tensorrt.so", ALL[1]: "libonnxru
 class FakeOnnxRuntime:
     """What `engines.onnxrt_providers` uses of the module; `loadable` names the providers that start."""
 
-    def __init__(self, available=ALL, loadable=ALL, version=ort.__version__):
-        self.__version__ = version
+    def __init__(self, available=ALL, loadable=ALL):
+        self.__version__ = ort.__version__
         self.available, self.loadable, self.loads = available, loadable, 0
         self.sessions = []  # the providers of each, as they were asked for: {name: options}
 

@@ -9,7 +9,7 @@ from bdtool.doctor.gpu import driver_detail, driver_remedy
 from bdtool.doctor.packages import imported, installed_version
 from engines.libcuda import Driver
 
-_ORT_GPU = 'pip install "onnxruntime-gpu>=1.23"'
+_ORT_GPU = 'pip install "onnxruntime-gpu>=1.25"'
 _ORT_CLEAN = f"pip uninstall -y onnxruntime onnxruntime-gpu && {_ORT_GPU}"
 
 
@@ -43,14 +43,12 @@ def gpu_provider(title: str, driver: Driver) -> Finding:
         return Finding(name, "missing", f"this onnxruntime has no {title} provider; the CPU works", _ORT_CLEAN)
     if not driver.usable:  # asking onnxruntime would only print its own errors
         return Finding(name, "missing", f"{driver_detail(driver)}; the CPU provider works", driver_remedy(driver))
-    from engines.onnxrt_providers import CUDA, cuda_install, too_old_for_cuda
+    from engines.onnxrt_providers import CUDA, cuda_install
 
     error = _session_error(ort, provider)
     if error is not None:
         remedy += f" (`{cuda_install(driver)}`)" if provider == CUDA else ""
         return Finding(name, "problem", f"{error}; the CPU provider works", remedy)
-    if provider == CUDA and (reason := too_old_for_cuda(ort.__version__)):
-        return Finding(name, "problem", f"{reason}; the CPU provider works", cuda_install(driver))
     return Finding(name, "ok", "a session runs on the GPU")
 
 
