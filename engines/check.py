@@ -12,16 +12,25 @@ from engines.layouts import run_plain
 from export.check import OnnxReference, compare_outputs
 from export.onnx_precision import precision_of, quantizing_scale
 
+N_PROBES = 2  # images that an engine is compared on, where it takes as many
 
-def check_engine(part: PartSpec, model: bytes, engine: Engine, *, failure: type[EngineError] = EngineError) -> float:
-    """Return the engine's worst error, over the output's range.
+
+def check_engine(
+    part: PartSpec,
+    model: bytes,
+    engine: Engine,
+    *,
+    n_images: int = N_PROBES,
+    failure: type[EngineError] = EngineError,
+) -> float:
+    """Return the engine's worst error on `n_images`, over the output's range.
 
     Raises:
         EngineError: it is beyond `engines.base.ENGINE_BOUNDS`; raised as the class `failure`.
     """
     rng = np.random.default_rng(0)
     proto = onnx.ModelProto.FromString(model)
-    feeds = {t.name: probe_values(t, rng, quantizing_scale(proto, t.name)) for t in part.inputs}
+    feeds = {t.name: probe_values(t, rng, quantizing_scale(proto, t.name), n_images=n_images) for t in part.inputs}
     expected = OnnxReference(model).run(feeds)
     actual = run_plain(engine, part, feeds)
     precision = precision_of(proto)
@@ -35,15 +44,17 @@ def check_engine(part: PartSpec, model: bytes, engine: Engine, *, failure: type[
     return worst.error
 
 
-def probe_values(tensor: TensorSpec, rng: np.random.Generator, scale: float | None = None) -> np.ndarray:
+def probe_values(
+    tensor: TensorSpec, rng: np.random.Generator, scale: float | None = None, *, n_images: int = N_PROBES
+) -> np.ndarray:
     """Return values to compare an engine with its part on; `scale` is that on which the part quantizes them, if any.
 
     Negative ones too, though most activations follow a ReLU: they show a ReLU that was cut off with a guard. Integers
     are as after a ReLU, few of them large: others would run out of the ranges inside.
     """
     if tensor.dtype == PIXELS:
-        return rng.integers(0, 256, size=tensor.shape_for(2), dtype=np.uint8)
-    values = rng.normal(size=tensor.shape_for(2))
+        return rng.integers(0, 256, size=tensor.shape_for(n_images), dtype=np.uint8)
+    values = rng.normal(size=tensor.shape_for(n_images))
     integers = np.clip(np.abs(8 * values).round(), 0, 127)
     if tensor.dtype == "int8":
         return integers.astype(np.int8)

@@ -30,7 +30,7 @@ from engines.base import (
     PartEngine,
 )
 from engines.blocked_nodes import stay_blocked
-from engines.check import check_engine
+from engines.check import N_PROBES, check_engine
 from engines.integer_cpu import is_quantized, lower_quantized
 from engines.layouts import INTEGER_LAYOUT, block_size, feature_maps, pack, unpack
 from engines.native_layout import add_guards, cut_guards
@@ -77,6 +77,7 @@ class OnnxRuntimeBackend:
             self._options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
             require_provider(device, self._provider)
         self.plans_by_batch = self._provider.plans_by_batch
+        self._n_probes = N_PROBES if tensorrt is None else tensorrt.nearest_batch(N_PROBES)
 
     def activation_layout(self, network: NetworkSpec) -> str:
         tensors = [t for part in network.parts for t in feature_maps(part)]
@@ -97,7 +98,8 @@ class OnnxRuntimeBackend:
         gpu = self.device != "cpu"
         data = self._provider.engine_from_onnx(model) if gpu else _optimise(part, model, layout)
         failure = EngineError if layout in (PLAIN_LAYOUT, INTEGER_LAYOUT) else LayoutError
-        error = check_engine(part, model, self.load(part, data, layout=layout), failure=failure)
+        engine = self.load(part, data, layout=layout)
+        error = check_engine(part, model, engine, n_images=self._n_probes, failure=failure)
         return BuiltEngine(data=data, layout=layout, error=error)
 
     def load(self, part: PartSpec, data: bytes, *, layout: str) -> Engine:

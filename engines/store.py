@@ -116,7 +116,8 @@ class EngineSet(Mapping[str, Engine]):
         """Return these engines with `others`, of the same backend, in the place of those of the same names."""
         files = {**self._files, **others._files}
         engines = {**self._engines, **others._engines}
-        return EngineSet(engines, backend=self._backend, files=files, max_batch=self.max_batch)
+        limits = [most for most in (self.max_batch, others.max_batch) if most is not None]
+        return EngineSet(engines, backend=self._backend, files=files, max_batch=min(limits, default=None))
 
     def fuse(self, network: NetworkSpec) -> Engine:
         """Return one engine of the whole network, policy included, with an `If` for each block."""
@@ -124,10 +125,20 @@ class EngineSet(Mapping[str, Engine]):
 
 
 class EngineStore:
-    """The engines of one bundle for one backend, target and precision, in `directory`."""
+    """The engines of one bundle for one backend, target and precision, in `directory`.
+
+    Args:
+        settings: what it builds with, where engines of any settings fit (`identity.settings` is None).
+    """
 
     def __init__(
-        self, bundle: Bundle, identity: BackendIdentity, *, precision: str = "fp32", directory: Path | None = None
+        self,
+        bundle: Bundle,
+        identity: BackendIdentity,
+        *,
+        precision: str = "fp32",
+        directory: Path | None = None,
+        settings: str = "",
     ) -> None:
         self._converts = precision == "fp16" and identity.converts_fp16 and not bundle.has_precision(precision)
         if not self._converts:
@@ -135,6 +146,7 @@ class EngineStore:
         self._bundle = bundle
         self.identity = identity
         self.precision = precision
+        self.settings = settings if identity.settings is None else identity.settings
         self._source = EXPORTED if self._converts else precision  # of the ONNX parts that engines are built from
         name = f"{identity.name}-{identity.version}-{identity.target}-{precision}"
         self.directory = (directory or bundle.engines_path) / name
@@ -150,8 +162,11 @@ class EngineStore:
 
     def for_prepared(self) -> EngineStore:
         """Return the store of engines that take preprocessed images, in the same directory under names of their own."""
-        identity = replace(self.identity, takes_pixels=False)
-        return EngineStore(self._bundle, identity, precision=self.precision, directory=self.directory.parent)
+        return self._alike(replace(self.identity, takes_pixels=False), self.directory.parent)
+
+    def placed(self, directory: Path) -> EngineStore:
+        """Return the store of such engines in another place."""
+        return self._alike(self.identity, directory)
 
     def build(
         self,
@@ -200,6 +215,11 @@ class EngineStore:
         layouts = {record.layout for record in fitting}
         return {record.part: record for record in fitting} if len(layouts) <= 1 else {}
 
+    def nearest(self, parts: Sequence[PartSpec]) -> EngineStore:
+        """Return the store that a runtime would take its engines of `parts` from; this one where none has them all."""
+        found = self.find_complete(parts, check_digests=False)
+        return self if found is None else found[0]
+
     def find_complete(
         self, parts: Sequence[PartSpec], *, check_digests: bool = True
     ) -> tuple[EngineStore, dict[str, EngineRecord]] | None:
@@ -216,7 +236,7 @@ class EngineStore:
     def _wider(self) -> Iterator[EngineStore]:
         """Yield the stores beside this one whose target lists this store's among others, or is a wider one."""
         for target in self.identity.wider_targets:
-            yield self._beside(self.directory.parent, target)
+            yield self._alike(replace(self.identity, target=target), self.directory.parent)
         if not self.identity.lists_targets:
             return
         name, version, own = self.identity.name, self.identity.version, self.identity.target
@@ -224,11 +244,12 @@ class EngineStore:
         for directory in sorted(self.directory.parent.glob(f"{start}*{end}")):
             target = directory.name.removeprefix(start).removesuffix(end)
             if target != own and own in target.split("-"):
-                yield self._beside(directory.parent, target)
+                yield self._alike(replace(self.identity, target=target), directory.parent)
 
-    def _beside(self, directory: Path, target: str) -> EngineStore:
-        identity = replace(self.identity, target=target)
-        return EngineStore(self._bundle, identity, precision=self.precision, directory=directory)
+    def _alike(self, identity: BackendIdentity, directory: Path) -> EngineStore:
+        return EngineStore(
+            self._bundle, identity, precision=self.precision, directory=directory, settings=self.settings
+        )
 
     def load(self, backend: Backend, records: Mapping[str, EngineRecord], *, joinable: bool = False) -> EngineSet:
         """Load the engines of `records`, as `find` gave them.
@@ -335,7 +356,7 @@ class EngineStore:
 
     def _write(self, part: PartSpec, built: BuiltEngine) -> EngineRecord:
         record = EngineRecord(
-            **{"settings": self.identity.settings or "", **self._key(part)},
+            **{"settings": self.settings, **self._key(part)},
             layout=built.layout,
             file=self._engine_name(part),
             sha256=sha256_of_bytes(built.data),

@@ -12,7 +12,7 @@ from bdtool.errors import BackendError, DataError, EngineError
 from bdtool.specs import NetworkSpec, PartSpec
 from engines.base import PLAIN_LAYOUT, BackendIdentity, Buffer, BuiltEngine, Engine, JoinedEngine
 from engines.capture import Capturer
-from engines.check import check_engine
+from engines.check import N_PROBES, check_engine
 from engines.cuda_buffer import DeviceBuffer, concatenate
 from engines.cuda_device import CudaDevice, open_device
 from engines.device_array import DeviceArray
@@ -159,7 +159,8 @@ class TensorRTBackend:
     def _check(self, part: PartSpec, model: bytes, data: bytes, layout: str) -> float | None:
         if "bfloat16" in {tensor.dtype for tensor in (*part.inputs, *part.outputs)}:
             return None  # neither numpy nor ONNX Runtime on the CPU computes in it
-        return check_engine(part, model, self.load(part, data, layout=layout))
+        n_images = self._options.nearest_batch(N_PROBES)
+        return check_engine(part, model, self.load(part, data, layout=layout), n_images=n_images)
 
 
 def _check_refit(options: TensorRTOptions, driver: Driver) -> None:

@@ -80,6 +80,10 @@ class TensorRTOptions:
         own = (field for field in fields(self) if field.name not in _OF_PROVIDER)
         return [field.name for field in own if getattr(self, field.name) != field.default]
 
+    def nearest_batch(self, n_images: int) -> int:
+        """Return the batch inside the optimization profile that is nearest to `n_images`."""
+        return max(self.min_batch, min(n_images, self.max_batch))
+
     @property
     def settings(self) -> str:
         """Everything that changes an engine, as a text to compare; its targets are in the engine's target already."""

@@ -25,7 +25,6 @@ from export.bundle import Bundle
 STORED = "stored by `bdtool build --paths`"
 COUNTED = "counted on the measured images before the clock started"
 HAVE_GRAPHS = (BASELINE, "graph")  # strategies that use CUDA graphs on a GPU
-_COUNT_BATCH = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +143,8 @@ def knows_masks(name: str) -> bool:
 
 def path_options(bundle: Bundle, workload: Workload, place: Place) -> tuple[PathOptions, str]:
     """Return the masks to join ahead and where they come from: those stored with the engines, else the workload's."""
-    stored = read_masks(place.store(bundle).directory, bundle.network.n_blocks)
+    store = place.store(bundle)
+    stored = read_masks(store.nearest(parts_for("path", store.network)).directory, bundle.network.n_blocks)
     if stored:
         return PathOptions.of_counts(stored, background=False), STORED
     keep = workload.keep if workload.keep is not None else learned_bits(bundle, workload.images, place)
@@ -154,8 +154,7 @@ def path_options(bundle: Bundle, workload: Workload, place: Place) -> tuple[Path
 def learned_bits(bundle: Bundle, images: np.ndarray, place: Place) -> np.ndarray:
     """Return what the policy network keeps, bool [M, K]."""
     with place.open(bundle, "chain") as runtime:
-        batches = [images[i : i + _COUNT_BATCH] for i in range(0, len(images), _COUNT_BATCH)]
-        return np.concatenate([runtime.run(batch).policy for batch in batches])
+        return runtime.decide(images)
 
 
 def _check_size(bundle: Bundle, baseline: Bundle) -> None:

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 class Loaded:
     """Engines by part name, and the network as they take it: images as pixels, or preprocessed.
 
-    `max_batch` is the largest batch that all of them take; None: any.
+    `max_batch` is the largest batch that bundle and engines take at once; None: any.
     """
 
     network: NetworkSpec
@@ -51,7 +51,7 @@ class Loader:
         """
         parts = parts_for(self._strategy, self._own.network)
         self.store, self._loaded = self._load(self._own, parts, build=self._own.network.parts)
-        return Loaded(self._own.network, self._loaded, max_batch=self._loaded.max_batch)
+        return Loaded(self._own.network, self._loaded, max_batch=self._most(self._loaded.max_batch))
 
     def load_prepared(self) -> Loaded:
         """Load engines that take preprocessed images, beside those of `load`, with which they share all other parts.
@@ -64,8 +64,19 @@ class Loader:
             store = self._own.for_prepared()
             parts = [part for part in parts_for(self._strategy, store.network) if part.reads_image]
             _, engines = self._load(store, parts, build=parts)
-            self._prepared = Loaded(store.network, self._loaded.with_others(engines))
+            if engines.max_batch is not None and engines.max_batch < self._most(self._loaded.max_batch):
+                # they were built before the bundle was exported for larger batches
+                with ExitStack() as stack:
+                    store = self._build(store, parts, stack, resume=False)
+                    _, engines = self._load_from(store, store.find(parts, check_digests=False))
+            others = self._loaded.with_others(engines)
+            self._prepared = Loaded(store.network, others, max_batch=self._most(others.max_batch))
         return self._prepared
+
+    def _most(self, max_batch: int | None) -> int:
+        """Return the largest batch that runs at once where engines take `max_batch`; None: any."""
+        most = self._bundle.manifest.max_batch
+        return most if max_batch is None else min(most, max_batch)
 
     def _load(
         self, store: EngineStore, parts: Sequence[PartSpec], *, build: Sequence[PartSpec]
@@ -87,15 +98,19 @@ class Loader:
     def _load_from(self, store: EngineStore, records: Mapping[str, EngineRecord]) -> tuple[EngineStore, EngineSet]:
         return store, store.load(self._backend, records, joinable=self._strategy in ("path", "fused"))
 
-    def _build(self, store: EngineStore, parts: Sequence[PartSpec], stack: ExitStack) -> EngineStore:
+    def _build(
+        self, store: EngineStore, parts: Sequence[PartSpec], stack: ExitStack, *, resume: bool = True
+    ) -> EngineStore:
         """Build what the store lacks and return it; beside a read-only bundle, one in a temporary place."""
         path = self._bundle.path
         if is_read_only(path):
             tell_not_kept(path, f"the engines {store.directory.name}")
             directory = temporary_engines(path, stack)
-            store = EngineStore(self._bundle, store.identity, precision=store.precision, directory=directory)
+            store = store.placed(directory)
         logger.info("building the engines that %s lacks for %s, once", path, store.identity.target)
-        failed = [status for status in store.build(lambda: self._backend, parts=parts) if status.status == "failed"]
+        statuses = store.build(lambda: self._backend, parts=parts, resume=resume)
+        failed = [status for status in statuses if status.status == "failed"]
         if failed:
             raise EngineError(f"{counted(len(failed), 'engine')} did not build; the first: {failed[0].message}")
         return store
+

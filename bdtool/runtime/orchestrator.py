@@ -140,7 +140,8 @@ class Orchestrator:
         options = batch_options(backend, opened.manifest.max_batch)
         library = open_backend(backend, device, threads=threads, tensorrt=options)
         graphs = plan_graphs(backend, device, cuda_graph)
-        store = EngineStore(opened, identity, precision=precision)
+        settings = "" if options is None else options.settings
+        store = EngineStore(opened, identity, precision=precision, settings=settings)
         if strategy == AUTO:
             recorded = read_recommendation(store.directory, threads=library.threads, bundle=opened.path)
             strategy = recorded.strategy
@@ -155,7 +156,7 @@ class Orchestrator:
             library,
             loaded.engines,
             strategy=strategy,
-            max_batch=min(opened.manifest.max_batch, loaded.max_batch or opened.manifest.max_batch),
+            max_batch=loaded.max_batch or opened.manifest.max_batch,
             paths=paths,
             graphs=graphs,
             prepared=loader.load_prepared,

@@ -40,6 +40,14 @@ def test_json_has_the_kernels_of_each_part(bdtool_json, bundle_copy):
     assert block["details"]["kernels"] == ["node_conv2d: float", "node_conv2d_1: float"]
 
 
+def test_masks_are_counted_on_the_cpu_where_there_is_no_gpu(bdtool_json, bundle_copy, npz):
+    words = ("build", bundle_copy, "--backend", "tensorrt-rtx", "--sm", "89", "--precision", "fp16")
+    found = bdtool_json(*words, "--coverage", 1, "--data", npz)
+    assert found["paths"]["noted"] >= 1
+    [masks] = bundle_copy.glob("engines/tensorrt-rtx-*-sm89-fp16/paths.json")
+    assert masks.is_file()
+
+
 @pytest.mark.parametrize(
     ("options", "status", "message"),
     [

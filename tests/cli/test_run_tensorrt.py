@@ -1,8 +1,16 @@
 """The commands that run a bundle, on TensorRT: against stand-ins, and what they say on a machine without a GPU."""
 
+import numpy as np
 import pytest
 
+from bdtool.data.synthetic import synthetic_images
+from bdtool.profiling.opening import STORED, path_options
+from bdtool.profiling.workload import Workload
+from bdtool.runtime.orchestrator import Orchestrator
+from bdtool.runtime.place import Place
+from bdtool.runtime.preprocess import preprocess
 from engines.libcuda import Driver
+from export.bundle import Bundle
 from tests.fake_tensorrt import install_gpu
 
 TENSORRT = ("--backend", "tensorrt", "--device", "cuda:0")
@@ -65,6 +73,51 @@ def test_profile_refuses_a_batch_above_the_engines(monkeypatch, tmp_path, bdtool
     message = bdtool("profile", bundle_copy, *quick, "--batch", 5, status=2).stderr
     assert "--batch 5: the engines were built for at most 4 images" in message
     assert "Give --batch 4 or less, or build again with --max-batch 5" in message
+
+
+@pytest.mark.parametrize("batches", [(1, 1, 1), (4, 4, 8)])
+def test_engines_are_compared_on_a_batch_of_theirs(monkeypatch, tmp_path, bdtool_json, bundle_copy, batches):
+    install_gpu(monkeypatch, tmp_path / "cache")
+    profile = zip(("--min-batch", "--opt-batch", "--max-batch"), batches, strict=True)
+    parts = bdtool_json("build", bundle_copy, *TENSORRT, *(word for pair in profile for word in pair))["parts"]
+    assert {(part["status"], part["error"] is None) for part in parts.values()} == {("built", False)}
+
+
+def test_engines_built_on_opening_are_those_that_build_makes(monkeypatch, tmp_path, bdtool_json, bundle_copy):
+    install_gpu(monkeypatch, tmp_path / "cache")
+    Orchestrator.open(bundle_copy, backend="tensorrt", device="cuda:0").close()
+    assert all(part["cached"] for part in bdtool_json("build", bundle_copy, *TENSORRT)["parts"].values())
+
+
+def test_engines_of_an_earlier_export_run_batches_that_they_take(monkeypatch, tmp_path, bdtool, tiny):
+    install_gpu(monkeypatch, tmp_path / "cache")
+    bundle, pixels = tmp_path / "bundle", synthetic_images(8, height=32, width=32)
+    prepared = preprocess(pixels, tiny.model.spec.preprocessing)
+
+    def run(images):
+        with Orchestrator.open(bundle, backend="tensorrt", device="cuda:0") as runtime:
+            return runtime.max_batch, runtime.run(images, policy="101").logits
+
+    bdtool("export", tiny.path, "-o", bundle, "--max-batch", 2)
+    assert run(prepared)[0] == 2
+    bdtool("export", tiny.path, "-o", bundle, "--max-batch", 8, "--force")
+    max_batch, expected = run(pixels)
+    assert max_batch == 2
+    bdtool("build", bundle, *TENSORRT)
+    max_batch, logits = run(prepared)  # the parts that read such images were built for 2 of them
+    assert max_batch == 8
+    np.testing.assert_allclose(logits, expected, atol=1e-5)
+
+
+def test_profile_takes_masks_from_where_the_engines_are(monkeypatch, tmp_path, bdtool, bundle_copy, npz):
+    install_gpu(monkeypatch, tmp_path / "cache")
+    wide = ("--hardware-compatibility-level", "ampere-plus")
+    bdtool("build", bundle_copy, *TENSORRT, *wide, "--coverage", 1, "--data", npz, "--policy", "random:2")
+    place = Place(backend="tensorrt", device="cuda:0")
+    workload = Workload(images=np.zeros((1, 32, 32, 3), np.uint8), keep=np.ones((1, 3), bool))
+    paths, source = path_options(Bundle.open(bundle_copy), workload, place)
+    assert source == STORED
+    assert len(paths.ahead) > 1
 
 
 def test_profile_measures_graph_modes_side_by_side(monkeypatch, tmp_path, bdtool, bdtool_json, bundle_copy, npz):
