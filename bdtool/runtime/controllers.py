@@ -80,12 +80,7 @@ class MaskController:
         return self._matrix
 
     def _learned(self, probabilities: np.ndarray) -> np.ndarray:
-        if not all_finite(probabilities):
-            raise EngineError(
-                "the policy network's probabilities are not finite; run `bdtool verify` on the bundle, "
-                "and check the input"
-            )
-        keep: np.ndarray = probabilities >= self._threshold
+        keep: np.ndarray = finite_probabilities(probabilities) >= self._threshold
         return keep
 
 
@@ -99,6 +94,15 @@ def decisions_from_matrix(keep: np.ndarray) -> list[Decision]:
         True if everyone else (keep[:, k] if anyone else False)
         for k, (everyone, anyone) in enumerate(zip(everybody, somebody, strict=True))
     ]
+
+
+def finite_probabilities(probabilities: np.ndarray) -> np.ndarray:
+    """Return P(keep) as it is; raise EngineError where a value is NaN or infinite."""
+    if not all_finite(probabilities):
+        raise EngineError(
+            "the policy network's probabilities are not finite; run `bdtool verify` on the bundle, and check the input"
+        )
+    return probabilities
 
 
 def all_finite(values: np.ndarray) -> bool:

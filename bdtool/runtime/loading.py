@@ -113,4 +113,3 @@ class Loader:
         if failed:
             raise EngineError(f"{counted(len(failed), 'engine')} did not build; the first: {failed[0].message}")
         return store
-

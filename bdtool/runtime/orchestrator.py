@@ -14,7 +14,7 @@ from typing import Any, cast
 import numpy as np
 
 from bdtool.errors import DataError, EngineError, PolicyError
-from bdtool.runtime.controllers import Controller, MaskController, all_finite
+from bdtool.runtime.controllers import Controller, MaskController, all_finite, finite_probabilities
 from bdtool.runtime.factory import DEFAULT_STRATEGY, make_strategy, parts_for, require_strategy
 from bdtool.runtime.intake import Intake
 from bdtool.runtime.loading import Loaded, Loader
@@ -228,7 +228,9 @@ class Orchestrator:
         """Return the policy network's P(keep), float32 [N, K], without running anything else.
 
         Raises:
+            DataError: the images have another shape or type.
             PolicyError: the bundle has no policy network.
+            EngineError: its engine fails, or gives what is not finite.
         """
         part = self.network.find("policy")
         if part is None:
@@ -238,18 +240,18 @@ class Orchestrator:
             if part.name not in self._engines:
                 name = self.strategy_name
                 raise PolicyError(f"strategy {name!r} loads no policy network; open the bundle with 'chain'")
-            taken = self.prepare(images)
-            slices = [taken[i : i + self.max_batch] for i in range(0, len(taken), self.max_batch)]
-            engines = self._prepared().engines if self._intake.needs_prepared_parts(taken) else self._engines
-            engine = engines[part.name]
-            return np.concatenate([engine.run({part.inputs[0].name: s})[part.outputs[0].name] for s in slices])
+            starts = range(0, max(len(images), 1), self.max_batch)
+            pieces = [self._probability(part, images[start : start + self.max_batch]) for start in starts]
+        return finite_probabilities(np.concatenate(pieces))
+
+    def _probability(self, part: PartSpec, images: np.ndarray) -> np.ndarray:
+        """Return P(keep) of at most `max_batch` images, as the policy network's engine gives it."""
+        taken = self.prepare(images)
+        engines = self._prepared().engines if self._intake.needs_prepared_parts(taken) else self._engines
+        return engines[part.name].run({part.inputs[0].name: taken})[part.outputs[0].name]
 
     def decide(self, images: np.ndarray) -> np.ndarray:
-        """Return what the policy network keeps, bool [N, K], without running anything else.
-
-        Raises:
-            PolicyError: the bundle has no policy network.
-        """
+        """Return what the policy network keeps, bool [N, K], without running anything else; see `keep_probability`."""
         keep: np.ndarray = self.keep_probability(images) >= self.network.threshold
         return keep
 

@@ -244,6 +244,25 @@ def test_image_named_is_counted_over_the_whole_batch(fake, images_of):
         fake(max_batch=4).runtime.run(images_of(values), policy="all")
 
 
+def test_policy_network_that_gives_nan_decides_nothing(fake, images_of, monkeypatch):
+    opened = fake()
+    engine = opened.runtime.engine(opened.runtime.network.part("policy"))
+    nan = {"keep_probability": np.full((1, K), np.nan, np.float32)}
+    monkeypatch.setattr(type(engine), "run", lambda self, feeds: nan)
+    for use in (opened.runtime.decide, opened.runtime.keep_probability):
+        with pytest.raises(EngineError, match="probabilities are not finite"):
+            use(images_of([1]))
+
+
+def test_probabilities_of_many_images_come_in_slices(fake, images_of):
+    opened = fake(max_batch=4)
+    together = opened.runtime.keep_probability(images_of(range(10)))
+    assert [n_images for _, n_images in opened.backend.calls] == [4, 4, 2]
+    np.testing.assert_array_equal(
+        together, np.concatenate([opened.runtime.keep_probability(images_of([i])) for i in range(10)])
+    )
+
+
 def test_closed_orchestrator_refuses_to_run(fake, images_of):
     with fake().runtime as runtime:
         runtime.run(images_of([1]))
