@@ -78,6 +78,9 @@ class Orchestrator:
         self.strategy_name = strategy
         self.threads = backend.threads
         self._library: Backend | None = backend  # None once it is closed
+        # threads of engines, and all of a GPU, stay behind where a process forks; a call on them would wait for ever
+        needs_own_process = backend.threads > 1 or strategy == "path" or timer_of(backend) is not None
+        self._process = os.getpid() if needs_own_process else None
         self._engines = engines
         self.max_batch = max_batch
         self._graphs, self._paths = graphs, paths
@@ -370,6 +373,11 @@ class Orchestrator:
     def _require_open(self) -> Strategy:
         if self._strategy is None:
             raise ValueError(_CLOSED)
+        if self._process is not None and self._process != os.getpid():
+            raise EngineError(
+                "this orchestrator was opened before the process forked, and what its engines run on stayed behind. "
+                "Open the bundle in each process after it forked, or with threads=1 on the CPU, but for strategy 'path'"
+            )
         return self._strategy
 
     def _strategy_for(self, taken: Images) -> Strategy:

@@ -95,3 +95,32 @@ def test_failing_build_names_the_first_part(bundle_copy, monkeypatch):
     monkeypatch.setattr(FakeBackend, "build", build)
     with pytest.raises(EngineError, match=r"9 engines did not build; the first: part 'policy': broken"):
         Orchestrator.open(bundle_copy, backend="fake")
+
+
+def _in_a_fork(call):
+    """Return what a call gives in a child of this process, or the error that it raises, as text."""
+    reader, writer = os.pipe()
+    if (child := os.fork()) == 0:
+        try:
+            os.write(writer, str(call()).encode())
+        except BaseException as exc:
+            os.write(writer, repr(exc).encode())
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as answer:
+        text = answer.read()
+    os.waitpid(child, 0)
+    return text
+
+
+@pytest.mark.parametrize(("backend", "strategy"), [("torch", "chain"), ("onnxruntime", "path")])
+def test_fork_is_told_to_open_the_bundle_itself(tiny, backend, strategy):
+    with Orchestrator.open(tiny.bundle, backend=backend, strategy=strategy) as runtime:
+        expected = runtime.run(_pixels(2)).classes
+        assert "Open the bundle in each process after it forked" in _in_a_fork(lambda: runtime.run(_pixels(2)))
+        np.testing.assert_array_equal(runtime.run(_pixels(2)).classes, expected)
+
+
+def test_fork_uses_an_orchestrator_that_has_no_threads(fake, images_of):
+    runtime = fake().runtime
+    assert _in_a_fork(lambda: runtime.run(images_of([1, 2])).classes) == str(runtime.run(images_of([1, 2])).classes)
