@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -33,6 +34,7 @@ from export.half import half_from_fp32
 from export.half_spec import HALF_DTYPES
 from export.onnx_precision import precision_of
 
+logger = logging.getLogger(__name__)
 DEFAULT_LIMIT = 512
 DEFAULT_MAX_ACCURACY_DROP = 0.5  # percentage points
 DEFAULT_AT_LEAST = 64  # images for each part: a choice; below some dozen a range is luck
@@ -282,8 +284,16 @@ class _Calibration:
             record = self._record(result, source)
             finished = with_calibration(candidate, precision, record, self._staging)
             commit_candidate(finished, precision, made.sidecars)
-            self._trial.keep_engines(self._bundle, precision)
+            self._keep_engines(precision)
         return result
+
+    def _keep_engines(self, precision: str) -> None:
+        """Put the engines of the measurement into the bundle, whose parts are there by now: they can be built again."""
+        try:
+            self._trial.keep_engines(self._bundle, precision)
+        except OSError as exc:
+            reason = exc.strerror or exc
+            logger.warning("%s: its %s engines could not be kept (%s)", self._bundle.path, precision, reason)
 
     def _record(self, result: Calibrated, source: CalibrationSet) -> dict[str, Any]:
         """Return what the manifest says of the calibration."""

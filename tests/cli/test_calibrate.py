@@ -11,6 +11,7 @@ from bdtool.data.sources import open_data
 from bdtool.data.synthetic import synthetic_images
 from bdtool.models.store import save_model
 from bdtool.runtime.policies import parse_policy
+from engines.registry import identify_backend
 from export.bundle import Bundle
 from export.files import sha256_of_file
 from tests.fake_onnxruntime import install_onnxruntime
@@ -121,6 +122,16 @@ def test_file_that_cannot_be_removed_is_no_failure(calibrate, bundle_copy, caplo
     in_the_way.mkdir(parents=True)
     assert calibrate("--precision", "fp16")["ok"] is True
     assert f"{in_the_way} belongs to no part any more and cannot be removed" in caplog.text
+    assert Bundle.open(bundle_copy).precisions == ("fp32", "fp16")
+
+
+def test_engines_that_cannot_be_kept_are_no_failure(calibrate, bundle_copy, caplog):
+    """They are a cache: the parts are in the bundle by then."""
+    (bundle_copy / "engines").mkdir()
+    identity = identify_backend("onnxruntime", "cpu")
+    (bundle_copy / "engines" / f"onnxruntime-{identity.version}-{identity.target}-fp16").write_text("in the way")
+    assert calibrate("--precision", "fp16")["ok"] is True
+    assert "its fp16 engines could not be kept (File exists)" in caplog.text
     assert Bundle.open(bundle_copy).precisions == ("fp32", "fp16")
 
 
