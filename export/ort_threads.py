@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 import threading
 from numbers import Integral
 
 import onnxruntime as ort
 
 from bdtool.errors import BackendError, UsageError
+from export.processors import n_processors
 
 MAX_DEFAULT_THREADS = 4  # a choice: the convolutions of small networks do not fill many cores
 _MOST_THREADS, _MOST_THREADS_PER_CORE = 64, 8  # 64 on 2 processors answer within seconds, 1000 not within minutes
@@ -28,7 +28,7 @@ _pool_threads: int | None = None  # size of the process's global pool, None wher
 
 def default_threads() -> int:
     """Return the size of the process's pool, else the processors it may use, at most `MAX_DEFAULT_THREADS`."""
-    return _pool_threads or min(len(os.sched_getaffinity(0)), MAX_DEFAULT_THREADS)
+    return _pool_threads or max(1, min(int(n_processors()), MAX_DEFAULT_THREADS))
 
 
 def checked_threads(threads: int | None) -> int:
@@ -41,21 +41,21 @@ def checked_threads(threads: int | None) -> int:
         return default_threads()
     if isinstance(threads, bool) or not isinstance(threads, Integral) or threads < 1:
         raise UsageError(f"threads: got {threads!r}, expected a whole number from 1, or None for the default")
-    n_cores = len(os.sched_getaffinity(0))
-    most = max(_MOST_THREADS, _MOST_THREADS_PER_CORE * n_cores)
+    n_cores = n_processors()
+    most = max(_MOST_THREADS, int(_MOST_THREADS_PER_CORE * n_cores))
     if threads > most:
         raise UsageError(
-            f"threads: got {threads}, expected at most {most} on {n_cores} processors: more only wait for each other. "
-            "The default is a good start"
+            f"threads: got {threads}, expected at most {most} on {n_cores:g} processors: more only wait for each "
+            "other. The default is a good start"
         )
     _warn_of_more(int(threads), n_cores)
     return int(threads)
 
 
 @functools.cache  # once, not for each backend that a command opens
-def _warn_of_more(threads: int, n_cores: int) -> None:
-    if threads > n_cores:
-        logger.warning("%d threads share %d processors and wait for each other; fewer are faster", threads, n_cores)
+def _warn_of_more(threads: int, n_cores: float) -> None:
+    if threads > max(n_cores, 1):
+        logger.warning("%d threads share %g processors and wait for each other; fewer are faster", threads, n_cores)
 
 
 def any_threads_options() -> ort.SessionOptions:

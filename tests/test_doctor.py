@@ -17,6 +17,7 @@ from bdtool.doctor.examination import examine, render
 from bdtool.doctor.finding import Finding
 from engines import onnxrt_providers  # noqa: F401  # before a stand-in takes the place of ONNX Runtime for a test
 from engines.libcuda import Driver, Gpu, driver_from_calls
+from export.processors import n_processors
 
 NO_DRIVER = Driver(installed=False, error="no NVIDIA driver (libcuda not found)")
 ONE_GPU = Driver((13, 0), (Gpu("NVIDIA H200", (9, 0)),))
@@ -260,9 +261,9 @@ def test_processor_names_model_and_instruction_sets(tmp_path: Path) -> None:
 def test_a_container_quota_limits_the_cores(tmp_path: Path) -> None:
     cpu_max = tmp_path / "cpu.max"
     cpu_max.write_text("50000 100000\n")
-    assert machine.n_cores(cpu_max) == 0.5
+    assert n_processors(cpu_max) == 0.5
     cpu_max.write_text("max 100000\n")
-    assert machine.n_cores(cpu_max) >= 1
+    assert n_processors(cpu_max) >= 1
 
 
 def test_render_puts_the_remedy_below_and_says_what_works() -> None:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from bdtool.doctor.finding import Finding
+from export.processors import n_processors
 
 
 def python() -> Finding:
@@ -34,7 +35,7 @@ def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> Finding:
     model = fields.get("model name") or platform.processor() or platform.machine()
     flags = set((fields.get("flags") or fields.get("Features") or "").split())
     known = [name for name in _INSTRUCTION_SETS if name in flags]
-    cores = f"{n_cores():g} of {os.cpu_count()} cores available"
+    cores = f"{n_processors():g} of {os.cpu_count()} cores available"
     return Finding("processor", "ok", f"{model}; {cores}; {' '.join(known) or 'instruction sets not listed'}")
 
 
@@ -45,13 +46,3 @@ def _cpuinfo_fields(cpuinfo: Path) -> dict[str, str]:
     first_processor = cpuinfo.read_text(errors="replace").strip().split("\n\n")[0]
     pairs = (line.partition(":") for line in first_processor.splitlines())
     return {key.strip(): value.strip() for key, _, value in pairs}
-
-
-def n_cores(cpu_max: Path = Path("/sys/fs/cgroup/cpu.max")) -> float:
-    """Return the cores this process may use: its affinity, or less where a container has a quota (cgroup v2)."""
-    n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = cpu_max.read_text().split()
-        return min(n_cores, int(quota) / int(period))
-    except (OSError, ValueError):  # no cgroup v2, or "max": no quota
-        return n_cores

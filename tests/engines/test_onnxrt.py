@@ -322,6 +322,13 @@ def test_more_threads_than_can_be_served_are_refused(monkeypatch):
     assert checked_threads(100) == 100
 
 
+def test_default_threads_keep_to_the_quota_of_a_container(monkeypatch):
+    monkeypatch.setattr(ort_threads, "_pool_threads", None)
+    for quota, threads in ((0.5, 1), (1.5, 1), (3, 3), (64, 4)):
+        monkeypatch.setattr(ort_threads, "n_processors", lambda quota=quota: quota)
+        assert checked_threads(None) == threads
+
+
 def test_identity_names_version_and_instruction_set():
     identity = identify_backend("onnxruntime", "cpu")
     assert identity.version == ort.__version__
