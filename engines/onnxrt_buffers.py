@@ -117,6 +117,7 @@ class DeviceBuffer:
         self._shape, self._dtype, self._device, self._rows = shape, dtype, device, rows
         kind, _, index = device.partition(":")
         self.value = ort.OrtValue.ortvalue_from_shape_and_type(shape, np.dtype(dtype), kind, int(index))
+        self._firsts: dict[int, DeviceBuffer] = {}
 
     def write(self, values: np.ndarray) -> None:
         self.value.update_inplace(np.ascontiguousarray(values))
@@ -126,7 +127,11 @@ class DeviceBuffer:
         return array
 
     def first(self, n_rows: int) -> Buffer:
-        return DeviceBuffer((n_rows, *self._shape[1:]), self._dtype, self._device, self._rows)
+        # ONNX Runtime gives no part of its memory: one buffer for each number of rows, not for each part that asks
+        if n_rows not in self._firsts:
+            shape = (n_rows, *self._shape[1:])
+            self._firsts[n_rows] = DeviceBuffer(shape, self._dtype, self._device, self._rows)
+        return self._firsts[n_rows]
 
     def gather(self, source: Buffer, rows: np.ndarray) -> None:
         self._move("gather", source, rows)

@@ -230,6 +230,13 @@ def test_rows_move_between_buffers(ort, device, dtype):
     np.testing.assert_array_equal(whole.read(), values[[3, 1, 1, 3]])
 
 
+def test_parts_that_run_on_as_many_rows_share_memory(ort):
+    """A ResNet-110 would else hold some GB for mixed batches of 64."""
+    whole = open_backend("onnxruntime", "cuda:0").allocate((4, 2), "float32")
+    assert whole.first(2) is whole.first(2)
+    assert whole.first(2).read().shape == (2, 2)
+
+
 def test_rows_on_a_gpu_do_not_pass_through_the_host(ort, monkeypatch):
     backend = open_backend("onnxruntime", "cuda:0")
     whole, other = (backend.allocate((4, 2), "float32") for _ in range(2))
