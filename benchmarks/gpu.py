@@ -12,7 +12,7 @@ Makes a ResNet-110 with a policy network and random weights, opens it with each 
     runs many images and compares the device memory in use before and after.
 
 Prints a table, and writes `benchmarks/results/gpu-<name>.json`. A backend that does not work here is named with the
-reason.
+reason, and so is a measurement that fails: the others are made all the same.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ import numpy as np
 import torch
 
 from bdtool.data.sources import open_data
+from bdtool.errors import EngineError
 from bdtool.models.store import load_model
 from bdtool.profiling.environment import describe_gpu
 from bdtool.profiling.profile import profile
@@ -40,6 +42,7 @@ from bdtool.runtime.place import Place
 from bdtool.runtime.policies import parse_policy
 from bdtool.runtime.preprocess import preprocess
 from bdtool.specs import NetworkSpec
+from bdtool.words import counted
 from benchmarks.latency import make_bundle
 from engines.base import Backend, Call, Engine
 from engines.capture import CapturingBackend
@@ -99,27 +102,49 @@ def main() -> None:
 def measure_backend(
     name: str, path: Path, *, data: str, n_masks: int, n_images: int, duration_s: float
 ) -> Iterator[tuple[str, Any]]:
-    """Yield names and figures of what is measured with one backend; "error" and the reason where it does not work."""
+    """Yield names and figures of what is measured with one backend, "NAME, error" and the reason where one fails.
+
+    "error" alone says why the backend does not work here.
+    """
     try:
         identify_backend(name, DEVICE)
         bundle = Bundle.open(path)
         strategies = strategies_for(name, DEVICE)
-        yield "parity", parity(bundle, name, strategies, n_masks)
-        source = open_data(data, network=bundle.network, resize=False)
-        measured = profile(
-            bundle,
-            source,
-            policy=kept_policy(bundle.network.n_blocks),
-            strategies=[strategy for strategy in strategies if strategy != "full"],
-            settings=Settings(duration_s=duration_s),
-            place=Place(backend=name, device=DEVICE),
-        )
-        yield "profile", measured.to_json()
-        if "graph" in strategies:
-            for precision in PRECISIONS:
-                yield f"graph, {precision}", GraphBench(bundle, name, precision).measure(n_images)
     except Exception as exc:  # of any library: the other backends are measured all the same
-        yield "error", f"{type(exc).__name__}: {exc}"
+        yield "error", _reason(exc)
+        return
+    steps: dict[str, Callable[[], Any]] = {
+        "parity": lambda: parity(bundle, name, strategies, n_masks),
+        "profile": lambda: profiled(bundle, name, strategies, data, duration_s),
+    }
+    if "graph" in strategies:
+        for precision in PRECISIONS:
+            steps[f"graph, {precision}"] = partial(measure_graphs, bundle, name, precision, n_images)
+    for what, step in steps.items():
+        try:
+            yield what, step()
+        except Exception as exc:
+            yield f"{what}, error", _reason(exc)
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def profiled(bundle: Bundle, backend: str, strategies: tuple[str, ...], data: str, duration_s: float) -> dict[str, Any]:
+    """Return what `bdtool profile` measures of each strategy."""
+    return profile(
+        bundle,
+        open_data(data, network=bundle.network, resize=False),
+        policy=kept_policy(bundle.network.n_blocks),
+        strategies=[strategy for strategy in strategies if strategy != "full"],
+        settings=Settings(duration_s=duration_s),
+        place=Place(backend=backend, device=DEVICE),
+    ).to_json()
+
+
+def measure_graphs(bundle: Bundle, backend: str, precision: str, n_images: int) -> dict[str, Any]:
+    return GraphBench(bundle, backend, precision).measure(n_images)
 
 
 def kept_policy(n_blocks: int) -> str:
@@ -134,9 +159,16 @@ def kept_masks(n_blocks: int) -> dict[str, np.ndarray]:
 def open_engines(
     bundle: Bundle, backend: str, precision: str = "fp32"
 ) -> tuple[NetworkSpec, Backend, dict[str, Engine]]:
+    """Return the network as its engines take it, the backend, and every engine; those that are missing are built.
+
+    Raises:
+        EngineError: one does not build.
+    """
     library = open_backend(backend, DEVICE, tensorrt=batch_options(backend, bundle.manifest.max_batch))
     store = EngineStore(bundle, identify_backend(backend, DEVICE), precision=precision)
-    store.build(lambda: library)
+    failed = [status.message for status in store.build(lambda: library) if status.status == "failed"]
+    if failed:
+        raise EngineError(f"{counted(len(failed), 'engine')} did not build in {precision}; the first: {failed[0]}")
     return store.network, library, dict(store.load(library, store.find()))
 
 
@@ -289,17 +321,25 @@ def print_results(gpu: dict[str, Any], measured: dict[str, dict[str, Any]]) -> N
     print(", ".join(f"{name} {value}" for name, value in gpu.items()))
     print("\n| backend | strategy | worst error | median, ms | to full |\n|---|---|---|---|---|")
     for name, result in measured.items():
-        if "error" in result:
-            print(f"| {name} | - | {result['error']} | | |")
-            continue
-        for strategy, errors in result["parity"].items():
-            row = result["profile"]["strategies"][strategy]
-            median, ratio = row["latency_ms"]["median"], row["ratio_to_full"]
-            print(f"| {name} | {strategy} | {max(errors.values()):.2g} | {median:.4f} | {ratio:.3f} |")
+        strategies = {**result.get("parity", {}), **result.get("profile", {}).get("strategies", {})}
+        for strategy in strategies:
+            print(_row(name, strategy, result))
+        for what, reason in result.items():
+            if what.endswith("error"):
+                print(f"| {name} | {what.removesuffix('error').removesuffix(', ') or '-'} | {reason} | | |")
     for name, result in measured.items():
         for precision in PRECISIONS:
             if f"graph, {precision}" in result:
                 print_graphs(f"{name}, {precision}", result[f"graph, {precision}"])
+
+
+def _row(name: str, strategy: str, result: dict[str, Any]) -> str:
+    """Return the row of a strategy, of which some figures may be missing."""
+    errors = result.get("parity", {}).get(strategy)
+    timed = result.get("profile", {}).get("strategies", {}).get(strategy)
+    error = "-" if errors is None else f"{max(errors.values()):.2g}"
+    times = "- | -" if timed is None else f"{timed['latency_ms']['median']:.4f} | {timed['ratio_to_full']:.3f}"
+    return f"| {name} | {strategy} | {error} | {times} |"
 
 
 def print_graphs(what: str, found: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ import torch
 from benchmarks import gpu, gpu_choices, host_loop
 from engines.cuda_device import CudaDevice
 from engines.libcuda import Driver
+from engines.store import EngineStore, PartStatus
 from export.bundle import Bundle
 from tests.fake_tensorrt import FakeTensorRT, install_gpu
 
@@ -111,16 +112,45 @@ def test_backend_that_does_not_work_is_named_with_the_reason(bundle_copy, monkey
     assert error.startswith("BackendError: backend 'tensorrt', device 'cuda:0': no driver")
 
 
-def test_backend_that_fails_in_its_own_way_does_not_stop_the_others(bundle_copy, monkeypatch, tmp_path):
+def test_measurement_that_fails_does_not_stop_the_others(bundle_copy, monkeypatch, tmp_path):
     install_gpu(monkeypatch, tmp_path)
 
     def fail(*arguments):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     monkeypatch.setattr(gpu, "parity", fail)
+    monkeypatch.setattr(gpu, "measure_graphs", lambda bundle, backend, precision, n_images: precision)
     options = {"data": "synthetic:4", "n_masks": 1, "n_images": 1, "duration_s": 0.01}
-    found = list(gpu.measure_backend("tensorrt", bundle_copy, **options))
-    assert found == [("error", "RuntimeError: CUDA error: an illegal memory access was encountered")]
+    found = dict(gpu.measure_backend("tensorrt", bundle_copy, **options))
+    reason = "RuntimeError: CUDA error: an illegal memory access was encountered"
+    assert found.pop("parity, error") == reason
+    assert found.pop("profile")["strategies"]
+    assert found == {"graph, fp32": "fp32", "graph, fp16": "fp16"}
+
+
+def test_engines_that_do_not_build_cost_their_precision_alone(bundle_copy, monkeypatch, tmp_path, capsys):
+    install_gpu(monkeypatch, tmp_path)
+    monkeypatch.setattr(gpu, "_ROUNDS", 1)
+    monkeypatch.setattr(gpu, "_LAUNCHES", 2)
+    build = EngineStore._build_part
+
+    def build_part(store, backend, part, layout):
+        if (part.name, store.precision) == ("full", "fp16"):
+            return PartStatus(name="full", status="failed", seconds=0, message="part 'full': not finite in half")
+        return build(store, backend, part, layout)
+
+    monkeypatch.setattr(EngineStore, "_build_part", build_part)
+    options = {"data": "synthetic:4", "n_masks": 1, "n_images": 1, "duration_s": 0.01}
+    found = dict(gpu.measure_backend("tensorrt", bundle_copy, **options))
+    assert set(found) == {"parity", "profile", "graph, fp32", "graph, fp16, error"}
+    reason = "EngineError: 1 engine did not build in fp16; the first: part 'full': not finite in half"
+    assert found["graph, fp16, error"] == reason
+    gpu.print_results({"gpu": "stand-in"}, {"tensorrt": found, "torch": {"profile": found["profile"]}})
+    text = capsys.readouterr().out
+    assert f"| tensorrt | graph, fp16 | {reason} | | |" in text
+    assert "| tensorrt | chain |" in text
+    assert "| torch | chain | - | " in text
+    assert "tensorrt, fp32: an image" in text
 
 
 def test_machine_without_a_gpu_is_told(monkeypatch):
