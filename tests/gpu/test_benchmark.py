@@ -55,6 +55,15 @@ def test_graph_that_decides_computes_what_the_known_path_computes(monkeypatch, t
     assert abs(expected).max() > 0.01
 
 
+def test_memory_is_watched_with_some_blocks_kept(monkeypatch, tmp_path, bundle_copy):
+    install_gpu(monkeypatch, tmp_path)
+    monkeypatch.setattr(gpu, "_ROUNDS", 1)
+    monkeypatch.setattr(gpu, "_LAUNCHES", 2)
+    bench = gpu.GraphBench(Bundle.open(bundle_copy), "tensorrt")
+    bench.measure(n_images=2)
+    assert bench._graphs.kept.read().tolist() == gpu.kept_masks(3)["some"].tolist()
+
+
 def test_a_switch_for_more_blocks_costs_less(monkeypatch, tmp_path, export_random):
     """On the stand-in a conditional node takes a second, and launches and kernels a millisecond at most."""
     bundle = Bundle.open(export_random("resnet14").bundle)
