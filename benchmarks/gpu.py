@@ -8,7 +8,7 @@ Makes a ResNet-110 with a policy network and random weights, opens it with each 
     compares the logits of every strategy with eager PyTorch for random masks and for the learned policy,
     runs `bdtool profile` with 17 of 54 blocks kept,
     times an image in each mode of strategy `graph` against CUDA graphs that know the mask, and the whole ResNet as one,
-    in FP32 and FP16,
+    in FP32 and FP16, and compares what each mode computes with the former,
     runs many images and compares the device memory in use before and after.
 
 Prints a table, and writes `benchmarks/results/gpu-<name>.json`. A backend that does not work here is named with the
@@ -212,7 +212,7 @@ class GraphBench:
         self._pixels = rng.integers(0, 256, size=stem.inputs[0].shape_for(1), dtype=np.uint8)
 
     def measure(self, n_images: int) -> dict[str, Any]:
-        """Return median milliseconds, their ratios, what the SWITCHes cost, and how much memory grew."""
+        """Return errors, median milliseconds, their ratios, what the SWITCHes cost, and how much memory grew."""
         masks = kept_masks(self._network.n_blocks)
         switch, cache = self._graphs.deciding(), self._graphs.deciding([masks["some"]])
         branch, speculation = self._graphs.branching(), self._graphs.speculation([masks["some"]], [1.0])
@@ -227,6 +227,7 @@ class GraphBench:
             runs[f"known path, {name} kept"] = self._request(self._graphs.path(mask))
             runs[f"known path and policy, {name} kept"] = self._request(self._known_with_policy(mask))
         runs["full graph"] = self._request(self._graphs.whole())
+        errors = self._errors(runs, masks)
         ms = alternate_ms(runs)
         compared = {name: ms[f"{name}, some kept"] for name in ("known path", "known path and policy")}
         compared["full graph"] = ms["full graph"]
@@ -242,6 +243,7 @@ class GraphBench:
             "n_blocks": len(masks["some"]),
             "blocks_per_switch": BLOCKS_PER_SWITCH,
             "n_begun": len(speculation.runs),
+            "errors": errors,
             "median_ms": ms,
             "ratios": ratios,
             "aims": AIMS,
@@ -294,6 +296,32 @@ class GraphBench:
             self._graphs.logits.read()
 
         return request
+
+    def _errors(self, runs: dict[str, Callable[[], object]], masks: dict[str, np.ndarray]) -> dict[str, Any]:
+        """Return each mode's worst errors, over the masks, against the policy network and the known path in a row.
+
+        Those of logits and of probabilities are over the range of the values; of keep bits the wrong ones are counted.
+        """
+        worst: dict[str, Any] = {mode: {"logits": 0.0, "probabilities": 0.0, "keep bits": 0} for mode in MODES}
+        for kept, mask in masks.items():
+            expected = self._outputs(runs[f"known path and policy, {kept} kept"])
+            for mode, errors in worst.items():
+                found = self._outputs(runs[f"{mode}, {kept} kept"])
+                for name in ("logits", "probabilities"):
+                    errors[name] = max(errors[name], compare(expected[name], found[name], tolerance=0).error)
+                if mode != PATH_CACHE:  # where the host knows them
+                    errors["keep bits"] += int(np.count_nonzero(found["keep bits"] != mask))
+        return worst
+
+    def _outputs(self, request: Callable[[], object]) -> dict[str, np.ndarray]:
+        """Return what a request writes; where it writes nothing, zeros."""
+        graphs = self._graphs
+        buffers = {"logits": graphs.logits, "probabilities": graphs.probability, "keep bits": graphs.kept}
+        for buffer in buffers.values():
+            buffer.write(np.zeros_like(buffer.read()))
+        _prepare(request)
+        request()
+        return {name: buffer.read().copy() for name, buffer in buffers.items()}
 
     def _growth(self, request: Callable[[], object], n_images: int) -> dict[str, int]:
         cu = self._capturer.device.cu
@@ -351,6 +379,8 @@ def _row(name: str, strategy: str, result: dict[str, Any]) -> str:
 def print_graphs(what: str, found: dict[str, Any]) -> None:
     print(f"\n{what}: an image, copies included, median ms; {found['n_kept']} of {found['n_blocks']} blocks are some")
     print("\n".join(f"  {name:<36} {ms:.4f}" for name, ms in found["median_ms"].items()))
+    for mode, errors in found["errors"].items():
+        print(f"  {mode:<22} worst errors: " + ", ".join(f"{name} {error:.2g}" for name, error in errors.items()))
     aims = ", ".join(f"{aim} to {name}" for name, aim in found["aims"].items())
     print(f"  ratios (aims: at most {aims})")
     for mode, ratios in found["ratios"].items():

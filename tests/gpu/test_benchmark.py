@@ -28,6 +28,8 @@ def test_every_figure_is_there(monkeypatch, tmp_path, bundle_copy, capsys):
     assert {f"to {name}" for name in graph["aims"]} < set(graph["ratios"]["switch"])
     assert (graph["n_kept"], graph["n_blocks"]) == (1, 3)
     assert all(math.isfinite(ms) and ms > 0 for ms in graph["median_ms"].values())
+    assert set(graph["errors"]) == set(graph["ratios"])
+    assert max(error for errors in graph["errors"].values() for error in errors.values()) < 1e-4
     assert graph["memory"] == {"images": 3, "growth_bytes": 0}
     gpu.print_results({"gpu": "stand-in"}, {"tensorrt": result, "torch": {"error": "no torch"}})
     text = capsys.readouterr().out
@@ -53,6 +55,23 @@ def test_graph_that_decides_computes_what_the_known_path_computes(monkeypatch, t
         known()
         gpu.np.testing.assert_allclose(logits.read(), expected, atol=1e-5)
     assert abs(expected).max() > 0.01
+
+
+def test_policy_that_a_parallel_branch_spoils_is_seen(monkeypatch, tmp_path, bundle_copy):
+    install_gpu(monkeypatch, tmp_path)
+    monkeypatch.setattr(gpu, "_ROUNDS", 1)
+    monkeypatch.setattr(gpu, "_LAUNCHES", 2)
+    deciding = gpu.NetworkGraphs.deciding
+
+    def spoilt(graphs, *arguments):
+        call = deciding(graphs, *arguments)
+        spoil = len(arguments) == 2  # masks, and what runs beside
+        return lambda: (call(), spoil and graphs.probability.write(gpu.np.full((1, 3), 2, gpu.np.float32)))
+
+    monkeypatch.setattr(gpu.NetworkGraphs, "deciding", spoilt)
+    errors = gpu.GraphBench(Bundle.open(bundle_copy), "tensorrt").measure(n_images=1)["errors"]
+    assert errors.pop("policy-cache begun")["probabilities"] > 0.5
+    assert max(error for found in errors.values() for error in found.values()) == 0
 
 
 def test_memory_is_watched_with_some_blocks_kept(monkeypatch, tmp_path, bundle_copy):
