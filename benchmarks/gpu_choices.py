@@ -38,6 +38,7 @@ from engines.libcuda import driver_from_libcuda
 from engines.network_graphs import NetworkGraphs
 from engines.speculation import Speculation
 from export.bundle import Bundle
+from export.files import write_json
 
 _SIZES = tuple(range(1, 10))
 _WIDTHS = ((16, 32), (32, 16), (64, 8))  # channels, and height and width
@@ -49,7 +50,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bundle", type=Path, help="default: a ResNet-110 with random weights, which is made")
     parser.add_argument("--backend", default="torch", help="whose engines are captured, default torch")
-    parser.add_argument("--out", type=Path, help="write the figures as JSON")
+    parser.add_argument("--out", type=Path, help="write the figures as JSON, as they come")
     args = parser.parse_args()
     gpu = describe_gpu(DEVICE)
     if not gpu:
@@ -59,12 +60,24 @@ def main() -> None:
         if args.bundle is None:
             make_bundle(path)
         bundle = Bundle.open(path)
-        graphs, begun = switch_sizes(bundle, args.backend), speculated(bundle, args.backend)
-        figures = {"gpu": gpu, "graphs_us": graphs, "begun_us": begun}
-        figures |= {"blocks_us": block_formats(), "copies_us": host_copies()}
+        parts: dict[str, Callable[[], Any]] = {
+            "graphs_us": lambda: switch_sizes(bundle, args.backend),
+            "begun_us": lambda: speculated(bundle, args.backend),
+            "blocks_us": block_formats,
+            "copies_us": host_copies,
+        }
+        figures: dict[str, Any] = {"gpu": gpu}
+        for name, measure in parts.items():
+            try:
+                figures[name] = measure()
+            except Exception as exc:  # of any library: the other parts are measured all the same
+                figures[f"{name}, error"] = f"{type(exc).__name__}: {exc}"
+            if args.out is not None:  # at once: time on a GPU is short, and may end
+                write_json(args.out, figures)
+            print(f"{time.strftime('%H:%M:%S')} {name} done", file=sys.stderr)
     print(json.dumps(figures, indent=2))
-    if args.out is not None:
-        args.out.write_text(json.dumps(figures, indent=2) + "\n")
+    if errors := [name for name in figures if name.endswith("error")]:
+        sys.exit(f"not measured: {'; '.join(f'{name} {figures[name]}' for name in errors)}")
 
 
 def switch_sizes(bundle: Bundle, backend: str, sizes: Sequence[int] = _SIZES) -> dict[str, Any]:

@@ -105,6 +105,25 @@ def test_speculations_are_timed_right_and_wrong(monkeypatch, tmp_path, export_ra
     assert [wrong[n] - wrong[0] for n in (1, 2, 3)] == [1, 1, 2]  # the stem again
 
 
+def test_choices_are_written_as_they_come(monkeypatch, bundle_copy, tmp_path, capsys):
+    def fail():
+        raise RuntimeError("cuDNN refuses it")
+
+    out = tmp_path / "choices.json"
+    monkeypatch.setattr(gpu_choices, "describe_gpu", lambda device: {"gpu": "stand-in"})
+    monkeypatch.setattr(gpu_choices, "switch_sizes", lambda bundle, backend: {"switch": {1: 2.0}})
+    monkeypatch.setattr(gpu_choices, "speculated", lambda bundle, backend: json.loads(out.read_text())["graphs_us"])
+    monkeypatch.setattr(gpu_choices, "block_formats", fail)
+    monkeypatch.setattr(gpu_choices, "host_copies", lambda: "there")
+    monkeypatch.setattr("sys.argv", ["gpu_choices", "--bundle", str(bundle_copy), "--out", str(out)])
+    with pytest.raises(SystemExit, match=r"not measured: blocks_us, error RuntimeError: cuDNN refuses it"):
+        gpu_choices.main()
+    figures = json.loads(out.read_text())
+    assert figures["begun_us"] == {"switch": {"1": 2.0}}  # what had been written by then
+    assert figures["copies_us"] == "there"
+    assert "cuDNN refuses it" in figures["blocks_us, error"]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU that PyTorch can use")
 def test_blocks_are_timed_in_every_format():
