@@ -1,5 +1,6 @@
 """`benchmarks/gpu.py`: it measures what it says, here on stand-ins, and says why where there is no GPU."""
 
+import ctypes
 import json
 import math
 
@@ -143,8 +144,16 @@ def test_copies_are_timed_for_both_kinds_of_host_memory(monkeypatch, tmp_path):
     driver = install_gpu(monkeypatch, tmp_path)
     monkeypatch.setattr(driver, "_require_host", lambda address, n_bytes: None)
     monkeypatch.setattr(gpu_choices, "open_device", lambda device: CudaDevice(driver, 0))
-    found = gpu_choices.host_copies(sizes=(3, 4))
-    assert set(found) == {"3", "4"}
+    sent, upload = [], driver.cuMemcpyHtoDAsync
+
+    def sending(target, source, n_bytes, stream):
+        sent.append(ctypes.string_at(source, n_bytes))
+        return upload(target, source, n_bytes, stream)
+
+    monkeypatch.setattr(driver, "cuMemcpyHtoDAsync", sending)
+    found = gpu_choices.host_copies(sizes=(64, 65))
+    assert set(found) == {"64", "65"}
+    assert min(len(set(values)) for values in sent) > 20  # pages of memory that are written to
     assert all(len(row) == 4 and min(row.values()) > 0 for row in found.values())
     directions = [driver.copies.count(name) for name in ("HtoD", "DtoH")]
     assert directions == [2 * 2 * gpu_choices._LAUNCHES] * 2
