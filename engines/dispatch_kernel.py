@@ -7,6 +7,7 @@ unresolved in the CUBIN and is bound by the driver when it loads the module.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 from bdtool.errors import BackendError
@@ -115,8 +116,9 @@ extern "C" __global__ void bd_lookup(
 """.replace("MAX_BLOCKS", str(MAX_BLOCKS))
 
 
+@lru_cache(maxsize=8)  # it takes some tenths of a second, for each graph that decides; what it raises is not kept
 def cubin_from_source(source: str, sm: int) -> bytes:
-    """Compile CUDA C++ to machine code for compute capability `sm` (89 is 8.9); no driver is needed.
+    """Compile CUDA C++ to machine code for compute capability `sm` (89 is 8.9), once; no driver is needed.
 
     Raises:
         BackendError: NVRTC is not installed, does not know the architecture, or refuses the source (quoted).

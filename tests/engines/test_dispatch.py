@@ -128,6 +128,15 @@ def test_kernel_compiles_to_machine_code(sm):
     assert b"cudaGraphSetConditional" in cubin  # left for the driver to bind
 
 
+def test_kernels_are_compiled_once_and_failures_are_not_kept(monkeypatch):
+    found, other = cubin_from_source(SOURCE, 90), 'extern "C" __global__ void other() { frobnicate(); }'
+    with pytest.raises(BackendError, match="frobnicate"):
+        cubin_from_source(other, 90)
+    monkeypatch.setattr("engines.dispatch_kernel._compile", lambda nvrtc, source, sm: b"compiled again")
+    assert cubin_from_source(SOURCE, 90) == found
+    assert cubin_from_source(other, 90) == b"compiled again"
+
+
 def test_architecture_that_nvrtc_does_not_know_is_named():
     with pytest.raises(BackendError, match=r"NVRTC compiles for the compute capabilities .*75, .*, not for 35"):
         cubin_from_source(SOURCE, 35)
