@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
@@ -289,10 +290,12 @@ class Orchestrator:
     def timed(self, wrap: WrapCall, *, paths: PathOptions | None = None) -> Orchestrator:
         """Return an orchestrator on the same engines whose every engine call goes through `wrap` (for profiling).
 
-        Its path cache is its own, of `paths`. Close it when done.
+        Its path cache is its own, of `paths`; None: of the same. Close it when done.
         """
         self._require_open()
         choice = self.graph_choice if self.strategy_name == "graph" else None  # modes are not compared again
+        if choice is not None and paths is not None and paths is not self._paths:
+            choice = replace(choice, speculation=None)  # which is of the masks that were frequent
         return Orchestrator(
             self.network,
             self._backend,

@@ -135,6 +135,18 @@ def test_no_speculation_where_the_policy_hides_nothing_or_is_not_there(driver, t
             assert runtime.graph_choice.reason == "asked for"
 
 
+def test_speculation_is_found_anew_for_other_masks(driver, tiny):
+    FakeTensorRT.notes["ms"] = {"keep_probability": 4}
+    others = PathOptions(ahead=[ALL_MASKS[3]])
+    with _open(tiny.bundle, cuda_graph="policy-cache", paths=COUNTED) as runtime:
+        begun = runtime.graph_choice.speculation.runs
+        assert begun[0].block == 0
+        for paths, expected in ((None, 0), (COUNTED, 0), (others, 1)):  # 011 drops block 0, which has no shortcut
+            with runtime.timed(lambda part, call: call, paths=paths) as other:
+                found = other.graph_choice.speculation
+                assert (found.runs[0].block, found.runs == begun) == (expected, expected == 0)
+
+
 def test_modes_are_compared_on_masks_as_frequent_as_noted(driver, tiny):
     FakeTensorRT.notes["ms"] = {"keep_probability": 4}
     with _open(tiny.bundle, paths=COUNTED) as runtime:
