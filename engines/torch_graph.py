@@ -43,6 +43,8 @@ class TorchCapturer:
         graph = torch.cuda.CUDAGraph(keep_graph=True)
         try:
             with torch.cuda.device(self.device.index):
+                # what was enqueued before may be filling the buffers, or making the weights
+                self._stream.wait_stream(torch.cuda.current_stream(self.device.index))
                 with torch.cuda.stream(self._stream):
                     for _ in range(_WARM_UP_CALLS):
                         call()

@@ -1,5 +1,6 @@
 """PyTorch as a backend computes what the ONNX parts say, bound or not, for every kind of part that is exported."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,14 +13,17 @@ from bdtool import Orchestrator
 from bdtool.errors import BackendError, BundleError, EngineError, UsageError
 from bdtool.specs import PartSpec, TensorSpec
 from engines import torchrt
+from engines.cuda_device import CudaDevice
 from engines.registry import identify_backend, open_backend
 from engines.store import EngineStore
 from engines.torch_fusion import fuse_convolutions
+from engines.torch_graph import TorchCapturer
 from engines.torch_onnx import OnnxFunction, memory_format
 from engines.torchrt import TorchBackend
 from export.bundle import Bundle
 from export.check import OnnxReference
 from export.half import half_from_fp32
+from tests.fake_driver import FakeDriver
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +157,20 @@ def test_current_stream_waits_for_the_one_that_makes_an_array(monkeypatch, strea
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: waits.append("all"))
     torchrt._wait_for(stream, torch.device("cuda:0"))
     assert waits == [waited_for]
+
+
+def test_calls_before_a_capture_wait_for_what_was_enqueued(monkeypatch):
+    """They run on a stream of their own, and what fills their buffers is on the current one."""
+    log, fake = [], lambda *arguments, **options: nullcontext()
+    stream = SimpleNamespace(wait_stream=lambda other: log.append(f"wait for {other}"))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda index: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"the current one of {device}")
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda keep_graph: SimpleNamespace(raw_cuda_graph=lambda: 0x1000))
+    for name in ("graph_pool_handle", "device", "stream", "synchronize", "graph"):
+        monkeypatch.setattr(torch.cuda, name, fake)
+    engine = SimpleNamespace(bind=lambda inputs, outputs: lambda: log.append("call"))
+    TorchCapturer(CudaDevice(FakeDriver(), 0)).capture(engine, {}, {}, beside=False)
+    assert log == ["wait for the current one of 0", *["call"] * 4]
 
 
 def test_staging_memory_is_filled_when_what_it_held_has_arrived(monkeypatch):

@@ -181,6 +181,11 @@ class FakeCudaGraph:
         return self.raw
 
 
+class FakeStream(str):
+    def wait_stream(self, other):
+        assert other.cuda_stream == 0
+
+
 @pytest.fixture
 def torch_on_a_stand_in(monkeypatch):
     """PyTorch on the CPU whose bound calls go through the stand-in driver, as those on a GPU through the stream."""
@@ -215,7 +220,7 @@ def torch_on_a_stand_in(monkeypatch):
         "graph_pool_handle": lambda: next(handles),
         "device": lambda device: nullcontext(),
         "stream": lambda stream: nullcontext(),
-        "Stream": lambda device: f"stream of GPU {device}",
+        "Stream": lambda device: FakeStream(f"stream of GPU {device}"),
         "synchronize": lambda: None,
         "current_stream": lambda device: SimpleNamespace(cuda_stream=driver.current_stream),
     }.items():
