@@ -212,7 +212,11 @@ class HostCodeBackend(Protocol):
 
 @runtime_checkable
 class ContextBackend(Protocol):
-    """A backend whose calls need a context of its own in the calling thread, where a user may have another."""
+    """A backend whose calls need something around them.
+
+    A context of its own in the calling thread, where a user may have another; or that calls on one stream wait for
+    those on another.
+    """
 
     def current(self) -> AbstractContextManager[None]:
-        """Return a `with` in which that context is current; behind it the user's is again."""
+        """Return a `with` for calls, one after the other; behind it the user's context is current again."""

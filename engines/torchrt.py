@@ -7,6 +7,7 @@ plain arrays.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -36,7 +37,8 @@ class TorchBackend:
     """PyTorch on "cpu" or "cuda:N".
 
     Its CPU threads belong to the process, as ONNX Runtime's do: the last backend that is opened sets their number. On
-    CUDA it makes convolutions of the process compute in FP32 instead of TF32.
+    CUDA it makes convolutions of the process compute in FP32 instead of TF32. Work goes to PyTorch's current stream;
+    where that is another one than before, it waits for what was enqueued before.
     """
 
     plans_by_batch = False
@@ -47,10 +49,14 @@ class TorchBackend:
         self._copies = CopyWatch()  # between host and device
         self._functions: WeakValueDictionary[tuple[str, str], OnnxFunction] = WeakValueDictionary()
         self._fuses = self.device.type == "cuda"  # cuDNN has kernels for it, the CPU has none
+        self._in_order = _InOrder(self.device) if self.device.type == "cuda" else nullcontext()
         if self.device.type == "cpu":
             torch.set_num_threads(self.threads)
         else:  # fp32 means fp32: by default cuDNN rounds the operands of convolutions to TF32
             torch.backends.cudnn.allow_tf32 = False
+
+    def current(self) -> AbstractContextManager[None]:
+        return self._in_order
 
     def activation_layout(self, network: NetworkSpec) -> str:
         return PLAIN_LAYOUT  # channels-last is how tensors lie in memory; their values are in NCHW order
@@ -133,6 +139,30 @@ class TorchBackend:
         if function is None:
             function = self._functions[key] = OnnxFunction(part, data, self.device, fuse=self._fuses)
         return function
+
+
+class _InOrder:
+    """A `with` around work on PyTorch's current stream, which waits for the work before where that was on another.
+
+    Buffers are the same whatever the stream, and who takes results on the device does not wait for them. It waits for
+    an event, as its owner may have given the other stream back since.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream: torch.cuda.Stream | None = None
+        self._done: torch.cuda.Event | None = None
+
+    def __enter__(self) -> None:
+        stream = torch.cuda.current_stream(self._device)
+        if self._done is not None and stream != self._stream:
+            stream.wait_event(self._done)
+        self._stream = stream
+
+    def __exit__(self, *error: object) -> None:
+        if self._done is None:
+            self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._done.record(self._stream)
 
 
 def _key(part: PartSpec, data: bytes) -> tuple[str, str]:

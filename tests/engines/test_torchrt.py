@@ -159,6 +159,35 @@ def test_current_stream_waits_for_the_one_that_makes_an_array(monkeypatch, strea
     assert waits == [waited_for]
 
 
+def test_work_on_another_stream_waits_for_the_work_before(monkeypatch):
+    """Buffers are the same, and logits that stay on the device are not waited for."""
+    log, current = [], []
+
+    class Stream:
+        def __init__(self, name):
+            self.name = name
+
+        def wait_event(self, event):
+            log.append(f"{self.name} waits for {event.of}")
+
+    class Event:
+        def record(self, stream):
+            self.of = stream.name
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[-1])
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    backend, first, second = TorchBackend(device="cuda:0"), Stream("first"), Stream("second")
+    for stream in (first, first, second, second, first):
+        current.append(stream)
+        with backend.current():
+            log.append(stream.name)
+    before, behind = "second waits for first", "first waits for second"
+    assert log == ["first", "first", before, "second", "second", behind, "first"]
+
+
 def test_calls_before_a_capture_wait_for_what_was_enqueued(monkeypatch):
     """They run on a stream of their own, and what fills their buffers is on the current one."""
     log, fake = [], lambda *arguments, **options: nullcontext()
