@@ -20,7 +20,7 @@ from engines.base import ENGINE_TOLERANCE, PLAIN_LAYOUT, Buffer, BuiltEngine, Ca
 from engines.capture import Capturer
 from engines.check import probe_values
 from engines.cuda_device import open_device
-from engines.device_array import PER_THREAD_STREAM, DeviceArray
+from engines.device_array import LEGACY_STREAM, PER_THREAD_STREAM, DeviceArray
 from engines.device_timer import CopyWatch, DeviceTimer
 from engines.torch_graph import TorchCapturer
 from engines.torch_onnx import Function, OnnxFunction, memory_format
@@ -303,8 +303,15 @@ def _hold_back(stream: int, device: torch.device) -> None:
 
 
 def _device_array(tensor: Tensor) -> DeviceArray:
-    """Return a contiguous tensor as an array on its device, made on PyTorch's current stream."""
+    """Return a contiguous tensor, made on PyTorch's current stream, as an array on its device for others.
+
+    The default stream waits for it, and its memory for the default stream: who takes it by `__cuda_array_interface__`
+    should wait for `stream` of it, but PyCUDA's kernels and PyTorch's `as_tensor` read the address alone.
+    """
     stream = torch.cuda.current_stream(tensor.device).cuda_stream
+    if stream not in (0, LEGACY_STREAM):
+        _hold_back(LEGACY_STREAM, tensor.device)
+        tensor.record_stream(torch_stream(LEGACY_STREAM, tensor.device))
     dtype = np.dtype(str(tensor.dtype).removeprefix("torch."))
     return DeviceArray(
         address=tensor.data_ptr(),

@@ -188,6 +188,22 @@ def test_work_on_another_stream_waits_for_the_work_before(monkeypatch):
     assert log == ["first", "first", before, "second", "second", behind, "first"]
 
 
+@pytest.mark.parametrize(("number", "expected"), [(0, []), (77, ["memory waits", "default waits for current"])])
+def test_default_stream_waits_for_what_is_handed_out(monkeypatch, number, expected):
+    """Others read there without asking; on the default stream itself there is nothing to wait for."""
+    log = []
+    current = type("Stream", (), {"cuda_stream": number, "__str__": lambda self: "current"})()
+    default = SimpleNamespace(wait_stream=lambda other: log.append(f"default waits for {other}"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: default)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: log.append("memory waits"))
+    backend = TorchBackend()
+    logits = backend.allocate((2, 3), "float32").copy_out()
+    assert sorted(log) == sorted(expected)
+    backend.concatenate([logits, logits])
+    assert sorted(log) == sorted(2 * expected)
+
+
 def test_calls_before_a_capture_wait_for_what_was_enqueued(monkeypatch):
     """They run on a stream of their own, and what fills their buffers is on the current one."""
     log, fake = [], lambda *arguments, **options: nullcontext()
