@@ -9,7 +9,8 @@
     convolutions (`engines.torch_fusion`), channels-last or NCHW (`engines.torch_onnx.memory_format`)
     copies of images to the device and back, waited for, from page-locked memory (`engines.cuda_buffer`) and other
 
-Each is the mean of 50 launches, one after the other, between two events; of copies, the host's median.
+Each is the mean of 50 launches, one after the other, between two events, the median of 5 such; a launch of a block is
+20 of them in a row. Of copies, the host's median. Clocks are noted before and afterwards.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ from export.files import write_json
 _SIZES = tuple(range(1, 10))
 _WIDTHS = ((16, 32), (32, 16), (64, 8))  # channels, and height and width
 _COPY_BYTES = (32 * 32 * 3, 224 * 224 * 3, 64 * 224 * 224 * 3)  # an image of CIFAR, one of ImageNet, a batch of those
-_LAUNCHES = 50
+_LAUNCHES, _SAMPLES = 50, 5
+_WARM_UP_S = 0.2  # of each graph: a GPU that was idle takes that long to come to its clock
+_BLOCKS = 20  # in one graph: a launch takes as long as some of them, and is no part of what is asked
 
 
 def main() -> None:
@@ -75,6 +78,9 @@ def main() -> None:
             if args.out is not None:  # at once: time on a GPU is short, and may end
                 write_json(args.out, figures)
             print(f"{time.strftime('%H:%M:%S')} {name} done", file=sys.stderr)
+    figures["gpu_afterwards"] = describe_gpu(DEVICE)
+    if args.out is not None:
+        write_json(args.out, figures)
     print(json.dumps(figures, indent=2))
     if errors := [name for name in figures if name.endswith("error")]:
         sys.exit(f"not measured: {'; '.join(f'{name} {figures[name]}' for name in errors)}")
@@ -182,18 +188,19 @@ def _block_us(batch: int, channels: int, size: int, dtype: torch.dtype, order: t
         y.copy_(torch.cudnn_convolution_add_relu(inner, weight, x, 1.0, bias, *geometry))
 
     timer = DeviceTimer(lambda: torch.cuda.Event(enable_timing=True), torch.cuda.synchronize)  # type: ignore[no-untyped-call]
-    return [_us(timer, _replayed(call)) for call in (apart, fused)]
+    return [_us(timer, _replayed(call)) / _BLOCKS for call in (apart, fused)]
 
 
 def _replayed(call: Callable[[], None]) -> Callable[[], None]:
-    """Return one launch of what `call` enqueues, which PyTorch alone would be too slow to enqueue."""
+    """Return one launch of `_BLOCKS` times what `call` enqueues, which PyTorch alone would be too slow to enqueue."""
     graph = torch.cuda.CUDAGraph()
     with torch.inference_mode():
         for _ in range(3):
             call()
         torch.cuda.synchronize()
         with torch.cuda.graph(graph):
-            call()
+            for _ in range(_BLOCKS):
+                call()
     return graph.replay
 
 
@@ -202,11 +209,15 @@ def _us(timer: DeviceTimer, call: Callable[[], object]) -> float:
         for _ in range(_LAUNCHES):
             call()
 
-    times_ms: list[float] = []
-    launches()  # not counted
-    timer.timed(launches, times_ms.append)()
+    start, times_ms = time.perf_counter(), list[float]()
+    while not times_ms or time.perf_counter() - start < _WARM_UP_S:
+        timer.timed(launches, times_ms.append)()
+        timer.collect()
+    times_ms.clear()
+    for _ in range(_SAMPLES):
+        timer.timed(launches, times_ms.append)()
     timer.collect()
-    return 1000 * times_ms[0] / _LAUNCHES
+    return 1000 * float(np.median(times_ms)) / _LAUNCHES
 
 
 if __name__ == "__main__":

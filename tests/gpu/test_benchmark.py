@@ -3,12 +3,14 @@
 import ctypes
 import json
 import math
+import time
 
 import pytest
 import torch
 
 from benchmarks import gpu, gpu_choices, host_loop
 from engines.cuda_device import CudaDevice
+from engines.device_timer import DeviceTimer
 from engines.libcuda import Driver
 from engines.store import EngineStore, PartStatus
 from export.bundle import Bundle
@@ -84,7 +86,14 @@ def test_memory_is_watched_with_some_blocks_kept(monkeypatch, tmp_path, bundle_c
     assert bench._graphs.kept.read().tolist() == gpu.kept_masks(3)["some"].tolist()
 
 
-def test_a_switch_for_more_blocks_costs_less(monkeypatch, tmp_path, export_random):
+@pytest.fixture
+def once(monkeypatch):
+    """Time everything by a single sample: on the stand-in each launch takes as long as the one before."""
+    for name, value in (("_WARM_UP_S", 0), ("_SAMPLES", 1), ("_LAUNCHES", 5)):
+        monkeypatch.setattr(gpu_choices, name, value)
+
+
+def test_a_switch_for_more_blocks_costs_less(once, monkeypatch, tmp_path, export_random):
     """On the stand-in a conditional node takes a second, and launches and kernels a millisecond at most."""
     bundle = Bundle.open(export_random("resnet14").bundle)
     install_gpu(monkeypatch, tmp_path).conditional_ms = 1000
@@ -94,7 +103,7 @@ def test_a_switch_for_more_blocks_costs_less(monkeypatch, tmp_path, export_rando
     assert found["full"] < found["known path, all kept"]
 
 
-def test_speculations_are_timed_right_and_wrong(monkeypatch, tmp_path, export_random):
+def test_speculations_are_timed_right_and_wrong(once, monkeypatch, tmp_path, export_random):
     bundle = Bundle.open(export_random("resnet14").bundle)
     install_gpu(monkeypatch, tmp_path)
     FakeTensorRT.notes["ms"] = {"keep_probability": 3}
@@ -123,6 +132,29 @@ def test_choices_are_written_as_they_come(monkeypatch, bundle_copy, tmp_path, ca
     assert figures["begun_us"] == {"switch": {"1": 2.0}}  # what had been written by then
     assert figures["copies_us"] == "there"
     assert "cuDNN refuses it" in figures["blocks_us, error"]
+    assert figures["gpu_afterwards"] == figures["gpu"]
+
+
+def test_a_slow_start_and_a_slow_sample_do_not_count(monkeypatch):
+    """As of a GPU that has yet to come to its clock, and of one that somebody else uses for a moment."""
+    clock, began = [0.0], time.perf_counter()
+
+    class Event:
+        def record(self):
+            self.ms = clock[0]
+
+        def elapsed_time(self, end):
+            return end.ms - self.ms
+
+    def call():
+        calls.append(None)
+        starts = time.perf_counter() - began < 0.9 * gpu_choices._WARM_UP_S
+        slow = len(calls) % (2 * gpu_choices._SAMPLES * gpu_choices._LAUNCHES) == 0
+        clock[0] += 5 if starts else 100 if slow else 1
+
+    calls = []
+    timer = DeviceTimer(Event, lambda: None)
+    assert gpu_choices._us(timer, call) == pytest.approx(1000)
 
 
 @pytest.mark.gpu
