@@ -258,8 +258,8 @@ class GraphBench:
         def request() -> None:
             self._graphs.image.write(self._pixels)
             call()
+            self._graphs.logits.begin_read()
             self._graphs.kept.read()
-            self._graphs.logits.read()
 
         # the bits stay where they are while one mask is timed, as those of a learned policy do
         request.prepare = lambda: self._graphs.force.write(forced)  # type: ignore[attr-defined]

@@ -69,6 +69,12 @@ class Buffer(Protocol):
     def read(self) -> np.ndarray:
         """Return the content on the host. It may be a view: valid until the next write or engine call."""
 
+    def begin_read(self) -> np.ndarray:
+        """Return an array that holds the content once the next `read` of a buffer of this backend is done.
+
+        Where copies are only enqueued, several so have one wait. Valid as what `read` returns.
+        """
+
     def first(self, n_rows: int) -> Buffer:
         """Return a buffer for `n_rows` rows (images), in this buffer's memory where the backend can."""
 

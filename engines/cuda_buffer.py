@@ -79,8 +79,13 @@ class DeviceBuffer:
         )
 
     def read(self) -> np.ndarray:
+        host = self.begin_read()
+        self._device.synchronize()
+        return host
+
+    def begin_read(self) -> np.ndarray:
         host = self._staging()
-        self._device.download(host, self.address)
+        self._device.begin_download(host, self.address)
         return host
 
     def _staging(self) -> np.ndarray:

@@ -196,10 +196,14 @@ class CudaDevice:
 
     def download(self, values: np.ndarray, address: int) -> None:
         """Fill `values`, a `host_array`, from the device; returns when they are there."""
+        self.begin_download(values, address)
+        self.synchronize()
+
+    def begin_download(self, values: np.ndarray, address: int) -> None:
+        """Enqueue a copy from the device; `values`, a `host_array`, are there once the stream was waited for."""
         copy, size = self.cu.cuMemcpyDtoHAsync, values.nbytes
         status = self.copies.run("d2h", lambda: copy(values.ctypes.data, address, size, self.stream))
         checked(self.cu, status, f"a copy of {size} bytes from the device")
-        self.synchronize()
 
     def copy(self, target: int, source: int, n_bytes: int) -> None:
         """Enqueue a copy within the device."""

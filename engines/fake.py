@@ -109,6 +109,9 @@ class _FakeBuffer:
     def read(self) -> np.ndarray:
         return self._array
 
+    def begin_read(self) -> np.ndarray:
+        return self.read()
+
     def first(self, n_rows: int) -> Buffer:
         return _FakeBuffer(self._array[:n_rows])
 

@@ -27,6 +27,9 @@ class HostBuffer:
     def read(self) -> np.ndarray:
         return self._array
 
+    def begin_read(self) -> np.ndarray:
+        return self.read()
+
     def first(self, n_rows: int) -> Buffer:
         return HostBuffer(self._array[:n_rows])
 
@@ -125,6 +128,9 @@ class DeviceBuffer:
     def read(self) -> np.ndarray:
         array: np.ndarray = self.value.numpy()
         return array
+
+    def begin_read(self) -> np.ndarray:
+        return self.read()
 
     def first(self, n_rows: int) -> Buffer:
         # ONNX Runtime gives no part of its memory: one buffer for each number of rows, not for each part that asks

@@ -229,10 +229,16 @@ class _TorchBuffer:
         return _device_array(self.tensor.clone(memory_format=torch.contiguous_format))
 
     def read(self) -> np.ndarray:
+        values = self.begin_read()
+        if self._staging is not None:
+            torch.cuda.current_stream(self.tensor.device).synchronize()
+        return values
+
+    def begin_read(self) -> np.ndarray:
         if self._staging is None:
             return self.tensor.numpy()
         self._copies.run("d2h", self._staging.to_host)
-        return self._staging.read()
+        return self._staging.values()
 
     def first(self, n_rows: int) -> Buffer:
         return _TorchBuffer(self.tensor[:n_rows], self._copies)
@@ -275,9 +281,8 @@ class _Staging:
     def to_host(self) -> None:
         self._memory().copy_(self._tensor, non_blocking=True)
 
-    def read(self) -> np.ndarray:
-        """Wait for the device and return what is there; the next copy overwrites it."""
-        torch.cuda.current_stream(self._tensor.device).synchronize()
+    def values(self) -> np.ndarray:
+        """Return what is there, once the device was waited for; the next copy overwrites it."""
         return self._memory().numpy()
 
     def _memory(self) -> Tensor:

@@ -9,7 +9,7 @@ import numpy as np
 
 from bdtool.errors import EngineError, UsageError
 from bdtool.runtime.controllers import Controller, MaskController
-from bdtool.runtime.strategies import Strategy, WrapCall, fill, joined, take
+from bdtool.runtime.strategies import Strategy, WrapCall, fill, joined, take_behind
 from bdtool.specs import NetworkSpec, PartSpec
 from engines.base import Backend, Buffer, Call, Engine
 from engines.device_array import Images, Logits
@@ -93,13 +93,14 @@ class OneCallStrategy(Strategy):
             self._bound.force.write(force)
             self._written = force
         self._call()
+        logits = take_behind(self._bound.logits, image)
         keep = self._bound.keep.read()
         if (keep == _NOT_FINITE).any():
             raise EngineError(
                 f"the policy network's probabilities are not finite (block {int(keep.argmax())}); run `bdtool verify` "
                 "on the bundle, and check the input"
             )
-        return take(self._bound.logits, image), keep.astype(bool)
+        return logits(), keep.astype(bool)
 
 
 def _forced(keep: np.ndarray) -> np.ndarray:

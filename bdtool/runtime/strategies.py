@@ -114,6 +114,13 @@ def take(buffer: Buffer, images: Images) -> Logits:
     return buffer.read().copy()
 
 
+def take_behind(buffer: Buffer, images: Images) -> Callable[[], Logits]:
+    """Begin to take a buffer's content; what is returned gives it once another buffer was read, without a wait."""
+    if isinstance(images, DeviceArray):
+        return lambda: take(buffer, images)  # nobody waits for it
+    return buffer.begin_read().copy
+
+
 def joined(parts: Sequence[Logits]) -> Logits:
     """Return the logits of images that ran one at a time; those of a single one, on a device, stay where they are."""
     if len(parts) == 1:

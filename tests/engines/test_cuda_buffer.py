@@ -37,6 +37,18 @@ def test_write_waits_until_the_copy_before_it_has_read_the_memory(driver):
     assert driver.calls["cuStreamSynchronize"] == 0  # for what is enqueued behind the copy nobody waits
 
 
+def test_several_buffers_are_read_with_one_wait(driver):
+    device = CudaDevice(driver, 0)
+    first, second = (DeviceBuffer(device, (2, 3), "float32") for _ in range(2))
+    first.write(VALUES)
+    second.write(-VALUES)
+    begun = first.begin_read()
+    assert driver.calls["cuStreamSynchronize"] == 0
+    np.testing.assert_array_equal(second.read(), -VALUES)
+    np.testing.assert_array_equal(begun, VALUES)
+    assert driver.calls["cuStreamSynchronize"] == 1
+
+
 def test_page_locked_memory_lives_as_long_as_an_array_of_it_and_no_copy_is_under_way(driver):
     buffer = DeviceBuffer(CudaDevice(driver, 0), (2, 3), "float32")
     buffer.write(VALUES)

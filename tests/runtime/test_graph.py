@@ -64,7 +64,9 @@ def test_image_is_one_launch_and_no_engine_call_of_the_host(opened, tiny, pixels
     runtime.run(image)
     driver.copies.clear()
     enqueued, launched = FakeTensorRT.notes["enqueued"], len(driver.launched)
+    waits = driver.calls["cuStreamSynchronize"]
     runtime.run(image)
+    assert driver.calls["cuStreamSynchronize"] == waits + 1  # both copies are under way by then
     assert len(driver.launched) == launched + 1
     assert FakeTensorRT.notes["enqueued"] == enqueued
     assert driver.copies == ["HtoD", "DtoH", "DtoH"]  # image in, keep bits and logits out
