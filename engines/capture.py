@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from engines.base import Buffer, Call, Engine
-from engines.cuda_device import CudaDevice, checked
+from engines.cuda_device import CudaDevice
 from engines.graph_nodes import GraphNodes
 
 
@@ -84,11 +83,7 @@ def launch_call(device: CudaDevice, executable: Any, *, keep_alive: object, grap
         device.launch(executable)
 
     call.keep_alive = keep_alive  # type: ignore[attr-defined]
-    weakref.finalize(call, _destroy, device.cu, graph, executable)
-    return call
-
-
-def _destroy(cu: Any, graph: Any | None, executable: Any) -> None:
-    checked(cu, cu.cuGraphExecDestroy(executable), "to give a graph back")
+    device.on_collection(call, device.cu.cuGraphExecDestroy, executable)
     if graph is not None:
-        checked(cu, cu.cuGraphDestroy(graph), "to give a graph back")
+        device.on_collection(call, device.cu.cuGraphDestroy, graph)
+    return call

@@ -132,7 +132,7 @@ class CudaDevice:
         checked(cu, cu.cuInit(0), "to start")
         self._device = checked(cu, cu.cuDeviceGet(index), f"device cuda:{index}")
         self.context = checked(cu, cu.cuDevicePrimaryCtxRetain(self._device), "its primary context")
-        self._released = weakref.finalize(self, cu.cuDevicePrimaryCtxRelease, self._device)
+        weakref.finalize(self, cu.cuDevicePrimaryCtxRelease, self._device)
         self._current = _Current(cu, self.context)
         self._others_stream = stream
         if stream is None:

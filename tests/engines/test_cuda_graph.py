@@ -1,8 +1,13 @@
 """The CUDA graphs around the decision, as a stand-in for the driver is told to build them. No GPU is needed."""
 
+import gc
+import sys
+
 import pytest
 
 from bdtool.errors import EngineError
+from engines.capture import launch_call
+from engines.cuda_device import CudaDevice
 from engines.cuda_graph import CapturedBlock, CapturedNetwork, DispatchMemory, GraphBuilder, Kernels, LookupMemory
 from engines.graph_nodes import DeviceCopy
 from tests.fake_driver import FakeDriver
@@ -188,6 +193,24 @@ def test_handle_belongs_to_the_graph_that_holds_its_node(driver):
 def test_paths_that_are_not_as_many_as_masks_are_refused(driver):
     with pytest.raises(ValueError, match="1 paths for 2 masks"):
         _cached(driver, paths=((61,),))
+
+
+@pytest.mark.parametrize("failing", [None, "cuCtxPushCurrent", "cuGraphExecDestroy"])
+def test_graphs_are_given_back_in_their_context_and_nobody_is_told_of_trouble(driver, monkeypatch, failing):
+    """The context may be gone before what was in it, as at the end of a process."""
+    contexts, told, destroy = [], [], driver.cuGraphExecDestroy
+    monkeypatch.setattr(sys, "unraisablehook", told.append)
+    monkeypatch.setattr(
+        driver, "cuGraphExecDestroy", lambda graph: contexts.extend(map(int, driver.contexts)) or destroy(graph)
+    )
+    graph, executable = _build(driver)
+    call = launch_call(CudaDevice(driver, 0), executable, keep_alive=None, graph=graph)
+    driver.failing = failing
+    del call
+    gc.collect()
+    assert told == []
+    assert driver.destroyed == ([] if failing == "cuCtxPushCurrent" else [int(graph), int(executable)])
+    assert contexts == ([] if failing == "cuCtxPushCurrent" else [0xC0])
 
 
 @pytest.mark.parametrize("is_of_12", [True, False])
