@@ -85,10 +85,7 @@ def plan_graphs(name: str, device: str, mode: str = AUTO) -> GraphPlan | None:
     if not captures(name, device):
         if mode in (AUTO, OFF):
             return None
-        raise UsageError(
-            f"CUDA graph mode {mode!r} runs on --backend {', '.join(_CAPTURED)} with --device cuda:N; got backend "
-            f"{name!r} on device {device!r}"
-        )
+        raise UsageError(f"CUDA graph mode {mode!r} {_runs_elsewhere(name, device)}")
     driver = driver_from_libcuda()
     if not driver.usable:
         raise BackendError(f"device {device!r}: {driver.error or 'no GPU'}. See `bdtool doctor`")
@@ -102,14 +99,12 @@ def require_graphs(name: str, device: str) -> None:
         UsageError: another backend, or not on a GPU.
         BackendError: no usable GPU.
     """
-    if not captures(name, device):
-        raise UsageError(
-            f"strategy 'graph' runs on --backend {', '.join(_CAPTURED)} with --device cuda:N; got backend {name!r} on "
-            f"device {device!r}"
-        )
-    driver = driver_from_libcuda()
-    if not driver.usable:
-        raise BackendError(f"strategy 'graph': {driver.error or 'no GPU'}. See `bdtool doctor`")
+    if plan_graphs(name, device) is None:
+        raise UsageError(f"strategy 'graph' {_runs_elsewhere(name, device)}")
+
+
+def _runs_elsewhere(name: str, device: str) -> str:
+    return f"runs on --backend {', '.join(_CAPTURED)} with --device cuda:N; got backend {name!r} on device {device!r}"
 
 
 def _version_of(distribution: str) -> str | None:

@@ -53,7 +53,6 @@ def require_strategy(strategy: str, backend: str, device: str) -> None:
 def _is_had(strategy: str, backend: str, device: str) -> bool:
     if strategy == "graph":
         try:
-            require_graphs(backend, device)
             plan = plan_graphs(backend, device)
         except BdtoolError:
             return False

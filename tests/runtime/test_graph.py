@@ -153,7 +153,7 @@ def test_work_that_no_graph_may_hold_is_named(monkeypatch, tmp_path, tiny):
             "torch",
             "cuda:0",
             Driver(error="no NVIDIA driver"),
-            "strategy 'graph': no NVIDIA driver. See `bdtool doctor`",
+            "device 'cuda:0': no NVIDIA driver. See `bdtool doctor`",
         ),
     ],
 )
