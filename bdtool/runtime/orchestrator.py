@@ -141,11 +141,11 @@ class Orchestrator:
             parts_for(strategy, opened.network)  # refuse an unknown one before the backend is opened
             require_strategy(strategy, backend, device)
         identity = identify_backend(backend, device)
-        options = batch_options(backend, opened.manifest.max_batch)
-        library = open_backend(backend, device, threads=threads, tensorrt=options)
         graphs = plan_graphs(backend, device, cuda_graph)
+        options = batch_options(backend, opened.manifest.max_batch)
         settings = "" if options is None else options.settings
         store = EngineStore(opened, identity, precision=precision, settings=settings)
+        library = open_backend(backend, device, threads=threads, tensorrt=options)
         if strategy == AUTO:
             recorded = read_recommendation(store.directory, threads=library.threads, bundle=opened.path)
             strategy = recorded.strategy
