@@ -47,7 +47,7 @@ from export.manifest import EXPORTED
 from export.walk import Probe, walk
 
 LOGITS_TOLERANCE = 1e-4  # largest |difference| between the chain's logits and PyTorch's
-_N_PROBES = 4  # images on which single parts are compared
+_N_PROBES = 4  # images at most, on which single parts are compared
 _N_NAMED = 5  # differences that a detail names
 _ORACLE_BATCH = 64  # images that PyTorch runs at a time: bounds its memory
 _UNITS = {
@@ -178,21 +178,27 @@ def _climb(
     if place.precision != EXPORTED:
         yield from _climb_lower(bundle, model, batch, chain, full, place)
         return
-    pixels = preprocess(images[:_N_PROBES], bundle.network.preprocessing)
-    probes = walk(bundle.network, part_modules(model), pixels)
-    comparisons = [_compare_part(bundle, probe, images[:_N_PROBES], chain, full) for probe in probes]
+    few = images[: _n_probes(chain)]
+    probes = walk(bundle.network, part_modules(model), preprocess(few, bundle.network.preprocessing))
+    comparisons = [_compare_part(bundle, probe, few, chain, full) for probe in probes]
     yield _worst("onnx", [(onnx, name) for name, onnx, _ in comparisons])
     yield _worst("engines", [(engine, name) for name, _, engine in comparisons])
     oracle = TorchClassifier(model)
-    upper: dict[tuple[str, ...], Callable[[], list[Rung]]] = {
-        ("policy",): lambda: _policy_rungs(chain, oracle, images),
-        ("logits", "top1"): lambda: _output_rungs(bundle, place, chain, oracle, images),
-    }
-    for names, compare in upper.items():
-        try:
-            yield from compare()
-        except EngineError as exc:  # a failed rung, not the end of the ladder
-            yield from (_rung(name, math.inf, 0.0, str(exc)) for name in names)
+    yield from _unless_it_fails(("policy",), lambda: _policy_rungs(chain, oracle, images))
+    yield from _unless_it_fails(("logits", "top1"), lambda: _output_rungs(bundle, place, chain, oracle, images))
+
+
+def _n_probes(chain: Orchestrator) -> int:
+    """Return on how many images single engines are compared, each run by itself: no more than one takes at once."""
+    return min(_N_PROBES, chain.max_batch)
+
+
+def _unless_it_fails(names: tuple[str, ...], compare: Callable[[], list[Rung]]) -> list[Rung]:
+    """Return the rungs of a comparison; where an engine does not run they failed, and the ladder goes on."""
+    try:
+        return compare()
+    except EngineError as exc:
+        return [_rung(name, math.inf, 0.0, str(exc)) for name in names]
 
 
 def _climb_lower(
@@ -205,15 +211,17 @@ def _climb_lower(
     request = parse_policy(policy, n_blocks=bundle.network.n_blocks, has_policy_network=bundle.network.has_policy)
     oracle = TorchClassifier(model)
     keep = _run_oracle(oracle, batch.images).policy if request.is_learned else request.matrix_at(batch.rows)
-    pixels = preprocess(batch.images[:_N_PROBES], bundle.network.preprocessing)
+    few = batch.images[: _n_probes(chain)]
+    pixels = preprocess(few, bundle.network.preprocessing)
     comparisons = []
-    for probe in path_probes(model, bundle.network, pixels, keep[:_N_PROBES]):
+    for probe in path_probes(model, bundle.network, pixels, keep[: len(few)]):
         runtime = full if probe.part.kind == "full" else chain
-        compared = compare_lower_part(bundle, probe, batch.images[:_N_PROBES], precision, runtime)
+        compared = compare_lower_part(bundle, probe, few, precision, runtime)
         comparisons.append((probe.part.name, *compared))
     yield _worst("onnx", [(onnx, name) for name, onnx, _ in comparisons])
     yield _worst("engines", [(engine, name) for name, _, engine in comparisons])
-    yield from _policy_rungs(chain, oracle, batch.images, measured=_measured_flips(bundle, precision))
+    measured = _measured_flips(bundle, precision)
+    yield from _unless_it_fails(("policy",), lambda: _policy_rungs(chain, oracle, batch.images, measured=measured))
     expected = _run_oracle(oracle, batch.images, keep)
     try:
         actual = chain.run(batch.images, policy=keep)
@@ -270,16 +278,10 @@ def _policy_rungs(
 
     `measured` is the share that flips by rounding, as calibration saw it; None allows no flip.
     """
-    part = chain.network.find("policy")
-    if part is None:
+    if not chain.network.has_policy:
         return [_rung("policy", None, 0.0, "the bundle has no policy network")]
-    probabilities, expected = [], []
-    for piece in _pieces(images):
-        feeds = {part.inputs[0].name: chain.prepare(piece)}
-        probabilities.append(run_plain(chain.engine(part), part, feeds)[part.outputs[0].name])
-        expected.append(oracle.keep_probability(piece))
-    theirs = np.concatenate(expected)
-    differ = (np.concatenate(probabilities) >= chain.network.threshold) != (theirs >= oracle.network.threshold)
+    theirs = np.concatenate([oracle.keep_probability(piece) for piece in _pieces(images)])
+    differ = chain.decide(images) != (theirs >= oracle.network.threshold)
     detail = f"{differ.sum()} of {differ.size} keep bits differ"
     if differ.any():  # a probability at the threshold tips over with the last digit; one far from it does not
         distance = np.abs(theirs - oracle.network.threshold)[differ].max()

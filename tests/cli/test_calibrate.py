@@ -9,6 +9,7 @@ from bdtool import Orchestrator
 from bdtool.candidate_trial import Trial
 from bdtool.data.sources import open_data
 from bdtool.data.synthetic import synthetic_images
+from bdtool.errors import EngineError
 from bdtool.models.store import save_model
 from bdtool.runtime.policies import parse_policy
 from engines.registry import identify_backend
@@ -190,6 +191,19 @@ def test_what_candidates_are_judged_on_has_a_digest(tmp_path, bundle_copy):
     first = digest([0, 1, 2, 3])
     assert first == digest([0, 1, 2, 3])
     assert len({first, digest([0, 1, 2, 4]), digest([0, 1, 2, 3], "110"), digest([0, 1, 2, 3], limit=3)}) == 4
+
+
+def test_policy_engine_that_fails_does_not_end_the_ladder(calibrate, bdtool_json, bundle_copy, labelled, monkeypatch):
+    def fail(runtime, images):
+        raise EngineError("part 'policy': out of memory")
+
+    calibrate("--precision", "fp16")
+    monkeypatch.setattr(Orchestrator, "decide", fail)
+    words = ("verify", bundle_copy, "--data", labelled, "--precision", "fp16")
+    rungs = bdtool_json(*words, status=1)["rungs"]
+    assert rungs["policy"]["detail"] == "part 'policy': out of memory"
+    assert [name for name, rung in rungs.items() if not rung["ok"]] == ["policy"]
+    assert list(rungs)[-1] == "accuracy"
 
 
 @pytest.mark.parametrize("precision", ["int8", "fp16"])

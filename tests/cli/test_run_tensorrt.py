@@ -66,6 +66,21 @@ def test_profile_times_parts_on_the_device(monkeypatch, tmp_path, bdtool, bdtool
     assert "us to enqueue" in text
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_verify_holds_on_engines_of_small_batches(
+    monkeypatch, tmp_path, bdtool, bdtool_json, bundle_copy, npz, precision
+):
+    """Of fewer images than single parts are compared on, and than PyTorch runs at a time."""
+    if precision == "fp16":
+        bdtool("calibrate", bundle_copy, "--data", npz, "--precision", "fp16", "--max-accuracy-drop", 100)
+    install_gpu(monkeypatch, tmp_path / "cache")
+    words = (*TENSORRT, "--precision", precision)
+    bdtool("build", bundle_copy, *words, "--max-batch", 2)
+    verified = bdtool_json("verify", bundle_copy, "--data", npz, *words)
+    assert verified["n_images"] == 20
+    assert [name for name, rung in verified["rungs"].items() if not rung["ok"]] == []
+
+
 def test_profile_refuses_a_batch_above_the_engines(monkeypatch, tmp_path, bdtool, bundle_copy, npz):
     install_gpu(monkeypatch, tmp_path / "cache")
     bdtool("build", bundle_copy, *TENSORRT, "--max-batch", 4)
