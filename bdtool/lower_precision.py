@@ -7,19 +7,11 @@ import math
 import numpy as np
 import torch
 
-from bdtool.errors import EngineError
 from bdtool.models.model import BlockDropModel
 from bdtool.models.parts import part_modules
-from bdtool.part_feeds import feeds_for
-from bdtool.runtime.orchestrator import Orchestrator
 from bdtool.specs import NetworkSpec, PartSpec
 from bdtool.words import percent
-from calibration.part_errors import CandidatePart
 from calibration.walk import everyone_where_nobody, walk_paths
-from engines.base import ENGINE_BOUNDS
-from engines.layouts import run_plain
-from export.bundle import Bundle
-from export.check import Comparison, compare_outputs
 from export.walk import Probe
 
 # Root mean square of the logits' difference over that of the logits. Bounds against gross mistakes, as those of parts:
@@ -54,29 +46,6 @@ def path_probes(model: BlockDropModel, network: NetworkSpec, pixels: np.ndarray,
 
 def _probe(part: PartSpec, values: np.ndarray, result: np.ndarray) -> Probe:
     return Probe(part=part, feeds={part.inputs[0].name: values}, expected={part.outputs[0].name: result})
-
-
-def compare_lower_part(
-    bundle: Bundle, probe: Probe, images: np.ndarray, precision: str, runtime: Orchestrator
-) -> tuple[Comparison, Comparison]:
-    """Compare a part's ONNX with PyTorch, on the activations of a probe, and its engine with its ONNX.
-
-    Args:
-        images: uint8 [n, height, width, 3], of which the probe was made.
-    """
-    part = bundle.network_at(precision).part(probe.part.name)
-    candidate = CandidatePart(part, bundle.part_bytes(part, precision))
-    is_int8_network = part.kind == "full" and candidate.precision == "int8"
-    feeds = candidate.feeds(probe.feeds[part.inputs[0].name])
-    onnx = candidate.outputs(feeds)
-    expected = probe.expected[part.outputs[0].name]
-    against_torch = candidate.compare(expected, candidate.floats(onnx), slack=1 + is_int8_network)
-    bound = ENGINE_BOUNDS["int8 network" if is_int8_network else candidate.precision]
-    try:
-        engine = run_plain(runtime.engine(part), part, feeds_for(runtime.engine(part), feeds, images))
-    except EngineError:  # the engine of another part, for instance, refuses the shapes
-        return against_torch, Comparison(error=math.inf, tolerance=bound.tolerance)
-    return against_torch, compare_outputs(onnx, engine, tolerance=bound.tolerance, share=bound.share)
 
 
 def lower_outputs(

@@ -26,12 +26,12 @@ import numpy as np
 
 from bdtool.data.batches import ImageBatch, ImageSource
 from bdtool.errors import EngineError
-from bdtool.lower_precision import compare_lower_part, flips_bound, logits_error, lower_outputs, path_probes
+from bdtool.lower_precision import flips_bound, logits_error, lower_outputs, path_probes
 from bdtool.manifest_check import compare_with_model
 from bdtool.models.model import BlockDropModel
 from bdtool.models.parts import part_modules
 from bdtool.models.store import load_model
-from bdtool.part_feeds import feeds_for
+from bdtool.part_comparison import compare_part
 from bdtool.runtime.orchestrator import Orchestrator
 from bdtool.runtime.place import Place
 from bdtool.runtime.policies import parse_policy
@@ -39,10 +39,8 @@ from bdtool.runtime.preprocess import preprocess
 from bdtool.runtime.result import RunResult
 from bdtool.strategy_check import LEARNED, answers_of, other_strategies
 from bdtool.torch_classifier import TorchClassifier
-from engines.base import ENGINE_TOLERANCE, Engine
-from engines.layouts import run_plain
 from export.bundle import Bundle
-from export.check import TOLERANCES, Comparison, OnnxReference, compare_outputs
+from export.check import Comparison
 from export.manifest import EXPORTED
 from export.walk import Probe, walk
 
@@ -180,9 +178,7 @@ def _climb(
         return
     few = images[: _n_probes(chain)]
     probes = walk(bundle.network, part_modules(model), preprocess(few, bundle.network.preprocessing))
-    comparisons = [_compare_part(bundle, probe, few, chain, full) for probe in probes]
-    yield _worst("onnx", [(onnx, name) for name, onnx, _ in comparisons])
-    yield _worst("engines", [(engine, name) for name, _, engine in comparisons])
+    yield from _part_rungs(bundle, probes, few, chain, full, place.precision)
     oracle = TorchClassifier(model)
     yield from _unless_it_fails(("policy",), lambda: _policy_rungs(chain, oracle, images))
     yield from _unless_it_fails(("logits", "top1"), lambda: _output_rungs(bundle, place, chain, oracle, images))
@@ -213,13 +209,8 @@ def _climb_lower(
     keep = _run_oracle(oracle, batch.images).policy if request.is_learned else request.matrix_at(batch.rows)
     few = batch.images[: _n_probes(chain)]
     pixels = preprocess(few, bundle.network.preprocessing)
-    comparisons = []
-    for probe in path_probes(model, bundle.network, pixels, keep[: len(few)]):
-        runtime = full if probe.part.kind == "full" else chain
-        compared = compare_lower_part(bundle, probe, few, precision, runtime)
-        comparisons.append((probe.part.name, *compared))
-    yield _worst("onnx", [(onnx, name) for name, onnx, _ in comparisons])
-    yield _worst("engines", [(engine, name) for name, _, engine in comparisons])
+    probes = path_probes(model, bundle.network, pixels, keep[: len(few)])
+    yield from _part_rungs(bundle, probes, few, chain, full, precision)
     measured = _measured_flips(bundle, precision)
     yield from _unless_it_fails(("policy",), lambda: _policy_rungs(chain, oracle, batch.images, measured=measured))
     expected = _run_oracle(oracle, batch.images, keep)
@@ -239,23 +230,18 @@ def _climb_lower(
         yield Rung(name=name, worst=worst, bound=allowed, unit=_LOWER_UNITS[name], detail=detail)
 
 
-def _compare_part(
-    bundle: Bundle, probe: Probe, images: np.ndarray, chain: Orchestrator, full: Orchestrator
-) -> tuple[str, Comparison, Comparison]:
-    """Return the part's name, its ONNX against PyTorch, and its engine against its ONNX."""
-    part = probe.part
-    onnx = OnnxReference(bundle.part_bytes(part)).run(probe.feeds)
-    tolerance = TOLERANCES[bundle.manifest.files[part.name].precision]
-    engine = _compare_engine((full if part.kind == "full" else chain).engine(part), probe, images, onnx)
-    return part.name, compare_outputs(probe.expected, onnx, tolerance=tolerance), engine
-
-
-def _compare_engine(engine: Engine, probe: Probe, images: np.ndarray, onnx: dict[str, np.ndarray]) -> Comparison:
-    try:
-        outputs = run_plain(engine, probe.part, feeds_for(engine, probe.feeds, images))
-    except EngineError:  # the engine of another part, for instance, refuses the shapes
-        return Comparison(error=math.inf, tolerance=ENGINE_TOLERANCE)
-    return compare_outputs(onnx, outputs, tolerance=ENGINE_TOLERANCE)
+def _part_rungs(
+    bundle: Bundle, probes: Iterable[Probe], images: np.ndarray, chain: Orchestrator, full: Orchestrator, precision: str
+) -> list[Rung]:
+    """Return the rungs onnx and engines: each part alone, on images uint8 [n, height, width, 3] of the probes."""
+    rows = [
+        (probe.part.name, *compare_part(bundle, probe, images, precision, full if probe.part.kind == "full" else chain))
+        for probe in probes
+    ]
+    return [
+        _worst("onnx", [(onnx, name) for name, onnx, _ in rows]),
+        _worst("engines", [(engine, name) for name, _, engine in rows]),
+    ]
 
 
 def _worst(name: str, comparisons: list[tuple[Comparison, str]]) -> Rung:

@@ -1,0 +1,42 @@
+"""A part by itself: its ONNX against PyTorch, and its engine against its ONNX, in any precision."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from bdtool.errors import EngineError
+from bdtool.runtime.orchestrator import Orchestrator
+from bdtool.specs import PIXELS
+from calibration.part_errors import CandidatePart
+from engines.base import ENGINE_BOUNDS
+from engines.layouts import run_plain
+from export.bundle import Bundle
+from export.check import Comparison, compare_outputs
+from export.walk import Probe
+
+
+def compare_part(
+    bundle: Bundle, probe: Probe, images: np.ndarray, precision: str, runtime: Orchestrator
+) -> tuple[Comparison, Comparison]:
+    """Compare a part's ONNX with PyTorch, on the activations of a probe, and its engine with its ONNX.
+
+    Args:
+        images: uint8 [n, height, width, 3], of which the probe was made; engines that normalise them take these.
+    """
+    part = bundle.network_at(precision).part(probe.part.name)
+    candidate = CandidatePart(part, bundle.part_bytes(part, precision))
+    is_int8_network = part.kind == "full" and candidate.precision == "int8"
+    feeds = candidate.feeds(probe.feeds[part.inputs[0].name])
+    onnx = candidate.outputs(feeds)
+    expected = probe.expected[part.outputs[0].name]
+    against_torch = candidate.compare(expected, candidate.floats(onnx), slack=1 + is_int8_network)
+    bound = ENGINE_BOUNDS["int8 network" if is_int8_network else candidate.precision]
+    engine = runtime.engine(part)
+    taken = {t.name: images if t.dtype == PIXELS else feeds[t.name] for t in engine.inputs}
+    try:
+        outputs = run_plain(engine, part, taken)
+    except EngineError:  # the engine of another part, for instance, refuses the shapes
+        return against_torch, Comparison(error=math.inf, tolerance=bound.tolerance)
+    return against_torch, compare_outputs(onnx, outputs, tolerance=bound.tolerance, share=bound.share)
