@@ -10,7 +10,7 @@ from bdtool.runtime.factory import strategies_for
 from bdtool.runtime.orchestrator import Orchestrator
 from bdtool.runtime.paths import PathOptions
 from bdtool.runtime.place import Place
-from bdtool.runtime.result import RunResult
+from bdtool.runtime.result import RunResult, joined
 from export.bundle import Bundle
 
 LEARNED = "learned"
@@ -42,9 +42,5 @@ def answers_of(
 
 
 def _run_singly(runtime: Orchestrator, images: np.ndarray, keep: np.ndarray | None) -> RunResult:
-    rows = [
-        runtime.run(images[i : i + 1], policy=None if keep is None else keep[i : i + 1]) for i in range(len(images))
-    ]
-    return RunResult(
-        logits=np.concatenate([row.logits for row in rows]), policy=np.concatenate([row.policy for row in rows])
-    )
+    rows = [slice(i, i + 1) for i in range(len(images))]
+    return joined([runtime.run(images[row], policy=None if keep is None else keep[row]) for row in rows])

@@ -8,19 +8,43 @@ import torch
 from bdtool.models.model import BlockDropModel
 from bdtool.models.parts import network_spec
 from bdtool.runtime.preprocess import Preprocessor
-from bdtool.runtime.result import RunResult
+from bdtool.runtime.result import RunResult, joined
 
 
 class TorchClassifier:
-    """The masked forward pass of a model, on the model's device, behind the same `run` as an `Orchestrator`."""
+    """The masked forward pass of a model, on the model's device, behind the same `run` as an `Orchestrator`.
 
-    def __init__(self, model: BlockDropModel) -> None:
+    Args:
+        max_batch: images that run at once, which bounds the memory; more of them run in slices. None: all.
+    """
+
+    def __init__(self, model: BlockDropModel, *, max_batch: int | None = None) -> None:
         self.network = network_spec(model)
         self._model = model.eval()
         self._preprocess = Preprocessor(self.network.preprocessing)
+        self._max_batch = max_batch
 
     def run(self, images: np.ndarray, policy: np.ndarray | None = None) -> RunResult:
         """Classify images (as `Orchestrator.run` takes them) with keep bits [N, K]; None asks the policy network."""
+        slices = self._slices(images)
+        return joined([self._run_slice(images[s], None if policy is None else policy[s]) for s in slices])
+
+    def keep_probability(self, images: np.ndarray) -> np.ndarray:
+        """Return P(keep), float32 [N, K]."""
+        with torch.inference_mode():
+            rows = [self._model.keep_probability(self._inputs(images[s])) for s in self._slices(images)]
+        return torch.cat(rows).cpu().numpy()
+
+    def decide(self, images: np.ndarray) -> np.ndarray:
+        """Return what the policy network keeps, bool [N, K]."""
+        keep: np.ndarray = self.keep_probability(images) >= self.network.threshold
+        return keep
+
+    def _slices(self, images: np.ndarray) -> list[slice]:
+        step = self._max_batch or max(1, len(images))
+        return [slice(start, start + step) for start in range(0, max(1, len(images)), step)]
+
+    def _run_slice(self, images: np.ndarray, policy: np.ndarray | None) -> RunResult:
         inputs = self._inputs(images)
         with torch.inference_mode():
             if policy is None and self._model.policy is None:
@@ -31,17 +55,6 @@ class TorchClassifier:
                 keep = torch.from_numpy(policy).to(inputs.device)
             logits = self._model(inputs, keep)
         return RunResult(logits=logits.cpu().numpy(), policy=keep.cpu().numpy())
-
-    def keep_probability(self, images: np.ndarray) -> np.ndarray:
-        """Return P(keep), float32 [N, K]."""
-        with torch.inference_mode():
-            probability = self._model.keep_probability(self._inputs(images))
-        return probability.cpu().numpy()
-
-    def decide(self, images: np.ndarray) -> np.ndarray:
-        """Return what the policy network keeps, bool [N, K]."""
-        keep: np.ndarray = self.keep_probability(images) >= self.network.threshold
-        return keep
 
     def _inputs(self, images: np.ndarray) -> torch.Tensor:
         device = next(self._model.parameters()).device

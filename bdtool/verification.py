@@ -179,7 +179,7 @@ def _climb(
     few = images[: _n_probes(chain)]
     probes = walk(bundle.network, part_modules(model), preprocess(few, bundle.network.preprocessing))
     yield from _part_rungs(bundle, probes, few, chain, full, place.precision)
-    oracle = TorchClassifier(model)
+    oracle = TorchClassifier(model, max_batch=_ORACLE_BATCH)
     yield from _unless_it_fails(("policy",), lambda: _policy_rungs(chain, oracle, images))
     yield from _unless_it_fails(("logits", "top1"), lambda: _output_rungs(bundle, place, chain, oracle, images))
 
@@ -205,15 +205,15 @@ def _climb_lower(
     variant = bundle.manifest.variants[precision]
     policy = variant.calibration["policy"]  # its ranges hold for the paths of this one
     request = parse_policy(policy, n_blocks=bundle.network.n_blocks, has_policy_network=bundle.network.has_policy)
-    oracle = TorchClassifier(model)
-    keep = _run_oracle(oracle, batch.images).policy if request.is_learned else request.matrix_at(batch.rows)
+    oracle = TorchClassifier(model, max_batch=_ORACLE_BATCH)
+    keep = oracle.run(batch.images).policy if request.is_learned else request.matrix_at(batch.rows)
     few = batch.images[: _n_probes(chain)]
     pixels = preprocess(few, bundle.network.preprocessing)
     probes = path_probes(model, bundle.network, pixels, keep[: len(few)])
     yield from _part_rungs(bundle, probes, few, chain, full, precision)
     measured = _measured_flips(bundle, precision)
     yield from _unless_it_fails(("policy",), lambda: _policy_rungs(chain, oracle, batch.images, measured=measured))
-    expected = _run_oracle(oracle, batch.images, keep)
+    expected = oracle.run(batch.images, keep)
     try:
         actual = chain.run(batch.images, policy=keep)
         others = _lower_errors(bundle, place, batch.images[:_N_PROBES], keep[:_N_PROBES], expected.logits[:_N_PROBES])
@@ -266,7 +266,7 @@ def _policy_rungs(
     """
     if not chain.network.has_policy:
         return [_rung("policy", None, 0.0, "the bundle has no policy network")]
-    theirs = np.concatenate([oracle.keep_probability(piece) for piece in _pieces(images)])
+    theirs = oracle.keep_probability(images)
     differ = chain.decide(images) != (theirs >= oracle.network.threshold)
     detail = f"{differ.sum()} of {differ.size} keep bits differ"
     if differ.any():  # a probability at the threshold tips over with the last digit; one far from it does not
@@ -285,7 +285,7 @@ def _output_rungs(
     half = parse_policy(f"random:{n_blocks // 2}", n_blocks=n_blocks, has_policy_network=False)
     policies[half.name] = half.matrix(len(images))
     if chain.network.has_policy:
-        policies[LEARNED] = _run_oracle(oracle, images).policy
+        policies[LEARNED] = oracle.run(images).policy
     answers = [_Answer("chain", name, keep, chain.run(images, policy=keep)) for name, keep in policies.items()]
     few = images[:_N_PROBES]
     given = {name: keep[:_N_PROBES] for name, keep in policies.items()}
@@ -311,7 +311,7 @@ def _compare_answers(answers: list[_Answer], oracle: TorchClassifier, images: np
     """Return the rungs logits and top1."""
     errors, changed = {}, 0
     for answer in answers:
-        result, expected = answer.result, _run_oracle(oracle, images[: len(answer.keep)], answer.keep)
+        result, expected = answer.result, oracle.run(images[: len(answer.keep)], answer.keep)
         error = float(np.abs(result.logits - expected.logits).max())
         if not np.array_equal(result.policy, answer.keep):  # it decided by itself, and otherwise
             error = math.inf
@@ -338,18 +338,3 @@ def _lower_errors(
 
 def _strategies(others: Iterable[str]) -> str:
     return f"strategies {', '.join(['chain', *others])}"
-
-
-def _pieces(rows: np.ndarray) -> list[np.ndarray]:
-    return [rows[start : start + _ORACLE_BATCH] for start in range(0, len(rows), _ORACLE_BATCH)]
-
-
-def _run_oracle(oracle: TorchClassifier, images: np.ndarray, keep: np.ndarray | None = None) -> RunResult:
-    if keep is None:
-        results = [oracle.run(piece) for piece in _pieces(images)]
-    else:
-        results = [oracle.run(*pieces) for pieces in zip(_pieces(images), _pieces(keep), strict=True)]
-    return RunResult(
-        logits=np.concatenate([result.logits for result in results]),
-        policy=np.concatenate([result.policy for result in results]),
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,3 +36,11 @@ class RunResult:
             raise TypeError("the logits are on the GPU, like the images: take their argmax there, or pass numpy images")
         classes: np.ndarray = self.logits.argmax(axis=1)
         return classes
+
+
+def joined(results: Sequence[RunResult]) -> RunResult:
+    """Return the logits, on the host, and keep bits of several batches as those of one."""
+    return RunResult(
+        logits=np.concatenate([result.logits for result in results]),
+        policy=np.concatenate([result.policy for result in results]),
+    )
