@@ -9,7 +9,8 @@ import ctypes
 
 import numpy as np
 
-from engines.dispatch import MAX_BLOCKS, branches, dispatch, lookup
+from engines.dispatch import MAX_BLOCKS
+from tests.dispatch_twin import branches, dispatch, lookup
 from tests.fake_device import FakeDevice
 
 

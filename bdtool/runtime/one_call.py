@@ -13,11 +13,10 @@ from bdtool.runtime.strategies import Strategy, WrapCall, fill, joined, take_beh
 from bdtool.specs import NetworkSpec, PartSpec
 from engines.base import Backend, Buffer, Call, Engine
 from engines.device_array import Images, Logits
+from engines.dispatch import NOT_FINITE
 from engines.graph_modes import GraphChoice
 from engines.store import EngineSet
 from export.fused_spec import FORCE_DROP, FORCE_KEEP, fused_spec
-
-_NOT_FINITE = 2  # in the place of a keep bit, as `engines.dispatch` says it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +94,7 @@ class OneCallStrategy(Strategy):
         self._call()
         logits = take_behind(self._bound.logits, image)
         keep = self._bound.keep.read()
-        if (keep == _NOT_FINITE).any():
+        if (keep == NOT_FINITE).any():
             raise EngineError(
                 f"the policy network's probabilities are not finite (block {int(keep.argmax())}); run `bdtool verify` "
                 "on the bundle, and check the input"

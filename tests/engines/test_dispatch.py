@@ -11,18 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bdtool.errors import BackendError
-from engines.dispatch import (
-    FORCE_DROP,
-    FORCE_KEEP,
-    NOT_FINITE,
-    bits_from_words,
-    body_runs,
-    branches,
-    dispatch,
-    lookup,
-    mask_table,
-)
+from engines.dispatch import NOT_FINITE, bits_from_words, body_runs, mask_table
 from engines.dispatch_kernel import BRANCH_NAME, KERNEL_NAME, LOOKUP_NAME, SOURCE, cubin_from_source
+from export.fused_spec import FORCE_DROP, FORCE_KEEP
+from tests.dispatch_twin import branches, dispatch, lookup
 from tests.fake_driver import Handles
 
 float32 = st.floats(0, 1, width=32)
