@@ -40,6 +40,9 @@ class BlocksLine:
     n_requests: int
     points: str  # where they come from
 
+    def latency_ms(self, blocks: float) -> float:
+        return self.fixed_ms + self.per_block_ms * blocks
+
 
 def fit_line(samples: Samples, full_ms: float, *, points: str = FROM_WORKLOAD) -> BlocksLine | None:
     """Fit a line by least squares through the median latency of each number of blocks run.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from bdtool.profiling.line import BlocksLine
+
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
@@ -66,18 +68,6 @@ class StrategyLatency:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LatencyLine:
-    """latency_ms = fixed_ms + per_block_ms x blocks run, and where it meets the median of `full`."""
-
-    fixed_ms: float
-    per_block_ms: float
-    break_even_blocks: float | None  # None where another block costs nothing measurable
-
-    def latency_ms(self, blocks: float) -> float:
-        return self.fixed_ms + self.per_block_ms * blocks
-
-
-@dataclass(frozen=True, kw_only=True)
 class OperatingPoint:
     """One policy's accuracy and cost, of this bundle or as the paper prints it (`source` then says where)."""
 
@@ -124,7 +114,7 @@ class ReportData:
     boundary: str
     n_timed_images: int
     strategies: tuple[StrategyLatency, ...]
-    line: LatencyLine | None  # None where all images run equally many blocks
+    line: BlocksLine | None  # None where all images run equally many blocks
     points: tuple[OperatingPoint, ...]
     paper_points: tuple[OperatingPoint, ...]
     usage: tuple[float, ...]  # share of images that keep each block

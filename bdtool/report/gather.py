@@ -14,12 +14,12 @@ import numpy as np
 from bdtool.data.batches import ImageSource
 from bdtool.evaluation import evaluate, keep_for
 from bdtool.inspection import tuned_for
-from bdtool.profiling.line import fit_line
+from bdtool.profiling.line import BlocksLine, fit_line
 from bdtool.profiling.profile import Profile
 from bdtool.profiling.statistics import Samples
+from bdtool.profiling.workload import BOUNDARY
 from bdtool.report.data import (
     ClassFigures,
-    LatencyLine,
     OperatingPoint,
     PartCost,
     Picture,
@@ -198,7 +198,7 @@ def report_from(
     vectors = np.unique(walk.keep, axis=0)
     strategies = tuple(_strategy(name, samples, profile.samples["full"]) for name, samples in profile.samples.items())
     dynamic = next((samples for name, samples in profile.samples.items() if name != "full"), None)
-    line = None if dynamic is None else latency_line(dynamic, profile.samples["full"].median_ms)
+    line = None if dynamic is None else fit_line(dynamic, profile.samples["full"].median_ms)
     return ReportData(
         bundle=bundle.path.resolve().name,
         arch=network.arch,
@@ -217,7 +217,7 @@ def report_from(
         full_flops=network.full_flops,
         unique_policies=len(vectors),
         common_bits=bits_of(vectors[0]) if len(vectors) == 1 else None,
-        boundary=profile.to_json()["boundary"],
+        boundary=BOUNDARY,
         n_timed_images=profile.n_images,
         strategies=strategies,
         line=line,
@@ -243,16 +243,8 @@ def _strategy(name: str, samples: Samples, full: Samples) -> StrategyLatency:
     )
 
 
-def latency_line(samples: Samples, full_ms: float) -> LatencyLine | None:
-    """Return the line that the profile draws through these requests, or None where it draws none."""
-    line = fit_line(samples, full_ms)
-    if line is None:
-        return None
-    return LatencyLine(fixed_ms=line.fixed_ms, per_block_ms=line.per_block_ms, break_even_blocks=line.break_even_blocks)
-
-
 def _classes(
-    network: NetworkSpec, source: ImageSource, walk: Walk, line: LatencyLine | None
+    network: NetworkSpec, source: ImageSource, walk: Walk, line: BlocksLine | None
 ) -> tuple[ClassFigures, ...]:
     if walk.labels is None:
         return ()
@@ -276,7 +268,7 @@ def _class_figures(
     network: NetworkSpec,
     source: ImageSource,
     walk: Walk,
-    line: LatencyLine | None,
+    line: BlocksLine | None,
     class_index: int,
     *,
     with_pictures: bool,

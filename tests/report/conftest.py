@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from bdtool.data.synthetic import synthetic_images
+from bdtool.profiling.line import fit_line
 from bdtool.profiling.statistics import Samples
 from bdtool.report.data import (
     ClassFigures,
@@ -17,7 +18,6 @@ from bdtool.report.data import (
     ReportData,
     StrategyLatency,
 )
-from bdtool.report.gather import latency_line
 from bdtool.report.paper import CIFAR10_POINTS
 from bdtool.report.pictures import uri_from_pixels
 
@@ -51,7 +51,7 @@ def varied() -> ReportData:
         boundary="pixels to logits",
         n_timed_images=200,
         strategies=(_latency("full", full, full), _latency("chain", chain, full)),
-        line=latency_line(chain, full.median_ms),
+        line=fit_line(chain, full.median_ms),
         points=(_point("this policy: learned", 0.9125, 7.5, 7e7), _point("all", 0.93, 15, 1.377e8)),
         paper_points=CIFAR10_POINTS,
         usage=usage,
