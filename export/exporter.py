@@ -1,7 +1,7 @@
 """Write a bundle: every part exported, compared with PyTorch as it is written, and the whole put in place at once.
 
 Work goes on in a hidden directory beside the target, part by part. A run that is interrupted leaves the earlier bundle
-whole; the next run takes up the parts whose weights, structure and exporter are unchanged.
+whole; the next run takes up the parts whose weights, structure and exporter are unchanged, versions included.
 """
 
 from __future__ import annotations
@@ -46,10 +46,12 @@ from export.manifest import (
     write_manifest,
 )
 from export.onnx_model import OPSET, OnnxExporter, fold_batch_norm, structure
+from export.packages import installed_version
 from export.walk import Probe, walk
 
 PRECISION = "fp32"
 _RECORDS = "records"
+_WRITERS = ("bdtool", "torch", "onnx", "onnxscript")  # another version of one may write a part otherwise
 _ENTRIES = frozenset({MANIFEST_NAME, WEIGHTS_NAME, "onnx", "engines", "calibration"})  # of a bundle
 
 
@@ -178,6 +180,7 @@ class _PartWriter:
     def __init__(self, partial: Path) -> None:
         self._partial = partial
         self._exporter = OnnxExporter()
+        self._versions = {name: installed_version(name) for name in _WRITERS}
 
     def write(self, probe: Probe, module: nn.Module) -> ExportedPart:
         folded = fold_batch_norm(module)
@@ -194,7 +197,8 @@ class _PartWriter:
         """Take up the part from an interrupted run, or make it, compare it with PyTorch and write it."""
         part = probe.part
         record_path = self._partial / _RECORDS / f"{part.name}.json"
-        earlier = _earlier(record_path, key, self._partial)
+        made_of = {"key": key, "versions": self._versions}
+        earlier = _earlier(record_path, made_of, self._partial)
         if earlier is not None:
             return ExportedPart(name=part.name, file=earlier, reused=True)
         model = make()
@@ -207,7 +211,7 @@ class _PartWriter:
             tolerance=comparison.tolerance,
         )
         write_bytes(self._partial / file.file, model)
-        write_json(record_path, {"key": key, "file": asdict(file)})
+        write_json(record_path, {**made_of, "file": asdict(file)})
         return ExportedPart(name=part.name, file=file, reused=False)
 
 
@@ -215,19 +219,20 @@ def _onnx_file(part: PartSpec) -> str:
     return f"onnx/{part.name}.onnx"
 
 
-def _earlier(record_path: Path, key: str, partial: Path) -> PartFile | None:
-    """Return the part that an interrupted run finished, if it was made from the same content and is still whole."""
+def _earlier(record_path: Path, made_of: Mapping[str, Any], partial: Path) -> PartFile | None:
+    """Return the part that an interrupted run finished, if it was made of the same and is still whole."""
     try:
         record = json_from_bytes(record_path.read_bytes())
         file = PartFile(**record["file"])
-        fits = record["key"] == key and sha256_of_file(partial / file.file) == file.sha256
+        is_same = all(record[name] == value for name, value in made_of.items())
+        fits = is_same and sha256_of_file(partial / file.file) == file.sha256
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return file if fits else None
 
 
 def _content_key(part: PartSpec, folded: torch.fx.GraphModule) -> str:
-    digest = hashlib.sha256(f"{part}{structure(folded)}{torch.__version__}{OPSET}".encode())
+    digest = hashlib.sha256(f"{part}{structure(folded)}{OPSET}".encode())
     for name, tensor in folded.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.detach().contiguous().numpy().tobytes())

@@ -17,6 +17,7 @@ from export.bundle import Bundle
 from export.exporter import export_bundle
 from export.files import exclusive_lock
 from export.manifest import Variant, read_manifest, write_manifest
+from export.packages import installed_version
 
 pytestmark = pytest.mark.usefixtures("shared_traces")
 
@@ -70,6 +71,19 @@ def test_parts_of_another_model_are_not_taken_up(other, tiny, tmp_path, digests)
     export_model(tiny.path, tmp_path / "bundle", on_part=parts.append)
     assert [part.name for part in parts if part.reused] == ["shortcut_01"]  # it has no weights, so nothing differs
     assert digests(tmp_path / "bundle" / "onnx") == digests(tiny.bundle / "onnx")
+
+
+@pytest.mark.parametrize("package", ["bdtool", "torch", "onnx", "onnxscript"])
+def test_parts_of_another_version_are_not_taken_up(tiny, tmp_path, monkeypatch, package):
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "export.exporter.installed_version", lambda name: "0.0.1" if name == package else installed_version(name)
+        )
+        with pytest.raises(KeyboardInterrupt):
+            export_model(tiny.path, tmp_path / "bundle", on_part=_stop_after(3, KeyboardInterrupt))
+    parts = []
+    export_model(tiny.path, tmp_path / "bundle", on_part=parts.append)
+    assert not [part.name for part in parts if part.reused]
 
 
 def test_damaged_leftover_is_exported_again(tiny, tmp_path, digests):
