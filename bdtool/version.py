@@ -1,11 +1,8 @@
 """The installed version of bdtool."""
 
-from importlib import metadata
+from export.packages import installed_version
 
 
 def version() -> str:
     """Return the version from the installed package's metadata, or "0+unknown" in a tree that is not installed."""
-    try:
-        return metadata.version("bdtool")
-    except metadata.PackageNotFoundError:
-        return "0+unknown"
+    return installed_version("bdtool") or "0+unknown"

@@ -10,15 +10,15 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import metadata
 from typing import Any
 
 from bdtool.errors import BackendError, UsageError
 from engines.trt_options import TENSORRT, TENSORRT_RTX
+from export import packages
 
 logger = logging.getLogger(__name__)
 
-_DISTRIBUTIONS = {
+DISTRIBUTIONS = {  # any of these provides the module
     TENSORRT: ("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt-cu13-bindings", "tensorrt-cu12-bindings"),
     TENSORRT_RTX: ("tensorrt-rtx-cu13-bindings", "tensorrt-rtx-cu12-bindings", "tensorrt-rtx"),
 }
@@ -39,11 +39,9 @@ def installed_version(backend: str) -> str:
     Raises:
         BackendError: it is not installed.
     """
-    for distribution in _DISTRIBUTIONS[backend]:
-        try:
-            return metadata.version(distribution)
-        except metadata.PackageNotFoundError:
-            continue
+    for distribution in DISTRIBUTIONS[backend]:
+        if (version := packages.installed_version(distribution)) is not None:
+            return version
     raise BackendError(
         f"backend {backend!r} is not installed; add it with: {_INSTALL[backend]} ({_NEEDS[backend]}). "
         "`bdtool doctor` says what works here"

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from bdtool.doctor.finding import Finding, Status
-from bdtool.doctor.packages import installed_version
 from bdtool.errors import BackendError
 from engines.graph_modes import IF, OFF, PATH_CACHE, SWITCH, graphs_of_machine
 from engines.libcuda import Driver
 from engines.trt_library import load_library
 from engines.trt_options import TENSORRT_RTX
+from export.packages import installed_version
 
 
 def nvidia_driver(driver: Driver) -> Finding:

@@ -6,8 +6,9 @@ from typing import Any
 
 from bdtool.doctor.finding import Finding, first_line
 from bdtool.doctor.gpu import driver_detail, driver_remedy
-from bdtool.doctor.packages import imported, installed_version
+from bdtool.doctor.packages import imported
 from engines.libcuda import Driver
+from export.packages import installed_version
 
 _ORT_GPU = 'pip install "onnxruntime-gpu>=1.25"'
 _ORT_CLEAN = f"pip uninstall -y onnxruntime onnxruntime-gpu && {_ORT_GPU}"

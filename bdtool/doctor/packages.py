@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
-from importlib import metadata
 from types import ModuleType
 from typing import Any
 
 from bdtool.doctor.finding import Finding, first_line
 from engines.graph_modes import cuda_extra
 from engines.libcuda import Driver
+from engines.trt_library import DISTRIBUTIONS
+from engines.trt_options import TENSORRT, TENSORRT_RTX
+from export.packages import installed_version
 
 CORE_MODULES = {
     "torchvision": "torchvision",
@@ -40,7 +42,7 @@ class _Extra:
 EXTRAS = {
     "TensorRT": _Extra(
         "tensorrt",
-        ("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt-cu13-bindings", "tensorrt-cu12-bindings"),
+        DISTRIBUTIONS[TENSORRT],
         "tensorrt",
         "the TensorRT library",
         "onnxruntime works without it",
@@ -48,7 +50,7 @@ EXTRAS = {
     ),
     "TensorRT-RTX": _Extra(
         "tensorrt_rtx_bindings",  # `tensorrt_rtx`, where it is installed, is a name for this
-        ("tensorrt-rtx-cu13-bindings", "tensorrt-rtx-cu12-bindings", "tensorrt-rtx"),
+        DISTRIBUTIONS[TENSORRT_RTX],
         "rtx",
         "the TensorRT-RTX library",
         "onnxruntime works without it",
@@ -146,13 +148,6 @@ def imported(name: str, module: str, *, distributions: tuple[str, ...], remedy: 
         if absent and not any(installed_version(distribution) for distribution in distributions):
             return Finding(name, "missing", "not installed", remedy)
         return Finding(name, "problem", f"cannot be imported: {first_line(exc)}", remedy)
-
-
-def installed_version(distribution: str) -> str | None:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def version(module: Any, *distributions: str) -> str:
