@@ -1,8 +1,9 @@
-"""The processor's instruction set, coarsely: what an optimised CPU model depends on."""
+"""The processor: its name, and its instruction set, coarsely, on which an optimised CPU model depends."""
 
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
@@ -30,11 +31,24 @@ def has_vnni() -> bool:
 
 @cache
 def _cpu_flags() -> frozenset[str]:
+    return instruction_flags(cpu_fields())
+
+
+def cpu_fields(cpuinfo: Path = Path("/proc/cpuinfo")) -> dict[str, str]:
+    """Return what the system says of its first processor; nothing where it has no such file."""
     try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:  # not Linux: the architecture alone has to do
-        return frozenset()
-    for line in text.splitlines():
-        if line.startswith(("flags", "Features")):
-            return frozenset(line.partition(":")[2].split())
-    return frozenset()
+        first_processor = cpuinfo.read_text(errors="replace").strip().split("\n\n")[0]
+    except OSError:  # not Linux
+        return {}
+    pairs = (line.partition(":") for line in first_processor.splitlines())
+    return {key.strip(): value.strip() for key, _, value in pairs}
+
+
+def cpu_model(fields: Mapping[str, str]) -> str:
+    """Return the processor's name; `fields` are of `cpu_fields`."""
+    return fields.get("model name") or platform.processor() or platform.machine()
+
+
+def instruction_flags(fields: Mapping[str, str]) -> frozenset[str]:
+    """Return what the processor can do; empty where that is not listed. `fields` are of `cpu_fields`."""
+    return frozenset((fields.get("flags") or fields.get("Features") or "").split())

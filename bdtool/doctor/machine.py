@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from bdtool.doctor.finding import Finding
+from engines.cpu import cpu_fields, cpu_model, instruction_flags
 from export.processors import n_processors
 
 
@@ -31,18 +32,8 @@ _INSTRUCTION_SETS = (
 
 
 def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> Finding:
-    fields = _cpuinfo_fields(cpuinfo)
-    model = fields.get("model name") or platform.processor() or platform.machine()
-    flags = set((fields.get("flags") or fields.get("Features") or "").split())
-    known = [name for name in _INSTRUCTION_SETS if name in flags]
+    fields = cpu_fields(cpuinfo)
+    flags = instruction_flags(fields)
+    known = " ".join(name for name in _INSTRUCTION_SETS if name in flags) or "instruction sets not listed"
     cores = f"{n_processors():g} of {os.cpu_count()} cores available"
-    return Finding("processor", "ok", f"{model}; {cores}; {' '.join(known) or 'instruction sets not listed'}")
-
-
-def _cpuinfo_fields(cpuinfo: Path) -> dict[str, str]:
-    """Return the fields of the first processor; none where the system has no such file."""
-    if not cpuinfo.is_file():
-        return {}
-    first_processor = cpuinfo.read_text(errors="replace").strip().split("\n\n")[0]
-    pairs = (line.partition(":") for line in first_processor.splitlines())
-    return {key.strip(): value.strip() for key, _, value in pairs}
+    return Finding("processor", "ok", f"{cpu_model(fields)}; {cores}; {known}")

@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 import platform
 from importlib import metadata
-from pathlib import Path
 
 from bdtool.version import version
-from engines.cpu import instruction_set
+from engines.cpu import cpu_fields, cpu_model, instruction_set
 from engines.libcuda import Gpu, driver_from_libcuda
 from engines.nvml import GpuState, gpu_state
 
@@ -20,7 +19,7 @@ def describe_environment(
 ) -> dict[str, str | int | float]:
     """Return what a reader needs to judge or repeat a measurement."""
     return {
-        "cpu": cpu_model(),
+        "cpu": cpu_model(cpu_fields()),
         "instruction_set": instruction_set(),
         "processors_available": len(os.sched_getaffinity(0)),
         "cpu_affinity": ",".join(map(str, sorted(os.sched_getaffinity(0)))),
@@ -72,12 +71,3 @@ def clock_warnings(gpu: dict[str, str | int | float]) -> list[str]:
         f"the GPU's SM clock was {now} MHz at the end, its highest is {highest} MHz: latencies may vary. "
         "Lock it with `nvidia-smi --lock-gpu-clocks`"
     ]
-
-
-def cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
