@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 
 from bdtool.data.batches import ImageSource
-from bdtool.evaluation import keep_for
 from bdtool.runtime.orchestrator import Orchestrator
 from bdtool.runtime.policies import PolicyRequest
 from bdtool.runtime.preprocess import preprocess
@@ -39,7 +38,7 @@ class CalibrationSet:
         digest = hashlib.sha256()
         rows = []
         for batch in images.batches(_BATCH):
-            keep = keep_for(policy, batch.rows)
+            keep = policy.given_at(batch.rows)
             if keep is None:
                 keep = fp32.decide(batch.images)
             rows.append(keep)

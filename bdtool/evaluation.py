@@ -13,7 +13,7 @@ import numpy as np
 from bdtool.data.batches import ImageSource
 from bdtool.errors import DataError, UsageError
 from bdtool.runtime.place import Place
-from bdtool.runtime.policies import PolicyRequest, parse_policy
+from bdtool.runtime.policies import PolicyRequest, parse_policy_for
 from bdtool.runtime.result import RunResult
 from bdtool.specs import NetworkSpec
 
@@ -67,20 +67,15 @@ def evaluate(
     if not data.has_labels:
         raise DataError(f"no labels in {data.description}; evaluate needs them: an .npz with y, or one folder a class")
     network = classifier.network
-    request = parse_policy(policy, n_blocks=network.n_blocks, has_policy_network=network.has_policy)
+    request = parse_policy_for(network, policy)
     correct, kept = [], []
     for batch in data.batches(batch_size):
         assert batch.labels is not None
-        result = classifier.run(batch.images, policy=keep_for(request, batch.rows))
+        result = classifier.run(batch.images, policy=request.given_at(batch.rows))
         correct.append(result.classes == batch.labels)
         kept.append(result.policy)
         on_batch(len(batch.images))
     return _figures(network, request, np.concatenate(correct), np.concatenate(kept), data.description)
-
-
-def keep_for(request: PolicyRequest, rows: np.ndarray) -> np.ndarray | None:
-    """Return the keep matrix of images with these numbers, or None where the policy network decides."""
-    return None if request.is_learned else request.matrix_at(rows)
 
 
 def _figures(

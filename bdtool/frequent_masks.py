@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from bdtool.data.batches import ImageSource
-from bdtool.evaluation import keep_for
 from bdtool.runtime.masks import MaskCount, count_masks
 from bdtool.runtime.orchestrator import Orchestrator
 from bdtool.runtime.policies import PolicyRequest
@@ -38,6 +37,6 @@ def _decisions(
     on_batch: Callable[[int], None],
 ) -> Iterator[np.ndarray]:
     for batch in data.batches(_BATCH):
-        keep = keep_for(request, batch.rows)
+        keep = request.given_at(batch.rows)
         yield runtime.decide(batch.images) if keep is None else keep
         on_batch(len(batch.images))

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from bdtool.data.batches import ImageBatch, ImageSource
-from bdtool.evaluation import keep_for
 from bdtool.runtime.orchestrator import Orchestrator
 from bdtool.runtime.policies import PolicyRequest
 
@@ -76,7 +75,7 @@ class Reference:
 
     def _ask(self, images: np.ndarray, rows: np.ndarray) -> _Answers:
         bits = self.fp32.decide(images) if self.fp32.network.has_policy else None
-        keep = keep_for(self.request, rows)
+        keep = self.request.given_at(rows)
         keep = bits if keep is None else keep
         assert keep is not None
         return _Answers(keep, bits, self.fp32.run(images, policy=keep).logits)

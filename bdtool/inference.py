@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 
 from bdtool.data.images import fit_image, read_image
-from bdtool.evaluation import keep_for
 from bdtool.runtime.orchestrator import Orchestrator
-from bdtool.runtime.policies import bits_of, parse_policy
+from bdtool.runtime.policies import bits_of, parse_policy_for
 
 
 def classify_files(
@@ -26,11 +25,11 @@ def classify_files(
         PolicyError: the policy does not fit the network.
     """
     network = runtime.network
-    request = parse_policy(policy, n_blocks=network.n_blocks, has_policy_network=network.has_policy)
+    request = parse_policy_for(network, policy)
     images = [fit_image(read_image(file), network.preprocessing, source=str(file), resize=resize) for file in files]
     rows = []
     for i, (file, image) in enumerate(zip(files, images, strict=True)):
-        result = runtime.run(image[None], policy=keep_for(request, np.array([i])))
+        result = runtime.run(image[None], policy=request.given_at(np.array([i])))
         winner = int(result.classes[0])
         rows.append(
             {

@@ -34,7 +34,7 @@ from bdtool.models.store import load_model
 from bdtool.part_comparison import compare_part
 from bdtool.runtime.orchestrator import Orchestrator
 from bdtool.runtime.place import Place
-from bdtool.runtime.policies import parse_policy
+from bdtool.runtime.policies import parse_policy, parse_policy_for
 from bdtool.runtime.preprocess import preprocess
 from bdtool.runtime.result import RunResult
 from bdtool.strategy_check import LEARNED, answers_of, other_strategies
@@ -204,7 +204,7 @@ def _climb_lower(
     precision = place.precision
     variant = bundle.manifest.variants[precision]
     policy = variant.calibration["policy"]  # its ranges hold for the paths of this one
-    request = parse_policy(policy, n_blocks=bundle.network.n_blocks, has_policy_network=bundle.network.has_policy)
+    request = parse_policy_for(bundle.network, policy)
     oracle = TorchClassifier(model, max_batch=_ORACLE_BATCH)
     keep = oracle.run(batch.images).policy if request.is_learned else request.matrix_at(batch.rows)
     few = batch.images[: _n_probes(chain)]

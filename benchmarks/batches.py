@@ -23,7 +23,7 @@ import numpy as np
 
 from bdtool.data.sources import open_data
 from bdtool.runtime.orchestrator import Orchestrator
-from bdtool.runtime.policies import parse_policy
+from bdtool.runtime.policies import parse_policy_for
 from export.bundle import Bundle
 
 WAYS = ("one thread", "a pool of two threads", "two orchestrators of one thread")
@@ -57,7 +57,7 @@ def run_way(args: argparse.Namespace) -> dict[str, float]:
     network = Bundle.open(args.bundle).network
     sample = open_data(args.data, network=network).take(args.batch * N_BATCHES)
     images = sample.images
-    request = parse_policy(args.policy, n_blocks=network.n_blocks, has_policy_network=network.has_policy)
+    request = parse_policy_for(network, args.policy)
     keep = request.matrix_at(sample.rows)
     threads, n_parallel = (2 if args.way == WAYS[1] else 1), (2 if args.way == WAYS[2] else 1)
     opened = {

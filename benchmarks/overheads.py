@@ -18,11 +18,10 @@ import tempfile
 from pathlib import Path
 
 from bdtool.data.sources import open_data
-from bdtool.evaluation import keep_for
 from bdtool.profiling.measure import measure
 from bdtool.profiling.workload import Settings, Workload
 from bdtool.runtime.orchestrator import Orchestrator
-from bdtool.runtime.policies import parse_policy
+from bdtool.runtime.policies import parse_policy_for
 from bdtool.specs import BATCH_AXIS
 from engines.base import PLAIN_LAYOUT
 from engines.onnxrt import OnnxRuntimeBackend
@@ -55,8 +54,8 @@ def run_way(way: str, path: Path, policy: str, threads: int, duration: float) ->
     bundle = Bundle.open(path)
     data = open_data("synthetic:64", network=bundle.network)
     batch = data.take(64)
-    request = parse_policy(policy, n_blocks=bundle.network.n_blocks, has_policy_network=bundle.network.has_policy)
-    workload = Workload(images=batch.images, keep=keep_for(request, batch.rows))
+    request = parse_policy_for(bundle.network, policy)
+    workload = Workload(images=batch.images, keep=request.given_at(batch.rows))
     with tempfile.TemporaryDirectory(prefix="bdtool-benchmark-") as directory:
         runtimes = {"full": open_way(way, bundle, "full", threads, Path(directory))}
         runtimes["chain"] = open_way(way, bundle, "chain", threads, Path(directory))

@@ -22,7 +22,7 @@ from bdtool.gates import Gates, Reference, measure_gates
 from bdtool.models.shipped import shipped_models
 from bdtool.pipeline import export_model
 from bdtool.runtime.orchestrator import Orchestrator
-from bdtool.runtime.policies import parse_policy
+from bdtool.runtime.policies import parse_policy_for
 from calibration.ranges import DEFAULT_METHOD
 from export.bundle import Bundle
 
@@ -77,7 +77,7 @@ def measure(bundle: Bundle, args: argparse.Namespace, policy: str, source: str, 
         threads=args.threads,
     )
     calibrate(Bundle.open(bundle.path), images, judged, request)
-    parsed = parse_policy(policy, n_blocks=network.n_blocks, has_policy_network=network.has_policy)
+    parsed = parse_policy_for(network, policy)
     with (
         Orchestrator.open(bundle.path, threads=args.threads) as fp32,
         Orchestrator.open(bundle.path, threads=args.threads, precision="int8") as int8,

@@ -13,9 +13,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from bdtool.data.sources import open_data
-from bdtool.evaluation import keep_for
 from bdtool.runtime.orchestrator import Orchestrator
-from bdtool.runtime.policies import parse_policy
+from bdtool.runtime.policies import parse_policy_for
 from engines.cpu import has_vnni, instruction_set
 from export.bundle import Bundle
 
@@ -34,8 +33,8 @@ def main() -> None:
     network = bundle.network
     batch = open_data(args.data, network=network, resize=True).take(args.batch)
     images = batch.images
-    request = parse_policy(args.policy, n_blocks=network.n_blocks, has_policy_network=network.has_policy)
-    keep = keep_for(request, batch.rows)
+    request = parse_policy_for(network, args.policy)
+    keep = request.given_at(batch.rows)
     precisions = args.precisions.split(",")
     times: dict[str, list[float]] = {name: [] for name in precisions}
     with ExitStack() as stack:

@@ -10,7 +10,7 @@ from bdtool import Orchestrator
 from bdtool.data.batches import ImageSource
 from bdtool.data.synthetic import synthetic_images
 from bdtool.gates import Reference, measure_gates
-from bdtool.runtime.policies import parse_policy
+from bdtool.runtime.policies import parse_policy_for
 from tests.conftest import Exported
 
 _N = 100  # two batches
@@ -31,7 +31,7 @@ def images() -> ImageSource:
 @pytest.mark.parametrize("policy", [None, "random:2"])
 def test_fp32_is_asked_once_for_all_candidates(tiny: Exported, images: ImageSource, policy: str | None) -> None:
     with Orchestrator.open(tiny.bundle) as fp32, Orchestrator.open(tiny.bundle) as other:
-        request = parse_policy(policy, n_blocks=fp32.network.n_blocks, has_policy_network=fp32.network.has_policy)
+        request = parse_policy_for(fp32.network, policy)
         reference = Reference(fp32, images, request)
         first = measure_gates(reference, other, max_accuracy_drop=1)
         with (
@@ -45,7 +45,7 @@ def test_fp32_is_asked_once_for_all_candidates(tiny: Exported, images: ImageSour
 
 def test_differences_are_counted_over_all_batches(tiny: Exported, images: ImageSource) -> None:
     with Orchestrator.open(tiny.bundle) as fp32, Orchestrator.open(tiny.bundle) as other:
-        request = parse_policy("all", n_blocks=fp32.network.n_blocks, has_policy_network=fp32.network.has_policy)
+        request = parse_policy_for(fp32.network, "all")
         reference = Reference(fp32, images.drawn(90), request)
         run = other.run
 

@@ -11,7 +11,6 @@ from typing import Any
 
 from bdtool.data.batches import ImageSource
 from bdtool.errors import UsageError
-from bdtool.evaluation import keep_for
 from bdtool.profiling.device_times import THRESHOLDS, device_warnings
 from bdtool.profiling.environment import clock_warnings, describe_environment, describe_gpu
 from bdtool.profiling.instrumented import DEVICE_NOTE, PASS_NOTE, InstrumentedPass, run_instrumented
@@ -24,7 +23,7 @@ from bdtool.profiling.statistics import Samples
 from bdtool.profiling.workload import BASELINE, BOUNDARY, Settings, Workload, is_static, split_name
 from bdtool.runtime.orchestrator import Orchestrator
 from bdtool.runtime.place import Place
-from bdtool.runtime.policies import parse_policy
+from bdtool.runtime.policies import parse_policy_for
 from bdtool.runtime.recommendation import AUTO, Recommendation
 from engines.graph_modes import OFF, GraphChoice
 from engines.registry import identify_backend
@@ -144,11 +143,11 @@ def profile(
     """
     require_batch(settings.batch, [bundle] if baseline is None else [bundle, baseline])
     network = bundle.network
-    request = parse_policy(policy, n_blocks=network.n_blocks, has_policy_network=network.has_policy)
+    request = parse_policy_for(network, policy)
     data = data.drawn(MAX_IMAGES)
     batch = data.take(MAX_IMAGES)
     images = batch.images
-    workload = Workload(images=images, keep=keep_for(request, batch.rows))
+    workload = Workload(images=images, keep=request.given_at(batch.rows))
     names = strategy_names(strategies, network, place)
     with ExitStack() as stack:
         opened = open_all(bundle, names, workload, place, stack, baseline=baseline)

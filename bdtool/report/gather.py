@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from bdtool.data.batches import ImageSource
-from bdtool.evaluation import evaluate, keep_for
+from bdtool.evaluation import evaluate
 from bdtool.inspection import tuned_for
 from bdtool.profiling.line import BlocksLine, fit_line
 from bdtool.profiling.profile import Profile
@@ -31,7 +31,7 @@ from bdtool.report.paper import paper_points
 from bdtool.report.pictures import uri_from_pixels
 from bdtool.runtime.orchestrator import Orchestrator
 from bdtool.runtime.place import Place
-from bdtool.runtime.policies import PolicyRequest, bits_of, parse_policy
+from bdtool.runtime.policies import PolicyRequest, bits_of, parse_policy_for
 from bdtool.specs import NetworkSpec
 from export.bundle import Bundle
 
@@ -114,7 +114,7 @@ def gather_report(
     if profile.settings.batch != 1:
         raise ValueError(f"a report shows one image at a time; got a profile of batch {profile.settings.batch}")
     network = bundle.network
-    policy = parse_policy(request.policy, n_blocks=network.n_blocks, has_policy_network=network.has_policy)
+    policy = parse_policy_for(network, request.policy)
     with request.place.open(bundle) as runtime:
         walk = walk_images(runtime, source, policy, on_images=on_images)
         points = _operating_points(runtime, source, policy, walk, on_images=on_images)
@@ -136,7 +136,7 @@ def walk_images(
     """Classify the images, without a clock: in folders a class is a stretch of time, and machines change with time."""
     keep, predicted = [], []
     for batch in source.batches(_BATCH):
-        result = runtime.run(batch.images, policy=keep_for(policy, batch.rows))
+        result = runtime.run(batch.images, policy=policy.given_at(batch.rows))
         keep.append(result.policy)
         predicted.append(result.classes)
         on_images(len(batch.images))
@@ -168,7 +168,7 @@ def _operating_points(
     n_kept = n_kept if 0 < n_kept < network.n_blocks else network.n_blocks // 2
     for form in _COMPARED:
         text = form if form == "all" else f"{form}:{n_kept}"
-        named = parse_policy(text, n_blocks=network.n_blocks, has_policy_network=network.has_policy)
+        named = parse_policy_for(network, text)
         if named.name == policy.name:
             continue
         result = evaluate(runtime, source, policy=text, on_batch=on_images)

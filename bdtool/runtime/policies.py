@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from bdtool.errors import PolicyError
+from bdtool.specs import NetworkSpec
 
 POLICY_FORMS = (
     "learned, all, none, first:K, random:K[:SEED], random:LOW-HIGH[:SEED], distribute:K, a string of 0 and 1 with one "
@@ -61,6 +62,15 @@ class PolicyRequest:
         if self.draw is None:
             raise ValueError("policy 'learned' has no fixed matrix: run the policy network")
         return self.draw(rows)
+
+    def given_at(self, rows: np.ndarray) -> np.ndarray | None:
+        """Return `matrix_at`, or None where the policy network decides."""
+        return None if self.is_learned else self.matrix_at(rows)
+
+
+def parse_policy_for(network: NetworkSpec, text: str | None) -> PolicyRequest:
+    """Read a POLICY for a network; see `parse_policy`."""
+    return parse_policy(text, n_blocks=network.n_blocks, has_policy_network=network.has_policy)
 
 
 def parse_policy(text: str | None, *, n_blocks: int, has_policy_network: bool) -> PolicyRequest:

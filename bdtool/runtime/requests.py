@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bdtool.errors import PolicyError
-from bdtool.runtime.policies import PolicyRequest, keep_matrix_from, names_file, parse_policy
+from bdtool.runtime.policies import PolicyRequest, keep_matrix_from, names_file, parse_policy_for
 from bdtool.specs import NetworkSpec
 
 PolicyLike = str | npt.ArrayLike | None
@@ -66,4 +66,4 @@ class PolicyReader:
 
     def _parse_text(self, policy: str | None) -> PolicyRequest:
         network = self._network
-        return parse_policy(policy, n_blocks=network.n_blocks, has_policy_network=network.has_policy)
+        return parse_policy_for(network, policy)
