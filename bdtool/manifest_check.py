@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from typing import Any
 
 from bdtool.models.model import BlockDropModel
 from bdtool.models.parts import network_spec
-from bdtool.specs import NetworkSpec, dict_from_spec
+from bdtool.specs import NetworkSpec
 from export.bundle import Bundle
 from export.check import TOLERANCES
 from export.manifest import EXPORTED, Manifest
@@ -54,8 +55,8 @@ def _difference(name: str, says: Any, must: Any) -> str:
 
 
 def _tree(network: NetworkSpec) -> dict[str, Any]:
-    parts = {part.name: dict_from_spec(part) for part in network.parts}
-    return {**dict_from_spec(network), "parts": parts, "order of parts": list(parts)}
+    parts = {part.name: asdict(part) for part in network.parts}
+    return {**asdict(network), "parts": parts, "order of parts": list(parts)}
 
 
 def _facts(value: Any, name: str = "") -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 if TYPE_CHECKING:  # numpy only types the signatures: `bdtool --help` and a cached build need not load it
@@ -231,13 +231,8 @@ class NetworkSpec:
         return fixed + keep @ kept_cost + ~keep @ dropped_cost
 
 
-def dict_from_spec(spec: Any) -> dict[str, Any]:
-    """Return any spec of this module as plain dicts and lists, ready for JSON."""
-    return asdict(spec)
-
-
 def preprocessing_from_dict(data: Mapping[str, Any]) -> Preprocessing:
-    """Rebuild a `Preprocessing` from `dict_from_spec`'s output (after JSON, tuples are lists).
+    """Rebuild a `Preprocessing` from `asdict`'s output (after JSON, tuples are lists).
 
     Raises:
         ValueError, TypeError, KeyError: a field is missing, unknown or impossible.

@@ -35,9 +35,6 @@ class RangeCollector:
     def __init__(self) -> None:
         self._histograms: dict[str, Histogram] = {}
 
-    def __contains__(self, key: str) -> bool:
-        return key in self._histograms
-
     def add(self, key: str, values: np.ndarray) -> None:
         """Count float32 values [N, ...] of N images under `key`.
 

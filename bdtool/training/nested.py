@@ -98,14 +98,6 @@ class MaskSearch:
         return torch.zeros(self._n_kept, device=self._images.device)
 
 
-def nested_masks(base: ResNet, images: Tensor, labels: Tensor, *, fewest: int) -> Tensor:
-    """Return masks that keep K, K - 1, ... `fewest` blocks, bool [K - fewest + 1, K]: a `MaskSearch` run to its end."""
-    search = MaskSearch(base, images, labels, fewest=fewest)
-    while not search.is_over:
-        search.advance()
-    return search.masks
-
-
 def losses_without_each(base: ResNet, images: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
     """Return the mean cross-entropy of the images along `mask` without each of its blocks in turn, float32 [n kept]."""
     sums = torch.zeros(int(mask.sum()), device=images.device)
@@ -134,7 +126,7 @@ def _sums_without_each(
 
 @torch.no_grad()
 def path_losses(base: ResNet, images: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-    """Return the cross-entropy of each image along one path, float32 [N]; arguments as for `nested_masks`."""
+    """Return the cross-entropy of each image along one path, float32 [N]; arguments as for `MaskSearch`."""
     kept: list[bool] = mask.tolist()
     return torch.cat(
         [

@@ -15,7 +15,7 @@ from bdtool.models.policy import PolicyNetwork
 from bdtool.models.store import load_model
 from bdtool.training import nested
 from bdtool.training.distributed import Group
-from bdtool.training.nested import blocks_by_rank, nested_masks, path_losses
+from bdtool.training.nested import MaskSearch, blocks_by_rank, path_losses
 from bdtool.training.options import ImitateOptions
 from bdtool.training.place import Place
 from bdtool.training.policy_head import HeadFit
@@ -27,7 +27,10 @@ def test_the_block_missed_least_is_dropped_next(
 ) -> None:
     model = random_model("resnet14")
     images, labels = torch.from_numpy(preprocessed(model, 12)), torch.arange(12) % 10
-    masks = nested_masks(model.base, images, labels, fewest=3)
+    search = MaskSearch(model.base, images, labels, fewest=3)
+    while not search.is_over:
+        search.advance()
+    masks = search.masks
     assert masks.sum(dim=1).tolist() == [6, 5, 4, 3]
     for larger, smaller in itertools.pairwise(masks):
         assert not (smaller & ~larger).any()
