@@ -34,7 +34,7 @@ from engines.check import N_PROBES, check_engine
 from engines.integer_cpu import is_quantized, lower_quantized
 from engines.layouts import INTEGER_LAYOUT, block_size, feature_maps, pack, unpack
 from engines.native_layout import add_guards, cut_guards
-from engines.onnxrt_buffers import DeviceBuffer, DeviceRows, HostBuffer, ort_value
+from engines.onnxrt_buffers import DeviceRows, HostBuffer, OrtDeviceBuffer, ort_value
 from engines.onnxrt_providers import (
     CPU,
     CpuProvider,
@@ -120,7 +120,7 @@ class OnnxRuntimeBackend:
     def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
         if self.device == "cpu":
             return HostBuffer(aligned(np.zeros(shape, dtype)))
-        return DeviceBuffer(shape, dtype, self.device, self._rows)
+        return OrtDeviceBuffer(shape, dtype, self.device, self._rows)
 
     def _open(self, part: PartSpec, data: bytes, options: ort.SessionOptions, layout: str) -> Engine:
         try:

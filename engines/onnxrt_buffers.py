@@ -113,14 +113,14 @@ def _model(
     return data
 
 
-class DeviceBuffer:
+class OrtDeviceBuffer:
     """GPU memory owned by ONNX Runtime."""
 
     def __init__(self, shape: tuple[int, ...], dtype: str, device: str, rows: DeviceRows) -> None:
         self._shape, self._dtype, self._device, self._rows = shape, dtype, device, rows
         kind, _, index = device.partition(":")
         self.value = ort.OrtValue.ortvalue_from_shape_and_type(shape, np.dtype(dtype), kind, int(index))
-        self._firsts: dict[int, DeviceBuffer] = {}
+        self._firsts: dict[int, OrtDeviceBuffer] = {}
 
     def write(self, values: np.ndarray) -> None:
         self.value.update_inplace(np.ascontiguousarray(values))
@@ -136,7 +136,7 @@ class DeviceBuffer:
         # ONNX Runtime gives no part of its memory: one buffer for each number of rows, not for each part that asks
         if n_rows not in self._firsts:
             shape = (n_rows, *self._shape[1:])
-            self._firsts[n_rows] = DeviceBuffer(shape, self._dtype, self._device, self._rows)
+            self._firsts[n_rows] = OrtDeviceBuffer(shape, self._dtype, self._device, self._rows)
         return self._firsts[n_rows]
 
     def gather(self, source: Buffer, rows: np.ndarray) -> None:
@@ -154,6 +154,6 @@ class DeviceBuffer:
 
 def ort_value(buffer: Buffer) -> ort.OrtValue:
     """Return the memory of a buffer of this backend."""
-    if not isinstance(buffer, HostBuffer | DeviceBuffer):
+    if not isinstance(buffer, HostBuffer | OrtDeviceBuffer):
         raise TypeError(f"expected a buffer of this backend, got {type(buffer).__name__}")
     return buffer.value

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from bdtool.models.model import BlockDropModel
     from bdtool.models.model_spec import ModelSpec
     from bdtool.specs import NetworkSpec
-    from bdtool.training.place import Place
+    from bdtool.training.place import TrainingPlace
     from bdtool.training.stages import Trained
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
@@ -305,10 +305,10 @@ def _options_from(kind: type[_Options], given: dict[str, Any]) -> _Options:
     return kind(**{field.name: given[field.name] for field in dataclasses.fields(kind)})
 
 
-def _run(given: dict[str, Any], spec: ModelSpec, start: str, stage: Callable[[Place], Trained]) -> None:
+def _run(given: dict[str, Any], spec: ModelSpec, start: str, stage: Callable[[TrainingPlace], Trained]) -> None:
     """Open the data, train, and print what came out; under torchrun the first process alone speaks."""
     from bdtool.training.distributed import open_group
-    from bdtool.training.place import Place
+    from bdtool.training.place import TrainingPlace
 
     network = _network(spec)
     device = _device(given["device"])
@@ -321,7 +321,7 @@ def _run(given: dict[str, Any], spec: ModelSpec, start: str, stage: Callable[[Pl
         train, val = _open(given, network)
         with show(enabled=group.is_first) as (on_step, on_progress):
             trained = stage(
-                Place(
+                TrainingPlace(
                     train=train,
                     val=val,
                     output=given["output"],

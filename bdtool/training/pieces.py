@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-from bdtool.training.place import Place
+from bdtool.training.place import TrainingPlace
 from bdtool.training.progress_file import read_progress, write_progress
 from bdtool.training.stopping import Interrupted, StopNow, stop_signals
 
@@ -40,7 +40,7 @@ class Part(Protocol):
 
 
 def run_pieces(
-    part: Part, place: Place, *, request: Mapping[str, Any], measure: Callable[[], Mapping[str, float]]
+    part: Part, place: TrainingPlace, *, request: Mapping[str, Any], measure: Callable[[], Mapping[str, float]]
 ) -> Mapping[str, float]:
     """Run `part` from its first piece, or from the checkpoint of `place`, to its last; return what `measure` gives.
 

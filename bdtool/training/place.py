@@ -17,7 +17,7 @@ _CHECKPOINT = ".checkpoint"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class TrainingPlace:
     """Where a run reads, writes and computes.
 
     Attributes:
@@ -72,7 +72,7 @@ class Place:
                 "to train it anew"
             )
 
-    def with_sample(self, n_images: int | None) -> Place:
+    def with_sample(self, n_images: int | None) -> TrainingPlace:
         """Return the same place with that many images drawn from `train`; None leaves all."""
         return replace(self, train=self.train.drawn(n_images))
 

@@ -47,7 +47,7 @@ from bdtool.training.options import (
 )
 from bdtool.training.paths import deployed_paths, heuristic_paths
 from bdtool.training.pieces import run_pieces
-from bdtool.training.place import Place
+from bdtool.training.place import TrainingPlace
 from bdtool.training.tasks import CurriculumTask, FinetuneTask, Paths, PretrainTask, Task
 from bdtool.training.trainer import Epoch, Trainer
 from bdtool.training.trunk import start_from_trunk
@@ -101,7 +101,7 @@ def base_spec(
     )
 
 
-def pretrain(spec: ModelSpec, options: PretrainOptions, place: Place) -> Trained:
+def pretrain(spec: ModelSpec, options: PretrainOptions, place: TrainingPlace) -> Trained:
     """Train a base network from random weights; `spec` says which, without a policy network."""
     place = place.with_sample(options.limit)
     with place.reserved():
@@ -110,7 +110,7 @@ def pretrain(spec: ModelSpec, options: PretrainOptions, place: Place) -> Trained
 
 
 def curriculum(
-    start: BlockDropModel, options: CurriculumOptions, place: Place, *, trunk: BlockDropModel | None = None
+    start: BlockDropModel, options: CurriculumOptions, place: TrainingPlace, *, trunk: BlockDropModel | None = None
 ) -> Trained:
     """Train a policy network for the base of `start`, from random weights or from the one that `start` has.
 
@@ -134,7 +134,7 @@ def curriculum(
 
 
 def imitate(
-    start: BlockDropModel, options: ImitateOptions, place: Place, *, trunk: BlockDropModel | None = None
+    start: BlockDropModel, options: ImitateOptions, place: TrainingPlace, *, trunk: BlockDropModel | None = None
 ) -> Trained:
     """Train a policy network for the base of `start` to give harder images more blocks: `bdtool.training.imitation`.
 
@@ -151,7 +151,9 @@ def imitate(
         return _imitate(start, options, place.with_sample(options.limit), trunk)
 
 
-def _imitate(start: BlockDropModel, options: ImitateOptions, place: Place, trunk: BlockDropModel | None) -> Trained:
+def _imitate(
+    start: BlockDropModel, options: ImitateOptions, place: TrainingPlace, trunk: BlockDropModel | None
+) -> Trained:
     place.check_resume()
     model = with_policy(start, seed=options.seed, n_hidden=options.hidden)
     if trunk is not None:
@@ -173,7 +175,7 @@ def _imitate(start: BlockDropModel, options: ImitateOptions, place: Place, trunk
     return Trained(model=finished, figures=figures, epochs=[])
 
 
-def finetune(start: BlockDropModel, options: FinetuneOptions, place: Place) -> Trained:
+def finetune(start: BlockDropModel, options: FinetuneOptions, place: TrainingPlace) -> Trained:
     """Train base and policy network of `start` together, or its base alone under the heuristic `options.policy`.
 
     Raises:
@@ -199,7 +201,9 @@ def finetune(start: BlockDropModel, options: FinetuneOptions, place: Place) -> T
         return _train(model, "finetune", options, place, lambda m, amp: FinetuneTask(m, options, paths, amp=amp))
 
 
-def _fixed_paths(model: BlockDropModel, request: PolicyRequest, options: FinetuneOptions, place: Place) -> Paths | None:
+def _fixed_paths(
+    model: BlockDropModel, request: PolicyRequest, options: FinetuneOptions, place: TrainingPlace
+) -> Paths | None:
     """Return the paths that the base alone learns along, or None where the policy network learns, too."""
     if not request.is_learned:
         return heuristic_paths(request, place.train)
@@ -246,7 +250,7 @@ def _train(
     model: BlockDropModel,
     stage: str,
     options: TrainOptions,
-    place: Place,
+    place: TrainingPlace,
     make_task: Callable[[BlockDropModel, bool], Task],
 ) -> Trained:
     group = place.group
@@ -284,7 +288,7 @@ def _request(
     spec: ModelSpec,
     stage: str,
     options: StageOptions,
-    place: Place,
+    place: TrainingPlace,
     data: Mapping[str, str | int],
     *,
     amp: bool,

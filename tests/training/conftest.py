@@ -10,7 +10,7 @@ import pytest
 if TYPE_CHECKING:
     from bdtool.data.batches import ImageSource
     from bdtool.models.model import BlockDropModel
-    from bdtool.training.place import Place
+    from bdtool.training.place import TrainingPlace
 
 
 @pytest.fixture(scope="session")
@@ -34,16 +34,16 @@ def stripes_source(stripes: Path, random_model: Callable[..., "BlockDropModel"])
 
 
 @pytest.fixture
-def place(stripes_source: "ImageSource", tmp_path: Path) -> Callable[..., "Place"]:
+def place(stripes_source: "ImageSource", tmp_path: Path) -> Callable[..., "TrainingPlace"]:
     """Return a function that gives where to train: on the stripes, into a file of the test's own, on the CPU."""
     import torch
 
     from bdtool.training.distributed import Group
-    from bdtool.training.place import Place
+    from bdtool.training.place import TrainingPlace
 
-    def make(name: str = "model", **options: object) -> Place:
+    def make(name: str = "model", **options: object) -> TrainingPlace:
         group = Group(rank=0, size=1, device=torch.device("cpu"))
         arguments = {"train": stripes_source, "val": stripes_source, "output": tmp_path / f"{name}.safetensors"}
-        return Place(**{**arguments, "group": group, **options})
+        return TrainingPlace(**{**arguments, "group": group, **options})
 
     return make

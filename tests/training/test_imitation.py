@@ -17,7 +17,7 @@ from bdtool.training import nested
 from bdtool.training.distributed import Group
 from bdtool.training.nested import MaskSearch, blocks_by_rank, path_losses
 from bdtool.training.options import ImitateOptions
-from bdtool.training.place import Place
+from bdtool.training.place import TrainingPlace
 from bdtool.training.policy_head import HeadFit
 from bdtool.training.stages import imitate
 
@@ -119,7 +119,7 @@ def test_a_hidden_layer_learns_what_a_linear_one_cannot() -> None:
 
 
 def test_only_the_layers_behind_the_trunk_learn(
-    random_model: Callable[..., BlockDropModel], place: Callable[..., Place]
+    random_model: Callable[..., BlockDropModel], place: Callable[..., TrainingPlace]
 ) -> None:
     start, where = random_model("resnet14", has_policy=False), place()
     before = copy.deepcopy(start.base.state_dict())
@@ -142,7 +142,7 @@ def test_only_the_layers_behind_the_trunk_learn(
 
 
 def test_a_policy_without_hidden_layer_is_fitted_too(
-    random_model: Callable[..., BlockDropModel], place: Callable[..., Place]
+    random_model: Callable[..., BlockDropModel], place: Callable[..., TrainingPlace]
 ) -> None:
     options = ImitateOptions(epochs=2, batch=64, fewest=1, most=3, hidden=0, judges=32, limit=128)
     shares: list[float] = []
@@ -157,7 +157,7 @@ def test_a_policy_without_hidden_layer_is_fitted_too(
 
 
 def test_a_second_run_into_the_same_model_is_refused_while_one_is_at_work(
-    random_model: Callable[..., BlockDropModel], place: Callable[..., Place]
+    random_model: Callable[..., BlockDropModel], place: Callable[..., TrainingPlace]
 ) -> None:
     start, options = random_model("resnet8"), ImitateOptions(epochs=1, fewest=1, most=3, judges=32, limit=64)
     where = place(on_progress=lambda share, text: imitate(start, options, place()))
@@ -168,7 +168,7 @@ def test_a_second_run_into_the_same_model_is_refused_while_one_is_at_work(
 
 @pytest.mark.parametrize(("fewest", "most"), [(3, 2), (1, 4)])
 def test_blocks_that_the_model_lacks_are_refused(
-    fewest: int, most: int, random_model: Callable[..., BlockDropModel], place: Callable[..., Place]
+    fewest: int, most: int, random_model: Callable[..., BlockDropModel], place: Callable[..., TrainingPlace]
 ) -> None:
     with pytest.raises(UsageError, match=f"fewest {fewest}, most {most}: expected .* model's 3 blocks"):
         imitate(random_model("resnet8"), ImitateOptions(fewest=fewest, most=most), place())
@@ -180,7 +180,7 @@ def test_blocks_by_default(n_blocks: int, expected: tuple[int, int]) -> None:
 
 
 def test_several_processes_are_refused(
-    random_model: Callable[..., BlockDropModel], place: Callable[..., Place]
+    random_model: Callable[..., BlockDropModel], place: Callable[..., TrainingPlace]
 ) -> None:
     group = Group(rank=0, size=2, device=torch.device("cpu"))
     with pytest.raises(UsageError, match="got 2 processes, expected one"):

@@ -12,7 +12,7 @@ import pytest
 from bdtool.errors import DataError, TrainingError, UsageError
 from bdtool.models.model import BlockDropModel
 from bdtool.training.options import ImitateOptions
-from bdtool.training.place import Place
+from bdtool.training.place import TrainingPlace
 from bdtool.training.stages import Trained, imitate
 from bdtool.training.stopping import Interrupted
 
@@ -31,7 +31,7 @@ Run = Callable[..., Trained]
 def run(random_model: Callable[..., BlockDropModel]) -> Run:
     """Return a function that imitates where it is told: the first call of a test and the second one start alike."""
 
-    def imitate_at(place: Place, **options: object) -> Trained:
+    def imitate_at(place: TrainingPlace, **options: object) -> Trained:
         start, trunk = random_model("resnet8", has_policy=False), random_model("resnet8", has_policy=False, seed=5)
         return imitate(start, ImitateOptions(**{**_QUICK, **options}), place, trunk=trunk)
 
@@ -51,7 +51,9 @@ def interrupt() -> None:
 
 
 @pytest.mark.parametrize("share", [*_IN_A_PART.values(), 0.2, 0.8])
-def test_run_after_a_kill_ends_like_an_unbroken_one(share: float, run: Run, place: Callable[..., Place]) -> None:
+def test_run_after_a_kill_ends_like_an_unbroken_one(
+    share: float, run: Run, place: Callable[..., TrainingPlace]
+) -> None:
     run(place("unbroken"))
     with pytest.raises(RuntimeError, match="killed"):
         run(place("broken", save_every_s=0, on_progress=at_share(share, die)))
@@ -65,7 +67,7 @@ def test_run_after_a_kill_ends_like_an_unbroken_one(share: float, run: Run, plac
 
 
 @pytest.mark.parametrize(("where", "share"), _IN_A_PART.items())
-def test_a_signal_saves_first(where: str, share: float, run: Run, place: Callable[..., Place]) -> None:
+def test_a_signal_saves_first(where: str, share: float, run: Run, place: Callable[..., TrainingPlace]) -> None:
     asked = place(val=None, on_progress=at_share(share, interrupt))
     with pytest.raises(Interrupted, match=f"stopped after {where}; the same command with --resume goes on"):
         run(asked)
@@ -75,7 +77,7 @@ def test_a_signal_saves_first(where: str, share: float, run: Run, place: Callabl
     assert asked.output.exists()
 
 
-def test_a_signal_breaks_the_measurement_off(run: Run, place: Callable[..., Place]) -> None:
+def test_a_signal_breaks_the_measurement_off(run: Run, place: Callable[..., TrainingPlace]) -> None:
     source, given = place().train, itertools.count()
 
     def image_at(index: int) -> np.ndarray:
@@ -93,7 +95,7 @@ def test_a_signal_breaks_the_measurement_off(run: Run, place: Callable[..., Plac
     assert asked.output.read_bytes() == place("unbroken").output.read_bytes()
 
 
-def test_images_that_cannot_be_measured_on_lose_nothing(run: Run, place: Callable[..., Place]) -> None:
+def test_images_that_cannot_be_measured_on_lose_nothing(run: Run, place: Callable[..., TrainingPlace]) -> None:
     def image_at(index: int) -> np.ndarray:
         raise DataError("a damaged picture")
 
@@ -107,7 +109,7 @@ def test_images_that_cannot_be_measured_on_lose_nothing(run: Run, place: Callabl
 
 
 def test_little_is_written_between_checkpoints(
-    run: Run, place: Callable[..., Place], monkeypatch: pytest.MonkeyPatch
+    run: Run, place: Callable[..., TrainingPlace], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A minute's work is saved at once, not after each piece: of 10, 2 and 12 pieces here the last alone is."""
     written: list[object] = []
@@ -119,7 +121,7 @@ def test_little_is_written_between_checkpoints(
 
 
 @pytest.fixture
-def unfinished(run: Run, place: Callable[..., Place]) -> Place:
+def unfinished(run: Run, place: Callable[..., TrainingPlace]) -> TrainingPlace:
     with pytest.raises(Interrupted):
         run(place(val=None, on_progress=at_share(0.1, interrupt)))
     return place(val=None, resume=True)
@@ -129,7 +131,7 @@ def unfinished(run: Run, place: Callable[..., Place]) -> Place:
     ("options", "named"), [({"judges": 64}, r"judges was 70, is 64"), ({"lr": 0.1}, r"lr was 0\.003, is 0\.1")]
 )
 def test_checkpoint_of_other_options_is_refused_by_name(
-    options: dict[str, float], named: str, run: Run, unfinished: Place
+    options: dict[str, float], named: str, run: Run, unfinished: TrainingPlace
 ) -> None:
     before = unfinished.checkpoint.read_bytes()
     with pytest.raises(TrainingError, match=rf"asked for otherwise \({named}\); use the same options"):
@@ -137,12 +139,12 @@ def test_checkpoint_of_other_options_is_refused_by_name(
     assert unfinished.checkpoint.read_bytes() == before
 
 
-def test_checkpoint_of_another_model_is_refused(run: Run, unfinished: Place) -> None:
+def test_checkpoint_of_another_model_is_refused(run: Run, unfinished: TrainingPlace) -> None:
     with pytest.raises(TrainingError, match=r"asked for otherwise \(start was '', is 'another digest'\)"):
         run(dataclasses.replace(unfinished, start="another digest"))
 
 
-def test_checkpoint_of_other_data_is_refused(run: Run, unfinished: Place) -> None:
+def test_checkpoint_of_other_data_is_refused(run: Run, unfinished: TrainingPlace) -> None:
     labels = unfinished.train.labels
     assert labels is not None
     other = dataclasses.replace(unfinished.train, labels=labels[::-1].copy())
@@ -150,13 +152,13 @@ def test_checkpoint_of_other_data_is_refused(run: Run, unfinished: Place) -> Non
         run(dataclasses.replace(unfinished, train=other))
 
 
-def test_an_unfinished_run_is_not_started_over(run: Run, unfinished: Place) -> None:
+def test_an_unfinished_run_is_not_started_over(run: Run, unfinished: TrainingPlace) -> None:
     with pytest.raises(UsageError, match=r"holds an unfinished run: add --resume to go on with it, or remove it"):
         run(dataclasses.replace(unfinished, resume=False))
     assert unfinished.checkpoint.exists()
 
 
-def test_a_finished_run_is_not_trained_again_by_resume(run: Run, place: Callable[..., Place]) -> None:
+def test_a_finished_run_is_not_trained_again_by_resume(run: Run, place: Callable[..., TrainingPlace]) -> None:
     run(place(val=None, resume=True))  # nothing is there yet: it starts
     before = place().output.read_bytes()
     with pytest.raises(UsageError, match=r"nothing to go on with: .*model.safetensors is there, and no unfinished run"):

@@ -12,7 +12,7 @@ from bdtool.models.shipped import shipped_models
 from bdtool.models.store import load_model
 from bdtool.training.distributed import Group
 from bdtool.training.options import CurriculumOptions, FinetuneOptions, PretrainOptions
-from bdtool.training.place import Place
+from bdtool.training.place import TrainingPlace
 from bdtool.training.stages import base_spec, curriculum, finetune, pretrain, with_policy, without_policy
 
 
@@ -26,7 +26,9 @@ def cifar_place(cifar10_test: Any, tmp_path: Any) -> Any:
         options = {"preprocessing": network.preprocessing, "resize": False, "name": "cifar"}
         parts.append(array_source(images, labels, description="cifar", **options))
     group = Group(rank=0, size=1, device=torch.device("cpu"))
-    return lambda name: Place(train=parts[0], val=parts[1], output=tmp_path / f"{name}.safetensors", group=group)
+    return lambda name: TrainingPlace(
+        train=parts[0], val=parts[1], output=tmp_path / f"{name}.safetensors", group=group
+    )
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from bdtool.torch_classifier import TorchClassifier
 from bdtool.training.budget import shift_policy
 from bdtool.training.options import CurriculumOptions, FinetuneOptions, ImitateOptions, PretrainOptions
 from bdtool.training.paths import deployed_paths
-from bdtool.training.place import Place
+from bdtool.training.place import TrainingPlace
 from bdtool.training.stages import computes_in_bfloat16, curriculum, finetune, imitate, pretrain
 from bdtool.training.tasks import Step
 from bdtool.training.trunk import start_from_trunk
@@ -33,7 +33,7 @@ def test_policy_network_starts_from_a_trunk(random_model: Callable[..., BlockDro
 
 
 def test_trunk_of_another_architecture_is_refused(
-    random_model: Callable[..., BlockDropModel], place: Callable[..., Place]
+    random_model: Callable[..., BlockDropModel], place: Callable[..., TrainingPlace]
 ) -> None:
     with pytest.raises(UsageError, match=r"got resnet20 with shortcut .*, expected resnet8"):
         curriculum(random_model("resnet8"), CurriculumOptions(epochs=0.1), place(), trunk=random_model("resnet20"))
@@ -60,7 +60,7 @@ def test_curriculum_of_a_given_pace_learns_more_after_so_many_epochs() -> None:
 
 
 def test_curriculum_that_ends_before_all_blocks_are_learned_is_refused(
-    random_model: Callable[..., BlockDropModel], place: Callable[..., Place]
+    random_model: Callable[..., BlockDropModel], place: Callable[..., TrainingPlace]
 ) -> None:
     """Of 8 steps an epoch the last block's stage starts with step 16, one behind two epochs."""
     where = place(on_step=lambda report: pytest.fail("it trained first"))
@@ -99,7 +99,7 @@ def test_trunk_of_a_rounded_mean_is_taken(random_model: Callable[..., BlockDropM
 
 
 def test_frozen_policy_stays_and_the_base_learns_its_paths(
-    random_model: Callable[..., BlockDropModel], place: Callable[..., Place]
+    random_model: Callable[..., BlockDropModel], place: Callable[..., TrainingPlace]
 ) -> None:
     start = random_model("resnet8", has_policy=True)
     before = copy.deepcopy(start.state_dict())
@@ -109,7 +109,7 @@ def test_frozen_policy_stays_and_the_base_learns_its_paths(
 
 
 def test_frozen_policy_decides_on_pictures_as_they_are(
-    random_model: Callable[..., BlockDropModel], place: Callable[..., Place]
+    random_model: Callable[..., BlockDropModel], place: Callable[..., TrainingPlace]
 ) -> None:
     model, where = random_model("resnet8", has_policy=True), place()
     shift_policy(model, where.train, 1.5)  # so that pictures differ
@@ -121,7 +121,7 @@ def test_frozen_policy_decides_on_pictures_as_they_are(
 
 
 def test_base_learns_along_the_row_of_each_image(
-    random_model: Callable[..., BlockDropModel], place: Callable[..., Place], tmp_path: Path
+    random_model: Callable[..., BlockDropModel], place: Callable[..., TrainingPlace], tmp_path: Path
 ) -> None:
     """Images keep one block or all: a mean of 2 blocks in an epoch, whichever images a batch draws."""
     rows = np.ones((256, 3), dtype=bool)
@@ -133,7 +133,7 @@ def test_base_learns_along_the_row_of_each_image(
 
 
 def test_images_of_a_sample_keep_their_rows(
-    random_model: Callable[..., BlockDropModel], place: Callable[..., Place], tmp_path: Path
+    random_model: Callable[..., BlockDropModel], place: Callable[..., TrainingPlace], tmp_path: Path
 ) -> None:
     rows, drawn = np.zeros((256, 3), dtype=bool), place().train.take(64).rows
     rows[drawn, 0] = True
@@ -143,7 +143,7 @@ def test_images_of_a_sample_keep_their_rows(
 
 
 def test_rows_of_training_images_are_not_measured_on_others(
-    random_model: Callable[..., BlockDropModel], place: Callable[..., Place], tmp_path: Path
+    random_model: Callable[..., BlockDropModel], place: Callable[..., TrainingPlace], tmp_path: Path
 ) -> None:
     np.save(tmp_path / "rows.npy", np.ones((256, 3)))
     where = place(on_step=lambda report: pytest.fail("it trained first"))
@@ -153,7 +153,7 @@ def test_rows_of_training_images_are_not_measured_on_others(
 
 
 def test_rows_for_other_images_are_refused(
-    random_model: Callable[..., BlockDropModel], place: Callable[..., Place], tmp_path: Path
+    random_model: Callable[..., BlockDropModel], place: Callable[..., TrainingPlace], tmp_path: Path
 ) -> None:
     np.save(tmp_path / "rows.npy", np.ones((255, 3)))
     with pytest.raises(PolicyError, match="got 255 rows for 256 training images"):
@@ -161,7 +161,7 @@ def test_rows_for_other_images_are_refused(
 
 
 def test_heuristic_has_no_policy_network_to_freeze(
-    random_model: Callable[..., BlockDropModel], place: Callable[..., Place]
+    random_model: Callable[..., BlockDropModel], place: Callable[..., TrainingPlace]
 ) -> None:
     with pytest.raises(UsageError, match="first:2: has no policy network to freeze"):
         finetune(
@@ -171,7 +171,7 @@ def test_heuristic_has_no_policy_network_to_freeze(
 
 @pytest.mark.parametrize("blocks", [0.5, 1.75, 2.9])
 def test_shifted_policy_keeps_so_many_blocks(
-    blocks: float, random_model: Callable[..., BlockDropModel], place: Callable[..., Place]
+    blocks: float, random_model: Callable[..., BlockDropModel], place: Callable[..., TrainingPlace]
 ) -> None:
     model, images = random_model("resnet8", has_policy=True), place().train
     classifier = TorchClassifier(model)
@@ -185,7 +185,7 @@ def test_shifted_policy_keeps_so_many_blocks(
 
 
 def test_policy_that_is_sure_of_everything_is_shifted_to_finite_numbers(
-    random_model: Callable[..., BlockDropModel], place: Callable[..., Place]
+    random_model: Callable[..., BlockDropModel], place: Callable[..., TrainingPlace]
 ) -> None:
     model = random_model("resnet8", has_policy=True)
     assert model.policy is not None
@@ -197,7 +197,7 @@ def test_policy_that_is_sure_of_everything_is_shifted_to_finite_numbers(
 
 @pytest.mark.parametrize(("blocks", "has_policy"), [(3, True), (1, False)])
 def test_shift_that_cannot_be_is_refused(
-    blocks: float, has_policy: bool, random_model: Callable[..., BlockDropModel], place: Callable[..., Place]
+    blocks: float, has_policy: bool, random_model: Callable[..., BlockDropModel], place: Callable[..., TrainingPlace]
 ) -> None:
     expected = "less than the model's 3" if has_policy else "only a policy network can be shifted"
     with pytest.raises(UsageError, match=expected):
@@ -206,7 +206,7 @@ def test_shift_that_cannot_be_is_refused(
 
 @pytest.mark.parametrize("stage", ["pretrain", "curriculum", "imitate", "finetune"])
 def test_limit_leaves_all_other_images_unread(
-    stage: str, random_model: Callable[..., BlockDropModel], place: Callable[..., Place]
+    stage: str, random_model: Callable[..., BlockDropModel], place: Callable[..., TrainingPlace]
 ) -> None:
     """Also by what judges masks, counts the blocks of a policy, and decides for each image."""
     source, read = place().train, set[int]()

@@ -23,14 +23,14 @@ from bdtool.models.parts import network_spec
 from bdtool.models.state import meta_model
 from bdtool.models.store import load_model
 from bdtool.training.options import CurriculumOptions, FinetuneOptions, PretrainOptions, TrainOptions
-from bdtool.training.place import Place
+from bdtool.training.place import TrainingPlace
 from bdtool.training.stages import Trained, base_spec, curriculum, finetune, pretrain
 from bdtool.training.stopping import Interrupted
 from bdtool.training.trainer import Report, schedule_factor
 
 _FAST = {"epochs": 1.5, "batch": 32, "amp": "off"}  # 12 steps; the break comes in the middle of an epoch
 _BREAK_AT = 5
-Stage = Callable[[BlockDropModel, Place], Trained]
+Stage = Callable[[BlockDropModel, TrainingPlace], Trained]
 
 STAGES: dict[str, Stage] = {
     "pretrain": lambda start, place: pretrain(start.spec, PretrainOptions(**_FAST), place),
@@ -54,7 +54,7 @@ def tensors(path: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("name", STAGES)
 def test_run_after_a_kill_ends_like_an_unbroken_one(
-    name: str, place: Callable[..., Place], random_model: Callable[..., BlockDropModel]
+    name: str, place: Callable[..., TrainingPlace], random_model: Callable[..., BlockDropModel]
 ) -> None:
     stage = STAGES[name]
     unbroken = stage(random_model("resnet8"), place("unbroken"))
@@ -75,7 +75,7 @@ def test_run_after_a_kill_ends_like_an_unbroken_one(
 
 
 @pytest.mark.parametrize("n_measured", [0, 1])
-def test_an_epoch_that_could_not_be_measured_is_not_lost(n_measured: int, place: Callable[..., Place]) -> None:
+def test_an_epoch_that_could_not_be_measured_is_not_lost(n_measured: int, place: Callable[..., TrainingPlace]) -> None:
     options = PretrainOptions(**_FAST)
     unbroken = pretrain(_spec(), options, place("unbroken"))
     measured: list[int] = []
@@ -110,7 +110,7 @@ def failing_image(source: ImageSource, *, after: int) -> Callable[[int], np.ndar
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_first(number: signal.Signals, place: Callable[..., Place]) -> None:
+def test_a_signal_saves_first(number: signal.Signals, place: Callable[..., TrainingPlace]) -> None:
     options = PretrainOptions(**_FAST)
     spec = _spec()
     asked = place(on_step=stop_at(_BREAK_AT, lambda: os.kill(os.getpid(), number)))
@@ -128,7 +128,7 @@ def test_a_signal_saves_first(number: signal.Signals, place: Callable[..., Place
     assert resumed == [f"step {_BREAK_AT} of 12"]
 
 
-def test_a_finished_run_is_not_trained_again_by_resume(place: Callable[..., Place]) -> None:
+def test_a_finished_run_is_not_trained_again_by_resume(place: Callable[..., TrainingPlace]) -> None:
     pretrain(_spec(), PretrainOptions(**_FAST), place(resume=True))  # nothing is there yet: it starts
     before = place().output.read_bytes()
     with pytest.raises(UsageError, match=r"nothing to go on with: .*model.safetensors is there, and no unfinished run"):
@@ -137,7 +137,7 @@ def test_a_finished_run_is_not_trained_again_by_resume(place: Callable[..., Plac
 
 
 @pytest.mark.parametrize("n_measured", [0, 1], ids=["first epoch", "last epoch"])
-def test_a_signal_breaks_a_measurement_off(n_measured: int, place: Callable[..., Place]) -> None:
+def test_a_signal_breaks_a_measurement_off(n_measured: int, place: Callable[..., TrainingPlace]) -> None:
     source = place().val
     given = itertools.count()
 
@@ -157,7 +157,7 @@ def test_a_signal_breaks_a_measurement_off(n_measured: int, place: Callable[...,
     assert [epoch.validation["n_images"] for epoch in trained.epochs] == [source.n_images] * len(trained.epochs)
 
 
-def test_each_epoch_is_measured_once(place: Callable[..., Place]) -> None:
+def test_each_epoch_is_measured_once(place: Callable[..., TrainingPlace]) -> None:
     source = place().val
     indices: list[int] = []
     val = dataclasses.replace(source, image_at=lambda index: indices.append(index) or source.image_at(index))
@@ -185,20 +185,20 @@ def test_a_killed_process_loses_at_most_what_it_did_since_the_last_save(stripes:
 
 
 def test_models_that_differ_in_their_suffix_have_checkpoints_of_their_own(
-    place: Callable[..., Place], tmp_path: Path
+    place: Callable[..., TrainingPlace], tmp_path: Path
 ) -> None:
     names = ("net", "net.v1", "net.v2", "net.safetensors")
     assert len({place(output=tmp_path / name).checkpoint for name in names}) == len(names)
 
 
-def test_a_model_is_not_named_like_a_checkpoint(place: Callable[..., Place], tmp_path: Path) -> None:
+def test_a_model_is_not_named_like_a_checkpoint(place: Callable[..., TrainingPlace], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"files that end in .checkpoint hold unfinished runs; .* net.safetensors$"):
         place(output=tmp_path / "net.safetensors.checkpoint")
 
 
 @pytest.mark.parametrize("second", STAGES)
 def test_a_second_run_into_the_same_model_is_refused_while_one_is_at_work(
-    second: str, place: Callable[..., Place], random_model: Callable[..., BlockDropModel]
+    second: str, place: Callable[..., TrainingPlace], random_model: Callable[..., BlockDropModel]
 ) -> None:
     asked = place(on_step=stop_at(_BREAK_AT, lambda: STAGES[second](random_model("resnet8"), place(resume=True))))
     with pytest.raises(BundleError, match=r"training into .*model.safetensors is already running in another process"):
@@ -207,7 +207,7 @@ def test_a_second_run_into_the_same_model_is_refused_while_one_is_at_work(
     pretrain(_spec(), PretrainOptions(**_FAST), place())
 
 
-def test_checkpoint_of_other_options_is_refused_by_name(place: Callable[..., Place]) -> None:
+def test_checkpoint_of_other_options_is_refused_by_name(place: Callable[..., TrainingPlace]) -> None:
     spec = _spec()
     with pytest.raises(RuntimeError):
         pretrain(spec, PretrainOptions(**_FAST), place(save_every_s=0, on_step=stop_at(_BREAK_AT, die)))
@@ -219,7 +219,7 @@ def test_checkpoint_of_other_options_is_refused_by_name(place: Callable[..., Pla
 
 @pytest.mark.parametrize("after", ["", " "])
 def test_checkpoint_along_other_paths_is_refused_though_their_file_has_the_same_name(
-    place: Callable[..., Place], random_model: Callable[..., BlockDropModel], tmp_path: Path, after: str
+    place: Callable[..., TrainingPlace], random_model: Callable[..., BlockDropModel], tmp_path: Path, after: str
 ) -> None:
     rows = tmp_path / "rows.npy"
     options, start = FinetuneOptions(**_FAST, policy=f"{rows}{after}"), random_model("resnet8")
@@ -231,7 +231,7 @@ def test_checkpoint_along_other_paths_is_refused_though_their_file_has_the_same_
         finetune(start, options, place(resume=True))
 
 
-def test_checkpoint_of_other_classes_is_refused(place: Callable[..., Place]) -> None:
+def test_checkpoint_of_other_classes_is_refused(place: Callable[..., TrainingPlace]) -> None:
     with pytest.raises(RuntimeError):
         pretrain(_spec(), PretrainOptions(**_FAST), place(save_every_s=0, on_step=stop_at(_BREAK_AT, die)))
     other = dataclasses.replace(_spec(), labels=None)
@@ -239,14 +239,14 @@ def test_checkpoint_of_other_classes_is_refused(place: Callable[..., Place]) -> 
         pretrain(other, PretrainOptions(**_FAST), place(resume=True))
 
 
-def test_damaged_checkpoint_is_refused(place: Callable[..., Place]) -> None:
+def test_damaged_checkpoint_is_refused(place: Callable[..., TrainingPlace]) -> None:
     place().checkpoint.write_bytes(b"PK\x03\x04 not a checkpoint")
     with pytest.raises(TrainingError, match="not a whole checkpoint of a run"):
         pretrain(_spec(), PretrainOptions(**_FAST), place(resume=True))
 
 
 def test_infinite_loss_stops_with_the_step_named(
-    place: Callable[..., Place], random_model: Callable[..., BlockDropModel]
+    place: Callable[..., TrainingPlace], random_model: Callable[..., BlockDropModel]
 ) -> None:
     start = random_model("resnet8")
     with pytest.raises(TrainingError, match=r"the loss is (nan|inf) at step \d+ of 12; try a lower learning rate"):
@@ -256,18 +256,18 @@ def test_infinite_loss_stops_with_the_step_named(
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
-def test_compiled_pretraining_learns_the_same_names(place: Callable[..., Place]) -> None:
+def test_compiled_pretraining_learns_the_same_names(place: Callable[..., TrainingPlace]) -> None:
     trained = pretrain(_spec(), PretrainOptions(**{**_FAST, "epochs": 3}, compile=True), place())
     assert trained.epochs[-1].loss < trained.epochs[0].loss
     assert load_model(place().output).state_dict().keys() == trained.model.state_dict().keys()
 
 
-def test_batch_larger_than_the_data_is_refused(place: Callable[..., Place]) -> None:
+def test_batch_larger_than_the_data_is_refused(place: Callable[..., TrainingPlace]) -> None:
     with pytest.raises(UsageError, match="batch 512: expected at most the 256 images"):
         pretrain(_spec(), PretrainOptions(epochs=1, batch=512), place())
 
 
-def test_images_without_labels_are_refused(place: Callable[..., Place], tmp_path: Path) -> None:
+def test_images_without_labels_are_refused(place: Callable[..., TrainingPlace], tmp_path: Path) -> None:
     np.savez(tmp_path / "x.npz", x=np.zeros((40, 32, 32, 3), dtype=np.uint8))
     spec = _spec()
     source = open_data(str(tmp_path / "x.npz"), network=network_spec(meta_model(spec)))
@@ -275,7 +275,7 @@ def test_images_without_labels_are_refused(place: Callable[..., Place], tmp_path
         pretrain(spec, PretrainOptions(**_FAST), place(train=source))
 
 
-def test_images_to_measure_on_without_labels_are_refused_before_training(place: Callable[..., Place]) -> None:
+def test_images_to_measure_on_without_labels_are_refused_before_training(place: Callable[..., TrainingPlace]) -> None:
     unlabelled = dataclasses.replace(place().train, labels=None)
     with pytest.raises(DataError, match=r"no labels in .*, by which to measure; give --val"):
         place(val=unlabelled)
