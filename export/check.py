@@ -10,6 +10,7 @@ import numpy as np
 import onnxruntime as ort
 
 from bdtool.errors import ExportError
+from export.manifest import EXPORTED
 from export.ort_threads import any_threads_options
 
 # Worst |difference| over max(1, largest |expected|). fp32: both sides sum up to a few thousand float32 products in a
@@ -86,17 +87,17 @@ class OnnxReference:
 
 
 def check_part(
-    name: str, model: bytes, feeds: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray], *, precision: str
+    name: str, model: bytes, feeds: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]
 ) -> Comparison:
-    """Return the worst comparison of a part's outputs.
+    """Return the worst comparison of an exported part's outputs.
 
     Raises:
-        ExportError: an output differs by more than the precision's tolerance, or is not finite.
+        ExportError: an output differs by more than the tolerance of the precision `EXPORTED`, or is not finite.
     """
-    worst = compare_outputs(expected, OnnxReference(model).run(feeds), tolerance=TOLERANCES[precision])
+    worst = compare_outputs(expected, OnnxReference(model).run(feeds), tolerance=TOLERANCES[EXPORTED])
     if not worst.ok:
         raise ExportError(
-            f"part {name!r}: its ONNX differs from PyTorch by {worst.error:.2g} of the output's range, {precision} "
+            f"part {name!r}: its ONNX differs from PyTorch by {worst.error:.2g} of the output's range, {EXPORTED} "
             f"allows {worst.tolerance:.0e}. Check the weights for very large or non-finite values"
         )
     return worst

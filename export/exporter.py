@@ -37,6 +37,7 @@ from export.files import (
     write_json,
 )
 from export.manifest import (
+    EXPORTED,
     MANIFEST_NAME,
     WEIGHTS_NAME,
     Manifest,
@@ -49,7 +50,6 @@ from export.onnx_model import OPSET, OnnxExporter, fold_batch_norm, structure
 from export.packages import installed_version
 from export.walk import Probe, walk
 
-PRECISION = "fp32"
 _RECORDS = "records"
 _WRITERS = ("bdtool", "torch", "onnx", "onnxscript")  # another version of one may write a part otherwise
 _ENTRIES = frozenset({MANIFEST_NAME, WEIGHTS_NAME, "onnx", "engines", "calibration"})  # of a bundle
@@ -202,11 +202,11 @@ class _PartWriter:
         if earlier is not None:
             return ExportedPart(name=part.name, file=earlier, reused=True)
         model = make()
-        comparison = check_part(part.name, model, probe.feeds, probe.expected, precision=PRECISION)
+        comparison = check_part(part.name, model, probe.feeds, probe.expected)
         file = PartFile(
             file=_onnx_file(part),
             sha256=sha256_of_bytes(model),
-            precision=PRECISION,
+            precision=EXPORTED,
             error=comparison.error,
             tolerance=comparison.tolerance,
         )
