@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,7 +52,7 @@ def compile_part(
 
     Args:
         layout: of the activations; `CHANNELS_LAST` or plain.
-        timing_cache: what earlier parts learned, for libraries that time kernels; this part's is added.
+        timing_cache: what earlier parts learned, only for libraries that time kernels; this part's is added.
 
     Raises:
         EngineError: the library does not start or refuses the part (quoting it), or did not take the ONNX's types.
@@ -64,10 +65,7 @@ def compile_part(
         convolutions = _obtained_precision(trt, network, part, model)
         _set_formats(trt, network, part, layout)
         config = _config(library, builder, part, options)
-        if timing_cache is not None and library.has_timing_cache:
-            with timing_cache.applied(config):
-                data = builder.build_serialized_network(network, config)
-        else:
+        with nullcontext() if timing_cache is None else timing_cache.applied(config):
             data = builder.build_serialized_network(network, config)
         if data is None:
             raise EngineError(f"part {part.name!r}: {library.name} builds no engine of it: {library.quoted()}")

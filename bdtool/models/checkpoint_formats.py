@@ -104,10 +104,9 @@ def find_format(name: str) -> CheckpointFormat:
     Raises:
         UsageError: there is none.
     """
-    for fmt in FORMATS.values():
-        if fmt.name == name:
-            return fmt
-    raise UsageError(f"unknown checkpoint format {name!r}; known: auto, {', '.join(FORMATS)}")
+    if name not in FORMATS:
+        raise UsageError(f"unknown checkpoint format {name!r}; known: auto, {', '.join(FORMATS)}")
+    return FORMATS[name]
 
 
 def detect_format(keys: Collection[str]) -> CheckpointFormat | None:
