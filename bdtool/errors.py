@@ -4,16 +4,19 @@ A message names the thing, what came, what was expected and what to do next. The
 and exits with the class's `exit_code`; wrong arguments to Python functions stay ValueError and TypeError.
 
     BdtoolError
-    ├── UsageError          the user asked for something that does not exist or does not fit
-    │   └── PolicyError     a POLICY that cannot be read, or does not fit the model
-    ├── CheckpointError     a checkpoint or MODEL file is damaged, or does not match its architecture
-    ├── BundleError         a bundle is missing, damaged, too new, or in use
-    ├── ExportError         a part could not be exported, or its ONNX differs from PyTorch
-    ├── CalibrationError    a precision could not be made, or costs more accuracy than allowed
-    ├── DataError           images or labels cannot be used
-    ├── TrainingError       a training run diverged, or cannot be continued
-    └── BackendError        an inference backend is not usable here
-        └── EngineError     an engine failed to build or to run
+    ├── UsageError              the user asked for something that does not exist or does not fit
+    │   └── PolicyError         a POLICY that cannot be read, or does not fit the model
+    ├── CheckpointError         a checkpoint or MODEL file is damaged, or does not match its architecture
+    ├── BundleError             a bundle is missing, damaged, too new, or in use
+    │   └── ChangedEngineError  an engine is not the one of its record (engines.store)
+    ├── ExportError             a part could not be exported, or its ONNX differs from PyTorch
+    ├── CalibrationError        a precision could not be made, or costs more accuracy than allowed
+    ├── DataError               images or labels cannot be used
+    ├── TrainingError           a training run diverged, or cannot be continued
+    │   └── Interrupted         a training run was asked to stop (bdtool.training.stopping)
+    └── BackendError            an inference backend is not usable here
+        └── EngineError         an engine failed to build or to run
+            └── LayoutError     a part has no such activation layout (engines.base)
 """
 
 from typing import ClassVar

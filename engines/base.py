@@ -1,7 +1,7 @@
 """What every backend offers: engines that are built from ONNX parts, loaded, bound to buffers and run.
 
-A backend may keep the activations that pass between its engines in a layout of its own (ONNX Runtime's NCHW16c, later
-TensorRT's HWC8). Images, keep probabilities and logits are always plain arrays, in the layout the part's spec says.
+A backend may keep the activations that pass between its engines in a layout of its own (ONNX Runtime's NCHW16c,
+TensorRT's channels last). Images, keep probabilities and logits are always plain arrays, as the part's spec says.
 """
 
 from __future__ import annotations
@@ -202,7 +202,7 @@ class Backend(Protocol):
         Its inputs and outputs are those of `export.fused_spec.fused_spec`.
 
         Raises:
-            EngineError: the backend has no conditionals.
+            UsageError, EngineError: the backend has no conditionals.
         """
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer: ...

@@ -87,10 +87,14 @@ def _are_shares(values: Sequence[float]) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class PathStats:
-    """What the path cache has done since the bundle was opened."""
+    """What the path cache has done since the bundle was opened.
+
+    Images of different masks are not looked up where they run through the chain in any case: in a batch that is on the
+    GPU, or of a backend that makes a plan for each batch size. They count as neither hits nor misses.
+    """
 
     hits: int  # images that ran as one path engine
-    misses: int  # images that ran through the chain
+    misses: int  # images whose mask had no engine, and that ran through the chain
     n_paths: int  # engines held now
     n_bytes: int  # of memory that they take, estimated, and of the weights that they share
     max_bytes: int
