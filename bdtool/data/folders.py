@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import re
+import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +19,11 @@ from bdtool.data.other_forms import other_form
 from bdtool.errors import DataError, UsageError
 from bdtool.specs import NetworkSpec, Preprocessing
 
+logger = logging.getLogger(__name__)
+
 _SPLIT_FOLDERS = frozenset({"train", "val", "valid", "validation", "test"})
+_WORDNET_ID = re.compile(r"n[0-9]{8}")  # what ImageNet calls its classes; its numbers are the places in their order
+_N_SHOWN = 3
 
 
 def folder_source(root: Path, *, network: NetworkSpec, resize: bool, split: Split) -> ImageSource:
@@ -76,25 +83,80 @@ def file_source(
 
 
 def _class_numbers(folders: tuple[str, ...], *, network: NetworkSpec, root: Path) -> dict[str, int]:
-    """Match folder names to classes: by the model's labels where they are known, else in alphabetical order."""
-    times = Counter(network.labels or ())  # ImageNet's labels name two classes "crane"
-    unknown = [name for name in folders if times[name] != 1]
-    if not unknown:
-        return {name: (network.labels or ()).index(name) for name in folders}
-    if len(unknown) < len(folders):
+    """Match folder names to classes: by the model's labels where these are known, else in alphabetical order."""
+    labels = network.labels or ()
+    named = _classes_by_label(folders, labels)
+    if len(named) == len(folders):
+        return _one_for_each(named, labels=labels, root=root)
+    if named:
+        unknown = ", ".join(name for name in folders if name not in named)
         raise DataError(
-            f"{root}: class folders {', '.join(unknown)} are not among the model's labels, while others are. "
+            f"{root}: class folders {unknown} are not among the model's labels, while others are. "
             "Name every folder after one label (`bdtool inspect MODEL` lists them)"
         )
     if set(folders) <= _SPLIT_FOLDERS:
         raise DataError(f"{root}: folders {', '.join(folders)} look like splits, expected classes. Pass one of them")
+    if labels:
+        return _classes_by_id(folders, labels=labels, root=root)
     if len(folders) != network.n_classes:
         raise DataError(
-            f"{root}: got {len(folders)} class folders, the model has {network.n_classes} classes. Name the folders "
-            "after the model's labels, or give one folder for every class, in alphabetical order; `train pretrain` "
-            f"takes --classes {len(folders)}"
+            f"{root}: got {len(folders)} class folders, the model has {network.n_classes} classes without names. Give "
+            "one folder for every class, in alphabetical order"
         )
     return {name: number for number, name in enumerate(folders)}
+
+
+def _classes_by_label(folders: Collection[str], labels: Sequence[str]) -> dict[str, int]:
+    """Return the classes of the folders that are named after one label; upper or lower case comes second."""
+    found: dict[str, int] = {}
+    for form in (_composed, _folded):
+        forms = [form(label) for label in labels]
+        times = Counter(forms)  # ImageNet's labels name two classes "crane"
+        classes = {one: number for number, one in enumerate(forms) if times[one] == 1}
+        found = {name: classes[form(name)] for name in folders if form(name) in classes} | found
+    return found
+
+
+def _composed(name: str) -> str:
+    return unicodedata.normalize("NFC", name)  # some systems write folder names in the other form, "e" and an accent
+
+
+def _folded(name: str) -> str:
+    return _composed(_composed(name).casefold())
+
+
+def _one_for_each(classes: dict[str, int], *, labels: Sequence[str], root: Path) -> dict[str, int]:
+    times = Counter(classes.values())
+    if twice := [name for name, number in classes.items() if times[number] > 1]:
+        label = labels[classes[twice[0]]]
+        raise DataError(
+            f"{root}: class folders {', '.join(name for name in twice if labels[classes[name]] == label)} are all the "
+            f"label {label}, expected one folder for each. Put their images together"
+        )
+    return classes
+
+
+def _classes_by_id(folders: Sequence[str], *, labels: Sequence[str], root: Path) -> dict[str, int]:
+    """Take folders that are no labels but all class numbers, or as many WordNet ids as there are classes, in order."""
+    if all(re.fullmatch("[0-9]+", name) for name in folders):
+        ids, ordered = "class numbers", sorted(folders, key=int)
+        is_whole = [int(name) for name in ordered] == list(range(len(labels)))
+    else:
+        ids, ordered = "WordNet ids in order", sorted(folders)
+        is_whole = len(folders) == len(labels) and all(_WORDNET_ID.fullmatch(name) for name in folders)
+    if not is_whole:
+        raise DataError(
+            f"{root}: no class folder ({_some(folders)}) has the name of a label of the model ({_some(labels)}). "
+            "Rename the folders (`bdtool inspect MODEL` lists the labels), or use a MODEL of these classes: "
+            "`bdtool train pretrain` takes their names, `bdtool import` those of --labels FILE"
+        )
+    shown = ", ".join(f"{ordered[k]} is {labels[k]}" for k in (*range(min(_N_SHOWN, len(labels) - 1)), -1))
+    logger.warning("%s: class folders are not named after the model's labels, and taken as %s: %s", root, ids, shown)
+    return {name: number for number, name in enumerate(ordered)}
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:_N_SHOWN]) + (", ..." if len(names) > _N_SHOWN else "")
 
 
 def _image_files(folder: Path) -> list[Path]:

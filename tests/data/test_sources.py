@@ -7,6 +7,7 @@ import os
 import pickle
 import sys
 import threading
+import unicodedata
 from pathlib import Path
 from typing import Any, Literal
 
@@ -188,10 +189,49 @@ def test_some_of_the_classes_are_enough_when_named(tmp_path: Path) -> None:
     np.testing.assert_array_equal(batch.labels, [2])
 
 
-@pytest.mark.parametrize("network", [NETWORK, UNNAMED])
-def test_other_folder_names_count_alphabetically(tmp_path: Path, network: NetworkSpec) -> None:
-    batch = open_data(folders(tmp_path, "n01/a.png", "n02/b.png", "n03/c.png"), network=network).take(3)
+def test_upper_case_and_the_form_of_accents_do_not_hide_a_label(tmp_path: Path) -> None:
+    network = dataclasses.replace(NETWORK, labels=("café", "Ant", "ant"))
+    decomposed = unicodedata.normalize("NFD", "CAFÉ")
+    source = open_data(folders(tmp_path, f"{decomposed}/a.png", "ant/b.png", "Ant/c.png"), network=network)
+    assert source.names == ("Ant/c.png", f"{decomposed}/a.png", "ant/b.png")
+    np.testing.assert_array_equal(source.labels, [1, 0, 2])
+    with pytest.raises(DataError, match="class folders Cat, cat are all the label cat, expected one folder for each"):
+        open_data(folders(tmp_path / "twice", "Cat/a.png", "cat/b.png", "dog/c.png"), network=NETWORK)
+
+
+def test_classes_without_names_count_alphabetically(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    batch = open_data(folders(tmp_path, "a/a.png", "b/b.png", "c/c.png"), network=UNNAMED).take(3)
     np.testing.assert_array_equal(batch.labels, [0, 1, 2])
+    assert not caplog.messages
+
+
+def test_wordnet_ids_count_in_their_order_and_that_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = folders(tmp_path, "n01440764/a.png", "n01443537/b.png", "n01484850/c.png")
+    np.testing.assert_array_equal(open_data(data, network=NETWORK).take(3).labels, [0, 1, 2])
+    (said,) = caplog.messages
+    assert said.startswith(
+        f"{tmp_path}: class folders are not named after the model's labels, and taken as WordNet ids"
+    )
+    assert said.endswith("in order: n01440764 is cat, n01443537 is ant, n01484850 is dog")
+
+
+def test_numbers_of_all_classes_are_read_as_numbers_and_that_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Class 10 is folder 10; in alphabetical order it would be the third."""
+    network = dataclasses.replace(NETWORK, n_classes=12, labels=tuple("abcdefghijkl"))
+    source = open_data(folders(tmp_path, *(f"{k}/x.png" for k in range(12))), network=network)
+    assert source.labels.tolist() == [int(name.partition("/")[0]) for name in source.names]
+    assert caplog.messages[0].endswith("taken as class numbers: 0 is a, 1 is b, 2 is c, 11 is l")
+
+
+@pytest.mark.parametrize("names", [("bird", "car", "plane"), ("1", "2", "3"), ("0", "1"), ("n01440764", "n01443537")])
+def test_no_folder_named_after_a_label_is_refused(tmp_path: Path, names: tuple[str, ...]) -> None:
+    """In alphabetical order they would count as other classes: an accuracy of something else."""
+    with pytest.raises(DataError) as said:
+        open_data(folders(tmp_path, *(f"{name}/a.png" for name in names)), network=NETWORK)
+    shown = f"no class folder ({', '.join(names)}) has the name of a label of the model (cat, ant, dog). Rename"
+    assert shown in str(said.value)
 
 
 def test_folders_agree_with_torchvision(tmp_path: Path) -> None:
@@ -205,7 +245,6 @@ def test_folders_agree_with_torchvision(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (("n01/a.png", "n02/b.png"), "got 2 class folders, the model has 3 classes"),
         (("ant/a.png", "cat/b.png", "dgo/c.png"), "class folders dgo are not among the model's labels"),
         (("train/ant/a.png", "test/cat/b.png"), "folders test, train look like splits"),
         (("a.png", "ant/b.png"), "1 images beside folders with images"),
@@ -214,6 +253,11 @@ def test_folders_agree_with_torchvision(tmp_path: Path) -> None:
 def test_folders_that_do_not_match_are_refused(tmp_path: Path, names: tuple[str, ...], message: str) -> None:
     with pytest.raises(DataError, match=message):
         open_data(folders(tmp_path, *names), network=NETWORK)
+
+
+def test_another_number_of_folders_than_of_classes_without_names_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="got 2 class folders, the model has 3 classes without names"):
+        open_data(folders(tmp_path, "a/a.png", "b/b.png"), network=UNNAMED)
 
 
 def test_folder_named_after_an_ambiguous_label_is_refused(tmp_path: Path) -> None:
