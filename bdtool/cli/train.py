@@ -170,7 +170,7 @@ _TRUNK = click.option(
 @click.option(
     "--classes",
     type=click.IntRange(min=1),
-    help="Number of classes. Default: the named data set's; of a file or folder 10 (CIFAR) or 1000.",
+    help="Number of classes. Default: of class folders or a named data set theirs, of a file 10 (CIFAR) or 1000.",
 )
 @click.option("--mean", type=NumberList(3, low=0, high=1), metavar="R,G,B", help="Of the input, pixels being 0 to 1.")
 @click.option("--std", type=NumberList(3), metavar="R,G,B", help="Of the input, pixels being 0 to 1.")

@@ -36,8 +36,7 @@ def folder_source(root: Path, *, network: NetworkSpec, resize: bool, split: Spli
         UsageError: no images, but what has another form of DATA.
     """
     loose = sorted(path for path in root.iterdir() if _is_image(path.name) and path.is_file())
-    folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-    files = {folder.name: _image_files(folder) for folder in folders}
+    files = {folder.name: _image_files(folder) for folder in _folders(root)}
     if not any(files.values()):
         if not loose and (other := other_form(root, split=split)):
             raise UsageError(f"{root}: no images in it; {other}")
@@ -51,6 +50,13 @@ def folder_source(root: Path, *, network: NetworkSpec, resize: bool, split: Spli
     paths = [path for name in files for path in files[name]]
     labels = np.repeat([classes[name] for name in files], [len(files[name]) for name in files]).astype(np.int64)
     return file_source(paths, labels, root=root, preprocessing=network.preprocessing, resize=resize)
+
+
+def class_folders(root: Path) -> tuple[str, ...] | None:
+    """Return the names of the classes of a directory, in the order of their numbers; None where it has no classes."""
+    folders = _folders(root)
+    names = tuple(folder.name for folder in folders)
+    return names if any(map(_image_files, folders)) and not set(names) <= _SPLIT_FOLDERS else None
 
 
 def file_source(
@@ -85,7 +91,7 @@ def file_source(
 def _class_numbers(folders: tuple[str, ...], *, network: NetworkSpec, root: Path) -> dict[str, int]:
     """Match folder names to classes: by the model's labels where these are known, else in alphabetical order."""
     labels = network.labels or ()
-    named = _classes_by_label(folders, labels)
+    named = classes_by_label(folders, labels)
     if len(named) == len(folders):
         return _one_for_each(named, labels=labels, root=root)
     if named:
@@ -106,7 +112,7 @@ def _class_numbers(folders: tuple[str, ...], *, network: NetworkSpec, root: Path
     return {name: number for number, name in enumerate(folders)}
 
 
-def _classes_by_label(folders: Collection[str], labels: Sequence[str]) -> dict[str, int]:
+def classes_by_label(folders: Collection[str], labels: Sequence[str]) -> dict[str, int]:
     """Return the classes of the folders that are named after one label; upper or lower case comes second."""
     found: dict[str, int] = {}
     for form in (_composed, _folded):
@@ -157,6 +163,10 @@ def _classes_by_id(folders: Sequence[str], *, labels: Sequence[str], root: Path)
 
 def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:_N_SHOWN]) + (", ..." if len(names) > _N_SHOWN else "")
+
+
+def _folders(root: Path) -> list[Path]:
+    return sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
 def _image_files(folder: Path) -> list[Path]:

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from bdtool.data.batches import ImageBatch, ImageSource
-from bdtool.data.folders import folder_source
+from bdtool.data.folders import class_folders, folder_source
 from bdtool.data.layouts import Split
 from bdtool.data.npz import npz_source
 from bdtool.data.synthetic import synthetic_image
@@ -14,7 +14,7 @@ from bdtool.data.torchvision_sets import N_CLASSES, directory_of_set, torchvisio
 from bdtool.errors import UsageError
 from bdtool.specs import NetworkSpec
 
-__all__ = ["ImageBatch", "ImageSource", "open_data"]
+__all__ = ["ImageBatch", "ImageSource", "class_names", "open_data"]
 
 DATA_FORMS = (
     "FILE.npz (x uint8 [N, H, W, 3], optional y [N]), a directory with a folder per class, a directory of images, "
@@ -41,6 +41,12 @@ def open_data(data: str, *, network: NetworkSpec, resize: bool = False, split: S
     source = _open_form(data, network=network, resize=resize, split=split)
     source.image_at(0)  # refuse what cannot fit now, not after minutes of building
     return source
+
+
+def class_names(data: str) -> tuple[str, ...] | None:
+    """Return the names of the class folders of a DATA, in the order of their numbers; None where it has none."""
+    is_folder = data and not _TORCHVISION.fullmatch(data) and Path(data).is_dir()
+    return class_folders(Path(data)) if is_folder else None
 
 
 def path_from_data(data: str) -> Path | None:

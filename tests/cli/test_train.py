@@ -9,9 +9,14 @@ import numpy as np
 import pytest
 import torch
 from click.testing import Result
+from PIL import Image
 
+from bdtool.data.synthetic import synthetic_images
+from bdtool.errors import UsageError
+from bdtool.models.checkpoint_formats import CIFAR10_LABELS
 from bdtool.models.store import load_model, read_spec
 from bdtool.training.options import ImitateOptions
+from bdtool.training.stages import base_spec
 
 _QUICK = ("--epochs", 1, "--batch", 20, "--amp", "off")
 
@@ -45,6 +50,50 @@ def test_three_stages_make_a_model_that_exports(
     evaluated = bdtool_json("evaluate", model, "--data", npz)
     assert evaluated["accuracy"] == result["figures"]["accuracy"]
     bdtool("export", model, "-o", tmp_path / "bundle")
+
+
+def _class_folders(root: Path, *names: str) -> Path:
+    pictures = synthetic_images(4 * len(names), height=32, width=32)
+    for index, picture in enumerate(pictures):
+        folder = root / names[index % len(names)]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(folder / f"{index:02}.png")
+    return root
+
+
+_DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+@pytest.mark.parametrize("names", [_DIGITS, ("cat", "bear", "bird")])
+def test_pretraining_on_class_folders_learns_their_names(
+    names: tuple[str, ...], bdtool: Callable[..., Result], bdtool_json: Callable[..., Any], tmp_path: Path
+) -> None:
+    """As many as CIFAR-10 has, or names of which some are CIFAR-10's: neither makes them its classes."""
+    data, val = _class_folders(tmp_path / "train", *names), _class_folders(tmp_path / "val", *names[:2])
+    words = ("train", "pretrain", "--arch", "resnet8", "--data", data, *_QUICK[:2], "--batch", 12, "--val", val)
+    figures = bdtool_json(*words, "-o", tmp_path / "base.safetensors")["figures"]
+    spec = read_spec(tmp_path / "base.safetensors")
+    assert spec.labels == tuple(sorted(names))
+    assert spec.n_classes == len(names)
+    assert figures["accuracy"] == bdtool_json("evaluate", tmp_path / "base.safetensors", "--data", val)["accuracy"]
+    others = _class_folders(tmp_path / "others", *(f"the {name}" for name in names))
+    refused = bdtool(*words[:-1], others, "-o", tmp_path / "other.safetensors", status=1).stderr
+    assert f"{others}: no class folder (the " in refused
+    assert not (tmp_path / "other.safetensors").exists()
+
+
+def test_classes_have_the_names_of_their_data(tmp_path: Path) -> None:
+    airplane, *rest = CIFAR10_LABELS
+    folders = _class_folders(tmp_path / "all", airplane.upper(), "Truck", *rest[:-1])
+    assert base_spec("resnet8", data=str(folders)).labels == CIFAR10_LABELS, "not in the order of these folders"
+    few = str(_class_folders(tmp_path / "few", "cat", "ship"))
+    assert base_spec("resnet8", data=few, n_classes=10).labels == CIFAR10_LABELS
+    assert base_spec("resnet8", data=few).labels == ("cat", "ship")
+    with pytest.raises(UsageError, match="few: got 2 class folders, 7 classes were asked for"):
+        base_spec("resnet8", data=few, n_classes=7)
+    assert base_spec("resnet8", data="cifar10:data").labels == CIFAR10_LABELS
+    assert base_spec("resnet8", data="train.npz").labels is None
+    assert base_spec("resnet18", data="train.npz").labels is None
 
 
 def test_curriculum_leaves_the_base_alone(bdtool: Callable[..., Result], base: Path, npz: Path, tmp_path: Path) -> None:

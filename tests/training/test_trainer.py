@@ -234,7 +234,7 @@ def test_checkpoint_along_other_paths_is_refused_though_their_file_has_the_same_
 def test_checkpoint_of_other_classes_is_refused(place: Callable[..., TrainingPlace]) -> None:
     with pytest.raises(RuntimeError):
         pretrain(_spec(), PretrainOptions(**_FAST), place(save_every_s=0, on_step=stop_at(_BREAK_AT, die)))
-    other = dataclasses.replace(_spec(), labels=None)
+    other = dataclasses.replace(_spec(), labels=tuple("abcdefghij"))
     with pytest.raises(TrainingError, match=r"asked for otherwise \(classes was"):
         pretrain(other, PretrainOptions(**_FAST), place(resume=True))
 
