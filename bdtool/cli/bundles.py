@@ -11,7 +11,7 @@ from bdtool.cli.command import Command
 from bdtool.cli.options import (
     BUNDLE,
     MODEL,
-    NEW_DIRECTORY,
+    NEW_BUNDLE,
     data_option,
     json_option,
     place_options,
@@ -28,9 +28,7 @@ if TYPE_CHECKING:
 
 @click.command("export", cls=Command)
 @click.argument("model", type=MODEL)
-@click.option(
-    "-o", "--output", "bundle", type=NEW_DIRECTORY, required=True, metavar="BUNDLE", help="Directory to make."
-)
+@click.option("-o", "--output", "bundle", type=NEW_BUNDLE, required=True, metavar="BUNDLE", help="Directory to make.")
 @click.option(
     "--max-batch",
     type=click.IntRange(min=1),

@@ -53,6 +53,25 @@ class NewDirectory(click.Path):
         return super().convert(value, param, ctx)
 
 
+class NewBundle(NewDirectory):
+    """A BUNDLE to make. When it is whole it takes the place of what was there, which is removed."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        path = Path(super().convert(value, param, ctx))
+        place = path.resolve()
+        if Path.cwd().is_relative_to(place):
+            what = "is the directory you are in" if Path.cwd() == place else "holds the directory you are in"
+            self.fail(f"{str(path)!r} {what}, and a bundle takes its whole place. {_inside(path)}", param, ctx)
+        if os.path.ismount(place):
+            what = "is a mount point, which nothing can be put in the place of"
+            self.fail(f"{str(path)!r} {what}. {_inside(path)}", param, ctx)
+        return path
+
+
+def _inside(directory: Path) -> str:
+    return f"Give a directory in it, for instance {shlex.quote(str(directory / 'bundle'))}"
+
+
 def _problem_of_link(path: Path) -> str | None:
     try:
         path.stat()
@@ -187,6 +206,7 @@ MODEL = ModelPath(exists=True, dir_okay=False, path_type=Path)
 CHECKPOINT = CheckpointPath(exists=True, dir_okay=False, path_type=Path)
 IMAGE = ImagePath(exists=True, dir_okay=False, path_type=Path)
 MODEL_OR_BUNDLE = ModelPath(exists=True, path_type=Path)
+NEW_BUNDLE = NewBundle(file_okay=False, path_type=Path)
 NEW_DIRECTORY = NewDirectory(file_okay=False, path_type=Path)
 NEW_FILE = NewFile(dir_okay=False, path_type=Path)
 NEW_MODEL = NewModel(dir_okay=False, path_type=Path)

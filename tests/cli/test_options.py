@@ -1,6 +1,7 @@
 """Options that do not fit what was asked for, and where output may go, before anything is read or computed."""
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -33,3 +34,32 @@ def test_closed_stderr_stops_nothing(bdtool_json, tiny, npz, monkeypatch):
     """As of a daemon: `2>&-`."""
     monkeypatch.setattr("bdtool.cli.output.sys.stderr", None)
     assert bdtool_json("evaluate", tiny.bundle, "--data", npz)["n_images"] > 0
+
+
+@pytest.mark.parametrize(
+    ("target", "told"),
+    [
+        (".", "'.' is the directory you are in, and a bundle takes its whole place. Give a directory in it, for"),
+        ("..", "'..' holds the directory you are in"),
+        ("../here", "'../here' is the directory you are in"),
+        ("link", "'link' holds the directory you are in"),
+    ],
+)
+def test_bundle_is_not_made_in_the_place_of_the_directory_one_is_in(bdtool, tiny, tmp_path, monkeypatch, target, told):
+    """It would be removed below one's feet."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    Path("link").symlink_to(tmp_path)
+    assert told in bdtool("export", tiny.path, "-o", target, status=2).stderr
+    assert os.listdir(tmp_path) == ["here"]
+
+
+def test_bundle_is_not_made_in_the_place_of_a_mount_point(bdtool, tiny, tmp_path, monkeypatch):
+    """That failed as busy, after all the work."""
+    volume = tmp_path / "a volume"
+    volume.mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda place: place == volume)
+    message = bdtool("export", tiny.path, "-o", volume, status=2).stderr
+    told = "is a mount point, which nothing can be put in the place of. Give a directory in it, for instance "
+    assert f"'{volume}' {told}'{volume}/bundle'" in message
+    assert os.listdir(tmp_path) == ["a volume"]
