@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from bdtool.errors import EngineError
 from bdtool.models.model import BlockDropModel
 from bdtool.models.parts import network_spec
+from bdtool.runtime.controllers import all_finite
 from bdtool.runtime.preprocess import Preprocessor
 from bdtool.runtime.result import RunResult, joined
 
@@ -25,7 +27,11 @@ class TorchClassifier:
         self._max_batch = max_batch
 
     def run(self, images: np.ndarray, policy: np.ndarray | None = None) -> RunResult:
-        """Classify images (as `Orchestrator.run` takes them) with keep bits [N, K]; None asks the policy network."""
+        """Classify images (as `Orchestrator.run` takes them) with keep bits [N, K]; None asks the policy network.
+
+        Raises:
+            EngineError: logits, or the policy network's probabilities, are not finite.
+        """
         slices = self._slices(images)
         return joined([self._run_slice(images[s], None if policy is None else policy[s]) for s in slices])
 
@@ -33,7 +39,7 @@ class TorchClassifier:
         """Return P(keep), float32 [N, K]."""
         with torch.inference_mode():
             rows = [self._model.keep_probability(self._inputs(images[s])) for s in self._slices(images)]
-        return torch.cat(rows).cpu().numpy()
+        return _finite(torch.cat(rows), what="probabilities")
 
     def decide(self, images: np.ndarray) -> np.ndarray:
         """Return what the policy network keeps, bool [N, K]."""
@@ -50,12 +56,26 @@ class TorchClassifier:
             if policy is None and self._model.policy is None:
                 keep = torch.ones(len(images), self.network.n_blocks, dtype=torch.bool, device=inputs.device)
             elif policy is None:
-                keep = self._model.keep_probability(inputs) >= self.network.threshold
+                probability = self._model.keep_probability(inputs)
+                _finite(probability, what="probabilities")
+                keep = probability >= self.network.threshold
             else:
                 keep = torch.from_numpy(policy).to(inputs.device)
             logits = self._model(inputs, keep)
-        return RunResult(logits=logits.cpu().numpy(), policy=keep.cpu().numpy())
+        return RunResult(logits=_finite(logits, what="logits"), policy=keep.cpu().numpy())
 
     def _inputs(self, images: np.ndarray) -> torch.Tensor:
         device = next(self._model.parameters()).device
         return torch.from_numpy(self._preprocess(images)).to(device)
+
+
+def _finite(values: torch.Tensor, *, what: str) -> np.ndarray:
+    """Return values [N, ...] as an array, after a look at them: of NaN argmax would make a class, and >= a bit."""
+    array: np.ndarray = values.cpu().numpy()
+    if not all_finite(array):
+        bad = np.flatnonzero(~np.isfinite(array).all(axis=1))
+        raise EngineError(
+            f"the {what} of image {bad[0]} are not finite ({len(bad)} of {len(array)} images). Check the input for NaN "
+            "or huge values; else the model's weights are of no use: train or import it again"
+        )
+    return array

@@ -1,5 +1,6 @@
 """Accuracy and cost: the same through PyTorch and through engines, and equal to a count by hand."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -7,11 +8,12 @@ import numpy as np
 import pytest
 
 from bdtool.data.sources import ImageSource, open_data
-from bdtool.errors import DataError, PolicyError
+from bdtool.errors import DataError, EngineError, PolicyError
 from bdtool.evaluation import Evaluation, evaluate, open_classifier
 from bdtool.runtime.place import Place
 from bdtool.runtime.result import RunResult
 from bdtool.specs import NetworkSpec
+from bdtool.torch_classifier import TorchClassifier
 from export.bundle import Bundle
 
 POLICIES = ("learned", "all", "none", "first:2", "random:2", "random:1:7", "distribute:2", "011", "rows.npy", "row.npy")
@@ -54,6 +56,20 @@ def test_model_without_policy_network_runs_every_block(export_random: Any, data:
     assert (result.policy, result.blocks_mean, result.unique_policies) == ("all", 3, 1)
     with pytest.raises(PolicyError, match="no policy network"):
         _evaluate(plain.path, data, policy="learned")
+
+
+@pytest.mark.parametrize(("weight", "what"), [("base.head.linear.bias", "logits"), ("policy.logit.bias", "probabi")])
+def test_network_that_gives_no_numbers_has_no_accuracy(
+    random_model: Any, data: ImageSource, weight: str, what: str
+) -> None:
+    """Through PyTorch as through engines; `argmax` makes a class of NaN."""
+    model = random_model("resnet8")
+    classifier = TorchClassifier(model)
+    model.state_dict()[weight][1] = float("nan")
+    with pytest.raises(EngineError, match=rf"the {what}\w* of image 0 are not finite \(21 of 21 images\)"):
+        evaluate(classifier, data)
+    with pytest.raises(EngineError, match="probabilities of image 0 are not") if "policy" in weight else nullcontext():
+        classifier.decide(data.take(2).images)
 
 
 class _Answers:

@@ -214,6 +214,11 @@ def _check_tensors(source: _Source, spec: ModelSpec, names: Mapping[str, str]) -
         raise CheckpointError(f"{source.path} does not fit --arch {arch.name} ({difference}){_hint(source, arch)}")
     if bad := non_finite_names(source.tensors):
         raise CheckpointError(f"{source.path}: NaN or infinite weights in {listing(bad)}; use another checkpoint")
+    variances = [key for key in source.tensors if names[key].endswith("running_var")]
+    if bad := [key for key in variances if bool((source.tensors[key] < 0).any())]:
+        raise CheckpointError(
+            f"{source.path}: negative variances in {listing(bad)}, expected 0 or more; use another checkpoint"
+        )
     assert source.tensors.keys() <= names.keys()
 
 

@@ -133,6 +133,13 @@ def test_nan_weights_are_named(tmp_path, resnet18_state):
         import_checkpoint(_saved(tmp_path, resnet18_state), arch="resnet18")
 
 
+def test_negative_variances_are_named(tmp_path, resnet18_state):
+    """Their square root makes the logits NaN, which argmax calls class 0."""
+    resnet18_state["layer3.1.bn2.running_var"][5] = -1
+    with pytest.raises(CheckpointError, match=r"negative variances in layer3\.1\.bn2\.running_var, expected 0 or more"):
+        import_checkpoint(_saved(tmp_path, resnet18_state), arch="resnet18")
+
+
 def test_unknown_format_and_unrecognised_keys_list_the_known_formats(tmp_path):
     path = _saved(tmp_path, {"weights": torch.zeros(3)})
     with pytest.raises(UsageError, match="known: auto, akamaster, torchvision, blockdrop"):
