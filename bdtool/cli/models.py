@@ -146,10 +146,11 @@ def _read_labels(labels: str | None) -> tuple[str, ...] | None:
 
         return CIFAR10_LABELS
     try:
-        return tuple(line.strip() for line in Path(labels).read_text().splitlines() if line.strip())
+        text = Path(labels).read_text(encoding="utf-8-sig")  # an editor may have put a mark before the first label
+        return tuple(line.strip() for line in text.splitlines() if line.strip())
     except (OSError, UnicodeDecodeError) as exc:
         raise click.BadParameter(
-            f"{labels}: cannot be read ({exc}); expected a text file", param_hint="--labels"
+            f"{labels}: cannot be read ({exc}); expected a text file in UTF-8", param_hint="--labels"
         ) from exc
 
 

@@ -135,3 +135,14 @@ def test_labels_of_a_file_are_shown(blockdrop_checkpoint, bdtool, tmp_path):
     words = ("--arch", "resnet8", "--labels", tmp_path / "labels.txt", "-o", tmp_path / "model.safetensors")
     bdtool("import", blockdrop_checkpoint, *words)
     assert json.loads(bdtool("inspect", tmp_path / "model.safetensors", "--json", "-").stdout)["labels"][3] == "thing 3"
+
+
+def test_labels_of_a_file_are_utf_8_with_or_without_a_mark(blockdrop_checkpoint, bdtool, bdtool_json, tmp_path):
+    names = ["Äpfel", *(f"thing {i}" for i in range(9))]
+    words = ("import", blockdrop_checkpoint, "--arch", "resnet8", "--labels", tmp_path / "labels.txt", "-o")
+    for encoding in ("utf-8", "utf-8-sig"):
+        (tmp_path / "labels.txt").write_bytes("\r\n".join(names).encode(encoding))
+        bdtool(*words, tmp_path / "model.safetensors")
+        assert bdtool_json("inspect", tmp_path / "model.safetensors")["labels"] == names
+    (tmp_path / "labels.txt").write_bytes("\n".join(names).encode("latin-1"))
+    assert "expected a text file in UTF-8" in bdtool(*words, tmp_path / "other.safetensors", status=2).stderr
