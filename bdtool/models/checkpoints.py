@@ -33,6 +33,8 @@ from bdtool.models.store import read_spec
 from export.files import sha256_of_file
 
 _POLICY_ENTRIES = ("agent", "net")  # "net" is what the authors' older files call the policy network
+_WRAPPERS = ("model_state_dict", "model", "net")  # entries that training loops put a state_dict in, beside others
+_PREFIXES = ("module.", "_orig_mod.", "model.")  # of DataParallel, of torch.compile, of Lightning and the like
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +68,9 @@ def import_checkpoint(
     """Return the model that a public checkpoint holds, in eval mode. Nothing in the file is executed.
 
     Args:
-        path: a file by `torch.save` (any age) or `.safetensors`; DataParallel's "module." and a `state_dict` entry
-            around the tensors are understood.
+        path: a file by `torch.save` (any age) or `.safetensors`. The tensors may lie in an entry `state_dict`, or in
+            the only one of `model_state_dict`, `model` and `net`, and their keys may all begin with "module.",
+            "_orig_mod." or "model.".
         arch: name of the ResNet, as in `known_architectures`.
         format: "akamaster", "torchvision" or "blockdrop"; "auto" tells them apart by their keys.
         classes: how many classes the head must have; None takes what it has.
@@ -123,15 +126,31 @@ def _read_source(path: Path, *, format: str, shortcut: ShortcutKind | None) -> _
 
 
 def _flat_entries(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Unwrap `state_dict`, put BlockDrop's networks side by side as "resnet.conv1.weight", and drop "module."."""
+    """Unwrap the state_dict, put BlockDrop's networks side by side as "resnet.conv1.weight", and drop "module."."""
     networks = {name: content[name] for name in ("resnet", *_POLICY_ENTRIES) if isinstance(content.get(name), Mapping)}
     if isinstance(content.get("state_dict"), Mapping):
-        flat = dict(content["state_dict"])
+        flat = _bare(content["state_dict"])
+    elif wrapped := _only_wrapper(content):
+        flat = wrapped
     elif networks:  # beside them lie the authors' epoch, reward and accuracy
-        flat = {f"{name}.{key}": value for name, network in networks.items() for key, value in network.items()}
+        flat = {f"{name}.{key}": value for name, network in networks.items() for key, value in _bare(network).items()}
     else:
-        flat = dict(content)
-    return {re.sub(r"^((?:resnet|agent|net)\.)?(?:module\.)+", r"\1", str(key)): value for key, value in flat.items()}
+        flat = _bare(content)
+    return {re.sub(r"^((?:resnet|agent|net)\.)?(?:module\.)+", r"\1", key): value for key, value in flat.items()}
+
+
+def _only_wrapper(content: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return what the only wrapper of a checkpoint holds, where that is a network of a known layout."""
+    states = [_bare(content[name]) for name in _WRAPPERS if isinstance(content.get(name), Mapping)]
+    return states[0] if len(states) == 1 and "resnet" not in content and detect_format(states[0]) else None
+
+
+def _bare(state: Mapping[Any, Any]) -> dict[str, Any]:
+    """Drop from the keys what all of them begin with, where that says how the network was wrapped."""
+    bare = {str(key): value for key, value in state.items()}
+    while prefix := next((one for one in _PREFIXES if bare and all(key.startswith(one) for key in bare)), None):
+        bare = {key.removeprefix(prefix): value for key, value in bare.items()}
+    return bare
 
 
 def _require_resnet(path: Path, entries: Mapping[str, Any], *, has_policy: bool) -> None:

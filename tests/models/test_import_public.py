@@ -74,6 +74,29 @@ def test_safetensors_and_data_parallel_checkpoints_are_read_alike(tmp_path, resn
     assert first.spec.labels is None
 
 
+@pytest.mark.parametrize("entry", ["model", "model_state_dict", "net", None])
+@pytest.mark.parametrize("prefix", ["", "_orig_mod.", "model.", "module._orig_mod.", "_orig_mod.module."])
+def test_wrapped_networks_are_found(tmp_path, resnet18_state, entry, prefix):
+    """As training loops save them: beside their optimizer, after torch.compile, from a field of a larger module."""
+    state = {f"{prefix}{key}": value for key, value in resnet18_state.items()}
+    optimizer = {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 0.1}]}
+    content = {entry: state, "optimizer": optimizer, "epoch": 3} if entry else state
+    model = import_checkpoint(_saved(tmp_path, content), arch="resnet18")
+    assert torch.equal(model.base.state_dict()["stem.conv.weight"], resnet18_state["conv1.weight"])
+
+
+def test_two_networks_in_a_file_are_not_chosen_from(tmp_path, resnet18_state):
+    two = {"model": resnet18_state, "model_state_dict": resnet18_state}
+    with pytest.raises(CheckpointError, match=r"looks like none of .*: it holds model, model_state_dict"):
+        import_checkpoint(_saved(tmp_path, two), arch="resnet18")
+
+
+def test_prefix_of_some_keys_is_no_wrapper(tmp_path, resnet18_state):
+    state = {key if key == "fc.bias" else f"model.{key}": value for key, value in resnet18_state.items()}
+    with pytest.raises(CheckpointError, match=r"looks like none of .*: it holds fc\.bias, model"):
+        import_checkpoint(_saved(tmp_path, state), arch="resnet18")
+
+
 def test_provenance_names_the_file_by_its_digest_and_no_time(tmp_path, resnet18_state):
     path = _saved(tmp_path, resnet18_state)
     assert import_checkpoint(path, arch="resnet18").spec.provenance == {
