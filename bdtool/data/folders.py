@@ -7,7 +7,7 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +56,8 @@ def class_folders(root: Path) -> tuple[str, ...] | None:
     """Return the names of the classes of a directory, in the order of their numbers; None where it has no classes."""
     folders = _folders(root)
     names = tuple(folder.name for folder in folders)
-    return names if any(map(_image_files, folders)) and not set(names) <= _SPLIT_FOLDERS else None
+    has_images = any(True for folder in folders for _ in _images_below(folder))
+    return names if has_images and not set(names) <= _SPLIT_FOLDERS else None
 
 
 def file_source(
@@ -170,10 +171,27 @@ def _folders(root: Path) -> list[Path]:
 
 
 def _image_files(folder: Path) -> list[Path]:
-    paths: list[Path] = []
-    for parent, _, names in os.walk(folder):
-        paths.extend(Path(parent, name) for name in names if _is_image(name))
-    return sorted(paths)
+    return sorted(_images_below(folder))
+
+
+def _images_below(folder: Path, *, above: frozenset[tuple[int, int]] | None = None) -> Iterator[Path]:
+    """Yield the images of a class folder and of the folders in it, following links but not back to one `above`."""
+    above = frozenset({_identity(folder.parent)}) if above is None else above
+    here = _identity(folder)
+    if here in above:
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            # a link in a circle is no directory, where entry.is_dir() raises
+            if os.path.isdir(entry) if entry.is_symlink() else entry.is_dir():
+                yield from _images_below(Path(entry), above=above | {here})
+            elif _is_image(entry.name):
+                yield Path(entry)
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    status = folder.stat()
+    return status.st_dev, status.st_ino
 
 
 def _is_image(name: str) -> bool:

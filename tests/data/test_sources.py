@@ -184,6 +184,24 @@ def test_class_folders_are_matched_by_label(tmp_path: Path) -> None:
     assert batch.names == ("ant/a.png", "cat/b.png", "dog/deep/c.PNG")
 
 
+def test_linked_folders_are_followed_but_not_in_circles(tmp_path: Path) -> None:
+    """As torchvision follows them, which does not end where a link leads back up."""
+    root = Path(folders(tmp_path / "set", "cat/a.png", "dog/b.png"))
+    folders(tmp_path / "more", "c.png", "deep/d.png")
+    (root / "cat" / "linked").symlink_to(tmp_path / "more")
+    (root / "dog" / "linked").symlink_to("../../more/deep")
+    oracle = datasets.ImageFolder(root)
+    expected = ("cat/a.png", "cat/linked/c.png", "cat/linked/deep/d.png", "dog/b.png", "dog/linked/d.png")
+    assert tuple(str(Path(path).relative_to(root)) for path, _ in oracle.samples) == expected
+    (root / "cat" / "up").symlink_to(root / "cat")
+    (tmp_path / "more" / "back").symlink_to(root / "cat")
+    (root / "dog" / "root").symlink_to(root)
+    (root / "dog" / "itself").symlink_to("itself")
+    source = open_data(str(root), network=NETWORK)
+    assert source.names == expected
+    np.testing.assert_array_equal(source.labels, [0, 0, 0, 2, 2])
+
+
 def test_some_of_the_classes_are_enough_when_named(tmp_path: Path) -> None:
     batch = open_data(folders(tmp_path, "dog/a.png"), network=NETWORK).take(1)
     np.testing.assert_array_equal(batch.labels, [2])
