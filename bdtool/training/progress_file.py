@@ -59,6 +59,12 @@ def read_progress(path: Path, *, request: Mapping[str, Any]) -> dict[str, Any]:
     return state
 
 
+def diverged(problem: str, checkpoint: Path | None) -> TrainingError:
+    """Return the error of a run whose numbers are lost. Going on from its checkpoint would lead there again."""
+    left = f"; remove {checkpoint} first, as --resume leads there again" if checkpoint and checkpoint.exists() else ""
+    return TrainingError(f"{problem}; try a lower learning rate, or --amp off{left}")
+
+
 def _flat(request: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a run was asked for with its options one by one, so that a difference can be named."""
     flat: dict[str, Any] = {}

@@ -16,7 +16,7 @@ from bdtool.data.batches import ImageSource
 from bdtool.data.folders import classes_by_label
 from bdtool.data.sources import class_names
 from bdtool.data.torchvision_sets import N_CLASSES
-from bdtool.errors import PolicyError, UsageError
+from bdtool.errors import EngineError, PolicyError, UsageError
 from bdtool.evaluation import evaluate
 from bdtool.models.architectures import Architecture, architecture
 from bdtool.models.checkpoint_formats import (
@@ -29,8 +29,10 @@ from bdtool.models.checkpoint_formats import (
     default_labels,
     default_preprocessing,
 )
+from bdtool.models.difference import listing
 from bdtool.models.model import BlockDropModel, build_model
 from bdtool.models.model_spec import ModelSpec
+from bdtool.models.state import non_finite_names
 from bdtool.models.store import save_model
 from bdtool.runtime.policies import PolicyRequest, bits_of, names_file, parse_policy
 from bdtool.torch_classifier import TorchClassifier
@@ -50,6 +52,7 @@ from bdtool.training.options import (
 from bdtool.training.paths import deployed_paths, heuristic_paths
 from bdtool.training.pieces import run_pieces
 from bdtool.training.place import TrainingPlace
+from bdtool.training.progress_file import diverged
 from bdtool.training.tasks import CurriculumTask, FinetuneTask, Paths, PretrainTask, Task
 from bdtool.training.trainer import Epoch, Trainer
 from bdtool.training.trunk import start_from_trunk
@@ -191,11 +194,13 @@ def _imitate(
         imitation,
         place,
         request=_request(model.spec, "imitate", options, place, data, amp=False),
-        measure=lambda: _measure(model, options, place.val),
+        measure=lambda: _measure(model, options, place),
     )
     finished = _finished(model, "imitate", options, data, place.val, figures)
     masks = {str(int(mask.sum())): bits_of(mask.numpy()) for mask in imitation.masks}
     finished.spec = dataclasses.replace(finished.spec, provenance={**finished.spec.provenance, "masks": masks})
+    if bad := non_finite_names(finished.state_dict()):
+        raise diverged(f"NaN or infinite weights in {listing(bad)}", place.checkpoint)
     save_model(finished, place.output)
     place.checkpoint.unlink(missing_ok=True)
     return Trained(model=finished, figures=figures, epochs=[])
@@ -297,7 +302,7 @@ def _train(
         save_every_s=place.save_every_s,
         on_step=place.on_step,
         on_epoch=place.on_epoch,
-        validate=lambda: _measure(model, options, place.val),
+        validate=lambda: _measure(model, options, place),
     )
     if trainer.step and group.is_first:
         place.on_resume(trainer.where)
@@ -340,14 +345,20 @@ def _digest_of_policy(options: StageOptions) -> str | None:
     return sha256_of_file(Path(policy.strip())) if policy is not None and names_file(policy) else None
 
 
-def _measure(model: BlockDropModel, options: StageOptions, val: ImageSource | None) -> dict[str, float]:
-    """Return accuracy and blocks on `val` in float32: of the greedy policy, or of the heuristic that is trained."""
-    if val is None:
+def _measure(model: BlockDropModel, options: StageOptions, place: TrainingPlace) -> dict[str, float]:
+    """Return accuracy and blocks on `val` in float32: of the greedy policy, or of the heuristic that is trained.
+
+    Raises:
+        TrainingError: the model gives NaN or infinity.
+    """
+    if place.val is None:
         return {}
     was_training = {name: module.training for name, module in model.named_modules()}
     policy = options.policy if isinstance(options, FinetuneOptions) else None
     try:
-        result = evaluate(TorchClassifier(model), val, policy=policy, batch_size=500)
+        result = evaluate(TorchClassifier(model), place.val, policy=policy, batch_size=500)
+    except EngineError as exc:
+        raise diverged(f"--val cannot be measured: {exc}", place.checkpoint) from exc
     finally:
         for name, module in model.named_modules():
             module.training = was_training[name]

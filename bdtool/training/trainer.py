@@ -19,12 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bdtool.errors import TrainingError, UsageError
+from bdtool.errors import UsageError
+from bdtool.models.difference import listing
 from bdtool.models.model import BlockDropModel
+from bdtool.models.state import non_finite_names
 from bdtool.training.distributed import Group
 from bdtool.training.images import TrainingImages
 from bdtool.training.options import Schedule, TrainOptions
-from bdtool.training.progress_file import read_progress, write_progress
+from bdtool.training.progress_file import diverged, read_progress, write_progress
 from bdtool.training.stopping import Interrupted, Stop, StopNow, stop_signals
 from bdtool.training.tasks import Outcome, Step, Task
 
@@ -125,7 +127,7 @@ class Trainer:
         """Train to the end and return the epochs; the checkpoint stays for the caller to remove.
 
         Raises:
-            TrainingError: the loss became NaN or infinite; the checkpoint holds the state before that.
+            TrainingError: loss or weights became NaN or infinite; a checkpoint holds a state before that.
             Interrupted: SIGINT or SIGTERM came; the step in hand was finished and saved, a measurement broken off.
         """
         saved = time.monotonic()
@@ -161,10 +163,7 @@ class Trainer:
         outcome.loss.backward()  # type: ignore[no-untyped-call]
         means = self._group.mean(_means(outcome))
         if not math.isfinite(means[0]):
-            raise TrainingError(
-                f"the loss is {float(means[0])} at step {self.step} of {self.n_steps}; try a lower learning rate, or "
-                "--amp off"
-            )
+            raise diverged(f"the loss is {float(means[0])} at {self.where}", self._checkpoint)
         for optimizer, scheduler in zip(self._optimizers, self._schedulers, strict=True):
             optimizer.step()
             scheduler.step()
@@ -233,6 +232,8 @@ class Trainer:
         return bool(self._group.mean(torch.tensor(float(flag))) > 0)
 
     def _save(self) -> None:
+        if bad := non_finite_names(self._model.state_dict()):
+            raise diverged(f"NaN or infinite weights after {self.where} in {listing(bad)}", self._checkpoint)
         if self._checkpoint is None or not self._group.is_first:
             return
         write_progress(

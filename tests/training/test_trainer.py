@@ -17,7 +17,7 @@ import torch
 
 from bdtool.data.batches import ImageSource
 from bdtool.data.sources import open_data
-from bdtool.errors import BundleError, DataError, TrainingError, UsageError
+from bdtool.errors import BundleError, DataError, EngineError, TrainingError, UsageError
 from bdtool.models.model import BlockDropModel, ModelSpec
 from bdtool.models.parts import network_spec
 from bdtool.models.state import meta_model
@@ -252,6 +252,41 @@ def test_infinite_loss_stops_with_the_step_named(
     with pytest.raises(TrainingError, match=r"the loss is (nan|inf) at step \d+ of 12; try a lower learning rate"):
         finetune(start, FinetuneOptions(**_FAST, base_lr=1e30, schedule="constant"), place())
     assert not place().output.exists()
+
+
+@pytest.mark.parametrize("saved_before", [False, True])
+def test_run_that_diverges_leaves_no_checkpoint_of_it(
+    saved_before: bool, place: Callable[..., TrainingPlace], random_model: Callable[..., BlockDropModel]
+) -> None:
+    """With such a checkpoint the same command was refused for it, and --resume led to the same end for good."""
+
+    def spoil() -> None:
+        next(model.parameters()).data[0] = float("inf")
+
+    model = random_model("resnet8", has_policy=True)
+    options = FinetuneOptions(**_FAST, policy="learned")
+    where = place(on_step=stop_at(_BREAK_AT, spoil), save_every_s=0 if saved_before else 120)
+    if not saved_before:
+        options = dataclasses.replace(options, epochs=_BREAK_AT / 8)
+    with pytest.raises(TrainingError, match=r"NaN or infinite weights after step \d+ of .*; try a lower learn") as said:
+        finetune(model, options, where)
+    assert where.checkpoint.exists() == saved_before
+    assert (f"remove {where.checkpoint} first, as --resume leads there again" in str(said.value)) == saved_before
+    assert not where.output.exists()
+
+
+def test_epoch_that_measures_no_numbers_says_how_to_start_anew(
+    place: Callable[..., TrainingPlace], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object, **options: object) -> None:
+        raise EngineError("the logits of image 0 are not finite")
+
+    monkeypatch.setattr("bdtool.training.stages.evaluate", fail)
+    where = place()
+    with pytest.raises(
+        TrainingError, match=r"--val cannot be measured: the logits .*; try a lower .*; remove .* first"
+    ):
+        pretrain(_spec(), PretrainOptions(**_FAST), where)
 
 
 @pytest.mark.slow
