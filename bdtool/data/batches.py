@@ -41,6 +41,7 @@ class ImageSource:
             `image_at` is known.
         rows: int64 [n_images], the images' numbers in the whole data set, of which this is a sample; None: it is whole.
         drawn_from: description and number of images of the set that this was drawn from; None: it was not drawn.
+        name: what the set is called wherever it lies: "train.npz", "cifar10-train"; a sample has that of its set.
     """
 
     description: str
@@ -51,6 +52,7 @@ class ImageSource:
     picture_at: Callable[[int], np.ndarray] | None = None
     rows: np.ndarray | None = None
     drawn_from: tuple[str, int] | None = None
+    name: str = ""
 
     def __post_init__(self) -> None:
         if not self.names:
@@ -107,6 +109,7 @@ class ImageSource:
             picture_at=None if picture_at is None else lambda index: picture_at(int(chosen[index])),
             rows=rows[chosen],
             drawn_from=(whole, n_whole),
+            name=self.name,
         )
 
     def _read(self, first: int, stop: int) -> ImageBatch:

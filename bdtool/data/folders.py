@@ -68,8 +68,9 @@ def file_source(
     preprocessing: Preprocessing,
     resize: bool,
     description: str | None = None,
+    name: str | None = None,
 ) -> ImageSource:
-    """Return a source over image files below `root`; each is decoded when its batch is read."""
+    """Return a source over image files below `root`, after which it is called; each is decoded when it is read."""
     if not paths:
         suffixes = " ".join(sorted(IMAGE_SUFFIXES))
         raise DataError(f"{root}: no images in it, expected files named {suffixes}. Check the directory")
@@ -86,6 +87,7 @@ def file_source(
         labels=labels,
         image_at=image_at,
         picture_at=lambda index: read_image(paths[index]),
+        name=name or root.resolve().name,
     )
 
 

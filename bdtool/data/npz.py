@@ -50,7 +50,7 @@ def array_source(
     def image_at(index: int) -> np.ndarray:
         return fit_image(images[index], preprocessing, source=names[index], resize=resize)
 
-    return ImageSource(description=description, is_real=True, names=names, labels=labels, image_at=image_at)
+    return ImageSource(description=description, is_real=True, names=names, labels=labels, image_at=image_at, name=name)
 
 
 def checked_labels(labels: np.ndarray, *, n_images: int, n_classes: int, source: str) -> np.ndarray:

@@ -88,4 +88,5 @@ def _synthetic_source(data: str, *, network: NetworkSpec) -> ImageSource:
         names=tuple(f"synthetic-{seed}[{index}]" for index in range(n_images)),
         labels=None,
         image_at=lambda index: synthetic_image(index, height=height, width=width, seed=seed),
+        name=f"synthetic-{seed}",
     )

@@ -87,6 +87,7 @@ def _imagenet_source(name: str, root: Path, *, network: NetworkSpec, resize: boo
         preprocessing=network.preprocessing,
         resize=resize,
         description=f"{name} ({folder}) in {root}",
+        name=f"{name}-{folder}",
     )
 
 

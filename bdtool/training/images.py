@@ -170,10 +170,4 @@ def data_facts(source: ImageSource, *content: Buffer) -> dict[str, str | int]:
     digest = hashlib.sha256()
     for part in content:
         digest.update(part)
-    return {"name": data_name(source), "n_images": source.n_images, "sha256": digest.hexdigest()}
-
-
-def data_name(source: ImageSource) -> str:
-    """Return what a data set is called, without the directories of the machine: "train.npz", "cifar10-train"."""
-    set_name, bracket, _ = source.names[0].rpartition("[")  # images in memory are called NAME[0], NAME[1] ...
-    return set_name if bracket else source.description.rstrip("/").rpartition("/")[2]
+    return {"name": source.name, "n_images": source.n_images, "sha256": digest.hexdigest()}

@@ -38,7 +38,7 @@ from bdtool.runtime.policies import PolicyRequest, bits_of, names_file, parse_po
 from bdtool.torch_classifier import TorchClassifier
 from bdtool.training.budget import shift_policy
 from bdtool.training.distributed import synchronize_batch_norms
-from bdtool.training.images import data_name, training_images
+from bdtool.training.images import training_images
 from bdtool.training.imitation import Imitation
 from bdtool.training.options import (
     Amp,
@@ -389,7 +389,7 @@ def _finished(
         "versions": {"bdtool": version(), "torch": torch.__version__, "python": platform.python_version()},
     }
     if val is not None:
-        provenance |= {"val": data_name(val), "figures": dict(figures)}
+        provenance |= {"val": val.name, "figures": dict(figures)}
     if model.spec.provenance:
         provenance["start"] = dict(model.spec.provenance)
     spec = dataclasses.replace(model.spec, provenance=provenance, has_policy=model.policy is not None)

@@ -75,6 +75,7 @@ def test_pretraining_on_class_folders_learns_their_names(
     spec = read_spec(tmp_path / "base.safetensors")
     assert spec.labels == tuple(sorted(names))
     assert spec.n_classes == len(names)
+    assert (spec.provenance["data"]["name"], spec.provenance["val"]) == ("train", "val")
     assert figures["accuracy"] == bdtool_json("evaluate", tmp_path / "base.safetensors", "--data", val)["accuracy"]
     others = _class_folders(tmp_path / "others", *(f"the {name}" for name in names))
     refused = bdtool(*words[:-1], others, "-o", tmp_path / "other.safetensors", status=1).stderr

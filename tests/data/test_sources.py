@@ -62,6 +62,7 @@ def test_npz_gives_its_images_and_labels(tmp_path: Path) -> None:
     assert batch.labels.dtype == np.int64
     assert batch.names[4] == "set.npz[4]"
     assert (source.n_images, source.has_labels, source.is_real) == (5, True, True)
+    assert source.name == source.drawn(2).name == "set.npz"
 
 
 def test_npz_without_labels_has_none(tmp_path: Path) -> None:
@@ -200,6 +201,17 @@ def test_linked_folders_are_followed_but_not_in_circles(tmp_path: Path) -> None:
     source = open_data(str(root), network=NETWORK)
     assert source.names == expected
     np.testing.assert_array_equal(source.labels, [0, 0, 0, 2, 2])
+
+
+@pytest.mark.parametrize("data", ["train", "train/", ".", "train/../train"])
+def test_a_folder_is_called_by_its_name_whatever_its_images_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: str
+) -> None:
+    """A file may be called NAME[0], as images of an .npz are."""
+    folders(tmp_path / "train", "ant/cat [1].png", "dog/b.png")
+    monkeypatch.chdir(tmp_path / "train" if data == "." else tmp_path)
+    source = open_data(data, network=NETWORK)
+    assert source.name == source.drawn(1).name == "train"
 
 
 def test_some_of_the_classes_are_enough_when_named(tmp_path: Path) -> None:
@@ -397,7 +409,9 @@ def cifar_network(n_classes: int = 10) -> NetworkSpec:
 
 def test_cifar10_equals_torchvision(cifar_root: Path) -> None:
     oracle = datasets.CIFAR10(cifar_root, train=False)
-    batch = open_data(f"cifar10:{cifar_root}", network=cifar_network()).take(4)
+    source = open_data(f"cifar10:{cifar_root}", network=cifar_network())
+    assert source.name == "cifar10-test"
+    batch = source.take(4)
     np.testing.assert_array_equal(batch.images, np.stack([np.asarray(image) for image, _ in oracle]))
     np.testing.assert_array_equal(batch.labels, [3, 1, 4, 9])
 
@@ -432,7 +446,9 @@ def imagenet(root: Path) -> str:
 
 def test_imagenet_reads_the_validation_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(torchvision_sets.N_CLASSES, "imagenet", 3)
-    batch = open_data(imagenet(tmp_path), network=UNNAMED).take(3)
+    source = open_data(imagenet(tmp_path), network=UNNAMED)
+    assert source.name == "imagenet-val"
+    batch = source.take(3)
     np.testing.assert_array_equal(batch.labels, [0, 1, 2])
     np.testing.assert_array_equal(batch.images, X[:3])
     assert batch.names[0] == "val/n01440764/x.png"

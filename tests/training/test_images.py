@@ -6,12 +6,11 @@ import pytest
 import torch
 from PIL import Image
 
-from bdtool.data.batches import ImageSource
 from bdtool.data.sources import open_data
 from bdtool.models.model import BlockDropModel
 from bdtool.models.parts import network_spec
 from bdtool.runtime.preprocess import preprocess
-from bdtool.training.images import MemoryImages, PictureFiles, data_name, read_all, training_images
+from bdtool.training.images import MemoryImages, PictureFiles, read_all, training_images
 
 CPU = torch.device("cpu")
 
@@ -79,21 +78,6 @@ def test_facts_name_the_data_without_its_place(stripes: Path, random_model: Call
     assert facts["n_images"] == 100
     whole = training_images(source, model.spec.preprocessing, device=CPU).facts
     assert whole["sha256"] != facts["sha256"]
-
-
-@pytest.mark.parametrize(
-    ("description", "image", "name"),
-    [
-        ("/data/set/train.npz", "train.npz[0]", "train.npz"),
-        ("cifar10 (train) in /data/set", "cifar10-train[0]", "cifar10-train"),
-        ("/data/imagenet/train", "n01440764/a.JPEG", "train"),
-    ],
-)
-def test_a_data_set_is_called_by_its_name(description: str, image: str, name: str) -> None:
-    source = ImageSource(
-        description=description, is_real=True, names=(image,), labels=None, image_at=lambda i: np.zeros((1, 1, 3))
-    )
-    assert data_name(source) == name
 
 
 def test_read_all_keeps_the_order(stripes: Path, random_model: Callable[..., BlockDropModel]) -> None:
