@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -39,6 +40,7 @@ DEFAULT_LIMIT = 512
 DEFAULT_MAX_ACCURACY_DROP = 0.5  # percentage points
 DEFAULT_AT_LEAST = 64  # images for each part: a choice; below some dozen a range is luck
 _N_COMPARED = 32  # images on whose paths single parts are compared
+_STAGING = "candidate-"  # what directories of parts on trial begin with
 _FLOAT_KINDS = ("policy", "head")  # stay fp32 unless asked
 _NOT_RECORDED = ("part_errors", "obtained", "replaced")  # in the manifest: its parts say it, or it is gone
 
@@ -149,11 +151,11 @@ def calibrate(
         )
     work = bundle.path.resolve().with_name(f".{bundle.path.resolve().name}.calibration")
     work.mkdir(exist_ok=True)
-    with (
-        exclusive_lock(work / "lock", purpose=f"a calibration of {bundle.path}"),
-        tempfile.TemporaryDirectory(prefix="candidate-", dir=work) as staging,
-    ):
-        return _Calibration(bundle, data, evaluation, policy, request, work, Path(staging), on_progress).run()
+    with exclusive_lock(work / "lock", purpose=f"a calibration of {bundle.path}"):
+        for left in work.glob(f"{_STAGING}*"):  # by calibrations that were killed, as none other is at work
+            shutil.rmtree(left, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix=_STAGING, dir=work) as staging:
+            return _Calibration(bundle, data, evaluation, policy, request, work, Path(staging), on_progress).run()
 
 
 class _Calibration:

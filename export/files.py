@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -40,6 +41,14 @@ def atomic_path(path: Path) -> Iterator[Path]:
         _sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what killed processes left of `path` beside it; for whoever alone writes it, as by a lock."""
+    leftover = re.compile(re.escape(f".{path.name}.") + r"[a-z0-9_]{8}\.tmp")  # as mkstemp names them
+    for entry in path.parent.iterdir():
+        if leftover.fullmatch(entry.name):
+            entry.unlink(missing_ok=True)
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -11,7 +11,7 @@ from bdtool.data.batches import ImageSource
 from bdtool.errors import DataError, UsageError
 from bdtool.training.distributed import Group
 from bdtool.training.trainer import Epoch, Report
-from export.files import exclusive_lock
+from export.files import exclusive_lock, remove_leftovers
 
 _CHECKPOINT = ".checkpoint"
 
@@ -89,4 +89,5 @@ class TrainingPlace:
             if self.group.is_first:
                 lock = self.output.with_name(f".{self.output.name}.lock")
                 held.enter_context(exclusive_lock(lock, purpose=f"training into {self.output}"))
+                remove_leftovers(self.checkpoint)
             yield

@@ -117,6 +117,13 @@ def test_precisions_live_side_by_side(calibrate, bundle_copy):
     assert 0 < np.abs(logits["fp32"] - logits["fp16"]).max() < 0.02 * np.abs(logits["fp32"]).max()
 
 
+def test_what_killed_calibrations_left_is_removed(calibrate, bundle_copy):
+    left = bundle_copy.with_name(f".{bundle_copy.name}.calibration") / "candidate-killed" / "onnx"
+    left.mkdir(parents=True)
+    calibrate("--precision", "fp16")
+    assert not left.parent.exists()
+
+
 def test_file_that_cannot_be_removed_is_no_failure(calibrate, bundle_copy, caplog):
     """The parts are in the bundle by then, so that nothing may say that it is as it was."""
     in_the_way = bundle_copy / "onnx" / "fp16" / "head-of-an-earlier-run.onnx"

@@ -187,3 +187,14 @@ def test_json_that_is_garbage_or_nested_without_end_is_a_value_error(text):
 def test_json_of_our_own_is_read():
     assert json_from_bytes(b'{"a": [1, {"b": null}]}') == {"a": [1, {"b": None}]}
     assert json_from_bytes("[" * 200 + "]" * 200)
+
+
+def test_leftovers_of_a_killed_writer_are_removed_and_nothing_else(tmp_path):
+    with atomic_path(tmp_path / "net.v1") as temporary:
+        pass
+    temporary.touch()  # as a kill would have left it
+    others = [".net.abcd_123.tmp", ".net.v1.checkpoint.abcd_123.tmp", ".netxv1.abcd_123.tmp", ".net.v1.lock", "net.v1"]
+    for name in others:
+        (tmp_path / name).touch()
+    files.remove_leftovers(tmp_path / "net.v1")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(others)

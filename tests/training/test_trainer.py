@@ -27,6 +27,7 @@ from bdtool.training.place import TrainingPlace
 from bdtool.training.stages import Trained, base_spec, curriculum, finetune, pretrain
 from bdtool.training.stopping import Interrupted
 from bdtool.training.trainer import Report, schedule_factor
+from export.files import exclusive_lock
 
 _FAST = {"epochs": 1.5, "batch": 32, "amp": "off"}  # 12 steps; the break comes in the middle of an epoch
 _BREAK_AT = 5
@@ -72,6 +73,18 @@ def test_run_after_a_kill_ends_like_an_unbroken_one(
     assert [(e.loss, e.accuracy, e.blocks_mean, e.reward) for e in broken.epochs] == [
         (e.loss, e.accuracy, e.blocks_mean, e.reward) for e in unbroken.epochs
     ]
+
+
+def test_what_a_kill_left_of_a_checkpoint_is_removed(place: Callable[..., TrainingPlace]) -> None:
+    where = place()
+    left = where.checkpoint.with_name(f".{where.checkpoint.name}.abcd1234.tmp")
+    left.write_bytes(b"half a checkpoint")
+    with exclusive_lock(where.output.with_name(f".{where.output.name}.lock"), purpose="the other run"):
+        with pytest.raises(BundleError, match="already running"), where.reserved():
+            pass
+        assert left.exists(), "it may be of the run that is at work"
+    with where.reserved():
+        assert not left.exists()
 
 
 @pytest.mark.parametrize("n_measured", [0, 1])
