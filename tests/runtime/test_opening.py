@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -109,6 +110,7 @@ def _in_a_fork(call):
     """Return what a call gives in a child of this process, or the error that it raises, as text."""
     reader, writer = os.pipe()
     if (child := os.fork()) == 0:
+        signal.alarm(60)  # which ends one that waits for ever
         try:
             os.write(writer, str(call()).encode())
         except BaseException as exc:
@@ -121,6 +123,7 @@ def _in_a_fork(call):
     return text
 
 
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 @pytest.mark.parametrize(("backend", "strategy"), [("torch", "chain"), ("onnxruntime", "path")])
 def test_fork_is_told_to_open_the_bundle_itself(tiny, backend, strategy):
     with Orchestrator.open(tiny.bundle, backend=backend, strategy=strategy) as runtime:
@@ -129,6 +132,7 @@ def test_fork_is_told_to_open_the_bundle_itself(tiny, backend, strategy):
         np.testing.assert_array_equal(runtime.run(_pixels(2)).classes, expected)
 
 
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_fork_uses_an_orchestrator_that_has_no_threads(fake, images_of):
     runtime = fake().runtime
     assert _in_a_fork(lambda: runtime.run(images_of([1, 2])).classes) == str(runtime.run(images_of([1, 2])).classes)
