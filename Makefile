@@ -6,6 +6,7 @@ SOURCES := bdtool export engines calibration tests benchmarks
 CREATED := $(VENV)/.stamp-created
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 FREEZE := $(VENV)-constraints
+OLDEST := $(VENV)-oldest
 
 # $(call timed,NAME,COMMAND): run COMMAND, then say how long it took
 timed = @start=$$(date +%s); echo "$(1) ..."; $(2) && echo "$(1): done in $$(( $$(date +%s) - start )) s"
@@ -13,11 +14,12 @@ timed = @start=$$(date +%s); echo "$(1) ..."; $(2) && echo "$(1): done in $$(( $
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test lint format bench constraints clean
+.PHONY: help demo test test-oldest lint format bench constraints clean
 
 help:
 	@echo "make demo         the whole pipeline on the shipped network, ending with a latency table"
 	@echo "make test         lint, types, spelling and tests"
+	@echo "make test-oldest  tests with the oldest packages that pyproject.toml allows, in an environment of their own"
 	@echo "make lint         ruff, mypy and codespell only"
 	@echo "make format       let ruff rewrite the code"
 	@echo "make bench        the latency benchmark; its figures go to bench-output/"
@@ -30,6 +32,16 @@ demo: $(VENV)/.stamp-demo
 
 test: lint
 	@$(BIN)/python -m pytest
+
+# what it lists is read from pyproject.toml, so that a bound cannot be older than what was tested
+test-oldest:
+	@rm -rf $(OLDEST)
+	@$(PYTHON) -m venv $(OLDEST)
+	@$(OLDEST)/bin/python -c 'import re, tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+	    listed = (*project["dependencies"], *project["optional-dependencies"]["report"]); \
+	    print(*(re.sub(">=([^,]+).*", r"==\1", one) for one in listed), sep="\n")' > $(OLDEST)/constraints.txt
+	@$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c $(OLDEST)/constraints.txt -e '.[dev,demo]'
+	@$(OLDEST)/bin/python -m pytest
 
 lint: $(VENV)/.stamp-dev
 	$(call timed,ruff,$(BIN)/ruff check --quiet $(SOURCES) && $(BIN)/ruff format --check --quiet $(SOURCES))
@@ -64,5 +76,5 @@ constraints:
 	@rm -rf $(FREEZE)
 
 clean:
-	@rm -rf $(VENV) $(FREEZE) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis bench-output demo-output
+	@rm -rf $(VENV) $(FREEZE) $(OLDEST) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis bench-output demo-output
 	@find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
