@@ -204,6 +204,7 @@ class Orchestrator:
 
     def _run_slice(self, images: Images, controller: Controller, *, first: int) -> RunResult:
         """Run at most `max_batch` images, of which the first is number `first` of the caller's batch."""
+        self._require_open()  # before the lock, as in `keep_probability`
         with self._lock, self._current():
             taken = images if isinstance(images, DeviceArray) else self.prepare(images)
             strategy = self._strategy_for(taken)
@@ -239,6 +240,7 @@ class Orchestrator:
         part = self.network.find("policy")
         if part is None:
             raise PolicyError("the bundle has no policy network; give a POLICY")
+        self._require_open()  # before the lock, which a thread of the parent may have held as it forked
         with self._lock, self._current():
             self._require_open()
             if part.name not in self._engines:
