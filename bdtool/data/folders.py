@@ -22,7 +22,8 @@ from bdtool.specs import NetworkSpec, Preprocessing
 logger = logging.getLogger(__name__)
 
 _SPLIT_FOLDERS = frozenset({"train", "val", "valid", "validation", "test"})
-_WORDNET_ID = re.compile(r"n[0-9]{8}")  # what ImageNet calls its classes; its numbers are the places in their order
+_N_IMAGENET = 1000  # classes, which it calls by ids; their numbers are the places in the order of these
+_WORDNET_ID = re.compile(r"n[0-9]{8}")
 _N_SHOWN = 3
 
 
@@ -126,6 +127,11 @@ def classes_by_label(folders: Collection[str], labels: Sequence[str]) -> dict[st
     return found
 
 
+def are_imagenet_ids(names: Collection[str]) -> bool:
+    """Say whether these are WordNet ids, and as many as ImageNet has classes."""
+    return len(names) == _N_IMAGENET and all(_WORDNET_ID.fullmatch(name) for name in names)
+
+
 def _composed(name: str) -> str:
     return unicodedata.normalize("NFC", name)  # some systems write folder names in the other form, "e" and an accent
 
@@ -146,13 +152,13 @@ def _one_for_each(classes: dict[str, int], *, labels: Sequence[str], root: Path)
 
 
 def _classes_by_id(folders: Sequence[str], *, labels: Sequence[str], root: Path) -> dict[str, int]:
-    """Take folders that are no labels but all class numbers, or as many WordNet ids as there are classes, in order."""
+    """Take folders that are no labels but all class numbers, or the ids of ImageNet's classes, in order."""
     if all(re.fullmatch("[0-9]+", name) for name in folders):
         ids, ordered = "class numbers", sorted(folders, key=int)
         is_whole = [int(name) for name in ordered] == list(range(len(labels)))
     else:
         ids, ordered = "WordNet ids in order", sorted(folders)
-        is_whole = len(folders) == len(labels) and all(_WORDNET_ID.fullmatch(name) for name in folders)
+        is_whole = len(labels) == _N_IMAGENET and are_imagenet_ids(folders)
     if not is_whole:
         raise DataError(
             f"{root}: no class folder ({_some(folders)}) has the name of a label of the model ({_some(labels)}). "

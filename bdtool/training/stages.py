@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from bdtool.data.batches import ImageSource
-from bdtool.data.folders import classes_by_label
+from bdtool.data.folders import are_imagenet_ids, classes_by_label
 from bdtool.data.sources import class_names
 from bdtool.data.torchvision_sets import N_CLASSES
 from bdtool.errors import EngineError, PolicyError, UsageError
@@ -114,13 +114,13 @@ def base_spec(
 def _labels(
     layout: Architecture, data: str, folders: tuple[str, ...] | None, *, n_classes: int
 ) -> tuple[str, ...] | None:
-    """Return the names of the classes: the class folders', unless all of these are CIFAR-10's or ImageNet's."""
+    """Return the names of the classes: the class folders', unless these are CIFAR-10's, or ImageNet's or its ids."""
     usual = default_labels(layout, n_classes=n_classes)
     if data.partition(":")[0] in N_CLASSES:
         return usual
     if folders is None:
         return None
-    if len(classes_by_label(folders, usual or ())) == len(folders):
+    if usual and (len(classes_by_label(folders, usual)) == len(folders) or are_imagenet_ids(folders)):
         return usual
     if len(folders) != n_classes:
         raise UsageError(
