@@ -140,9 +140,10 @@ def _flat_entries(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _only_wrapper(content: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return what the only wrapper of a checkpoint holds, where that is a network of a known layout."""
+    """Return the network of a known layout in the wrappers of a checkpoint, where there is one, and not BlockDrop's."""
     states = [_bare(content[name]) for name in _WRAPPERS if isinstance(content.get(name), Mapping)]
-    return states[0] if len(states) == 1 and "resnet" not in content and detect_format(states[0]) else None
+    networks = [state for state in states if detect_format(state)]
+    return networks[0] if len(networks) == 1 and not {"resnet", "agent"} & content.keys() else None
 
 
 def _bare(state: Mapping[Any, Any]) -> dict[str, Any]:

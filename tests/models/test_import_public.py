@@ -86,6 +86,11 @@ def test_wrapped_networks_are_found(tmp_path, resnet18_state, entry, prefix):
 
 
 def test_two_networks_in_a_file_are_not_chosen_from(tmp_path, resnet18_state):
+    settings = {"model": {"name": "resnet18"}, "model_state_dict": resnet18_state}
+    assert import_checkpoint(_saved(tmp_path, settings), arch="resnet18").spec.arch == "resnet18"
+    policy = {"agent": {"features.conv1.weight": resnet18_state["conv1.weight"]}, "model": resnet18_state}
+    with pytest.raises(CheckpointError):  # the policy network would be lost
+        import_checkpoint(_saved(tmp_path, policy), arch="resnet18")
     two = {"model": resnet18_state, "model_state_dict": resnet18_state}
     with pytest.raises(CheckpointError, match=r"looks like none of .*: it holds model, model_state_dict"):
         import_checkpoint(_saved(tmp_path, two), arch="resnet18")
