@@ -176,7 +176,7 @@ def _climb(
     if place.precision != EXPORTED:
         yield from _climb_lower(bundle, model, batch, chain, full, place)
         return
-    few = images[: _n_probes(chain)]
+    few = images[: _n_probes(chain, full)]
     probes = walk(bundle.network, part_modules(model), preprocess(few, bundle.network.preprocessing))
     yield from _part_rungs(bundle, probes, few, chain, full, place.precision)
     oracle = TorchClassifier(model, max_batch=_ORACLE_BATCH)
@@ -184,13 +184,13 @@ def _climb(
     yield from _unless_it_fails(("logits", "top1"), lambda: _output_rungs(bundle, place, chain, oracle, images))
 
 
-def _n_probes(chain: Orchestrator) -> int:
-    """Return on how many images single engines are compared, each run by itself: no more than one takes at once."""
-    return min(_N_PROBES, chain.max_batch)
+def _n_probes(*runtimes: Orchestrator) -> int:
+    """Return on how many images single engines are compared, each run by itself: no more than all take at once."""
+    return min(_N_PROBES, *(runtime.max_batch for runtime in runtimes))
 
 
 def _unless_it_fails(names: tuple[str, ...], compare: Callable[[], list[Rung]]) -> list[Rung]:
-    """Return the rungs of a comparison; where an engine does not run they failed, and the ladder goes on."""
+    """Return the rungs of a comparison; where an engine, or PyTorch, gives no answer they failed, and others follow."""
     try:
         return compare()
     except EngineError as exc:
@@ -206,15 +206,19 @@ def _climb_lower(
     policy = variant.calibration["policy"]  # its ranges hold for the paths of this one
     request = parse_policy_for(bundle.network, policy)
     oracle = TorchClassifier(model, max_batch=_ORACLE_BATCH)
-    keep = oracle.run(batch.images).policy if request.is_learned else request.matrix_at(batch.rows)
-    few = batch.images[: _n_probes(chain)]
+    try:
+        keep = oracle.decide(batch.images) if request.is_learned else request.matrix_at(batch.rows)
+    except EngineError as exc:  # without bits there are no paths to compare
+        yield from (_rung(name, math.inf, 0.0, str(exc)) for name in ("policy", "logits", "top1"))
+        return
+    few = batch.images[: _n_probes(chain, full)]
     pixels = preprocess(few, bundle.network.preprocessing)
     probes = path_probes(model, bundle.network, pixels, keep[: len(few)])
     yield from _part_rungs(bundle, probes, few, chain, full, precision)
     measured = _measured_flips(bundle, precision)
     yield from _unless_it_fails(("policy",), lambda: _policy_rungs(chain, oracle, batch.images, measured=measured))
-    expected = oracle.run(batch.images, keep)
     try:
+        expected = oracle.run(batch.images, keep)
         actual = chain.run(batch.images, policy=keep)
         others = _lower_errors(bundle, place, batch.images[:_N_PROBES], keep[:_N_PROBES], expected.logits[:_N_PROBES])
     except EngineError as exc:
@@ -285,7 +289,7 @@ def _output_rungs(
     half = parse_policy(f"random:{n_blocks // 2}", n_blocks=n_blocks, has_policy_network=False)
     policies[half.name] = half.matrix(len(images))
     if chain.network.has_policy:
-        policies[LEARNED] = oracle.run(images).policy
+        policies[LEARNED] = oracle.decide(images)
     answers = [_Answer("chain", name, keep, chain.run(images, policy=keep)) for name, keep in policies.items()]
     few = images[:_N_PROBES]
     given = {name: keep[:_N_PROBES] for name, keep in policies.items()}

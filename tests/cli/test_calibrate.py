@@ -12,6 +12,7 @@ from bdtool.data.synthetic import synthetic_images
 from bdtool.errors import EngineError
 from bdtool.models.store import save_model
 from bdtool.runtime.policies import parse_policy
+from bdtool.torch_classifier import TorchClassifier
 from engines.registry import identify_backend
 from export.bundle import Bundle
 from export.files import sha256_of_file
@@ -122,6 +123,23 @@ def test_what_killed_calibrations_left_is_removed(calibrate, bundle_copy):
     left.mkdir(parents=True)
     calibrate("--precision", "fp16")
     assert not left.parent.exists()
+
+
+@pytest.mark.parametrize(
+    ("gives_none", "rungs"), [("run", ["logits", "top1"]), ("decide", ["policy", "logits", "top1"])]
+)
+def test_rungs_fail_that_pytorch_has_no_numbers_for(
+    calibrate, bdtool_json, bundle_copy, labelled, monkeypatch, gives_none, rungs
+):
+    calibrate("--precision", "fp16")
+
+    def fail(*_):
+        raise EngineError("the logits of image 0 are not finite")
+
+    monkeypatch.setattr(TorchClassifier, gives_none, fail)
+    found = bdtool_json("verify", bundle_copy, "--data", labelled, "--precision", "fp16", status=1)["rungs"]
+    assert [name for name, rung in found.items() if not rung["ok"]] == rungs
+    assert found["logits"]["detail"] == "the logits of image 0 are not finite"
 
 
 def test_file_that_cannot_be_removed_is_no_failure(calibrate, bundle_copy, caplog):
