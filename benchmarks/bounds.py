@@ -23,9 +23,10 @@ from bdtool.runtime.paths import parts_of_path
 from bdtool.runtime.policies import parse_policy
 from bdtool.specs import PartSpec
 from engines.base import Call, Engine
+from engines.engine_set import EngineSet
 from engines.onnxrt import OnnxRuntimeBackend
 from engines.registry import identify_backend
-from engines.store import EngineSet, EngineStore
+from engines.store import EngineStore
 from export.bundle import Bundle
 from export.compose import compose_parts
 

@@ -14,6 +14,7 @@ from engines.graph_modes import AUTO, OFF, GraphPlan, graphs_of_machine, plan_fo
 from engines.libcuda import driver_from_libcuda
 from engines.trt_identity import tensorrt_identity
 from engines.trt_options import ONNXRUNTIME_TENSORRT, PROFILED, TENSORRT, TENSORRT_RTX, TensorRTOptions
+from export.packages import installed_version
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +90,7 @@ def plan_graphs(name: str, device: str, mode: str = AUTO) -> GraphPlan | None:
     driver = driver_from_libcuda()
     if not driver.usable:
         raise BackendError(f"device {device!r}: {driver.error or 'no GPU'}. See `bdtool doctor`")
-    return plan_for(mode, graphs_of_machine(driver, _version_of))
+    return plan_for(mode, graphs_of_machine(driver, installed_version))
 
 
 def require_graphs(name: str, device: str) -> None:
@@ -105,13 +106,6 @@ def require_graphs(name: str, device: str) -> None:
 
 def _runs_elsewhere(name: str, device: str) -> str:
     return f"runs on --backend {', '.join(_CAPTURED)} with --device cuda:N; got backend {name!r} on device {device!r}"
-
-
-def _version_of(distribution: str) -> str | None:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def batch_options(name: str, max_batch: int) -> TensorRTOptions | None:
@@ -174,6 +168,6 @@ def _file_name(device: str) -> str:
 
 def _onnxruntime_version() -> str:
     for distribution in ("onnxruntime-gpu", "onnxruntime"):
-        if (version := _version_of(distribution)) is not None:
+        if (version := installed_version(distribution)) is not None:
             return version
     raise BackendError("onnxruntime is not installed; add it with: pip install onnxruntime-gpu")

@@ -24,13 +24,12 @@ from engines.base import (
     BuiltEngine,
     Engine,
     HostCodeBackend,
-    JoinedEngine,
     LayoutError,
 )
+from engines.engine_set import EngineSet
 from engines.trt_options import has_host_code, largest_batch
 from export.bundle import Bundle
 from export.files import advice_on, json_from_bytes, sha256_of_bytes, sha256_of_files, write_bytes, write_json
-from export.fused_spec import fused_spec
 from export.half_spec import HALF_DTYPES, HALF_VERSION
 from export.manifest import EXPORTED
 from export.pixels_spec import pixels_key
@@ -74,54 +73,6 @@ class PartStatus:
     @property
     def cached(self) -> bool:
         return self.status == "cached"
-
-
-class EngineSet(Mapping[str, Engine]):
-    """Loaded engines by part name, which can be joined into larger ones.
-
-    `max_batch` is the largest batch that all of them take; None: any.
-    """
-
-    def __init__(
-        self,
-        engines: Mapping[str, Engine],
-        *,
-        backend: Backend,
-        files: Mapping[str, bytes],
-        max_batch: int | None = None,
-    ) -> None:
-        self.max_batch = max_batch
-        self._engines = engines
-        self._backend = backend
-        self._files = files  # empty where nothing will be joined: they are as large as the engines
-
-    def __getitem__(self, name: str) -> Engine:
-        return self._engines[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._engines)
-
-    def __len__(self) -> int:
-        return len(self._engines)
-
-    def join(self, joined: PartSpec, parts: Sequence[PartSpec]) -> JoinedEngine:
-        """Return one engine that runs `parts` in order, and the memory that it takes.
-
-        Args:
-            joined: describes the result; it reads images and writes logits.
-        """
-        return self._backend.join(joined, [(part, self._files[part.name]) for part in parts])
-
-    def with_others(self, others: EngineSet) -> EngineSet:
-        """Return these engines with `others`, of the same backend, in the place of those of the same names."""
-        files = {**self._files, **others._files}
-        engines = {**self._engines, **others._engines}
-        limits = [most for most in (self.max_batch, others.max_batch) if most is not None]
-        return EngineSet(engines, backend=self._backend, files=files, max_batch=min(limits, default=None))
-
-    def fuse(self, network: NetworkSpec) -> Engine:
-        """Return one engine of the whole network, policy included, with an `If` for each block."""
-        return self._backend.load(fused_spec(network), self._backend.fuse(network, self._files), layout=PLAIN_LAYOUT)
 
 
 class EngineStore:

@@ -21,6 +21,10 @@ class Intake:
         self._takes_pixels = network.takes_pixels  # once: it is asked for each image
         self._input = np.empty((0, 3, network.preprocessing.height, network.preprocessing.width), dtype=np.float32)
 
+    def check(self, images: np.ndarray) -> None:
+        """Raise TypeError or DataError unless a batch on the host can be prepared."""
+        self._preprocess.are_pixels(images)
+
     def prepare(self, images: np.ndarray) -> np.ndarray:
         """Return the network's input for a batch on the host; valid until the next call.
 

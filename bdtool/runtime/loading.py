@@ -13,7 +13,8 @@ from bdtool.runtime.read_only import is_read_only, tell_not_kept, temporary_engi
 from bdtool.specs import NetworkSpec, PartSpec
 from bdtool.words import counted
 from engines.base import Backend, Engine
-from engines.store import ChangedEngineError, EngineRecord, EngineSet, EngineStore
+from engines.engine_set import EngineSet
+from engines.store import ChangedEngineError, EngineRecord, EngineStore
 from export.bundle import Bundle
 
 logger = logging.getLogger(__name__)
@@ -21,14 +22,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Loaded:
-    """Engines by part name, and the network as they take it: images as pixels, or preprocessed.
-
-    `max_batch` is the largest batch that bundle and engines take at once; None: any.
-    """
+    """Engines by part name, and the network as they take it: images as pixels, or preprocessed."""
 
     network: NetworkSpec
     engines: Mapping[str, Engine]
-    max_batch: int | None = None
 
 
 class Loader:
@@ -51,7 +48,14 @@ class Loader:
         """
         parts = parts_for(self._strategy, self._own.network)
         self.store, self._loaded = self._load(self._own, parts, build=self._own.network.parts)
-        return Loaded(self._own.network, self._loaded, max_batch=self._most(self._loaded.max_batch))
+        return Loaded(self._own.network, self._loaded)
+
+    @property
+    def max_batch(self) -> int:
+        """The largest batch that the bundle and the engines of `load` take at once."""
+        assert self._loaded is not None  # `load` comes first
+        most = self._bundle.manifest.max_batch
+        return most if self._loaded.max_batch is None else min(most, self._loaded.max_batch)
 
     def load_prepared(self) -> Loaded:
         """Load engines that take preprocessed images, beside those of `load`, with which they share all other parts.
@@ -64,19 +68,13 @@ class Loader:
             store = self._own.for_prepared()
             parts = [part for part in parts_for(self._strategy, store.network) if part.reads_image]
             _, engines = self._load(store, parts, build=parts)
-            if engines.max_batch is not None and engines.max_batch < self._most(self._loaded.max_batch):
+            if engines.max_batch is not None and engines.max_batch < self.max_batch:
                 # they were built before the bundle was exported for larger batches
                 with ExitStack() as stack:
                     store = self._build(store, parts, stack, resume=False)
                     _, engines = self._load_from(store, store.find(parts, check_digests=False))
-            others = self._loaded.with_others(engines)
-            self._prepared = Loaded(store.network, others, max_batch=self._most(others.max_batch))
+            self._prepared = Loaded(store.network, self._loaded.with_others(engines))
         return self._prepared
-
-    def _most(self, max_batch: int | None) -> int:
-        """Return the largest batch that runs at once where engines take `max_batch`; None: any."""
-        most = self._bundle.manifest.max_batch
-        return most if max_batch is None else min(most, max_batch)
 
     def _load(
         self, store: EngineStore, parts: Sequence[PartSpec], *, build: Sequence[PartSpec]

@@ -14,8 +14,8 @@ from bdtool.specs import NetworkSpec, PartSpec
 from engines.base import Backend, Buffer, Call, Engine
 from engines.device_array import Images, Logits
 from engines.dispatch import NOT_FINITE
+from engines.engine_set import EngineSet
 from engines.graph_modes import GraphChoice
-from engines.store import EngineSet
 from export.fused_spec import FORCE_DROP, FORCE_KEEP, fused_spec
 
 

@@ -23,11 +23,11 @@ from bdtool.runtime.masks import read_masks
 from bdtool.runtime.paths import PathOptions, PathStats, PathStrategy
 from bdtool.runtime.recommendation import AUTO, read_recommendation
 from bdtool.runtime.requests import PolicyLike, PolicyReader
-from bdtool.runtime.result import RunResult
+from bdtool.runtime.result import RunResult, joined
 from bdtool.runtime.strategies import Strategy, WrapCall
 from bdtool.specs import NetworkSpec, PartSpec
 from engines.base import Backend, ContextBackend, Engine
-from engines.device_array import DeviceArray, DeviceArrayBackend, Images, Logits
+from engines.device_array import DeviceArray, DeviceArrayBackend, Images
 from engines.device_timer import DeviceTimer, timer_of
 from engines.graph_modes import AUTO as AUTO_GRAPH
 from engines.graph_modes import GraphChoice, GraphPlan, chosen
@@ -160,7 +160,7 @@ class Orchestrator:
             library,
             loaded.engines,
             strategy=strategy,
-            max_batch=loaded.max_batch or opened.manifest.max_batch,
+            max_batch=loader.max_batch,
             paths=paths,
             graphs=graphs,
             prepared=loader.load_prepared,
@@ -233,7 +233,8 @@ class Orchestrator:
         """Return the policy network's P(keep), float32 [N, K], without running anything else.
 
         Raises:
-            DataError: the images have another shape or type.
+            TypeError: the images are no array on the host.
+            DataError: they have another shape or type.
             PolicyError: the bundle has no policy network.
             EngineError: its engine fails, or gives what is not finite.
         """
@@ -246,7 +247,8 @@ class Orchestrator:
             if part.name not in self._engines:
                 name = self.strategy_name
                 raise PolicyError(f"strategy {name!r} loads no policy network; open the bundle with 'chain'")
-            starts = range(0, max(len(images), 1), self.max_batch)
+            self._intake.check(images)
+            starts = range(0, len(images), self.max_batch)
             pieces = [self._probability(part, images[start : start + self.max_batch]) for start in starts]
         return finite_probabilities(np.concatenate(pieces))
 
@@ -312,6 +314,8 @@ class Orchestrator:
 
     def close(self) -> None:
         """Let go of engines and buffers, and stop what runs in the background; after what runs in other threads."""
+        if self._is_inherited:
+            return  # they are the parent's, and so are the threads that may hold the lock
         with self._lock:
             for strategy in (self._strategy, self._prepared_strategy):
                 if strategy is not None:
@@ -338,21 +342,14 @@ class Orchestrator:
             piece = slice(start, start + at_once)
             bits = None if keep is None else keep[piece]
             results.append(self._run_slice(images[piece], self._controller(bits, run_policy), first=start))
-        return RunResult(
-            logits=self._joined([result.logits for result in results]),
-            policy=np.concatenate([result.policy for result in results]),
-            hits=None if results[0].hits is None else np.concatenate([r.hits for r in results if r.hits is not None]),
-        )
+        if isinstance(images, np.ndarray):
+            return joined(results)
+        return joined(results, concatenate=cast(DeviceArrayBackend, self._backend).concatenate)
 
     def _at_once(self, images: Images) -> int:
         """Return how many of these images one call of the strategy takes."""
         limit = self._require_open().max_device_images
         return self.max_batch if limit is None or isinstance(images, np.ndarray) else min(limit, self.max_batch)
-
-    def _joined(self, logits: list[Any]) -> Logits:
-        if isinstance(logits[0], np.ndarray):
-            return np.concatenate(logits)
-        return cast(DeviceArrayBackend, self._backend).concatenate(logits)
 
     def _controller(self, keep: np.ndarray | None, run_policy: bool) -> Controller:
         return MaskController(keep, threshold=self.network.threshold, run_policy=run_policy)
@@ -375,10 +372,15 @@ class Orchestrator:
             raise ValueError(_CLOSED)
         return self._library
 
+    @property
+    def _is_inherited(self) -> bool:
+        """Whether this process is a fork of the one that opened the bundle, and cannot use it."""
+        return self._process is not None and self._process != os.getpid()
+
     def _require_open(self) -> Strategy:
         if self._strategy is None:
             raise ValueError(_CLOSED)
-        if self._process is not None and self._process != os.getpid():
+        if self._is_inherited:
             raise EngineError(
                 "this orchestrator was opened before the process forked, and what its engines run on stayed behind. "
                 "Open the bundle in each process after it forked, or with threads=1 on the CPU, but for strategy 'path'"

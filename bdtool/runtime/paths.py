@@ -27,8 +27,8 @@ from bdtool.runtime.strategies import ChainStrategy, Lane, Strategy, WrapCall, t
 from bdtool.specs import NetworkSpec, PartSpec
 from engines.base import Backend, Call, Engine, JoinedEngine
 from engines.device_array import DeviceArray, Images, Logits
+from engines.engine_set import EngineSet
 from engines.graph_modes import GraphChoice
-from engines.store import EngineSet
 
 logger = logging.getLogger(__name__)
 

@@ -42,7 +42,7 @@ class Preprocessor:
             DataError: no images, or another dtype, layout or size.
             ValueError: `out` does not fit.
         """
-        is_pixels = self._are_pixels(images)
+        is_pixels = self.are_pixels(images)
         if out is not None:
             self._check_out(out, n_images=len(images))
         return self._normalize(images, out) if is_pixels else _passed_through(images, out)
@@ -53,7 +53,7 @@ class Preprocessor:
         Raises:
             DataError: as for a call.
         """
-        self._are_pixels(images)
+        self.are_pixels(images)
         return np.ascontiguousarray(images)
 
     def check_on_device(self, shape: tuple[int, ...], dtype: np.dtype[Any], *, pixels: bool) -> None:
@@ -68,10 +68,10 @@ class Preprocessor:
                 "Bring them into one of these forms there, or pass a numpy array"
             )
 
-    def _are_pixels(self, images: np.ndarray) -> bool:
+    def are_pixels(self, images: np.ndarray) -> bool:
         """Return whether a batch is pixels, and not preprocessed; refuse one that is neither."""
         if not isinstance(images, np.ndarray):
-            raise TypeError(f"images must be a numpy array; got {type(images).__name__}")
+            raise TypeError(f"images must be a numpy array; got {type(images).__name__}. Pass np.asarray(images)")
         is_pixels = images.dtype == np.uint8 and images.shape[1:] == self._nhwc_tail
         if not is_pixels and (images.dtype != np.float32 or images.shape[1:] != self._nchw_tail):
             raise DataError(self._refusal(images))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from engines.device_array import DeviceArray
+from engines.device_array import DeviceArray, Logits
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)  # arrays have no one truth value
@@ -38,9 +38,13 @@ class RunResult:
         return classes
 
 
-def joined(results: Sequence[RunResult]) -> RunResult:
-    """Return the logits, on the host, and keep bits of several batches as those of one."""
+def joined(
+    results: Sequence[RunResult], *, concatenate: Callable[[Sequence[Any]], Logits] = np.concatenate
+) -> RunResult:
+    """Return the results of several batches as that of one; `concatenate` joins their logits."""
+    hits = [result.hits for result in results if result.hits is not None]
     return RunResult(
-        logits=np.concatenate([result.logits for result in results]),
+        logits=concatenate([result.logits for result in results]),
         policy=np.concatenate([result.policy for result in results]),
+        hits=np.concatenate(hits) if hits else None,
     )

@@ -10,8 +10,8 @@ from bdtool.profiling.instrumented import run_instrumented
 from bdtool.profiling.workload import Workload
 from bdtool.runtime.orchestrator import Orchestrator
 from bdtool.runtime.paths import PathOptions
+from engines.engine_set import EngineSet
 from engines.fake import FakeBackend
-from engines.store import EngineSet
 from export.bundle import Bundle
 
 KEEP = np.array([[True, False, True], [True, True, False]])

@@ -8,8 +8,8 @@ import pytest
 
 from bdtool.runtime.orchestrator import Orchestrator
 from bdtool.specs import NetworkSpec, PartSpec, Preprocessing, TensorSpec
+from engines.engine_set import EngineSet
 from engines.fake import FakeBackend, fake_value
-from engines.store import EngineSet
 
 N_STAGES, BLOCKS_PER_STAGE = 3, 2
 CHANGES = (2, 4)  # blocks that change the shape, so that dropping them runs a shortcut

@@ -311,7 +311,7 @@ CUDA_13 = {"cuda-bindings": "13.5.0", "nvidia-cuda-nvrtc": "13.2.86"}
 def test_older_driver_falls_back_and_says_why(driver, monkeypatch, tiny, preprocessed, cuda, packages, modes, reason):
     old = Driver(cuda, (Gpu("A", (8, 0)),))
     monkeypatch.setattr("engines.registry.driver_from_libcuda", lambda: old)
-    monkeypatch.setattr("engines.registry._version_of", packages.get)
+    monkeypatch.setattr("engines.registry.installed_version", packages.get)
     with _open(tiny.bundle, paths=SOME) as runtime:
         assert runtime.graph_choice.mode == modes[0]
         assert reason in runtime.graph_choice.reason

@@ -34,3 +34,14 @@ def test_prepared_images_equal_the_preprocessor_and_share_memory(fake):
 def test_what_is_no_array_is_refused(fake, images):
     with pytest.raises(TypeError, match=r"images must be a numpy array, or one on a GPU; got .*Pass np.asarray"):
         fake().runtime.run(images)
+
+
+def test_decide_checks_a_batch_before_it_is_cut(fake, images_of):
+    runtime = fake(max_batch=2).runtime
+    for images in (images_of([1]).tolist(), None):
+        with pytest.raises(TypeError, match=r"images must be a numpy array; got .*Pass np.asarray"):
+            runtime.decide(images)
+    with pytest.raises(
+        DataError, match=r"got float32 \[3, 4, 4\], .*One image needs a batch axis: pass images\[None\]"
+    ):
+        runtime.decide(images_of([1])[0])

@@ -131,6 +131,7 @@ def test_fork_is_told_to_open_the_bundle_itself(tiny, backend, strategy):
         with runtime._lock:  # as if another thread were running an image
             for use in (runtime.run, runtime.decide):
                 assert "Open the bundle in each process" in _in_a_fork(lambda use=use: use(_pixels(2)))
+            assert _in_a_fork(runtime.close) == "None"
         np.testing.assert_array_equal(runtime.run(_pixels(2)).classes, expected)
 
 
