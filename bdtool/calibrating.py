@@ -17,7 +17,7 @@ from bdtool.candidate_trial import Trial
 from bdtool.data.batches import ImageSource
 from bdtool.errors import BundleError, CalibrationError, PolicyError, UsageError
 from bdtool.gates import Gates, Reference
-from bdtool.runtime.policies import PolicyRequest, parse_policy
+from bdtool.runtime.policies import PolicyRequest, parse_policy_for
 from bdtool.runtime.read_only import is_read_only
 from bdtool.specs import PartSpec
 from bdtool.version import version
@@ -138,7 +138,7 @@ def calibrate(
             "asked for. Leave it out"
         )
     network = bundle.network
-    policy = parse_policy(request.policy, n_blocks=network.n_blocks, has_policy_network=network.has_policy)
+    policy = parse_policy_for(network, request.policy)
     if policy.n_rows is not None:
         raise PolicyError(
             f"policy {policy.name}: has a row for each of {policy.n_rows} images, but calibration draws images and is "

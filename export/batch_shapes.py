@@ -32,13 +32,19 @@ def _drop_unread(graph: onnx.GraphProto) -> None:
     """Remove nodes whose outputs nothing reads, and the constants that only they read."""
     outputs = {info.name for info in graph.output}
     while True:
-        read = outputs.union(*(node.input for node in graph.node))
+        read = outputs.union(*map(_reads, graph.node))
         unread = [node for node in graph.node if read.isdisjoint(node.output)]
         if not unread:
             return
-        theirs = {name for node in unread for name in node.input}
+        theirs = set().union(*map(_reads, unread))
         for node in unread:
             graph.node.remove(node)
-        read = outputs.union(*(node.input for node in graph.node))
+        read = outputs.union(*map(_reads, graph.node))
         for weight in [weight for weight in graph.initializer if weight.name in theirs - read]:
             graph.initializer.remove(weight)
+
+
+def _reads(node: onnx.NodeProto) -> set[str]:
+    """Return what a node reads, inside its subgraphs too."""
+    inside = (other for attribute in node.attribute if attribute.HasField("g") for other in attribute.g.node)
+    return set(node.input).union(*map(_reads, inside))

@@ -200,20 +200,20 @@ def _note_masks(bundle: Bundle, store: EngineStore, device: str, options: _MaskO
     from bdtool.frequent_masks import frequent_masks
     from bdtool.runtime.masks import choose_masks, write_masks
     from bdtool.runtime.place import Place
-    from bdtool.runtime.policies import parse_policy
+    from bdtool.runtime.policies import parse_policy_for
     from engines.registry import DEFAULT_DEVICE
     from engines.trt_options import TENSORRT_RTX
     from export.manifest import EXPORTED
 
     network = bundle.network
     source = open_data(options.data or "", network=network, resize=options.resize).drawn(options.limit)
-    request = parse_policy(options.policy, n_blocks=network.n_blocks, has_policy_network=network.has_policy)
+    request = parse_policy_for(network, options.policy)
     place = Place(backend=store.identity.name, device=device, precision=store.precision)
     if store.identity.name == TENSORRT_RTX and device == DEFAULT_DEVICE:
         # its engines run on a GPU alone; those of the CPU decide alike
         precision = store.precision if store.precision in ("int8", "mixed") else EXPORTED
         place = Place(precision=precision)
-        click.echo(f"counting masks with {place.backend} on the CPU", err=True)
+        click.echo(f"counting masks with {place.backend} on the CPU, whose engines stay in the bundle", err=True)
     with (
         place.open(bundle) as runtime,
         progress("counting masks", source.n_images) as advance,

@@ -57,6 +57,20 @@ def test_shape_that_is_not_known_stays_reckoned():
     assert [node.op_type for node in model.graph.node] == ["Shape", "ReduceMean", "Concat", "Reshape"]
 
 
+def test_what_subgraphs_read_stays():
+    model = _head()
+    model.graph.initializer.append(numpy_helper.from_array(np.ones(3, np.float32), "ones"))
+    model.graph.initializer.append(numpy_helper.from_array(np.array(True), "always"))
+    added = helper.make_tensor_value_info("z", TensorProto.FLOAT, ["batch", 3])
+    branch = helper.make_graph([helper.make_node("Add", ["y", "ones"], ["z"])], "branch", [], [added])
+    model.graph.node.append(helper.make_node("If", ["always"], ["out"], then_branch=branch, else_branch=branch))
+    model.graph.output[0].name = "out"
+    fold_batch_shapes(model)
+    x = np.full((2, 3, 2, 2), 5, np.float32)
+    [out] = OnnxReference(model.SerializeToString()).run({"x": x}).values()
+    np.testing.assert_array_equal(out, np.full((2, 3), 6))
+
+
 def test_no_part_reckons_with_shapes(tiny):
     bundle = Bundle.open(tiny.bundle)
     for part in bundle.network.parts:

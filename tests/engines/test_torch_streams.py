@@ -1,0 +1,134 @@
+"""Who waits for whom on a GPU with backend `torch`: PyTorch's streams are stood in for."""
+
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from engines import torchrt
+from engines.cuda_device import CudaDevice
+from engines.device_timer import CopyWatch
+from engines.torch_graph import TorchCapturer
+from engines.torchrt import TorchBackend
+from tests.fake_driver import FakeDriver
+
+
+def test_events_are_put_on_the_current_stream_of_their_gpu(monkeypatch):
+    """PyTorch's own take the current GPU's, which need not be the backend's."""
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: SimpleNamespace(record=recorded.append))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    recorded = []
+    torchrt._TimingEvent(torch.device("cuda:1")).record()
+    assert recorded == ["stream of cuda:1"]
+
+
+@pytest.mark.parametrize(("stream", "waited_for"), [(0, "default"), (1, "default"), (2, "all"), (77, 77)])
+def test_memory_that_was_read_is_not_given_to_others_before(monkeypatch, stream, waited_for):
+    waits = []
+
+    def other(name):
+        return SimpleNamespace(wait_stream=lambda current: waits.append((name, current)))
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "current")
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: other("default"))
+    monkeypatch.setattr(torch.cuda, "ExternalStream", lambda stream, device: other(stream))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: waits.append(("all", "current")))
+    torchrt._hold_back(stream, torch.device("cuda:0"))
+    assert waits == [(waited_for, "current")]
+
+
+@pytest.mark.parametrize(("stream", "waited_for"), [(0, "default"), (1, "default"), (2, "all"), (77, 77)])
+def test_current_stream_waits_for_the_one_that_makes_an_array(monkeypatch, stream, waited_for):
+    """PyTorch does not take the driver's numbers of the default streams, which `__cuda_array_interface__` gives."""
+    waits = []
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(wait_stream=waits.append))
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: "default")
+    monkeypatch.setattr(torch.cuda, "ExternalStream", lambda stream, device: stream)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: waits.append("all"))
+    torchrt._wait_for(stream, torch.device("cuda:0"))
+    assert waits == [waited_for]
+
+
+def test_work_on_another_stream_waits_for_the_work_before(monkeypatch):
+    """Buffers are the same, and logits that stay on the device are not waited for."""
+    log, current = [], []
+
+    class Stream:
+        def __init__(self, name):
+            self.name = name
+
+        def wait_event(self, event):
+            log.append(f"{self.name} waits for {event.of}")
+
+    class Event:
+        def record(self, stream):
+            self.of = stream.name
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[-1])
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    backend, first, second = TorchBackend(device="cuda:0"), Stream("first"), Stream("second")
+    for stream in (first, first, second, second, first):
+        current.append(stream)
+        with backend.current():
+            log.append(stream.name)
+    before, behind = "second waits for first", "first waits for second"
+    assert log == ["first", "first", before, "second", "second", behind, "first"]
+
+
+@pytest.mark.parametrize(("number", "expected"), [(0, []), (77, ["memory waits", "default waits for current"])])
+def test_default_stream_waits_for_what_is_handed_out(monkeypatch, number, expected):
+    """Others read there without asking; on the default stream itself there is nothing to wait for."""
+    log = []
+    current = type("Stream", (), {"cuda_stream": number, "__str__": lambda self: "current"})()
+    default = SimpleNamespace(wait_stream=lambda other: log.append(f"default waits for {other}"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: default)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: log.append("memory waits"))
+    backend = TorchBackend()
+    logits = backend.allocate((2, 3), "float32").copy_out()
+    assert sorted(log) == sorted(expected)
+    backend.concatenate([logits, logits])
+    assert sorted(log) == sorted(2 * expected)
+
+
+def test_calls_before_a_capture_wait_for_what_was_enqueued(monkeypatch):
+    """They run on a stream of their own, and what fills their buffers is on the current one."""
+    log, fake = [], lambda *arguments, **options: nullcontext()
+    stream = SimpleNamespace(wait_stream=lambda other: log.append(f"wait for {other}"))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda index: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"the current one of {device}")
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda keep_graph: SimpleNamespace(raw_cuda_graph=lambda: 0x1000))
+    for name in ("graph_pool_handle", "device", "stream", "synchronize", "graph"):
+        monkeypatch.setattr(torch.cuda, name, fake)
+    engine = SimpleNamespace(bind=lambda inputs, outputs: lambda: log.append("call"))
+    TorchCapturer(CudaDevice(FakeDriver(), 0)).capture(engine, {}, {}, beside=False)
+    assert log == ["wait for the current one of 0", *["call"] * 4]
+
+
+def test_staging_memory_is_filled_when_what_it_held_has_arrived(monkeypatch):
+    """A GPU reads page-locked memory after the call that enqueues the copy."""
+    log = []
+    event = SimpleNamespace(synchronize=lambda: log.append("arrived"), record=lambda stream: log.append("sent"))
+    stream = SimpleNamespace(synchronize=lambda: log.append("done"))
+    monkeypatch.setattr(torch.cuda, "Event", lambda: event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    empty_like = torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda tensor, device, pin_memory: empty_like(tensor, device=device))
+    tensor = torch.zeros(2, 3)
+    staging = torchrt._Staging(tensor)
+    for value in (1, 2):
+        staging.filled(np.full((2, 3), value, np.float32)).to_device()
+        assert tensor.unique().tolist() == [value]
+    assert log == ["sent", "arrived", "sent"]
+    buffer = torchrt._TorchBuffer(tensor, CopyWatch())
+    buffer._staging = staging
+    begun = buffer.begin_read()
+    assert log[3:] == []
+    buffer.read()
+    assert log[3:] == ["done"]
+    assert begun.tolist() == [[2] * 3] * 2
