@@ -14,7 +14,8 @@ from bdtool.cli.output import emit, mega, print_table
 from bdtool.words import percent
 
 _LABEL_WIDTH = 16
-_ORIGINS = {"start": "  from", "policy_trunk": "  policy trunk"}  # of an earlier MODEL in a provenance
+# of earlier MODELs in a provenance
+_ORIGINS = {"teacher": "  teacher", "start": "  from", "policy_trunk": "  policy trunk"}
 _N_SHOWN = 10  # of a long list
 
 

@@ -216,7 +216,7 @@ def curriculum_cmd(base: Path, trunk: Path | None, **given: Any) -> None:
     from bdtool.training.stages import curriculum
 
     options = _options_from(CurriculumOptions, given)
-    start, first_trunk, digests = _policy_start(base, trunk)
+    start, first_trunk, digests = _load_both(base, trunk)
     _run(given, start.spec, digests, lambda place: curriculum(start, options, place, trunk=first_trunk))
 
 
@@ -249,17 +249,17 @@ def imitate_cmd(base: Path, trunk: Path | None, **given: Any) -> None:
     from bdtool.training.stages import imitate
 
     options = _options_from(ImitateOptions, given)
-    start, first_trunk, digests = _policy_start(base, trunk)
+    start, first_trunk, digests = _load_both(base, trunk)
     _run(given, start.spec, digests, lambda place: imitate(start, options, place, trunk=first_trunk))
 
 
-def _policy_start(base: Path, trunk: Path | None) -> tuple[BlockDropModel, BlockDropModel | None, str]:
-    """Return the model and the trunk that a policy network starts from, and their digests."""
+def _load_both(start: Path, other: Path | None) -> tuple[BlockDropModel, BlockDropModel | None, str]:
+    """Return the model that a run starts from, a trunk or teacher where one was given, and their digests."""
     from bdtool.models.store import load_model
     from export.files import sha256_of_file
 
-    digests = " ".join(sha256_of_file(file) for file in (base, trunk) if file)
-    return load_model(base), load_model(trunk) if trunk else None, digests
+    digests = " ".join(sha256_of_file(file) for file in (start, other) if file)
+    return load_model(start), load_model(other) if other else None, digests
 
 
 @train_cmd.command("finetune")
@@ -278,9 +278,15 @@ def _policy_start(base: Path, trunk: Path | None) -> tuple[BlockDropModel, Block
         "blocks": "First shift the policy network to keep this many blocks on average; 0 leaves it.",
     },
 )
+@click.option(
+    "--teacher",
+    type=MODEL,
+    metavar="MODEL",
+    help="A better base, of any architecture, whose answers are learned besides the labels (knowledge distillation).",
+)
 @_run_options
 @_epoch_options
-def finetune_cmd(start: Path, **given: Any) -> None:
+def finetune_cmd(start: Path, teacher: Path | None, **given: Any) -> None:
     """Train base and policy network of MODEL together, or its base alone under a heuristic.
 
     \b
@@ -289,13 +295,11 @@ def finetune_cmd(start: Path, **given: Any) -> None:
       bdtool train finetune joint.safetensors --freeze-policy --blocks 7 --data cifar10:data -o model.safetensors
       bdtool train finetune base.safetensors --policy distribute:7 --data cifar10:data -o distribute7.safetensors
     """
-    from bdtool.models.store import load_model
     from bdtool.training.stages import finetune
-    from export.files import sha256_of_file
 
     options = _options_from(FinetuneOptions, given)
-    model = load_model(start)
-    _run(given, model.spec, sha256_of_file(start), lambda place: finetune(model, options, place))
+    model, taught_by, digests = _load_both(start, teacher)
+    _run(given, model.spec, digests, lambda place: finetune(model, options, place, teacher=taught_by))
 
 
 _Options = TypeVar("_Options", bound=StageOptions)

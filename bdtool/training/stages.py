@@ -54,6 +54,7 @@ from bdtool.training.pieces import run_pieces
 from bdtool.training.place import TrainingPlace
 from bdtool.training.progress_file import diverged
 from bdtool.training.tasks import CurriculumTask, FinetuneTask, Paths, PretrainTask, Task
+from bdtool.training.teacher import Teacher
 from bdtool.training.trainer import Epoch, Trainer
 from bdtool.training.trunk import start_from_trunk
 from bdtool.version import version
@@ -196,9 +197,8 @@ def _imitate(
         request=_request(model.spec, "imitate", options, place, data, amp=False),
         measure=lambda: _measure(model, options, place),
     )
-    finished = _finished(model, "imitate", options, data, place.val, figures)
     masks = {str(int(mask.sum())): bits_of(mask.numpy()) for mask in imitation.masks}
-    finished.spec = dataclasses.replace(finished.spec, provenance={**finished.spec.provenance, "masks": masks})
+    finished = _finished(model, "imitate", options, data, place.val, figures, {"masks": masks})
     if bad := non_finite_names(finished.state_dict()):
         raise diverged(f"NaN or infinite weights in {listing(bad)}", place.checkpoint)
     save_model(finished, place.output)
@@ -206,13 +206,19 @@ def _imitate(
     return Trained(model=finished, figures=figures, epochs=[])
 
 
-def finetune(start: BlockDropModel, options: FinetuneOptions, place: TrainingPlace) -> Trained:
+def finetune(
+    start: BlockDropModel, options: FinetuneOptions, place: TrainingPlace, *, teacher: BlockDropModel | None = None
+) -> Trained:
     """Train base and policy network of `start` together, or its base alone under the heuristic `options.policy`.
+
+    Args:
+        teacher: a base whose answers the base of `start` learns besides the labels: `bdtool.training.teacher`.
 
     Raises:
         PolicyError: the policy does not fit the model or the data, or is learned and `start` has no policy network; or
             it gives each training image its own bits, which `place.val` cannot be measured with.
-        UsageError: `freeze_policy` beside a heuristic.
+        UsageError: `freeze_policy` beside a heuristic; or `teacher` has a policy network, other classes, or takes
+            pictures of another size.
     """
     place = place.with_sample(options.limit)
     request = parse_policy(options.policy, n_blocks=start.n_blocks, has_policy_network=start.policy is not None)
@@ -224,12 +230,20 @@ def finetune(start: BlockDropModel, options: FinetuneOptions, place: TrainingPla
             f"({place.val.description}). Leave --val out, and measure by `bdtool evaluate` with rows for those images, "
             f"or give one row [{start.n_blocks}] for all"
         )
+    taught_by = None if teacher is None else Teacher(teacher, start.spec, device=place.group.device)
     with place.reserved():
         model = start if request.is_learned else without_policy(start)
         if options.blocks:
             shift_policy(model, place.train, options.blocks)
         paths = _fixed_paths(model, request, options, place)
-        return _train(model, "finetune", options, place, lambda m, amp: FinetuneTask(m, options, paths, amp=amp))
+        return _train(
+            model,
+            "finetune",
+            options,
+            place,
+            lambda m, amp: FinetuneTask(m, options, paths, teacher=taught_by, amp=amp),
+            origins={} if teacher is None else {"teacher": dict(teacher.spec.provenance)},
+        )
 
 
 def _fixed_paths(
@@ -283,7 +297,10 @@ def _train(
     options: TrainOptions,
     place: TrainingPlace,
     make_task: Callable[[BlockDropModel, bool], Task],
+    *,
+    origins: Mapping[str, Any] | None = None,
 ) -> Trained:
+    """Train, and write the MODEL; `origins` are the provenances of other MODELs that it learned from."""
     group = place.group
     place.check_resume()
     model.to(device=group.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -308,7 +325,7 @@ def _train(
         place.on_resume(trainer.where)
     epochs = trainer.run()
     figures = epochs[-1].validation  # of the model as it is: a run ends with an epoch
-    finished = _finished(model, stage, options, images.facts, place.val, figures)
+    finished = _finished(model, stage, options, images.facts, place.val, figures, origins or {})
     if group.is_first:
         save_model(finished, place.output)
         place.checkpoint.unlink(missing_ok=True)
@@ -379,6 +396,7 @@ def _finished(
     data: Mapping[str, str | int],
     val: ImageSource | None,
     figures: Mapping[str, float],
+    origins: Mapping[str, Any],
 ) -> BlockDropModel:
     """Return the model on the CPU, in NCHW, with its provenance: how it was made, from what, and how good it is."""
     provenance: dict[str, Any] = {
@@ -387,6 +405,7 @@ def _finished(
         "options": asdict(options),
         "seed": options.seed,
         "versions": {"bdtool": version(), "torch": torch.__version__, "python": platform.python_version()},
+        **origins,
     }
     if val is not None:
         provenance |= {"val": val.name, "figures": dict(figures)}

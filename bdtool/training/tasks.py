@@ -18,6 +18,7 @@ from bdtool.specs import DEFAULT_THRESHOLD
 from bdtool.training.options import CurriculumOptions, FinetuneOptions, PretrainOptions
 from bdtool.training.passes import frozen_copy, paired_logits
 from bdtool.training.policy_gradient import bound_probability, entropy, learned_blocks, policy_loss, reward
+from bdtool.training.teacher import Teacher, distillation_loss
 
 
 class Outcome(NamedTuple):
@@ -111,10 +112,16 @@ class CurriculumTask:
 
 
 class FinetuneTask:
-    """Base and policy network together, or the base alone along given paths."""
+    """Base and policy network together, or the base alone along given paths; the base learns from a teacher, too."""
 
     def __init__(
-        self, model: BlockDropModel, options: FinetuneOptions, paths: Paths | None = None, *, amp: bool
+        self,
+        model: BlockDropModel,
+        options: FinetuneOptions,
+        paths: Paths | None = None,
+        *,
+        teacher: Teacher | None = None,
+        amp: bool,
     ) -> None:
         self._options = options
         self._model = model
@@ -122,7 +129,7 @@ class FinetuneTask:
         self.n_uniforms = model.n_blocks if self._learns_policy else 0
         if model.policy is not None:
             model.policy.requires_grad_(self._learns_policy)
-        self._module = _Finetune(model, options, paths, amp=amp)
+        self._module = _Finetune(model, options, paths, teacher, amp=amp)
         self.module: nn.Module = self._module
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
@@ -209,12 +216,21 @@ class _Curriculum(nn.Module):
 
 
 class _Finetune(nn.Module):
-    def __init__(self, model: BlockDropModel, options: FinetuneOptions, paths: Paths | None, *, amp: bool) -> None:
+    def __init__(
+        self,
+        model: BlockDropModel,
+        options: FinetuneOptions,
+        paths: Paths | None,
+        teacher: Teacher | None,
+        *,
+        amp: bool,
+    ) -> None:
         super().__init__()
         self.base = model.base
         self.policy = model.policy
         self.step: Step | None = None
         self._paths = paths
+        self._teacher = teacher
         self._options = options
         self._amp = amp
 
@@ -233,15 +249,22 @@ class _Finetune(nn.Module):
         sampled_reward = reward(choice.sampled, correct, options.gamma)
         greedy_reward = reward(choice.greedy, self._greedy_correct(images, labels, choice.greedy), options.gamma)
         loss = policy_loss(choice.bounded, choice.sampled, sampled_reward - greedy_reward, learned)
-        loss = loss - options.entropy * entropy(choice.bounded, learned) + F.cross_entropy(logits, labels)
+        loss = loss - options.entropy * entropy(choice.bounded, learned) + self._base_loss(logits, images, labels)
         return Outcome(loss, correct.float(), choice.sampled.float().sum(dim=1), sampled_reward)
 
     def _along(self, keep: Tensor, images: Tensor, labels: Tensor) -> Outcome:
-        """Return the step of the base alone, by cross-entropy."""
+        """Return the step of the base alone."""
         logits = self._base_logits(images, keep)
         correct = logits.argmax(dim=1) == labels
-        loss = F.cross_entropy(logits, labels)
+        loss = self._base_loss(logits, images, labels)
         return Outcome(loss, correct.float(), keep.float().sum(dim=1), reward(keep, correct, self._options.gamma))
+
+    def _base_loss(self, logits: Tensor, images: Tensor, labels: Tensor) -> Tensor:
+        if self._teacher is None:
+            return F.cross_entropy(logits, labels)
+        with autocast(images.device, enabled=self._amp):
+            taught = self._teacher.logits(images)
+        return distillation_loss(logits, taught.float(), labels)
 
     def _base_logits(self, images: Tensor, keep: Tensor) -> Tensor:
         with autocast(images.device, enabled=self._amp):

@@ -202,6 +202,19 @@ def test_a_heuristic_trains_the_base_alone(
     assert not read_spec(model).has_policy
 
 
+def test_base_learns_from_a_teacher_and_says_so(
+    bdtool: Callable[..., Result], base: Path, npz: Path, tmp_path: Path
+) -> None:
+    taught, words = tmp_path / "taught.safetensors", ("--policy", "first:2", "--data", npz, *_QUICK)
+    bdtool("train", "finetune", base, "--teacher", base, *words, "-o", taught)
+    assert read_spec(taught).provenance["teacher"]["created_by"] == "bdtool train pretrain"
+    shown = bdtool("inspect", taught).stdout.splitlines()
+    assert sum(line.startswith("  teacher:") for line in shown) == 1
+    other = tmp_path / "other.safetensors"
+    bdtool("train", "finetune", base, *words, "-o", other)
+    assert not torch.equal(load_model(taught).base.head.linear.weight, load_model(other).base.head.linear.weight)
+
+
 def test_same_seed_gives_the_same_file(bdtool: Callable[..., Result], base: Path, npz: Path, tmp_path: Path) -> None:
     files = [tmp_path / f"{name}.safetensors" for name in "ab"]
     for path in files:
