@@ -12,7 +12,7 @@ Makes a ResNet-110 with a policy network and random weights, opens it with each 
     runs many images and compares the device memory in use before and after.
 
 Prints a table, and writes `benchmarks/results/gpu-<name>.json`. A backend that does not work here is named with the
-reason, and so is a measurement that fails: the others are made all the same.
+reason, and so is a measurement that fails: the others are made all the same, and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -97,6 +97,8 @@ def main() -> None:
                 print(f"{time.strftime('%H:%M:%S')} {name}: {what} done", file=sys.stderr)
     print_results(gpu, measured)
     print(f"\nwritten to {out}")
+    if failed := failures(measured):
+        sys.exit(f"{'; '.join(failed)}: see above")
 
 
 def measure_backend(
@@ -125,6 +127,14 @@ def measure_backend(
             yield what, step()
         except Exception as exc:
             yield f"{what}, error", _reason(exc)
+
+
+def failures(measured: dict[str, dict[str, Any]]) -> list[str]:
+    """Name the measurements that failed on backends that work, or say that no backend does."""
+    if all("error" in result for result in measured.values()):
+        return ["no backend works here"]
+    found = [(name, what) for name, result in measured.items() for what in result if what.endswith(", error")]
+    return [f"{name}: {what.removesuffix(', error')} failed" for name, what in found]
 
 
 def _reason(error: Exception) -> str:

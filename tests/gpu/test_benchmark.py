@@ -241,6 +241,14 @@ def test_engines_that_do_not_build_cost_their_precision_alone(bundle_copy, monke
     assert "tensorrt, fp32: an image" in text
 
 
+def test_only_measurements_that_fail_where_a_backend_works_are_failures():
+    missing = {"error": "not installed"}
+    assert gpu.failures({"torch": {"parity": {}, "graph, fp32": {}}, "tensorrt": missing}) == []
+    failed = {"parity": {}, "graph, fp32, error": "out of memory"}
+    assert gpu.failures({"torch": failed, "tensorrt": missing}) == ["torch: graph, fp32 failed"]
+    assert gpu.failures({"torch": missing}) == ["no backend works here"]
+
+
 def test_machine_without_a_gpu_is_told(monkeypatch):
     nothing = Driver(installed=False, error="no NVIDIA driver (libcuda not found)")
     monkeypatch.setattr("bdtool.profiling.environment.driver_from_libcuda", lambda: nothing)
