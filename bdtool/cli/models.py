@@ -10,7 +10,7 @@ import click
 from bdtool.cli.command import Command
 from bdtool.cli.options import CHECKPOINT, NEW_MODEL, NumberList, PathInText, json_option
 from bdtool.cli.output import emit, mega, print_table
-from bdtool.words import percent
+from bdtool.words import counted, percent
 
 _CIFAR10 = "cifar10"
 
@@ -133,7 +133,8 @@ def _print_shipped(shipped: list[dict[str, Any]]) -> None:
         figures = facts["figures"]
         blocks = f"{figures['blocks_mean']:.2f} ± {figures['blocks_std']:.2f}"
         accuracy = percent(figures["accuracy"], 2)
-        rows.append([facts["name"], facts["arch"], accuracy, blocks, mega(figures["flops_mean"]), facts["val"]])
+        images = f"{counted(figures['n_images'], 'image')} of {facts['val']}"
+        rows.append([facts["name"], facts["arch"], accuracy, blocks, mega(figures["flops_mean"]), images])
     columns = ["name", "arch", "accuracy", "blocks", "FLOPs", "measured on"]
     print_table(columns, rows, title="Shipped models: use the name wherever a command takes a MODEL")
 

@@ -130,6 +130,11 @@ def test_doctor_and_models_give_json(bdtool_json):
     assert {"name", "status", "remedy"} <= set(bdtool_json("doctor")["findings"][0])
 
 
+def test_figures_of_shipped_models_say_how_many_images_they_are_of(bdtool):
+    [row] = [line for line in bdtool("models").stdout.splitlines() if line.startswith("r32-cifar10")]
+    assert row.endswith("2000 images of val2k.npz")
+
+
 @pytest.mark.parametrize("to_file", [False, True])
 def test_json_has_null_where_a_number_is_not_finite(tmp_path, capsys, to_file):
     result = {"error": float("inf"), "rows": [(1.5, float("nan"))], "ok": False}
