@@ -30,9 +30,12 @@ def run_demo(output: Path) -> None:
     """Export, build, verify, classify, evaluate, profile and report on the shipped model, in directory `output`.
 
     Raises:
-        UsageError: `output` exists and was not made by the demo.
+        UsageError: `output` exists and was not made by the demo, or the extra `report` is not installed.
     """
+    from bdtool.report.page import require_extra
+
     start = time.perf_counter()
+    require_extra()
     _prepare(output)
     bundle, test = output / "bundle", output / "test.npz"
     pictures = _draw_pictures(output, test)

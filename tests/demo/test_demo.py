@@ -1,5 +1,6 @@
 """The demo runs the real commands on the shipped model."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -49,6 +50,14 @@ def test_a_step_that_fails_ends_the_demo(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(click.exceptions.Exit) as failure:
         tour._bdtool("verify")
     assert failure.value.exit_code == 1
+
+
+def test_demo_without_the_extra_of_its_report_does_not_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "plotly", None)
+    result = _demo(tmp_path / "out", status=2)
+    assert "the report needs plotly, which is not installed" in result.stderr
+    assert result.stdout == ""
+    assert not (tmp_path / "out").exists()
 
 
 def test_demo_leaves_other_directories_alone(tmp_path: Path) -> None:
