@@ -117,6 +117,16 @@ def flag_of(field_name: str) -> str:
     return _FLAGS.get(field_name, "--" + field_name.replace("_", "-"))
 
 
+def backends_with(field_name: str) -> tuple[str, ...]:
+    """Return the backends that an option other than its default is for; see `TensorRTOptions.check_for`."""
+    if field_name in _OF_PROVIDER:
+        return PROFILED
+    if field_name == "sms":
+        return (TENSORRT_RTX,)
+    only = ("version_compatible", "hardware_compatibility")
+    return (TENSORRT,) if field_name in only else (TENSORRT, TENSORRT_RTX)
+
+
 def target_name(sms: tuple[int, ...]) -> str:
     """Return for instance "sm86-sm89"; the order in which they were given does not matter."""
     return "-".join(f"sm{sm}" for sm in sorted(set(sms)))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from bdtool.errors import UsageError
-from engines.trt_options import PROFILED, TENSORRT, TENSORRT_RTX, TensorRTOptions, flag_of
+from engines.trt_options import PROFILED, TensorRTOptions, backends_with, flag_of
 
 if TYPE_CHECKING:
     from engines.store import EngineRecord
@@ -35,8 +35,10 @@ def tensorrt_options(command: _Command) -> _Command:
     batch = click.IntRange(min=1)
     options = [
         click.option("--sm", "sms", type=SmList(), metavar="N,...", help="tensorrt-rtx: architectures, as 86,89,120."),
-        click.option("--min-batch", type=batch, help="TensorRT's profile: smallest batch (trtexec --minShapes)."),
-        click.option("--opt-batch", type=batch, help="Batch to be fastest at (trtexec --optShapes)."),
+        click.option(
+            "--min-batch", type=batch, help="TensorRT's profile: smallest batch (trtexec --minShapes). Default: 1."
+        ),
+        click.option("--opt-batch", type=batch, help="Batch to be fastest at (trtexec --optShapes). Default: 1."),
         click.option(
             "--max-batch",
             type=batch,
@@ -77,9 +79,8 @@ def tensorrt_options_from(backend: str, given: dict[str, Any], *, default_max_ba
     chosen = {name: value for name, value in given.items() if value is not None}
     if backend not in PROFILED:
         if chosen:
-            raise UsageError(
-                f"{flag_of(next(iter(chosen)))} is for --backend {TENSORRT} or {TENSORRT_RTX}, not {backend}"
-            )
+            name = next(iter(chosen))
+            raise UsageError(f"{flag_of(name)} is for --backend {' or '.join(backends_with(name))}, not {backend}")
         return None
     options = TensorRTOptions(**{"max_batch": default_max_batch, **chosen})
     options.check_for(backend)
