@@ -45,7 +45,9 @@ if TYPE_CHECKING:
 @data_option(required=False)
 @policy_option
 @click.option(
-    "--limit", type=click.IntRange(min=1), help="With --paths or --coverage: count on N images, drawn with seed 0."
+    "--limit",
+    type=click.IntRange(min=1),
+    help="With --paths or --coverage: count on N images, drawn with seed 0. Default: all.",
 )
 @resize_option
 @tensorrt_options

@@ -9,7 +9,16 @@ import click
 from click.core import ParameterSource
 
 from bdtool.cli.command import Command
-from bdtool.cli.options import BUNDLE, DATA, FiniteRange, data_option, json_option, policy_option, resize_option
+from bdtool.cli.options import (
+    BUNDLE,
+    DATA,
+    FiniteRange,
+    data_option,
+    json_option,
+    policy_option,
+    resize_option,
+    threads_option,
+)
 from bdtool.cli.output import emit, print_table, progress, tell_when_stopped, warn
 from bdtool.words import counted, percent
 from export.manifest import CALIBRATED
@@ -75,7 +84,11 @@ if TYPE_CHECKING:
     metavar="DATA",
     help="Labelled images for the gates. Default: those of --data.",
 )
-@click.option("--eval-limit", type=click.IntRange(min=1), help="Only N images for the gates, drawn with seed 0.")
+@click.option(
+    "--eval-limit",
+    type=click.IntRange(min=1),
+    help="Only N images for the gates, drawn with seed 0. Default: all.",
+)
 @click.option(
     "--max-accuracy-drop",
     type=FiniteRange(min=0, max=100),
@@ -83,7 +96,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Percentage points of top-1 accuracy that may be lost; with more the bundle stays as it was.",
 )
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads of one engine call.")
+@threads_option
 @resize_option
 @json_option
 def calibrate_cmd(

@@ -79,7 +79,7 @@ def run_cmd(
 @click.argument("model_or_bundle", type=MODEL_OR_BUNDLE)
 @data_option(required=True)
 @policy_option
-@click.option("--limit", type=click.IntRange(min=1), help="Only N images, drawn with seed 0.")
+@click.option("--limit", type=click.IntRange(min=1), help="Only N images, drawn with seed 0. Default: all.")
 @click.option("--batch", type=click.IntRange(min=1), default=64, show_default=True, help="Images at a time.")
 @resize_option
 @place_options()
@@ -143,7 +143,13 @@ def evaluate_cmd(
 )
 @resize_option
 @place_options(graphs=True)
-@click.option("--html", "html_file", type=NEW_FILE, metavar="FILE", help="Also write the page of `bdtool report`.")
+@click.option(
+    "--html",
+    "html_file",
+    type=NEW_FILE,
+    metavar="FILE",
+    help="Also write the page of `bdtool report`, which needs the same extra.",
+)
 @json_option
 def profile_cmd(
     bundle: Path,

@@ -27,8 +27,13 @@ _CIFAR10 = "cifar10"
     help="Whose key names the checkpoint uses.",
 )
 @click.option("--classes", type=click.IntRange(min=1), help="Refuse a checkpoint with another number of classes.")
-@click.option("--mean", type=NumberList(3, low=0, high=1), metavar="R,G,B", help="Of the input, pixels being 0 to 1.")
-@click.option("--std", type=NumberList(3), metavar="R,G,B", help="Of the input, pixels being 0 to 1.")
+@click.option(
+    "--mean",
+    type=NumberList(3, low=0, high=1),
+    metavar="R,G,B",
+    help="Mean that inputs are normalized with, pixels being 0 to 1. Default: what the format's authors use.",
+)
+@click.option("--std", type=NumberList(3), metavar="R,G,B", help="Standard deviation, likewise.")
 @click.option(
     "--shortcut",
     type=click.Choice(["option-a", "average-pool", "projection"]),

@@ -280,6 +280,11 @@ def resize_option(command: _Command) -> _Command:
     return click.option("--resize", is_flag=True, help=help_text)(command)
 
 
+def threads_option(command: _Command) -> _Command:
+    help_text = "CPU threads of one engine call. Default: the processors that are there, at most 4."
+    return click.option("--threads", type=click.IntRange(min=1), help=help_text)(command)
+
+
 def place_options(*, graphs: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """--backend, --device, --threads, --precision and, with `graphs`, --cuda-graph; the command gets one `place`."""
     options = {
@@ -293,11 +298,7 @@ def place_options(*, graphs: bool = False) -> Callable[[Callable[..., Any]], Cal
         "device": click.option(
             "--device", default="cpu", show_default=True, metavar="cpu|cuda:N", help="Where engines run."
         ),
-        "threads": click.option(
-            "--threads",
-            type=click.IntRange(min=1),
-            help="CPU threads of one engine call. Default: the processors that are there, at most 4.",
-        ),
+        "threads": threads_option,
         "precision": click.option(
             "--precision", type=PRECISION, default="fp32", show_default=True, help="Which parts to use."
         ),

@@ -57,7 +57,8 @@ def report_cmd(
 ) -> None:
     """Measure a BUNDLE and write one self-contained page: latency, accuracy, and the policies with pictures.
 
-    The page loads nothing from the network. Without labels in the data the sections that need them are left out.
+    The page loads nothing from the network. Without labels in the data the sections that need them are left out. Needs
+    the extra `report` (pip install 'bdtool[report]').
 
     \b
     Example:

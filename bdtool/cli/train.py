@@ -96,7 +96,7 @@ def _epoch_options(command: _Command) -> _Command:
     return _with_options(
         command,
         _resume_options(save_every_s=120, also="after each epoch"),
-        click.option("--tensorboard", type=NEW_DIRECTORY, help="Write event files here."),
+        click.option("--tensorboard", type=NEW_DIRECTORY, help="Write event files here. Needs the extra `train`."),
     )
 
 
@@ -142,7 +142,8 @@ _SHARED_HELP = {
     "epochs": "Passes over the data; may be a fraction.",
     "batch": "Images a step, over all processes.",
     "lr": "Highest learning rate.",
-    "schedule": "How the learning rate runs.",
+    "schedule": "How the learning rate runs: one-cycle warms up and falls to almost 0, cosine falls to 0, step divides "
+    "by 10 at half and at three quarters of the run.",
     "seed": "Of every random draw.",
     "augment": "Crop and flip the images, or only flip them: policy networks learn best from what they will see.",
     "amp": "bfloat16; auto takes it where it is faster: CUDA, and CPUs with AMX.",
@@ -151,7 +152,7 @@ _SHARED_HELP = {
 _SGD_HELP = {"momentum": "Of SGD, Nesterov's.", "weight_decay": "Of SGD."}
 _POLICY_HELP = {
     "gamma": "Penalty of a wrong prediction (equation 3): higher keeps more blocks.",
-    "alpha": "Bound of the sampling probability.",
+    "alpha": "Keep bits are sampled with probabilities from 1 - ALPHA to ALPHA, which lies between 0.5 and 1.",
     "entropy": "Weight of an entropy bonus.",
 }
 
@@ -172,8 +173,13 @@ _TRUNK = click.option(
     type=click.IntRange(min=1),
     help="Number of classes. Default: of class folders or a named data set theirs, of a file 10 (CIFAR) or 1000.",
 )
-@click.option("--mean", type=NumberList(3, low=0, high=1), metavar="R,G,B", help="Of the input, pixels being 0 to 1.")
-@click.option("--std", type=NumberList(3), metavar="R,G,B", help="Of the input, pixels being 0 to 1.")
+@click.option(
+    "--mean",
+    type=NumberList(3, low=0, high=1),
+    metavar="R,G,B",
+    help="Mean that inputs are normalized with, pixels being 0 to 1. Default: CIFAR-10's or ImageNet's.",
+)
+@click.option("--std", type=NumberList(3), metavar="R,G,B", help="Standard deviation, likewise.")
 @_options_of(PretrainOptions, {**_SHARED_HELP, **_SGD_HELP, "compile": "Compile the network with torch.compile."})
 @_run_options
 @_epoch_options

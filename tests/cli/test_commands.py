@@ -31,6 +31,23 @@ def test_every_option_says_what_it_does(command):
     assert [option.name for option in options if not option.help] == []
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (
+            ("import",),
+            "Mean that inputs are normalized with, pixels being 0 to 1. Default: what the format's authors use",
+        ),
+        (("calibrate",), "CPU threads of one engine call. Default: the processors that are there, at most 4"),
+        (("build",), "smallest batch (trtexec --minShapes). Default: 1"),
+        (("evaluate",), "Only N images, drawn with seed 0. Default: all"),
+        (("train", "curriculum"), "from 1 - ALPHA to ALPHA, which lies between 0.5 and 1"),
+    ],
+)
+def test_help_says_what_an_option_is_without_being_given(bdtool, words, says):
+    assert says in " ".join(bdtool(*words, "--help").stdout.split())
+
+
 def test_help_of_the_program_lists_every_command(bdtool):
     text = bdtool("--help").stdout
     assert all(f"  {command} " in text for command in COMMANDS)
