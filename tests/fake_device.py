@@ -169,19 +169,25 @@ class FakeDevice:
         return self._done("cuMemFree")
 
     def cuMemsetD8Async(self, address, value, n_bytes, stream):
-        self.view(int(address), n_bytes)[:] = value
+        self.view(int(address), n_bytes, writes=True)[:] = value
         return self._done("cuMemsetD8Async")
 
-    def view(self, address, n_bytes):
-        """Return that piece of device memory; it must lie within one allocation."""
+    def view(self, address, n_bytes, *, writes=False):
+        """Return that piece of device memory, to read or to write; it must lie within one allocation."""
         for start, array in self.memory.items():
             if start <= address and address + n_bytes <= start + array.nbytes:
                 return array[address - start : address - start + n_bytes]
         raise AssertionError(f"{n_bytes} bytes at {address:#x} are not device memory")
 
+    def use(self, thing):
+        """Note that work which is enqueued uses a thing of the host, such as an execution context."""
+
+    def forget(self, thing):
+        """Note that such a thing is given back."""
+
     def cuMemcpyHtoDAsync(self, target, source, n_bytes, stream):
         self._require_host(source, n_bytes)
-        self.view(target, n_bytes)[:] = np.frombuffer(ctypes.string_at(source, n_bytes), np.uint8)
+        self.view(target, n_bytes, writes=True)[:] = np.frombuffer(ctypes.string_at(source, n_bytes), np.uint8)
         return self._copied("HtoD")
 
     def cuMemcpyDtoHAsync(self, target, source, n_bytes, stream):
@@ -190,7 +196,7 @@ class FakeDevice:
         return self._copied("DtoH")
 
     def cuMemcpyDtoDAsync(self, target, source, n_bytes, stream):
-        self.view(target, n_bytes)[:] = self.view(source, n_bytes)
+        self.view(target, n_bytes, writes=True)[:] = self.view(source, n_bytes)
         return self._copied("DtoD")
 
     def _require_host(self, address, n_bytes):

@@ -6,6 +6,7 @@ the real ones: what reaches the driver is read back from their memory, at the of
 """
 
 import ctypes
+from contextlib import nullcontext
 
 import numpy as np
 
@@ -53,7 +54,9 @@ class FakeDriver(FakeDevice):
     def enqueue(self, work, ms=1, stream=0x5):
         """Do what an engine does when it puts work on a stream; of one that is captured a graph gets it instead."""
         if self._is_captured(stream):
-            self._note(self._capturing[1], None, 0, ("work", work, ms))
+            graph = self._capturing[1]
+            last = [int(graph) + len(self.graphs[int(graph)])] if self.graphs[int(graph)] else []
+            self._note(graph, last, len(last), ("work", work, ms))
         else:
             self.time_ms += self.launch_ms
             self._work(work, ms)
@@ -170,9 +173,14 @@ class FakeDriver(FakeDevice):
             node = ready[-1 if self.last_first else 0]
             entry, after = left.pop(node)
             self.time_ms = max((done[other] for other in after), default=began)
-            self._run_node(entry)
+            with self._node(node, after):
+                self._run_node(entry)
             done[node] = self.time_ms
         self.time_ms = max(done.values(), default=began)
+
+    def _node(self, node, after):
+        """Return a `with` for the work of a node of the graph that runs, which waits for the nodes `after`."""
+        return nullcontext()
 
     def _run_node(self, entry):
         match entry:
@@ -187,7 +195,7 @@ class FakeDriver(FakeDevice):
             case ("branch", arguments):
                 self._branch(*arguments)
             case ("copy", target, source, n_bytes):
-                self.view(target, n_bytes)[:] = self.view(source, n_bytes)
+                self.view(target, n_bytes, writes=True)[:] = self.view(source, n_bytes)
             case ("switch", handle, bodies):
                 self.time_ms += self.conditional_ms
                 if self.values[handle] < len(bodies):
@@ -203,14 +211,14 @@ class FakeDriver(FakeDevice):
         p, shortcut = self.view(probability, 4 * n_blocks).view(np.float32), self.view(has_shortcut, n_blocks)
         forced = self.view(force, n_blocks) if force else None
         result = dispatch(p, shortcut, threshold=threshold, force=forced, blocks_per_switch=blocks_per_switch)
-        self.view(kept, n_blocks)[:] = result.kept
+        self.view(kept, n_blocks, writes=True)[:] = result.kept
         self.values |= dict(zip(switches, result.switches, strict=False))
 
     def _branch(self, probability, has_shortcut, force, n_blocks, threshold, kept, keeps, drops):
         p, shortcut = self.view(probability, 4 * n_blocks).view(np.float32), self.view(has_shortcut, n_blocks)
         forced = self.view(force, n_blocks) if force else None
         result = branches(p, shortcut, threshold=threshold, force=forced)
-        self.view(kept, n_blocks)[:] = result.kept
+        self.view(kept, n_blocks, writes=True)[:] = result.kept
         self.values |= dict(zip(keeps, result.keeps, strict=False))
         self.values |= {drops[k]: drop for k, drop in enumerate(result.drops) if drop is not None}
 
@@ -220,7 +228,7 @@ class FakeDriver(FakeDevice):
         table = [tuple(row) for row in words.view(np.uint64).reshape(-1, 2).tolist()]
         assert table == sorted(table)
         result = lookup(p, table, threshold=threshold, force=forced)
-        self.view(kept, n_blocks)[:] = result.kept
+        self.view(kept, n_blocks, writes=True)[:] = result.kept
         self.values[path] = result.path
 
     def cuModuleLoadData(self, image):

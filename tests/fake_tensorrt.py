@@ -8,6 +8,7 @@ import base64
 import enum
 import json
 import math
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -283,16 +284,21 @@ class IExecutionContext:
             self.engine.runtime.log.log(ILogger.ERROR, notes["failing"])
             return False
         shapes, addresses = dict(self.shapes), dict(self.addresses)
-        self.driver.enqueue(lambda: self._compute(shapes, addresses), self.ms, stream)
+        this = weakref.proxy(self)  # a graph does not keep alive what it was captured from
+        self.driver.enqueue(lambda: this._compute(shapes, addresses), self.ms, stream)
         return True
 
+    def __del__(self):
+        self.driver.forget(self)
+
     def _compute(self, shapes, addresses):
-        self.driver.view(*self.scratch)[:] = 0xCD  # an engine may leave anything there
+        self.driver.use(self)
+        self.driver.view(*self.scratch, writes=True)[:] = 0xCD  # an engine may leave anything there
         inputs, formats = self.engine.plan["inputs"], self.engine.plan["formats"]
         feeds = {name: self._read(addresses[name], shapes[name], name) for name in inputs}
         for name, values in self.engine.reference.run(feeds).items():
             values = values.transpose(0, 2, 3, 1) if formats[name] in CHANNELS_LAST else values
-            self.driver.view(addresses[name], values.nbytes)[:] = np.frombuffer(values.tobytes(), np.uint8)
+            self.driver.view(addresses[name], values.nbytes, writes=True)[:] = np.frombuffer(values.tobytes(), np.uint8)
 
     def _read(self, address, shape, name):
         dtype = NUMPY_TYPES[self.engine.plan["types"][name]]
@@ -329,9 +335,9 @@ class FakeRtx(FakeTensorRT):
     BuilderFlag = SimpleNamespace(**vars(FakeTensorRT.BuilderFlag), REQUIRE_USER_ALLOCATION="REQUIRE_USER_ALLOCATION")
 
 
-def install_gpu(monkeypatch, cache_dir, *, rtx=False, sm=90):
+def install_gpu(monkeypatch, cache_dir, *, rtx=False, sm=90, driver=None):
     """Make this machine one with a GPU and a TensorRT, both stand-ins; return the driver, whose memory they work on."""
-    driver = FakeDriver()
+    driver = driver or FakeDriver()
     module = FakeRtx if rtx else FakeTensorRT
     found = Driver((13, 0), (Gpu("NVIDIA H200", (sm // 10, sm % 10)),))
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache_dir))
