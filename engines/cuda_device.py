@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import threading
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import cached_property
 from importlib.metadata import version
 from math import prod
@@ -46,16 +47,34 @@ def _in_context(cu: Any, context: Any, give_back: Callable[..., object], *what: 
         cu.cuCtxPopCurrent()
 
 
-@contextmanager
-def nothing_collected() -> Iterator[None]:
+class _NothingCollected:
+    """A `with` in which no cycles are collected, in whichever of the threads that are within it at once."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._n_within = 0
+        self._was_enabled = False
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._n_within == 0:
+                self._was_enabled = gc.isenabled()
+                gc.disable()
+            self._n_within += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._n_within -= 1
+            if self._n_within == 0 and self._was_enabled:
+                gc.enable()
+
+
+_NOTHING_COLLECTED = _NothingCollected()  # collecting is a matter of the process
+
+
+def nothing_collected() -> AbstractContextManager[None]:
     """Within it no cycles are collected: giving their memory back waits for the stream, which ends a capture."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
+    return _NOTHING_COLLECTED
 
 
 class _Current:

@@ -107,3 +107,24 @@ def test_cycles_are_not_collected_while_work_is_captured(driver):
     assert gc.isenabled()
     gc.collect()
     assert driver.memory == {}
+
+
+def test_cycles_are_not_collected_while_any_thread_captures(driver):
+    """Bundles may be opened side by side, and what ends first must not let the other's capture be ended."""
+    begun, done, seen = threading.Event(), threading.Event(), []
+
+    def capture_longer():
+        begun.set()
+        assert done.wait(10)
+        seen.append(gc.isenabled())
+
+    def capture_first():
+        thread.start()
+        assert begun.wait(10)
+
+    thread = threading.Thread(target=lambda: CudaDevice(FakeDriver(), 0).capture(capture_longer))
+    CudaDevice(driver, 0).capture(capture_first)
+    done.set()
+    thread.join()
+    assert seen == [False]
+    assert gc.isenabled()
