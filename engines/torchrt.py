@@ -6,9 +6,11 @@ plain arrays.
 
 from __future__ import annotations
 
+import os
+import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from weakref import WeakValueDictionary
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -31,6 +33,7 @@ from export.ort_threads import checked_threads
 
 # fp16 keeps 11 bits, and the reference sums its products in another order and precision
 _HALF_TOLERANCE = 5e-3
+_Owner = TypeVar("_Owner")
 
 
 class TorchBackend:
@@ -47,16 +50,16 @@ class TorchBackend:
         self.device = _usable_device(device)
         self.threads = checked_threads(threads)
         self._copies = CopyWatch()  # between host and device
-        self._functions: WeakValueDictionary[tuple[str, str], OnnxFunction] = WeakValueDictionary()
+        self._functions: weakref.WeakValueDictionary[tuple[str, str], OnnxFunction] = weakref.WeakValueDictionary()
         self._fuses = self.device.type == "cuda"  # cuDNN has kernels for it, the CPU has none
-        self._in_order = _InOrder(self.device) if self.device.type == "cuda" else nullcontext()
+        self._in_order = _InOrder(self.device) if self.device.type == "cuda" else None
         if self.device.type == "cpu":
             torch.set_num_threads(self.threads)
         else:  # fp32 means fp32: by default cuDNN rounds the operands of convolutions to TF32
             torch.backends.cudnn.allow_tf32 = False
 
     def current(self) -> AbstractContextManager[None]:
-        return self._in_order
+        return nullcontext() if self._in_order is None else self._in_order
 
     def activation_layout(self, network: NetworkSpec) -> str:
         return PLAIN_LAYOUT  # channels-last is how tensors lie in memory; their values are in NCHW order
@@ -97,7 +100,7 @@ class TorchBackend:
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
         tensor = torch.zeros(shape, dtype=getattr(torch, dtype), device=self.device)
-        return _TorchBuffer(tensor.contiguous(memory_format=_order(tensor)), self._copies)
+        return self._lasting(_TorchBuffer(tensor.contiguous(memory_format=_order(tensor)), self._copies))
 
     def check_device_array(self, values: DeviceArray) -> None:
         if self.device.type == "cpu":
@@ -137,8 +140,15 @@ class TorchBackend:
         key = _key(part, data)
         function = self._functions.get(key)
         if function is None:
-            function = self._functions[key] = OnnxFunction(part, data, self.device, fuse=self._fuses)
+            function = OnnxFunction(part, data, self.device, fuse=self._fuses)
+            self._functions[key] = self._lasting(function)
         return function
+
+    def _lasting(self, owner: _Owner) -> _Owner:
+        """Let the memory of an object last until no work uses it; return the object."""
+        if self._in_order is not None:
+            weakref.finalize(owner, self._in_order.wait).atexit = False
+        return owner
 
 
 class _InOrder:
@@ -146,10 +156,14 @@ class _InOrder:
 
     Buffers are the same whatever the stream, and who takes results on the device does not wait for them. It waits for
     an event, as its owner may have given the other stream back since.
+
+    Memory belongs to the stream on which it was allocated, and PyTorch gives it to that stream's next work as soon as
+    it is free: `wait` before that.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._process = os.getpid()
         self._stream: torch.cuda.Stream | None = None
         self._done: torch.cuda.Event | None = None
 
@@ -163,6 +177,11 @@ class _InOrder:
         if self._done is None:
             self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._done.record(self._stream)
+
+    def wait(self) -> None:
+        """Let the host wait for all work so far; not that of a fork, which has no part in the parent's."""
+        if self._done is not None and self._process == os.getpid():
+            self._done.synchronize()
 
 
 def _key(part: PartSpec, data: bytes) -> tuple[str, str]:
