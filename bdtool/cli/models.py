@@ -31,7 +31,7 @@ _CIFAR10 = "cifar10"
     "--mean",
     type=NumberList(3, low=0, high=1),
     metavar="R,G,B",
-    help="Mean that inputs are normalized with, pixels being 0 to 1. Default: what the format's authors use.",
+    help="Mean that inputs are normalised with, pixels being 0 to 1. Default: what the format's authors use.",
 )
 @click.option("--std", type=NumberList(3), metavar="R,G,B", help="Standard deviation, likewise.")
 @click.option(

@@ -177,7 +177,7 @@ _TRUNK = click.option(
     "--mean",
     type=NumberList(3, low=0, high=1),
     metavar="R,G,B",
-    help="Mean that inputs are normalized with, pixels being 0 to 1. Default: CIFAR-10's or ImageNet's.",
+    help="Mean that inputs are normalised with, pixels being 0 to 1. Default: CIFAR-10's or ImageNet's.",
 )
 @click.option("--std", type=NumberList(3), metavar="R,G,B", help="Standard deviation, likewise.")
 @_options_of(PretrainOptions, {**_SHARED_HELP, **_SGD_HELP, "compile": "Compile the network with torch.compile."})

@@ -36,7 +36,7 @@ def test_every_option_says_what_it_does(command):
     [
         (
             ("import",),
-            "Mean that inputs are normalized with, pixels being 0 to 1. Default: what the format's authors use",
+            "Mean that inputs are normalised with, pixels being 0 to 1. Default: what the format's authors use",
         ),
         (("calibrate",), "CPU threads of one engine call. Default: the processors that are there, at most 4"),
         (("build",), "smallest batch (trtexec --minShapes). Default: 1"),
