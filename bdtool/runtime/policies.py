@@ -135,8 +135,8 @@ def keep_matrix_from(policy: ArrayLike, n_images: int, n_blocks: int) -> np.ndar
 def _learned(*, has_policy_network: bool) -> PolicyRequest:
     if not has_policy_network:
         raise PolicyError(
-            f"policy 'learned': the model has no policy network. Use another POLICY, for instance all. "
-            f"POLICY is one of: {POLICY_FORMS}"
+            "policy 'learned': the model has no policy network. Train one (`bdtool train imitate` or `curriculum`), or "
+            f"use another POLICY, for instance all. POLICY is one of: {POLICY_FORMS}"
         )
     return PolicyRequest(name="learned", draw=None)
 

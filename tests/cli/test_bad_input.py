@@ -264,7 +264,7 @@ def test_policy_file_that_does_not_fit(bdtool, tiny, npz, tmp_path, bits, messag
 def test_learned_needs_a_policy_network(bdtool, export_random, picture):
     plain = export_random("resnet8", shortcut="average-pool", has_policy=False)
     message = bdtool("run", plain.bundle, picture, "--policy", "learned", status=2).stderr
-    assert "policy 'learned': the model has no policy network. Use another POLICY" in message
+    assert "policy 'learned': the model has no policy network. Train one (`bdtool train imitate`" in message
 
 
 # data sets

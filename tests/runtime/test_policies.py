@@ -39,7 +39,7 @@ def test_learned_has_no_fixed_matrix() -> None:
 
 
 def test_learned_without_policy_network_is_refused() -> None:
-    with pytest.raises(PolicyError, match=r"the model has no policy network\. Use another POLICY"):
+    with pytest.raises(PolicyError, match=r"the model has no policy network\. Train one"):
         parse("learned")
 
 
