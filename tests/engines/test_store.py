@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -47,11 +48,13 @@ def test_first_build_builds_everything_under_a_name_that_says_what_for(bundle_co
     assert store.directory == bundle_copy / "engines" / "fake-1-cpu-fp32"
 
 
-def test_second_build_finds_all_and_opens_no_backend(built):
+def test_second_build_finds_all_and_opens_no_backend(bundle_copy):
+    first = _store(bundle_copy).build(FakeBackend)
     seen = []
-    statuses = _store(built).build(_never, on_part=seen.append)
+    statuses = _store(bundle_copy).build(_never, on_part=seen.append)
     assert statuses == seen
     assert all(status.cached and status.seconds == 0 for status in statuses)
+    assert [status.record for status in statuses] == [status.record for status in first]
 
 
 def test_engines_of_another_recipe_are_built_again(bundle_copy, monkeypatch):
@@ -102,6 +105,28 @@ def test_other_backend_version_or_target_has_engines_of_its_own(built, change):
     identity = BackendIdentity(**{"name": "fake", "version": "1", "target": "cpu", "suffix": ".json", **change})
     assert len(_rebuilt(built, identity=identity)) == 9
     assert _rebuilt(built) == set()
+
+
+def test_engines_that_normalise_images_otherwise_are_built_again(bundle_copy):
+    identity = replace(FAKE, takes_pixels=True)
+    assert len(_rebuilt(bundle_copy, identity=identity)) == 9
+    manifest = bundle_copy / "manifest.json"
+    data = json.loads(manifest.read_text())
+    data["preprocessing"]["mean"] = [0.1, 0.2, 0.3]
+    manifest.write_text(json.dumps(data))
+    assert _rebuilt(bundle_copy, identity=identity) == {"policy", "stem", "full"}
+    assert _rebuilt(bundle_copy, identity=identity) == set()
+
+
+def test_layers_of_an_earlier_engine_are_not_kept(bundle_copy, monkeypatch):
+    real = FakeBackend.build
+    with monkeypatch.context() as patch:
+        patch.setattr(FakeBackend, "build", lambda *args, **words: replace(real(*args, **words), layers="{}"))
+        _store(bundle_copy).build(FakeBackend)
+    directory = _store(bundle_copy).directory
+    assert len(list(directory.glob("*.layers.json"))) == 9
+    _store(bundle_copy).build(FakeBackend, resume=False)
+    assert list(directory.glob("*.layers.json")) == []
 
 
 def test_record_cannot_point_at_another_file(built):
