@@ -74,6 +74,24 @@ def test_single_requests_give_no_variation():
     assert samples.to_json(samples, (90,))["coefficient_of_variation"] is None
 
 
+def test_typical_latency_is_the_mean_of_the_medians_of_equal_work():
+    # medians 5 of three requests and 10 of two
+    assert _samples([4, 5, 90, 9, 11], [1, 1, 1, 2, 2]).typical_ms == pytest.approx((3 * 5 + 2 * 10) / 5)
+
+
+def test_trimmed_mean_leaves_out_the_slowest_of_20_requests_of_equal_work():
+    # of 40 the two slowest, of 19 none
+    assert _samples([2] * 38 + [50, 60] + [4] * 18 + [23], [1] * 40 + [2] * 19).trimmed_mean_ms == pytest.approx(
+        (40 * 2 + 19 * 5) / 59
+    )
+
+
+def test_spread_is_between_the_quartiles_of_equal_work():
+    # quartiles 2 and 4 about 3, of five requests, and 17.5 and 32.5 about 25, of four; three requests have none
+    latency, blocks = [1, 2, 3, 4, 5, 10, 20, 30, 40, 1, 50, 99], [1] * 5 + [2] * 4 + [3] * 3
+    assert _samples(latency, blocks).spread == pytest.approx((5 * 2 + 4 * 15) / (5 * 3 + 4 * 25))
+
+
 def test_ratios_are_to_the_baseline():
     full = _samples([10, 10, 30], [6, 6, 6])
     data = _samples([4, 5, 16], [3, 3, 3]).to_json(full, (90,))
