@@ -61,3 +61,25 @@ def test_differences_are_counted_over_all_batches(tiny: Exported, images: ImageS
     assert gates.changed_classes == 0
     assert gates.logits_worst == pytest.approx(0.25, rel=1e-5)
     assert gates.logits_error == pytest.approx((90 * n_classes * 0.25**2 / squares) ** 0.5, rel=1e-4)
+
+
+def test_lost_accuracy_and_flipped_bits_are_counted_over_all_batches(tiny: Exported, images: ImageSource) -> None:
+    """The labels are what fp32 says; every second answer is then another class, and a third of the bits flips."""
+    with Orchestrator.open(tiny.bundle) as fp32, Orchestrator.open(tiny.bundle) as other:
+        run, decide = other.run, other.decide
+        labels = run(images.take(_N).images, policy="all").classes
+        reference = Reference(fp32, dataclasses.replace(images, labels=labels), parse_policy_for(fp32.network, "all"))
+
+        def wrong_on_even(batch: np.ndarray, policy: np.ndarray) -> object:
+            result = run(batch, policy=policy)
+            signs = np.where(np.arange(len(batch)) % 2 == 0, -1, 1)[:, None].astype(np.float32)
+            return dataclasses.replace(result, logits=signs * result.logits)
+
+        with (
+            patch.object(other, "run", side_effect=wrong_on_even),
+            patch.object(other, "decide", side_effect=lambda batch: decide(batch) ^ [False, True, False]),
+        ):
+            gates, strict = (measure_gates(reference, other, max_accuracy_drop=most) for most in (50, 49.9))
+    assert (gates.accuracy_fp32, gates.accuracy, gates.accuracy_drop) == (1, 0.5, 50)
+    assert (gates.changed_classes, gates.policy_flips) == (0.5, pytest.approx(1 / 3))
+    assert (gates.ok, strict.ok) == (True, False)
