@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from bdtool.data.sources import open_data
-from bdtool.errors import BackendError
+from bdtool.errors import BackendError, BundleError
 from bdtool.models.state import model_from_state
 from bdtool.models.store import save_model
 from bdtool.runtime import one_call, paths
@@ -276,3 +276,9 @@ def test_unusable_device_is_refused(tiny: Any, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
     with pytest.raises(BackendError, match="device 'cuda:0'"):
         _verify(tiny.bundle, Place(device="cuda:0"))
+
+
+def test_precision_that_only_the_backend_makes_is_refused(tiny: Any) -> None:
+    """It has no parts, no keep bits and no gates in the bundle to compare with."""
+    with pytest.raises(BundleError, match="has no fp16 parts"):
+        _verify(tiny.bundle, Place(backend="torch", precision="fp16"))
