@@ -84,7 +84,7 @@ def alternate(
     Args:
         max_rounds: stop after so many; None: never before the duration.
     """
-    per_round = max(1 if settings.batch == 1 else _MIN_ROUND_REQUESTS, round_images // settings.batch)
+    per_round = max(_MIN_ROUND_REQUESTS, round_images // settings.batch)
     for track in tracks.values():
         _warm_up(track, settings.warmup_ms, per_round)
     order, n_rounds = list(tracks), 0
