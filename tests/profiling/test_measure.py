@@ -108,6 +108,7 @@ def test_settling_requests_are_not_counted(recorded):
     samples, log, _ = recorded()
     assert len(samples["chain"].latency_ms) == len(samples["full"].latency_ms) == N_ROUNDS * measuring.ROUND_IMAGES
     assert len(log) == 2 * N_ROUNDS * (measuring.ROUND_IMAGES + SETTLING)
+    assert np.bincount(samples["chain"].rounds).tolist() == [measuring.ROUND_IMAGES] * N_ROUNDS
 
 
 def test_small_data_sets_start_again_from_the_first_image():
@@ -122,6 +123,15 @@ def test_requests_hold_every_image(n_images, batch, n_requests):
     assert len(requests) == n_requests
     assert all(len(images) == batch for images, _ in requests)
     assert {image for images, _ in requests for image in images[:, 0, 0, 0].tolist()} == set(range(n_images))
+
+
+def test_warm_up_goes_on_for_its_time(network, monkeypatch):
+    clock = itertools.count()  # each look at the clock is a millisecond later
+    monkeypatch.setattr(measuring.time, "perf_counter", lambda: next(clock) / 1000)
+    log = []
+    runtimes = {"full": _Recorder("full", network, log)}
+    measure(runtimes, Workload(images=_images(4), keep=None), replace(SHORT, warmup_ms=200))
+    assert len(log) - N_ROUNDS * (measuring.ROUND_IMAGES + SETTLING) == pytest.approx(200, abs=1)
 
 
 def test_measuring_goes_on_for_the_duration(network, monkeypatch):
