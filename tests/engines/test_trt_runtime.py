@@ -21,7 +21,7 @@ from engines.trt_options import TensorRTOptions
 from engines.trt_runtime import TensorRTRuntime
 from export.bundle import Bundle
 from tests.fake_driver import FakeDriver
-from tests.fake_tensorrt import FakeTensorRT, IExecutionContext, install_gpu
+from tests.fake_tensorrt import FakeTensorRT, ICudaEngine, IExecutionContext, install_gpu
 
 TENSORRT = {"backend": "tensorrt", "device": "cuda:0"}
 RTX = {"backend": "tensorrt-rtx", "device": "cuda:0"}
@@ -93,6 +93,13 @@ def test_contexts_and_scratch_are_shared(chain, driver, notes):
     pointed = notes["pointed"]
     runtime.run(image, policy="101")
     assert notes["pointed"] == pointed  # addresses stay where they were
+
+
+def test_scratch_grows_with_what_is_loaded_later(chain, driver, tiny, preprocessed, monkeypatch):
+    """A context must not be given less than its engine needs, which the stand-in asserts."""
+    monkeypatch.setattr(ICudaEngine, "device_memory_size_v2", 8192)
+    chain[0].run(preprocessed(tiny.model, 1), policy="101")
+    assert 8192 in {array.nbytes for array in driver.memory.values()}
 
 
 def test_memory_is_given_back(driver, bundle_copy, tiny, preprocessed):
