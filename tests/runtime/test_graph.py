@@ -25,7 +25,7 @@ from engines.torchrt import TorchBackend, TorchEngine
 from export.bundle import Bundle
 from export.check import OnnxReference
 from tests.fake_driver import FakeDriver
-from tests.fake_tensorrt import FakeTensorRT, install_gpu
+from tests.fake_tensorrt import FakeTensorRT, IExecutionContext, install_gpu
 
 TENSORRT = {"backend": "tensorrt", "device": "cuda:0", "strategy": "graph", "cuda_graph": "switch"}
 
@@ -139,6 +139,13 @@ def test_work_that_no_graph_may_hold_is_named(monkeypatch, tmp_path, tiny):
     monkeypatch.setattr(driver, "cuStreamEndCapture", with_allocation, raising=False)
     with pytest.raises(EngineError, match="stem: its captured work holds MEM_ALLOC nodes"):
         Orchestrator.open(tiny.bundle, **TENSORRT)
+
+
+def test_engine_that_the_library_does_not_let_capture_is_named(monkeypatch, tmp_path, tiny):
+    install_gpu(monkeypatch, tmp_path, rtx=True)
+    monkeypatch.setattr(IExecutionContext, "is_stream_capturable", lambda self, stream: False, raising=False)
+    with pytest.raises(EngineError, match=r"part 'policy'.* cannot be captured in a CUDA graph. Use --strategy chain"):
+        Orchestrator.open(tiny.bundle, **{**TENSORRT, "backend": "tensorrt-rtx"})
 
 
 # --- where it runs ----------------------------------------------------------------------------------------------------
