@@ -1,8 +1,8 @@
 """What is over before what, on a device whose work is only enqueued, and what races with what for want of it.
 
-Each access to memory is noted with how much of every stream's work is over by then for sure (a vector clock).
-Two accesses to the same bytes, one of them a write, of which neither is over before the other are a race, in whatever
-order they really ran.
+Each access to memory is noted with how much of every stream's work is over by then for sure (a vector clock, as Lamport
+has it). Two accesses to the same bytes, one of them a write, of which neither is over before the other are a race, in
+whatever order they really ran.
 
 What the host does with page-locked memory cannot be noted. So what a copy brings there arrives only when the host has
 waited for it, and what a copy takes from there must be as it was until then.

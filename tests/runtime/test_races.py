@@ -15,6 +15,7 @@ from bdtool.profiling.instrumented import run_instrumented
 from bdtool.profiling.workload import Workload
 from bdtool.runtime.paths import PathOptions
 from engines.device_array import LEGACY_STREAM, PER_THREAD_STREAM
+from engines.network_graphs import NetworkGraphs
 from tests.fake_tensorrt import FakeTensorRT, install_gpu
 from tests.race_detector import RaceDetector
 
@@ -88,10 +89,11 @@ def _open(bundle, name):
 def test_images_of_the_host(driver, tiny, pixels, preprocessed, torch_logits, name):
     images, ready = pixels(tiny.model, 5), preprocessed(tiny.model, 5)
     runtime, keep = _open(tiny.bundle, name)
-    expected = torch_logits(tiny.model, ready, keep)
+    expected, expected_of_reversed = (torch_logits(tiny.model, some, keep) for some in (ready, ready[::-1].copy()))
     with runtime:
-        for given in (images, images, ready):
-            np.testing.assert_allclose(runtime.run(given, policy=keep).logits, expected, atol=1e-4)
+        found = [runtime.run(given, policy=keep).logits for given in (images, images[::-1], ready)]
+        for logits, one in zip(found, (expected, expected_of_reversed, expected), strict=True):
+            np.testing.assert_allclose(logits, one, atol=1e-4)
         for i in range(5):
             bits = None if keep is None else keep[i]
             np.testing.assert_allclose(runtime.run(images[i : i + 1], policy=bits).logits[0], expected[i], atol=1e-4)
@@ -102,13 +104,22 @@ def test_images_of_the_host(driver, tiny, pixels, preprocessed, torch_logits, na
 
 
 @pytest.mark.parametrize("last_first", [False, True])
-def test_what_runs_beside_the_policy_network(driver, tiny, pixels, last_first):
+def test_what_runs_beside_the_policy_network(
+    driver, monkeypatch, export_random, preprocessed, torch_logits, last_first
+):
+    """Two blocks of one stage, which write both buffers of its shape; and several SWITCHes for other masks."""
     driver.last_first = last_first
-    runtime, keep = _open(tiny.bundle, "graph@policy-cache")
-    with runtime:
-        assert runtime.graph_choice.speculation.runs
-        runtime.run(pixels(tiny.model, 5), policy=keep)
-        runtime.run(pixels(tiny.model, 5))
+    monkeypatch.setitem(NetworkGraphs.__init__.__kwdefaults__, "blocks_per_switch", 2)
+    exported = export_random("resnet14")
+    keep = np.array([[1, 1, 0, 1, 0, 1], [1, 1, 1, 0, 0, 0], [0, 1, 1, 1, 1, 1], [1, 0, 0, 1, 1, 0]], dtype=bool)
+    paths, images = PathOptions(ahead=list(keep[:3]), shares=[0.5, 0.3, 0.1]), preprocessed(exported.model, 4)
+    options = {"strategy": "graph", "cuda_graph": "policy-cache", "paths": paths}
+    with Orchestrator.open(exported.bundle, **PLACE, **options) as runtime:
+        for bits in (keep, None):
+            result = runtime.run(images, policy=bits)
+            expected = torch_logits(exported.model, images, result.policy)
+            np.testing.assert_allclose(result.logits, expected, atol=1e-4)
+        assert len(runtime.graph_choice.speculation.runs) >= 2
 
 
 def test_modes_that_are_compared(driver, tiny, pixels):
