@@ -191,13 +191,13 @@ class FakeTorch:
         for address, (storage, stream, others, n_bytes) in list(self._storages.items()):
             if storage.expired():
                 del self._storages[address]
-                if stream is not None:
+                if stream is not None:  # else it is the caller's, who has it still
                     del self.driver.memory[address]
                     for other in others:
                         self.driver.wait(stream, other.cuda_stream)
                     with self.driver.on(stream):
                         self.driver.access(address, n_bytes, writes=True)
-                self.driver.drop(address, n_bytes)
+                    self.driver.drop(address, n_bytes)
 
     def note(self, func, arguments, result):
         """Note what an operation did, if that was on the GPU."""

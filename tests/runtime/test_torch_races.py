@@ -76,17 +76,18 @@ def test_logits_that_are_read_late(gpu, tiny, preprocessed, torch_logits, name):
     images = preprocessed(tiny.model, 3)
     with _on(gpu, HOME):
         runtime, keep = _opened(tiny, name)
-    late = []
+    expected, late = torch_logits(tiny.model, images, keep), []
     for stream in (HOME, FIRST, SECOND, 0):
         with _on(gpu, stream):
             late.append(GpuImages(gpu.driver, images).run(runtime, keep).logits)
+        np.testing.assert_allclose(_read(gpu.driver, late[-1]), expected, atol=1e-4)
     with _on(gpu, HOME):
         runtime.close()
         del runtime
         gc.collect()
         gpu.collect()
-    expected = torch_logits(tiny.model, images, keep)
     for logits in late:
-        np.testing.assert_allclose(_read(gpu.driver, logits), expected, atol=1e-4)
         np.testing.assert_allclose(_read(gpu.driver, logits, OTHER), expected, atol=1e-4)
     Stream(gpu, OTHER).synchronize()  # only the default stream's work may outlast the logits
+    for logits in late:
+        np.testing.assert_allclose(_read(gpu.driver, logits), expected, atol=1e-4)
