@@ -1,5 +1,6 @@
 """bdtool: deploy BlockDrop networks as one policy engine plus one engine per residual block."""
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -8,6 +9,10 @@ if TYPE_CHECKING:
     from bdtool.runtime.orchestrator import Orchestrator
     from bdtool.runtime.paths import PathOptions
     from bdtool.runtime.result import RunResult
+
+# Since 1.29 ONNX Runtime tells Microsoft of each process that imports it, keeps an identity of the machine in ~/.cache,
+# and its thread for that lets no fork of the process come to an end. It asks this variable as it is loaded.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 __all__ = ["BdtoolError", "Orchestrator", "PathOptions", "RunResult"]
 
