@@ -59,6 +59,11 @@ class EngineRecord:
     details: Mapping[str, Any] = field(default_factory=dict)  # what the backend says that it obtained
     loadable: bool = True
 
+    def __post_init__(self) -> None:
+        texts = all(isinstance(text, str) for text in (self.layout, self.file, self.sha256, self.settings))
+        if not texts or not isinstance(self.error, float | int | None) or not isinstance(self.details, Mapping):
+            raise TypeError(f"the record of part {self.part!r} has a field of another type")  # it may come from a file
+
 
 @dataclass(frozen=True, kw_only=True)
 class PartStatus:

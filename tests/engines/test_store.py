@@ -100,6 +100,14 @@ def test_engine_of_other_content_or_target_is_built_again(built, field):
     assert _rebuilt(built) == {"head"}
 
 
+@pytest.mark.parametrize("field", [{"layout": []}, {"sha256": None}, {"error": "small"}, {"details": "none"}], ids=str)
+def test_record_with_a_field_of_another_type_is_none(built, field):
+    record = built / "engines" / "fake-1-cpu-fp32" / "head.engine.json"
+    record.write_text(json.dumps({**json.loads(record.read_text()), **field}))
+    assert "head" not in _store(built).find(check_digests=False)
+    assert _rebuilt(built) == {"head"}
+
+
 @pytest.mark.parametrize("change", [{"version": "2"}, {"target": "cuda0"}, {"name": "other"}])
 def test_other_backend_version_or_target_has_engines_of_its_own(built, change):
     identity = BackendIdentity(**{"name": "fake", "version": "1", "target": "cpu", "suffix": ".json", **change})
