@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from torchvision import datasets
 
-from bdtool.data.sources import open_data
+from bdtool.data.sources import class_names, open_data
 from bdtool.errors import DataError, UsageError
 from tests.data.sets import NETWORK, UNNAMED, X, folders
 
@@ -22,6 +22,21 @@ def test_class_folders_are_matched_by_label(tmp_path: Path) -> None:
     np.testing.assert_array_equal(batch.labels, [1, 0, 2])
     np.testing.assert_array_equal(batch.images, X[:3])
     assert batch.names == ("ant/a.png", "cat/b.png", "dog/deep/c.PNG")
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (("dog/a.png", "cat/deep/b.png", ".hidden/c.png"), ("cat", "dog")),
+        (("cat/.a.png", "dog/.b.png"), None),
+        (("train/a.png", "test/b.png"), None),
+        (("a.png",), None),
+    ],
+)
+def test_only_folders_with_images_name_classes(
+    tmp_path: Path, names: tuple[str, ...], expected: tuple[str, ...] | None
+) -> None:
+    assert class_names(folders(tmp_path, *names)) == expected
 
 
 def test_linked_folders_are_followed_but_not_in_circles(tmp_path: Path) -> None:
@@ -87,6 +102,8 @@ def test_imagenets_ids_count_in_their_order_and_that_is_said(tmp_path: Path, cap
     assert said.endswith(
         "in order: n00000000 is class 0, n00000001 is class 1, n00000002 is class 2, n00000999 is class 999"
     )
+    with pytest.raises(DataError, match=r"no class folder .* has the name of a label of the model"):
+        open_data(str(tmp_path), network=NETWORK)  # which has three classes
 
 
 def test_numbers_of_all_classes_are_read_as_numbers_and_that_is_said(
