@@ -120,6 +120,7 @@ def test_batches_refuse_sizes_below_one(tmp_path: Path) -> None:
         ({"x": X.astype(np.float32)}, r"array 'x': got float32 \[5, 8, 8, 3\], expected uint8"),
         ({"x": X.transpose(0, 3, 1, 2)}, r"save x\.transpose\(0, 2, 3, 1\)"),
         ({"x": X[0]}, r"save x\[None\]"),
+        ({"x": X[0, 0, 0]}, r"array 'x': got uint8 \[3\], expected uint8"),
         ({"x": X[:0]}, "no images"),
         ({"x": X[:, :0]}, "array 'x'"),
         ({"x": X, "y": Y[:4]}, r"array 'y': got int64 \[4\], expected whole numbers \[5\]"),
