@@ -21,7 +21,7 @@ from engines.trt_options import TensorRTOptions
 from engines.trt_runtime import TensorRTRuntime
 from export.bundle import Bundle
 from tests.fake_driver import FakeDriver
-from tests.fake_tensorrt import FakeTensorRT, ICudaEngine, IExecutionContext, install_gpu
+from tests.fake_tensorrt import FakeTensorRT, ICudaEngine, IExecutionContext, ILogger, install_gpu
 
 TENSORRT = {"backend": "tensorrt", "device": "cuda:0"}
 RTX = {"backend": "tensorrt-rtx", "device": "cuda:0"}
@@ -100,6 +100,15 @@ def test_scratch_grows_with_what_is_loaded_later(chain, driver, tiny, preprocess
     monkeypatch.setattr(ICudaEngine, "device_memory_size_v2", 8192)
     chain[0].run(preprocessed(tiny.model, 1), policy="101")
     assert 8192 in {array.nbytes for array in driver.memory.values()}
+
+
+def test_context_that_the_library_does_not_make_is_quoted(driver, tiny, bundle_copy, pixels, monkeypatch):
+    def fail(self, allocation):
+        self.runtime.log.log(ILogger.ERROR, "out of memory")
+
+    monkeypatch.setattr(ICudaEngine, "create_execution_context", fail)
+    with pytest.raises(EngineError, match=r"part '\w+': tensorrt makes no execution context: out of memory"):
+        Orchestrator.open(bundle_copy, **TENSORRT).run(pixels(tiny.model, 1))
 
 
 def test_memory_is_given_back(driver, bundle_copy, tiny, preprocessed):
