@@ -98,6 +98,14 @@ def test_stand_in_has_no_name_that_the_real_classes_lack():
         assert wanted in getattr(real, names).__members__
 
 
+def test_activations_are_plain_where_one_stage_would_need_padding(notes, tiny_bundle, monkeypatch):
+    library = library_from_module("tensorrt", FakeTensorRT)
+    backend = TensorRTBackend(library, TensorRTOptions(), driver=H200, gpu=H200.gpus[0], open_device=pytest.fail)
+    assert backend.activation_layout(tiny_bundle.network) == CHANNELS_LAST
+    monkeypatch.setattr("engines.trt.CHANNEL_BLOCK", 32)  # the stages have 16, 32 and 64 channels
+    assert backend.activation_layout(tiny_bundle.network) == "NCHW"
+
+
 def test_network_is_strongly_typed_and_fp32_means_fp32(build, notes):
     built = build()
     assert notes["network_flags"] == 1 << FakeTensorRT.NetworkDefinitionCreationFlag.STRONGLY_TYPED
