@@ -222,6 +222,6 @@ def _sort_nodes(graph: onnx.GraphProto) -> None:
         assert ready, "the graph has a cycle"
         done += ready
         known |= {output for node in ready for output in node.output}
-        waiting = [node for node in waiting if not set(node.input) <= known or not set(node.output) <= known]
+        waiting = [node for node in waiting if not set(node.output) <= known]
     del graph.node[:]
     graph.node.extend(done)
