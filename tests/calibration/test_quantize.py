@@ -3,11 +3,12 @@
 import numpy as np
 import onnx
 import pytest
-from onnx import numpy_helper
+from onnx import helper, numpy_helper
 
+from bdtool.specs import BATCH_AXIS, PartSpec, TensorSpec
 from calibration.part_errors import CandidatePart, part_errors
 from calibration.paths import PathBatch, part_ranges
-from calibration.quantize import quantize_part
+from calibration.quantize import direct_operands, quantize_part, watched_tensors
 from export.check import OnnxReference
 from export.onnx_precision import OUTPUT_RANGE, input_scale, output_scale
 
@@ -49,6 +50,55 @@ def test_the_addition_reads_the_quantized_input_and_the_second_convolution_direc
     assert [node.op_type for node in producers] == ["DequantizeLinear", "Conv"]
     assert producers[0].input[0] == "x"
     assert [entry.key for entry in producers[1].metadata_props] == [OUTPUT_RANGE]
+
+
+def test_what_an_addition_reads_directly_is_not_cut_by_any_method(bundle, watched, collect):
+    part = watched["block_00"]
+    nodes = _nodes(bundle.part_path(part.part).read_bytes())
+    second = [node.output[0] for node in nodes if node.op_type == "Conv"][1]
+    cut, whole = (
+        part_ranges(bundle.network, part, collect(ALL, at_least=4), method=method, percentile=50)
+        for method in ("percentile", "min-max")
+    )
+    assert {name for name in cut if cut[name] == whole[name]} == {second}
+
+
+def _projected():
+    """Return a block whose shortcut is a convolution, as ImageNet's are, and its ranges on `images`."""
+    random = np.random.default_rng(0)
+    x, y = (TensorSpec(name=name, shape=(BATCH_AXIS, 8, 4, 4)) for name in "xy")
+    part = PartSpec(
+        name="block_00", kind="block", index=0, reads=("x",), writes=("x",), inputs=(x,), outputs=(y,), flops=0
+    )
+    weights = {name: random.normal(size=(8, 8, 1, 1)).astype(np.float32) for name in ("of_shortcut", "of_branch")}
+    graph = helper.make_graph(
+        [
+            helper.make_node("Conv", ["x", "of_shortcut"], ["shortcut"]),
+            helper.make_node("Conv", ["x", "of_branch"], ["branch"]),
+            helper.make_node("Add", ["shortcut", "branch"], ["sum"]),
+            helper.make_node("Relu", ["sum"], ["y"]),
+        ],
+        "projected",
+        [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, x.shape)],
+        [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, y.shape)],
+        [numpy_helper.from_array(values, name) for name, values in weights.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    return part, model.SerializeToString(), random.normal(size=(4, 8, 4, 4)).astype(np.float32)
+
+
+def test_of_two_convolutions_the_addition_reads_that_of_the_shortcut_quantized():
+    part, model, x = _projected()
+    assert direct_operands(onnx.ModelProto.FromString(model)) == {"branch"}
+    assert watched_tensors(onnx.ModelProto.FromString(model)) == ["x", "shortcut", "branch", "y"]
+    expected = OnnxReference(model).run({"x": x})["y"]
+    data = quantize_part(model, part, dict.fromkeys(("x", "shortcut", "branch", "y"), 12.0), integer_activations=False)
+    nodes = {output: node for node in _nodes(data) for output in node.output}
+    [addition] = [node for node in nodes.values() if node.op_type == "Add"]
+    shortcut, branch = (nodes[tensor] for tensor in addition.input)
+    assert (shortcut.op_type, nodes[shortcut.input[0]].input[0]) == ("DequantizeLinear", "shortcut")
+    assert (branch.op_type, [entry.key for entry in branch.metadata_props]) == ("Conv", [OUTPUT_RANGE])
+    assert np.abs(CandidatePart(part, data).run(x) - expected).max() < 0.05 * expected.max()
 
 
 def test_blocks_of_a_stage_share_one_scale(quantized):
