@@ -3,10 +3,10 @@
 from calibration.mixed import BlockSensitivity, choose_precisions
 
 
-def _row(block, error, ms, fp32_ms=1.0):
+def _row(block, error, ms, fp32_ms=1.0, precision="int8"):
     return BlockSensitivity(
         block=block,
-        precision="int8",
+        precision=precision,
         accuracy_drop=0.0,
         changed_classes=0.0,
         policy_flips=0.0,
@@ -17,6 +17,7 @@ def _row(block, error, ms, fp32_ms=1.0):
 
 
 ROWS = [_row("a", 0.1, 0.5), _row("b", 0.4, 0.5), _row("c", 0.1, 0.9), _row("slow", 0.0, 1.5)]
+_MS = {"fp16": {"a": 0.6, "b": 0.4}, "int8": {"a": 0.5, "b": 0.7}}
 DROPS = {"a": 0.1, "b": 0.3, "c": 0.4}
 
 
@@ -28,6 +29,13 @@ def test_everything_is_taken_where_the_bound_allows_it():
     choice = choose_precisions(ROWS, _drop, max_accuracy_drop=1.0)
     assert set(choice.precisions) == {"a", "b", "c"}  # not the one that is slower in int8
     assert len(choice.steps) == 1
+
+
+def test_each_block_takes_the_precision_that_is_fastest_for_it():
+    rows = [_row(block, 0.1, ms, precision=name) for name in ("fp16", "int8") for block, ms in _MS[name].items()]
+    for order in (rows, rows[::-1]):
+        choice = choose_precisions(order, lambda chosen: 0.0, max_accuracy_drop=1.0)
+        assert choice.precisions == {"a": "int8", "b": "fp16"}
 
 
 def test_what_saves_less_than_noise_stays_fp32():
