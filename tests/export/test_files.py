@@ -157,6 +157,15 @@ def test_output_goes_through_a_symbolic_link(tmp_path):
     assert (tmp_path / "link").is_symlink()
 
 
+def test_output_replaces_a_file_and_does_not_write_over_it(tmp_path):
+    """Whoever has the old one open reads it to its end, and an interruption leaves it whole."""
+    (tmp_path / "file").write_bytes(b"old")
+    with (tmp_path / "file").open("rb") as reader:
+        write_output(tmp_path / "file", b"new")
+        assert reader.read() == b"old"
+    assert (tmp_path / "file").read_bytes() == b"new"
+
+
 def test_output_goes_straight_into_a_pipe(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
