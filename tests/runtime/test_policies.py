@@ -191,6 +191,13 @@ def test_image_has_the_same_bits_in_every_sample(text: str) -> None:
     np.testing.assert_array_equal(parse(text).matrix_at(rows), parse(text).matrix(901)[rows])
 
 
+def test_file_of_as_many_rows_as_images_is_read(tmp_path: Path) -> None:
+    for n in (1, 2):
+        request = parse(saved(tmp_path / "policy.npy", np.eye(n, K)))
+        np.testing.assert_array_equal(request.matrix(n), np.eye(n, K))
+        assert request.matrix(0).shape == (0, K)
+
+
 def test_file_shorter_than_the_data_is_refused(tmp_path: Path) -> None:
     request = parse(saved(tmp_path / "policy.npy", np.ones((5, K))))
     with pytest.raises(
