@@ -288,6 +288,11 @@ def test_strategy_without_a_policy_network_gives_no_probabilities(tiny, pixels):
         runtime.keep_probability(pixels(tiny.model, 1))
 
 
+def test_bundle_without_a_policy_network_gives_no_probabilities(fake, images_of):
+    with pytest.raises(PolicyError, match="the bundle has no policy network; give a POLICY"):
+        fake(has_policy=False).runtime.decide(images_of([1]))
+
+
 def test_nothing_is_left_of_a_closed_orchestrator(fake, images_of):
     runtime, backend = (opened := fake()).runtime, weakref.ref(opened.backend)
     part = runtime.network.part("block_00")
