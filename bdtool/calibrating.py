@@ -30,7 +30,7 @@ from calibration.variant import PartModel, commit_candidate, stage_candidate, wi
 from engines.registry import identify_backend
 from export.bundle import Bundle
 from export.check import Comparison
-from export.files import exclusive_lock
+from export.files import exclusive_lock, remove_leftovers
 from export.half import half_from_fp32
 from export.half_spec import HALF_DTYPES
 from export.onnx_precision import precision_of
@@ -154,6 +154,7 @@ def calibrate(
     with exclusive_lock(work / "lock", purpose=f"a calibration of {bundle.path}"):
         for left in work.glob(f"{_STAGING}*"):  # by calibrations that were killed, as none other is at work
             shutil.rmtree(left, ignore_errors=True)
+        remove_leftovers(work)
         with tempfile.TemporaryDirectory(prefix=_STAGING, dir=work) as staging:
             return _Calibration(bundle, data, evaluation, policy, request, work, Path(staging), on_progress).run()
 

@@ -12,7 +12,7 @@ from bdtool.errors import BundleError
 from bdtool.specs import NetworkSpec, PartSpec
 from export.bundle import Bundle
 from export.compose import compose_parts
-from export.files import advice_on, sha256_of_bytes, write_bytes
+from export.files import advice_on, remove_leftovers, sha256_of_bytes, write_bytes
 from export.manifest import Manifest, PartFile, Variant, write_manifest
 
 logger = logging.getLogger(__name__)
@@ -122,6 +122,8 @@ def _composed(bundle: Bundle, network: NetworkSpec, models: Mapping[str, PartMod
 
 def _remove_unlisted(candidate: Bundle, precision: str) -> None:
     """Remove what an earlier calibration of this precision left; what stays harms nothing, as no manifest names it."""
+    for directory in (candidate.path, candidate.path / "onnx" / precision):
+        remove_leftovers(directory)
     listed = {candidate.path / file.file for file in candidate.files_at(precision).values()}
     for file in (candidate.path / "onnx" / precision).glob("*.onnx"):
         if file in listed:

@@ -29,7 +29,15 @@ from engines.base import (
 from engines.engine_set import EngineSet
 from engines.trt_options import has_host_code, largest_batch
 from export.bundle import Bundle
-from export.files import advice_on, json_from_bytes, sha256_of_bytes, sha256_of_files, write_bytes, write_json
+from export.files import (
+    advice_on,
+    json_from_bytes,
+    remove_leftovers,
+    sha256_of_bytes,
+    sha256_of_files,
+    write_bytes,
+    write_json,
+)
 from export.half_spec import HALF_DTYPES, HALF_VERSION
 from export.manifest import EXPORTED
 from export.pixels_spec import pixels_key
@@ -152,6 +160,7 @@ class EngineStore:
         backend = open_backend()  # first: one that is not to be had leaves no empty directory behind
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(self.directory)
             return self._build_missing(backend, wanted, records, on_part)
         except OSError as exc:
             raise BundleError(

@@ -30,6 +30,7 @@ from export.files import (
     atomic_path,
     exclusive_lock,
     json_from_bytes,
+    remove_leftovers,
     sha256_of_bytes,
     sha256_of_file,
     swap_directory,
@@ -127,6 +128,7 @@ def _check_target(target: Path, *, force: bool) -> None:
         raise BundleError(f"{target} exists and is not a bundle: {why}; it is left alone. {_advice_on_target(target)}")
     if not force:
         raise BundleError(f"{target} already holds a bundle; pass --force to replace it")
+    remove_leftovers(target, _ENTRIES)
     if others := sorted({entry.name for entry in target.iterdir()} - _ENTRIES):
         raise BundleError(
             f"{target} holds what is no part of a bundle and would be deleted: {', '.join(others)}. Move it away, or "
@@ -256,6 +258,7 @@ def _put_in_place(partial: Path, target: Path, manifest: Manifest) -> None:
         if file not in listed:
             file.unlink()
     shutil.rmtree(partial / _RECORDS)
+    remove_leftovers(partial, _ENTRIES)
     if (partial / "engines").exists():  # of a run that was killed in this very step
         shutil.rmtree(partial / "engines")
     before = _earlier_manifest(target)

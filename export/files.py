@@ -9,11 +9,11 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
-import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,6 +21,7 @@ from bdtool.errors import BundleError
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2  # linux/fs.h
+_LEFTOVER = re.compile(r"\.(.+)\.[a-z0-9_]{8}\.tmp")  # as `atomic_path` names them, and tempfile did before
 _MAX_DEPTH = 200  # of JSON; ours has less than 10 levels, and two more for each training that a MODEL went through
 
 
@@ -28,27 +29,40 @@ _MAX_DEPTH = 200  # of JSON; ours has less than 10 levels, and two more for each
 def atomic_path(path: Path) -> Iterator[Path]:
     """Give a temporary path beside `path`; on success it is synced to disk and renamed over `path`.
 
-    On any exception, Ctrl-C included, the temporary file is removed and `path` stays as it was.
+    On any exception, Ctrl-C included, the temporary file is removed and `path` stays as it was. It is locked
+    meanwhile, so that `remove_leftovers` can tell it from one whose writer was killed.
     """
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
+    with ExitStack() as stack:
+        temporary = _locked_file_beside(path, stack)
+        stack.callback(temporary.unlink, missing_ok=True)
         yield temporary
         _sync(temporary)
-        temporary.chmod(0o666 & ~_umask())  # mkstemp makes private files; an artifact is as readable as any other
         temporary.replace(path)
         _sync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
-def remove_leftovers(path: Path) -> None:
-    """Remove what killed processes left of `path` beside it; for whoever alone writes it, as by a lock."""
-    leftover = re.compile(re.escape(f".{path.name}.") + r"[a-z0-9_]{8}\.tmp")  # as mkstemp names them
-    for entry in path.parent.iterdir():
-        if leftover.fullmatch(entry.name):
-            entry.unlink(missing_ok=True)
+def _locked_file_beside(path: Path, stack: ExitStack) -> Path:
+    """Create an empty file that is as readable as any other, locked until `stack` ends."""
+    while True:
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        file = stack.enter_context(temporary.open("xb"))
+        with suppress(OSError):  # a file system without locks, where no leftover is removed either
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if _is_at(file, temporary):  # nobody took it for a leftover before it was locked
+            return temporary
+
+
+def remove_leftovers(directory: Path, names: Collection[str] | None = None) -> None:
+    """Remove what killed processes left of files of these names in a directory; None: of all files.
+
+    What a process is writing now stays.
+    """
+    for entry in directory.iterdir():
+        leftover = _LEFTOVER.fullmatch(entry.name)
+        if leftover and (names is None or leftover[1] in names):
+            with suppress(OSError), entry.open("rb+") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                entry.unlink()
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -173,7 +187,7 @@ def exclusive_lock(path: Path, *, purpose: str) -> Iterator[None]:
             return
 
 
-def _is_at(file: IO[str], path: Path) -> bool:
+def _is_at(file: IO[Any], path: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:
@@ -194,9 +208,3 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _umask() -> int:
-    """Return the mask of the process. To ask os.umask is to set it, for files of other threads, too."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1], 8) for line in lines if line.startswith("Umask:"))

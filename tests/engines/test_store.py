@@ -145,6 +145,14 @@ def test_record_cannot_point_at_another_file(built):
     assert _rebuilt(built) == {"head"}
 
 
+def test_build_removes_what_a_killed_one_left(built):
+    directory = built / "engines" / "fake-1-cpu-fp32"
+    (directory / ".head.json.abcd1234.tmp").touch()
+    (directory / "head.json").unlink()
+    assert _rebuilt(built) == {"head"}
+    assert not list(directory.glob(".*"))
+
+
 def test_stopped_build_goes_on_where_it_stopped(bundle_copy):
     seen = []
 

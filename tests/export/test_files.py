@@ -205,5 +205,28 @@ def test_leftovers_of_a_killed_writer_are_removed_and_nothing_else(tmp_path):
     others = [".net.abcd_123.tmp", ".net.v1.checkpoint.abcd_123.tmp", ".netxv1.abcd_123.tmp", ".net.v1.lock", "net.v1"]
     for name in others:
         (tmp_path / name).touch()
-    files.remove_leftovers(tmp_path / "net.v1")
+    files.remove_leftovers(tmp_path, ["net.v1"])
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(others)
+
+
+def test_what_is_being_written_is_no_leftover(tmp_path):
+    with atomic_path(tmp_path / "file") as temporary:
+        files.remove_leftovers(tmp_path)
+        temporary.write_bytes(b"new")
+    assert (tmp_path / "file").read_bytes() == b"new"
+
+
+def test_writer_whose_file_was_taken_for_a_leftover_makes_another(tmp_path, monkeypatch):
+    """As another process may see it in the moment before it is locked."""
+    lock, removed = fcntl.flock, []
+
+    def remove_first(file, how):
+        if how == fcntl.LOCK_EX and not removed:
+            files.remove_leftovers(tmp_path)
+            removed.append(how)
+        lock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", remove_first)
+    write_bytes(tmp_path / "file", b"new")
+    assert removed
+    assert os.listdir(tmp_path) == ["file"]

@@ -179,6 +179,16 @@ def test_files_of_others_in_a_bundle_are_named_and_left_alone(other, bundle_copy
     assert digests(bundle_copy) == before
 
 
+def test_what_killed_commands_left_of_a_bundles_files_goes(tiny, bundle_copy):
+    (bundle_copy / ".manifest.json.abcd1234.tmp").touch()  # by a calibration
+    partial = bundle_copy.with_name(".bundle.partial")
+    partial.mkdir()
+    (partial / ".weights.safetensors.abcd1234.tmp").touch()  # by an export
+    before = sorted(path.name for path in tiny.bundle.iterdir() if path.name != "engines")
+    export_model(tiny.path, bundle_copy, force=True)
+    assert sorted(path.name for path in bundle_copy.iterdir()) == before
+
+
 def test_existing_bundle_needs_force(other, bundle_copy, digests):
     before = digests(bundle_copy)
     with pytest.raises(BundleError, match="already holds a bundle; pass --force to replace it"):
