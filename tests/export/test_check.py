@@ -31,6 +31,8 @@ def test_another_shape_never_passes():
 def test_the_worst_output_counts():
     expected = {"a": np.zeros(2), "b": np.zeros(2)}
     assert compare_outputs(expected, {"a": np.zeros(2), "b": np.ones(2)}, tolerance=0.5).error == 1.0
+    broken = np.full(2, np.nan)  # of which `max` would say that it is no larger than another
+    assert compare_outputs(expected, {"a": np.zeros(2), "b": broken}, tolerance=0.5).error == np.inf
 
 
 def test_worst_of_parts_is_the_one_nearest_to_its_own_bound():
