@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+import shlex
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from bdtool.errors import BundleError, UsageError
@@ -122,7 +125,8 @@ class Bundle:
     def compare_digests(self) -> tuple[int, list[str]]:
         """Return how many files were compared with their digests, and what to say of each that differs."""
         listed = [row for row in self._listed_files() if self._staging is None or (self.path / row[1]).is_file()]
-        found = sha256_of_files([self.path / file for _, file, _ in listed])
+        with self._named_where_unreadable():
+            found = sha256_of_files([self.path / file for _, file, _ in listed])
         differing = [
             _difference(what, file, actual, digest)
             for (what, file, digest), actual in zip(listed, found, strict=True)
@@ -141,13 +145,24 @@ class Bundle:
             ]
         return [*parts, ("the weights", self.manifest.weights_file, self.manifest.weights_sha256)]
 
+    @contextmanager
+    def _named_where_unreadable(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as exc:  # of another user's, in many cases
+            raise BundleError(
+                f"{self.path}: {exc.filename} cannot be read ({exc.strerror or exc}). Make the whole bundle readable "
+                f"where it was built: chmod -R a+rX {shlex.quote(self.path.name)}"
+            ) from exc
+
     def _check_present(self, what: str, file: str) -> None:
         path = self.path / file
-        if not path.resolve().is_relative_to(self.path.resolve()):  # a symbolic link can leave, too
-            raise BundleError(
-                f"{self.path}: {what}, {file}, leads outside the bundle to {path.resolve()}; export again"
-            )
-        if not path.is_file():
+        real = Path(os.path.realpath(path))  # not Path.resolve, which raises on links in a circle
+        if not real.is_relative_to(os.path.realpath(self.path)):  # a symbolic link can leave, too
+            raise BundleError(f"{self.path}: {what}, {file}, leads outside the bundle to {real}; export again")
+        with self._named_where_unreadable():
+            is_file = path.is_file()
+        if not is_file:
             raise BundleError(f"{self.path}: {what} is missing: no file {file}. Copy the whole bundle, or export again")
 
 

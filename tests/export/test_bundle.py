@@ -1,5 +1,6 @@
 """A bundle is read only when it is whole; every refusal names the part or field and what to do."""
 
+import errno
 import json
 import re
 import shutil
@@ -58,6 +59,22 @@ def test_truncated_file_is_found_and_named(bundle_copy):
 def test_missing_file_is_named(bundle_copy, file, what):
     (bundle_copy / file).unlink()
     with pytest.raises(BundleError, match=rf"{what} is missing: no file {re.escape(file)}. Copy the whole bundle"):
+        Bundle.open(bundle_copy)
+
+
+def test_file_that_may_not_be_read_is_named(bundle_copy, monkeypatch):
+    def refuse(paths):
+        raise PermissionError(errno.EACCES, "Permission denied", str(paths[0]))
+
+    monkeypatch.setattr("export.bundle.sha256_of_files", refuse)  # root may read everything
+    with pytest.raises(BundleError, match=r"policy\.onnx cannot be read \(Permission denied\)\. Make the whole bundle"):
+        Bundle.open(bundle_copy)
+
+
+def test_symbolic_links_in_a_circle_are_a_missing_file(bundle_copy):
+    (bundle_copy / "onnx" / "head.onnx").unlink()
+    (bundle_copy / "onnx" / "head.onnx").symlink_to("head.onnx")
+    with pytest.raises(BundleError, match=r"part 'head' is missing: no file onnx/head\.onnx"):
         Bundle.open(bundle_copy)
 
 
