@@ -16,6 +16,8 @@ from tests.fake_torch import FakeTorch, Stream
 from tests.race_detector import RaceDetector
 from tests.runtime.test_races import MASKS, GpuImages, _read
 
+pytestmark = pytest.mark.slow
+
 KEEP = np.array([[1, 0, 1], [0, 1, 0], [1, 1, 1]], dtype=bool)
 HOME, FIRST, SECOND, OTHER = 0x66, 0x55, 0x44, 0x99  # streams: of the opening, of calls, and of a reader
 STRATEGIES = (
