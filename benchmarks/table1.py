@@ -7,7 +7,8 @@
 
 Models in the directory `-o` are taken as they are, and an unfinished one is gone on with, so rows share their base, and
 a row can be broken off and repeated. Without a base there, one is trained (ImageNet: put a torchvision checkpoint there
-with `bdtool import`). Each row adds its figures to `table1.json` in that directory.
+with `bdtool import`). Row `taught` takes a better base from there, as `teacher.safetensors`. Each row adds its figures
+to `table1.json` in that directory.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from bdtool.models.architectures import architecture, policy_trunk
 from bdtool.models.store import read_spec
 from export.files import write_json
 
-POLICIES = ("full", "first", "random", "distribute", "one-mask", "learned", "imitated", "warm-started")
+POLICIES = ("full", "first", "random", "distribute", "one-mask", "learned", "imitated", "warm-started", "taught")
 # blocks kept by the heuristics: as many as the paper's learned policy keeps, rounded
 N_KEPT = {"resnet32": 7, "resnet110": 17, "resnet101": 25}
 _LONG = ("--epochs", 36, "--batch", 128, "--base-lr", 0.1)  # the last of an option given twice counts
@@ -65,6 +66,7 @@ class Row:
             "learned": (self.curriculum, self.learned),
             "imitated": (self.imitated_policy, self.imitated),
             "warm-started": (self.warm_curriculum, self.warm_started),
+            "taught": (self.warm_curriculum, self.taught),
         }
         if policy == "full":
             form, model = "all", self.base()
@@ -86,8 +88,8 @@ class Row:
         return dict(json.loads(result.stdout))
 
     def base(self) -> Path:
-        if self._is_large and not self._path("base").exists():
-            raise SystemExit(f"{self._path('base')}: none there; make it with bdtool import from torchvision's weights")
+        if self._is_large:
+            self._require("base", "torchvision's weights")
         return self._train(
             "base", "pretrain", "--arch", self._arch, "--epochs", 30 if self._arch == "resnet32" else 160
         )
@@ -151,8 +153,14 @@ class Row:
         return self._train("warm-curriculum", "curriculum", self.imitated_policy(), *options)
 
     def warm_started(self) -> Path:
-        """The base along the paths of that policy network, after 47 epochs in all: `r32-cifar10`."""
+        """The base along the paths of that policy network, after 47 epochs in all."""
         return self._finetune("warm-started", self.warm_curriculum(), *self._along_paths(), *_LONG)
+
+    def taught(self) -> Path:
+        """And 20 epochs more, in which the base learns a teacher's answers, too: `r32-cifar10`."""
+        teacher = self._require("teacher", "a public checkpoint")
+        options = ("--teacher", teacher, *self._along_paths(), *_LONG, "--epochs", 20)
+        return self._finetune("taught", self.warm_started(), *options)
 
     def heuristic(self, name: str, form: str) -> Path:
         """The base under a heuristic, or one mask, from the start of `warm_started`, for as long, with its options."""
@@ -164,6 +172,12 @@ class Row:
 
     def _finetune(self, name: str, start: Path, *words: object) -> Path:
         return self._train(name, "finetune", start, "--base-lr", 0.05, *words)
+
+    def _require(self, name: str, source: str) -> Path:
+        path = self._path(name)
+        if not path.exists():
+            raise SystemExit(f"{path}: none there; make it with bdtool import from {source}")
+        return path
 
     def _path(self, name: str) -> Path:
         return self._directory / f"{name}.safetensors"

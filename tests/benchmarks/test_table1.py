@@ -51,6 +51,7 @@ def commands():
 @pytest.fixture
 def measure(tmp_path, monkeypatch, commands):
     monkeypatch.setattr(table1.subprocess, "run", commands)
+    shutil.copy(shipped_models()["r32-cifar10"], tmp_path / "teacher.safetensors")
 
     def run(policy: str, *, finetuned: bool) -> list[str]:
         commands.seen.clear()
@@ -63,8 +64,14 @@ def measure(tmp_path, monkeypatch, commands):
 
 
 def test_the_shipped_model_goes_through_every_stage(measure):
-    stages = ["pretrain", "finetune", "finetune", "pretrain", "imitate", "curriculum", "finetune"]
-    assert measure("warm-started", finetuned=True) == stages
+    stages = ["pretrain", "finetune", "finetune", "pretrain", "imitate", "curriculum", "finetune", "finetune"]
+    assert measure("taught", finetuned=True) == stages
+
+
+def test_teacher_that_is_not_there_is_asked_for(measure, tmp_path):
+    (tmp_path / "teacher.safetensors").unlink()
+    with pytest.raises(SystemExit, match=r"teacher\.safetensors: none there; make it with bdtool import"):
+        measure("taught", finetuned=True)
 
 
 def test_heuristics_start_from_the_same_base(measure):

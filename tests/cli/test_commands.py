@@ -149,7 +149,7 @@ def test_doctor_and_models_give_json(bdtool_json):
 
 def test_figures_of_shipped_models_say_how_many_images_they_are_of(bdtool):
     [row] = [line for line in bdtool("models").stdout.splitlines() if line.startswith("r32-cifar10")]
-    assert row.endswith("2000 images of val2k.npz")
+    assert row.endswith("10000 images of test.npz")
 
 
 @pytest.mark.parametrize("to_file", [False, True])
