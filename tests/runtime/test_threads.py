@@ -68,12 +68,13 @@ def test_closing_waits_for_what_runs_in_another_thread(fake, images_of):
         runtime.run(images_of([1]))
 
 
-def test_policy_asked_for_while_another_thread_closes_says_closed(fake, images_of):
+@pytest.mark.parametrize(("call", "options"), [("decide", {}), ("run", {}), ("run", {"policy": "all"})])
+def test_call_that_waits_while_another_thread_closes_says_closed(fake, images_of, call, options):
     runtime, errors = fake().runtime, []
 
     def ask():
         try:
-            runtime.decide(images_of([1]))
+            getattr(runtime, call)(images_of([1]), **options)
         except Exception as error:
             errors.append(error)
 
