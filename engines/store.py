@@ -44,6 +44,8 @@ from export.pixels_spec import pixels_key
 
 logger = logging.getLogger(__name__)
 
+_ABANDONED_S = 3600  # other builds may be writing engines, which takes each of them seconds
+
 
 class ChangedEngineError(BundleError):
     """An engine is not the one that its record was written for; a build makes it anew."""
@@ -160,7 +162,7 @@ class EngineStore:
         backend = open_backend()  # first: one that is not to be had leaves no empty directory behind
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            remove_leftovers(self.directory)
+            remove_leftovers(self.directory, min_age_s=_ABANDONED_S)
             return self._build_missing(backend, wanted, records, on_part)
         except OSError as exc:
             raise BundleError(

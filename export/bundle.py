@@ -151,8 +151,8 @@ class Bundle:
             yield
         except OSError as exc:  # of another user's, in many cases
             raise BundleError(
-                f"{self.path}: {exc.filename} cannot be read ({exc.strerror or exc}). Make the whole bundle readable "
-                f"where it was built: chmod -R a+rX {shlex.quote(self.path.name)}"
+                f"{self.path}: {exc.filename or 'a file of it'} cannot be read ({exc.strerror or exc}). "
+                f"{_advice_on_reading(exc, self.path)}"
             ) from exc
 
     def _check_present(self, what: str, file: str) -> None:
@@ -171,3 +171,9 @@ def _difference(what: str, file: str, actual: str, digest: str) -> str:
         f"{what}, {file}, has SHA-256 {actual[:12]}..., the manifest says {digest[:12]}...: the file was changed or "
         "cut short. Copy the bundle again, or export the model again"
     )
+
+
+def _advice_on_reading(error: OSError, bundle: Path) -> str:
+    if isinstance(error, PermissionError):
+        return f"Make the whole bundle readable where it was built: chmod -R a+rX {shlex.quote(bundle.name)}"
+    return "Copy the bundle again, or export it anew"

@@ -29,6 +29,7 @@ from export.files import (
     advice_on,
     atomic_path,
     exclusive_lock,
+    is_leftover,
     json_from_bytes,
     remove_leftovers,
     sha256_of_bytes,
@@ -128,8 +129,8 @@ def _check_target(target: Path, *, force: bool) -> None:
         raise BundleError(f"{target} exists and is not a bundle: {why}; it is left alone. {_advice_on_target(target)}")
     if not force:
         raise BundleError(f"{target} already holds a bundle; pass --force to replace it")
-    remove_leftovers(target, _ENTRIES)
-    if others := sorted({entry.name for entry in target.iterdir()} - _ENTRIES):
+    names = {entry.name for entry in target.iterdir() if not is_leftover(entry.name, _ENTRIES)}
+    if others := sorted(names - _ENTRIES):
         raise BundleError(
             f"{target} holds what is no part of a bundle and would be deleted: {', '.join(others)}. Move it away, or "
             "choose another -o BUNDLE"

@@ -11,9 +11,11 @@ import os
 import re
 import secrets
 import shutil
+import stat
+import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -29,40 +31,38 @@ _MAX_DEPTH = 200  # of JSON; ours has less than 10 levels, and two more for each
 def atomic_path(path: Path) -> Iterator[Path]:
     """Give a temporary path beside `path`; on success it is synced to disk and renamed over `path`.
 
-    On any exception, Ctrl-C included, the temporary file is removed and `path` stays as it was. It is locked
-    meanwhile, so that `remove_leftovers` can tell it from one whose writer was killed.
+    On any exception, Ctrl-C included, the temporary file is removed and `path` stays as it was.
     """
-    with ExitStack() as stack:
-        temporary = _locked_file_beside(path, stack)
-        stack.callback(temporary.unlink, missing_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary.touch(exist_ok=False)  # as readable as any other file
+    mode = stat.S_IMODE(temporary.stat().st_mode)
+    try:
         yield temporary
         _sync(temporary)
+        temporary.chmod(mode)  # whoever wrote may have put a private file in its place, as safetensors does
         temporary.replace(path)
         _sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
-def _locked_file_beside(path: Path, stack: ExitStack) -> Path:
-    """Create an empty file that is as readable as any other, locked until `stack` ends."""
-    while True:
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-        file = stack.enter_context(temporary.open("xb"))
-        with suppress(OSError):  # a file system without locks, where no leftover is removed either
-            fcntl.flock(file, fcntl.LOCK_EX)
-        if _is_at(file, temporary):  # nobody took it for a leftover before it was locked
-            return temporary
-
-
-def remove_leftovers(directory: Path, names: Collection[str] | None = None) -> None:
+def remove_leftovers(directory: Path, names: Collection[str] | None = None, *, min_age_s: float = 0) -> None:
     """Remove what killed processes left of files of these names in a directory; None: of all files.
 
-    What a process is writing now stays.
+    Without an age it is for whoever alone writes them, as by a lock; what another process is writing is young.
     """
+    newest = time.time() - min_age_s
     for entry in directory.iterdir():
-        leftover = _LEFTOVER.fullmatch(entry.name)
-        if leftover and (names is None or leftover[1] in names):
-            with suppress(OSError), entry.open("rb+") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                entry.unlink()
+        if is_leftover(entry.name, names):
+            with suppress(OSError):  # another process removes it, too
+                if entry.stat().st_mtime <= newest:
+                    entry.unlink()
+
+
+def is_leftover(name: str, names: Collection[str] | None = None) -> bool:
+    """Say whether a file is named as `atomic_path` names the temporary file of one of `names`; None: of any."""
+    leftover = _LEFTOVER.fullmatch(name)
+    return leftover is not None and (names is None or leftover[1] in names)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -187,7 +187,7 @@ def exclusive_lock(path: Path, *, purpose: str) -> Iterator[None]:
             return
 
 
-def _is_at(file: IO[Any], path: Path) -> bool:
+def _is_at(file: IO[str], path: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:

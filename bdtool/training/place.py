@@ -89,5 +89,5 @@ class TrainingPlace:
             if self.group.is_first:
                 lock = self.output.with_name(f".{self.output.name}.lock")
                 held.enter_context(exclusive_lock(lock, purpose=f"training into {self.output}"))
-                remove_leftovers(self.checkpoint.parent, [self.checkpoint.name])
+                remove_leftovers(self.output.parent, [self.output.name, self.checkpoint.name])
             yield

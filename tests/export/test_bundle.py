@@ -71,6 +71,17 @@ def test_file_that_may_not_be_read_is_named(bundle_copy, monkeypatch):
         Bundle.open(bundle_copy)
 
 
+def test_disk_that_fails_is_no_matter_of_permissions(bundle_copy, monkeypatch):
+    def fail(paths):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("export.bundle.sha256_of_files", fail)
+    with pytest.raises(
+        BundleError, match=r"a file of it cannot be read \(Input/output error\)\. Copy the bundle"
+    ):
+        Bundle.open(bundle_copy)
+
+
 def test_symbolic_links_in_a_circle_are_a_missing_file(bundle_copy):
     (bundle_copy / "onnx" / "head.onnx").unlink()
     (bundle_copy / "onnx" / "head.onnx").symlink_to("head.onnx")

@@ -4,6 +4,7 @@ import fcntl
 import os
 import re
 import stat
+import time
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,18 @@ def test_written_files_follow_the_umask(tmp_path, umask, mode):
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == mode
+
+
+def test_writer_that_puts_a_private_file_there_makes_no_private_one(tmp_path):
+    """As safetensors does since 0.8."""
+    before = os.umask(0o022)
+    try:
+        with atomic_path(tmp_path / "file") as temporary:
+            temporary.unlink()
+            os.close(os.open(temporary, os.O_CREAT, 0o600))
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o644
 
 
 def test_umask_is_not_touched(tmp_path, monkeypatch):
@@ -209,24 +222,13 @@ def test_leftovers_of_a_killed_writer_are_removed_and_nothing_else(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(others)
 
 
-def test_what_is_being_written_is_no_leftover(tmp_path):
+def test_young_files_are_no_leftovers_where_others_write(tmp_path):
     with atomic_path(tmp_path / "file") as temporary:
-        files.remove_leftovers(tmp_path)
+        files.remove_leftovers(tmp_path, min_age_s=3600)
         temporary.write_bytes(b"new")
     assert (tmp_path / "file").read_bytes() == b"new"
-
-
-def test_writer_whose_file_was_taken_for_a_leftover_makes_another(tmp_path, monkeypatch):
-    """As another process may see it in the moment before it is locked."""
-    lock, removed = fcntl.flock, []
-
-    def remove_first(file, how):
-        if how == fcntl.LOCK_EX and not removed:
-            files.remove_leftovers(tmp_path)
-            removed.append(how)
-        lock(file, how)
-
-    monkeypatch.setattr(fcntl, "flock", remove_first)
-    write_bytes(tmp_path / "file", b"new")
-    assert removed
+    old = tmp_path / ".file.abcd1234.tmp"
+    old.touch()
+    os.utime(old, (0, time.time() - 3700))
+    files.remove_leftovers(tmp_path, min_age_s=3600)
     assert os.listdir(tmp_path) == ["file"]

@@ -32,6 +32,16 @@ def _rewrite(path, *, header=None, **tensors):
     save_file(state, path, metadata={"bdtool": json.dumps(fields | (header or {}))})
 
 
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+def test_others_may_read_it_where_they_may_read_other_files(make_model, tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        save_model(make_model("resnet8"), tmp_path / "m.safetensors")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "m.safetensors").stat().st_mode & 0o777 == mode
+
+
 @pytest.mark.parametrize("has_policy", [True, False])
 def test_round_trip_gives_the_same_model_in_eval_mode(make_model, tmp_path, has_policy):
     model = make_model("resnet14", has_policy=has_policy)
