@@ -12,7 +12,8 @@ Makes a ResNet-110 with a policy network and random weights, opens it with each 
     runs many images and compares the device memory in use before and after.
 
 Prints a table, and writes `benchmarks/results/gpu-<name>.json`. A backend that does not work here is named with the
-reason, and so is a measurement that fails: the others are made all the same, and the exit status is 1.
+reason, and so is a measurement that fails: the others are made all the same. The exit status is 1 where a measurement
+failed, or no backend works.
 """
 
 from __future__ import annotations

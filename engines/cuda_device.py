@@ -204,8 +204,12 @@ class CudaDevice:
         return np.frombuffer(memoryview(memory), dtype).reshape(shape)
 
     def _free_host(self, address: int) -> None:
-        self.cu.cuStreamSynchronize(self.stream)  # a copy may be under way
+        self.finish()  # a copy may be under way
         self.cu.cuMemFreeHost(address)
+
+    def finish(self) -> None:
+        """Wait for the stream as `synchronize` does, whatever failed in it: for what gives back what its work uses."""
+        self.cu.cuStreamSynchronize(self.stream)
 
     def upload(self, address: int, values: np.ndarray) -> None:
         """Enqueue a copy to the device; `values`, a `host_array`, must stay as they are until it is done."""

@@ -182,8 +182,7 @@ class _Context:
         self._engine = engine
         self._runtime = runtime
         self._trt, self._scratch = runtime.context(part, engine, beside=beside)
-        device = runtime.device
-        device.on_collection(self, device.cu.cuStreamSynchronize, device.stream)  # its work may be under way
+        runtime.device.on_collection(self, runtime.device.finish)  # its work may be under way
         self._shapes: Mapping[str, tuple[int, ...]] = {}
         self._addresses: Mapping[str, int] = {}
 

@@ -25,7 +25,8 @@ class TrainingPlace:
             While a run is at work others into the same output are refused, by the lock file .OUTPUT.lock.
         val: labelled images to measure on after each epoch and at the end; None measures nothing.
         on_resume: told where an unfinished run is taken up: "step 5 of 12".
-        start: digest of the MODEL that the run starts from; a checkpoint of a run from another one is refused.
+        start: digests of the MODELs that the run starts or learns from, a trunk or teacher, too; a checkpoint of a run
+            from others is refused.
     """
 
     train: ImageSource

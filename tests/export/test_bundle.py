@@ -76,9 +76,7 @@ def test_disk_that_fails_is_no_matter_of_permissions(bundle_copy, monkeypatch):
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr("export.bundle.sha256_of_files", fail)
-    with pytest.raises(
-        BundleError, match=r"a file of it cannot be read \(Input/output error\)\. Copy the bundle"
-    ):
+    with pytest.raises(BundleError, match=r"a file of it cannot be read \(Input/output error\)\. Copy the bundle"):
         Bundle.open(bundle_copy)
 
 
