@@ -16,8 +16,8 @@ from torch import Tensor
 
 from bdtool.models.model import build_model
 from bdtool.models.resnet import ResNet
+from bdtool.training.base_spec import base_spec
 from bdtool.training.nested import losses_without_each, path_losses
-from bdtool.training.stages import base_spec
 
 
 def main() -> None:

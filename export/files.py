@@ -7,6 +7,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
@@ -51,7 +52,7 @@ def remove_leftovers(directory: Path, names: Collection[str] | None = None, *, m
 
     Without an age it is for whoever alone writes them, as by a lock; what another process is writing is young.
     """
-    newest = time.time() - min_age_s
+    newest = time.time() - min_age_s if min_age_s else math.inf
     for entry in directory.iterdir():
         if is_leftover(entry.name, names):
             with suppress(OSError):  # another process removes it, too

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from bdtool.cli.command import Command
-from bdtool.cli.options import CHECKPOINT, NEW_MODEL, NumberList, PathInText, json_option
+from bdtool.cli.options import CHECKPOINT, NEW_MODEL, PathInText, colour_options, json_option
 from bdtool.cli.output import emit, mega, print_table
 from bdtool.words import counted, percent
 
@@ -27,13 +27,7 @@ _CIFAR10 = "cifar10"
     help="Whose key names the checkpoint uses.",
 )
 @click.option("--classes", type=click.IntRange(min=1), help="Refuse a checkpoint with another number of classes.")
-@click.option(
-    "--mean",
-    type=NumberList(3, low=0, high=1),
-    metavar="R,G,B",
-    help="Mean that inputs are normalised with, pixels being 0 to 1. Default: what the format's authors use.",
-)
-@click.option("--std", type=NumberList(3), metavar="R,G,B", help="Standard deviation, likewise.")
+@colour_options(default="what the format's authors use")
 @click.option(
     "--shortcut",
     type=click.Choice(["option-a", "average-pool", "projection"]),

@@ -280,6 +280,14 @@ def resize_option(command: _Command) -> _Command:
     return click.option("--resize", is_flag=True, help=help_text)(command)
 
 
+def colour_options(*, default: str) -> Callable[[_Command], _Command]:
+    """--mean and --std; `default` says in the help what they are where they are not given."""
+    help_text = f"Mean that inputs are normalised with, pixels being 0 to 1. Default: {default}."
+    mean = click.option("--mean", type=NumberList(3, low=0, high=1), metavar="R,G,B", help=help_text)
+    std = click.option("--std", type=NumberList(3), metavar="R,G,B", help="Standard deviation, likewise.")
+    return lambda command: mean(std(command))
+
+
 def threads_option(command: _Command) -> _Command:
     help_text = "CPU threads of one engine call. Default: the processors that are there, at most 4."
     return click.option("--threads", type=click.IntRange(min=1), help=help_text)(command)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from bdtool.cli.command import Group
-from bdtool.cli.options import DATA, MODEL, NEW_DIRECTORY, NEW_MODEL, POLICY, FiniteRange, NumberList, json_option
+from bdtool.cli.options import DATA, MODEL, NEW_DIRECTORY, NEW_MODEL, POLICY, FiniteRange, colour_options, json_option
 from bdtool.cli.output import emit
 from bdtool.cli.training_output import logs, print_figures, print_resumed, show
 from bdtool.training.options import CurriculumOptions, FinetuneOptions, ImitateOptions, PretrainOptions, StageOptions
@@ -173,13 +173,7 @@ _TRUNK = click.option(
     type=click.IntRange(min=1),
     help="Number of classes. Default: of class folders or a named data set theirs, of a file 10 (CIFAR) or 1000.",
 )
-@click.option(
-    "--mean",
-    type=NumberList(3, low=0, high=1),
-    metavar="R,G,B",
-    help="Mean that inputs are normalised with, pixels being 0 to 1. Default: CIFAR-10's or ImageNet's.",
-)
-@click.option("--std", type=NumberList(3), metavar="R,G,B", help="Standard deviation, likewise.")
+@colour_options(default="CIFAR-10's or ImageNet's")
 @_options_of(PretrainOptions, {**_SHARED_HELP, **_SGD_HELP, "compile": "Compile the network with torch.compile."})
 @_run_options
 @_epoch_options
@@ -190,7 +184,8 @@ def pretrain_cmd(arch: str, classes: int | None, mean: Any, std: Any, **given: A
     Example:
       bdtool train pretrain --arch resnet32 --data cifar10:data --val cifar10:data -o base.safetensors
     """
-    from bdtool.training.stages import base_spec, pretrain
+    from bdtool.training.base_spec import base_spec
+    from bdtool.training.stages import pretrain
 
     options = _options_from(PretrainOptions, given)
     spec = base_spec(arch, data=given["data"], n_classes=classes, mean=mean, std=std)

@@ -67,7 +67,10 @@ def _check(teacher: ModelSpec, learner: ModelSpec) -> None:
         )
     got, wanted = (spec.labels or spec.n_classes for spec in (teacher, learner))
     if got != wanted:
-        raise UsageError(f"teacher: got {_classes(teacher)}, expected {_classes(learner)}, as the MODEL has")
+        raise UsageError(
+            f"teacher: got {_classes(teacher)}, expected {_classes(learner)}, as the MODEL has; give one with the same "
+            "names in the same order (`bdtool inspect` shows them)"
+        )
     sizes = [(spec.preprocessing.height, spec.preprocessing.width) for spec in (teacher, learner)]
     if sizes[0] != sizes[1]:
         raise UsageError(

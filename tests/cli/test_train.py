@@ -15,8 +15,8 @@ from bdtool.data.synthetic import synthetic_images
 from bdtool.errors import UsageError
 from bdtool.models.checkpoint_formats import CIFAR10_LABELS
 from bdtool.models.store import load_model, read_spec
+from bdtool.training.base_spec import base_spec
 from bdtool.training.options import ImitateOptions
-from bdtool.training.stages import base_spec
 
 _QUICK = ("--epochs", 1, "--batch", 20, "--amp", "off")
 

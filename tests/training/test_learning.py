@@ -10,10 +10,11 @@ from bdtool.data.npz import array_source
 from bdtool.models.parts import network_spec
 from bdtool.models.shipped import shipped_models
 from bdtool.models.store import load_model
+from bdtool.training.base_spec import base_spec
 from bdtool.training.distributed import Group
 from bdtool.training.options import CurriculumOptions, FinetuneOptions, PretrainOptions
 from bdtool.training.place import TrainingPlace
-from bdtool.training.stages import base_spec, curriculum, finetune, pretrain, with_policy, without_policy
+from bdtool.training.stages import curriculum, finetune, pretrain, with_policy, without_policy
 
 
 @pytest.fixture

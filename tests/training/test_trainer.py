@@ -22,9 +22,10 @@ from bdtool.models.model import BlockDropModel, ModelSpec
 from bdtool.models.parts import network_spec
 from bdtool.models.state import meta_model
 from bdtool.models.store import load_model
+from bdtool.training.base_spec import base_spec
 from bdtool.training.options import CurriculumOptions, FinetuneOptions, PretrainOptions, TrainOptions
 from bdtool.training.place import TrainingPlace
-from bdtool.training.stages import Trained, base_spec, curriculum, finetune, pretrain
+from bdtool.training.stages import Trained, curriculum, finetune, pretrain
 from bdtool.training.stopping import Interrupted
 from bdtool.training.trainer import Report, schedule_factor
 from export.files import exclusive_lock

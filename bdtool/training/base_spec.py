@@ -1,0 +1,79 @@
+"""What a new base is: the architecture's own layout, with the classes and colours of its data. Loads no torch."""
+
+from __future__ import annotations
+
+from bdtool.data.folders import are_imagenet_ids, classes_by_label
+from bdtool.data.sources import class_names
+from bdtool.data.torchvision_sets import N_CLASSES
+from bdtool.errors import UsageError
+from bdtool.models.architectures import Architecture, architecture
+from bdtool.models.checkpoint_formats import (
+    BLOCKDROP,
+    CIFAR10_MEAN,
+    CIFAR10_STD,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Colour,
+    default_labels,
+    default_preprocessing,
+)
+from bdtool.models.model_spec import ModelSpec
+
+
+def base_spec(
+    arch: str,
+    *,
+    data: str,
+    n_classes: int | None = None,
+    mean: Colour | None = None,
+    std: Colour | None = None,
+) -> ModelSpec:
+    """Return what to pretrain: the architecture with its own shortcut, and the classes and colours of the data.
+
+    Args:
+        data: a DATA form; cifar10, cifar100 and imagenet say which classes there are, class folders have their names.
+            Of an .npz there are 10 or, for ImageNet's architectures, 1000, without names, unless `n_classes` says
+            otherwise.
+        mean, std: of pixels scaled to 0..1; None is CIFAR-10's or ImageNet's.
+
+    Raises:
+        UsageError: unknown architecture, impossible colours, or other than `n_classes` class folders.
+    """
+    layout, folders = architecture(arch), class_names(data)
+    classes = n_classes or N_CLASSES.get(data.partition(":")[0]) or len(folders or ())
+    classes = classes or (10 if layout.family == "cifar" else 1000)
+    usual_mean, usual_std = (CIFAR10_MEAN, CIFAR10_STD) if layout.family == "cifar" else (IMAGENET_MEAN, IMAGENET_STD)
+    try:
+        preprocessing = default_preprocessing(
+            BLOCKDROP, layout, n_classes=classes, mean=mean or usual_mean, std=std or usual_std
+        )
+    except ValueError as exc:
+        raise UsageError(str(exc)) from exc
+    return ModelSpec(
+        arch=arch,
+        n_classes=classes,
+        labels=_labels(layout, data, folders, n_classes=classes),
+        preprocessing=preprocessing,
+        shortcut=layout.default_shortcut,
+        has_policy=False,
+        provenance={},
+    )
+
+
+def _labels(
+    layout: Architecture, data: str, folders: tuple[str, ...] | None, *, n_classes: int
+) -> tuple[str, ...] | None:
+    """Return the names of the classes: the class folders', unless these are CIFAR-10's, or ImageNet's or its ids."""
+    usual = default_labels(layout, n_classes=n_classes)
+    if data.partition(":")[0] in N_CLASSES:
+        return usual
+    if folders is None:
+        return None
+    if usual and (len(classes_by_label(folders, usual)) == len(folders) or are_imagenet_ids(folders)):
+        return usual
+    if len(folders) != n_classes:
+        raise UsageError(
+            f"{data}: got {len(folders)} class folders, {n_classes} classes were asked for. Leave --classes out, or "
+            "give one folder for every class"
+        )
+    return folders
