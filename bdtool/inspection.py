@@ -30,6 +30,7 @@ def describe_model(path: Path) -> dict[str, Any]:
         "kind": "MODEL",
         **_network_facts(network),
         "shortcut": spec.shortcut,
+        "downscale": {"base": spec.downscale, **({"policy": spec.policy_downscale} if spec.has_policy else {})},
         "provenance": dict(spec.provenance),
         "parts": [_part_facts(part) for part in network.parts],
     }

@@ -20,11 +20,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bdtool.models.architectures import architecture, policy_trunk
+from bdtool.models.architectures import architecture, policy_downscale, policy_trunk
 from bdtool.models.store import read_spec
 from export.files import write_json
 
-POLICIES = ("full", "first", "random", "distribute", "one-mask", "learned", "imitated", "warm-started", "taught")
+_HEURISTICS = ("first", "random", "distribute", "one-mask")
+POLICIES = ("full", *_HEURISTICS, "learned", "imitated", "warm-started", "taught", "halved")
 # blocks kept by the heuristics: as many as the paper's learned policy keeps, rounded
 N_KEPT = {"resnet32": 7, "resnet110": 17, "resnet101": 25}
 _LONG = ("--epochs", 36, "--batch", 128, "--base-lr", 0.1)  # the last of an option given twice counts
@@ -67,6 +68,7 @@ class Row:
             "imitated": (self.imitated_policy, self.imitated),
             "warm-started": (self.warm_curriculum, self.warm_started),
             "taught": (self.warm_curriculum, self.taught),
+            "halved": (self.halved_policy, self.halved),
         }
         if policy == "full":
             form, model = "all", self.base()
@@ -109,10 +111,7 @@ class Row:
 
     def trunk(self) -> Path:
         """A classifier for the policy network to start from, on images normalized as the base's."""
-        colours = read_spec(self.base()).preprocessing
-        mean, std = (",".join(map(str, values)) for values in (colours.mean, colours.std))
-        arch = policy_trunk(architecture(self._arch).family).name
-        return self._train("trunk", "pretrain", "--arch", arch, "--epochs", 12, "--mean", mean, "--std", std)
+        return self._trunk("trunk", policy_downscale(architecture(self._arch).family))
 
     def curriculum(self) -> Path:
         options = ("--gamma", 1.5, "--lr", 3e-4, "--entropy", 0.01, "--schedule", "cosine")
@@ -126,11 +125,9 @@ class Row:
         return self._finetune("learned", joint, *self._along_paths(), "--epochs", 14)
 
     def imitated_policy(self) -> Path:
-        """A policy network that gives harder images more blocks, on average about as many as the heuristics keep."""
-        kept = N_KEPT[self._arch]
-        blocks = ("--fewest", round(kept * 5 / 7), "--most", round(kept * 9 / 7))
+        """A policy network that gives harder images more blocks."""
         start = self.tolerant_of_depths()
-        return self._train("imitated-policy", "imitate", start, "--trunk", self.trunk(), *blocks)
+        return self._train("imitated-policy", "imitate", start, "--trunk", self.trunk(), *self._mean_blocks())
 
     def imitated(self) -> Path:
         """The base along the paths of that policy network, after 29 epochs in all."""
@@ -162,9 +159,31 @@ class Row:
         options = ("--teacher", teacher, *self._along_paths(), *_LONG, "--epochs", 20)
         return self._finetune("taught", self.warm_started(), *options)
 
+    def halved_policy(self) -> Path:
+        """A policy network that looks at images of half the size, for the base of `taught`."""
+        trunk = self._trunk("halved-trunk", 2 * policy_downscale(architecture(self._arch).family))
+        return self._train("halved-policy", "imitate", self.taught(), "--trunk", trunk, *self._mean_blocks())
+
+    def halved(self) -> Path:
+        """The base of `taught` along the paths of that policy network, with the same teacher."""
+        options = ("--teacher", self._require("teacher", "a public checkpoint"), *self._along_paths(), *_LONG)
+        return self._finetune("halved", self.halved_policy(), *options, "--epochs", 15)
+
     def heuristic(self, name: str, form: str) -> Path:
         """The base under a heuristic, or one mask, from the start of `warm_started`, for as long, with its options."""
         return self._finetune(name, self.tolerant_of_depths(), "--policy", form, *_LONG)
+
+    def _trunk(self, name: str, downscale: int) -> Path:
+        colours = read_spec(self.base()).preprocessing
+        mean, std = (",".join(map(str, values)) for values in (colours.mean, colours.std))
+        arch = policy_trunk(architecture(self._arch).family).name
+        options = ("--arch", arch, "--downscale", downscale, "--epochs", 12, "--mean", mean, "--std", std)
+        return self._train(name, "pretrain", *options)
+
+    def _mean_blocks(self) -> tuple[object, ...]:
+        """Blocks of the easiest and the hardest images, on average about as many as the heuristics keep."""
+        kept = N_KEPT[self._arch]
+        return ("--fewest", round(kept * 5 / 7), "--most", round(kept * 9 / 7))
 
     def _along_paths(self) -> tuple[object, ...]:
         """A policy network that stays as it is, but for how many blocks it keeps on average."""

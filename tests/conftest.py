@@ -84,6 +84,8 @@ def random_model() -> Callable[..., "BlockDropModel"]:
         shortcut: str | None = None,
         has_policy: bool = True,
         policy_hidden: int = 0,
+        downscale: int = 1,
+        policy_downscale: int = 0,
         size: int | None = None,
         seed: int = 0,
     ) -> BlockDropModel:
@@ -98,6 +100,8 @@ def random_model() -> Callable[..., "BlockDropModel"]:
             has_policy=has_policy,
             provenance={"created_by": "test"},
             policy_hidden=policy_hidden,
+            downscale=downscale,
+            policy_downscale=policy_downscale,
         )
         model = build_model(spec, seed=seed)
         _stir_batch_norms(model, seed)

@@ -78,6 +78,11 @@ def test_policy_network_with_a_hidden_layer_passes_every_rung(export_random: Any
     assert _verify(hidden.bundle).ok
 
 
+def test_networks_that_scale_images_down_pass_every_rung(export_random: Any) -> None:
+    exported = export_random("resnet8", shortcut="average-pool", downscale=2, policy_downscale=4)
+    assert _verify(exported.bundle).ok
+
+
 def test_limit_is_kept(tiny: Any) -> None:
     result = _verify(tiny.bundle, limit=5)
     assert result.n_images == 5

@@ -161,8 +161,8 @@ _TRUNK = click.option(
     "--trunk",
     type=MODEL,
     metavar="MODEL",
-    help="A trained classifier for the policy network to start from: a resnet8 of pretrain (ImageNet: resnet10), with "
-    "the --mean and --std of the MODEL.",
+    help="A trained classifier for a new policy network to start from: a resnet8 of pretrain (ImageNet: resnet10 with "
+    "--downscale 2), with the --mean and --std of the MODEL. The policy network scales images down as it does.",
 )
 
 
@@ -174,10 +174,18 @@ _TRUNK = click.option(
     help="Number of classes. Default: of class folders or a named data set theirs, of a file 10 (CIFAR) or 1000.",
 )
 @colour_options(default="CIFAR-10's or ImageNet's")
+@click.option(
+    "--downscale",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Average N x N pixels into one first, as a trunk for a policy network that does so, too.",
+    metavar="N",
+)
 @_options_of(PretrainOptions, {**_SHARED_HELP, **_SGD_HELP, "compile": "Compile the network with torch.compile."})
 @_run_options
 @_epoch_options
-def pretrain_cmd(arch: str, classes: int | None, mean: Any, std: Any, **given: Any) -> None:
+def pretrain_cmd(arch: str, classes: int | None, mean: Any, std: Any, downscale: int, **given: Any) -> None:
     """Train a base ResNet from random weights.
 
     \b
@@ -188,7 +196,7 @@ def pretrain_cmd(arch: str, classes: int | None, mean: Any, std: Any, **given: A
     from bdtool.training.stages import pretrain
 
     options = _options_from(PretrainOptions, given)
-    spec = base_spec(arch, data=given["data"], n_classes=classes, mean=mean, std=std)
+    spec = base_spec(arch, data=given["data"], n_classes=classes, mean=mean, std=std, downscale=downscale)
     _run(given, spec, "", lambda place: pretrain(spec, options, place))
 
 

@@ -81,6 +81,11 @@ def policy_trunk(family: Family) -> Architecture:
     return architecture("resnet8" if family == "cifar" else "resnet10")
 
 
+def policy_downscale(family: Family) -> int:
+    """Return by what the paper's policy network scales images down: ImageNet's to 112 x 112 (section 4.1)."""
+    return 1 if family == "cifar" else 2
+
+
 def cifar_resnet(name: str, *, n_blocks_per_stage: int) -> Architecture:
     """Return a three-stage ResNet for 32 x 32 images, with the shortcuts of BlockDrop's authors."""
     return Architecture(

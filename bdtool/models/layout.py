@@ -99,7 +99,7 @@ def _parts(spec: ModelSpec) -> Iterator[_Part]:
         layers = _Layers()
         yield _part(spec, "policy", None, image, _policy(layers, spec, image), layers)
     layers = _Layers()
-    x = _stem(layers, "base.stem", arch, image)
+    x = _stem(layers, "base.stem", arch, _downscaled(image, spec.downscale))
     yield _part(spec, "stem", None, image, x, layers)
     for k, (width, stride) in enumerate(_widths_and_strides(arch)):
         layers, shortcut = _Layers(), _Layers()
@@ -133,9 +133,7 @@ def _part(spec: ModelSpec, kind: PartKind, index: int | None, x: _Shape, y: _Sha
 
 def _policy(layers: _Layers, spec: ModelSpec, image: _Shape) -> _Shape:
     trunk = policy_trunk(spec.architecture.family)
-    if trunk.family == "imagenet":  # which halves the image first
-        image = (image[0], image[1] // 2, image[2] // 2)
-    x = _stem(layers, "policy.trunk.stem", trunk, image)
+    x = _stem(layers, "policy.trunk.stem", trunk, _downscaled(image, spec.policy_downscale))
     for k, (width, stride) in enumerate(_widths_and_strides(trunk)):
         name = f"policy.trunk.blocks.{k}"
         y = _block(layers, name, trunk, x, width=width, stride=stride)
@@ -145,6 +143,15 @@ def _policy(layers: _Layers, spec: ModelSpec, image: _Shape) -> _Shape:
     if spec.policy_hidden:
         features = layers.linear("policy.hidden", features[0], spec.policy_hidden)
     return layers.linear("policy.logit", features[0], spec.architecture.n_blocks)
+
+
+def _downscaled(image: _Shape, factor: int) -> _Shape:
+    channels, height, width = image
+    if min(height, width) < factor:
+        raise UsageError(
+            f"images of {height} x {width} pixels cannot be scaled down by {factor}; choose a smaller factor"
+        )
+    return (channels, height // factor, width // factor)
 
 
 def _stem(layers: _Layers, name: str, arch: Architecture, image: _Shape) -> _Shape:

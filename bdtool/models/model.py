@@ -25,10 +25,15 @@ class BlockDropModel(nn.Module):
         super().__init__()
         arch = spec.architecture
         self.spec = spec
-        self.base = ResNet(arch, shortcut=spec.shortcut, n_classes=spec.n_classes)
+        self.base = ResNet(arch, shortcut=spec.shortcut, n_classes=spec.n_classes, downscale=spec.downscale)
         self.policy = None
         if spec.has_policy:
-            self.policy = PolicyNetwork(arch.family, n_blocks=arch.n_blocks, n_hidden=spec.policy_hidden)
+            self.policy = PolicyNetwork(
+                arch.family,
+                n_blocks=arch.n_blocks,
+                n_hidden=spec.policy_hidden,
+                downscale=spec.policy_downscale,
+            )
 
     @property
     def n_blocks(self) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from bdtool.errors import UsageError
-from bdtool.models.architectures import Architecture, ShortcutKind, architecture
+from bdtool.models.architectures import Architecture, ShortcutKind, architecture, policy_downscale
 from bdtool.specs import Preprocessing
 
 
@@ -15,8 +15,10 @@ from bdtool.specs import Preprocessing
 class ModelSpec:
     """Everything about a model but its weights.
 
-    `policy_hidden` is the width of the policy network's hidden layer, 0 for none. `provenance` says how the weights
-    came to be, as JSON values; it holds no time stamps, so that equal input gives equal files.
+    `policy_hidden` is the width of the policy network's hidden layer, 0 for none. Base and policy network first average
+    `downscale` x `downscale` and `policy_downscale` x `policy_downscale` pixels into one; 0 for the latter becomes the
+    paper's, 1 for CIFAR's architectures and 2 for ImageNet's. `provenance` says how the weights came to be, as JSON
+    values; it holds no time stamps, so that equal input gives equal files.
     """
 
     arch: str
@@ -27,13 +29,19 @@ class ModelSpec:
     has_policy: bool
     provenance: Mapping[str, Any]
     policy_hidden: int = 0
+    downscale: int = 1
+    policy_downscale: int = 0
 
     def __post_init__(self) -> None:
-        architecture(self.arch)
+        if self.policy_downscale == 0:
+            object.__setattr__(self, "policy_downscale", policy_downscale(self.architecture.family))
         if self.n_classes < 1:
             raise UsageError(f"{self.arch}: {self.n_classes} classes; a model needs at least one")
         if self.policy_hidden < 0:
             raise UsageError(f"{self.arch}: policy_hidden {self.policy_hidden}; give a width, or 0 for no hidden layer")
+        for name, factor in (("downscale", self.downscale), ("policy_downscale", self.policy_downscale)):
+            if factor < 1:
+                raise UsageError(f"{self.arch}: {name} {factor}; give 1 for whole images, or by what to divide them")
         if self.labels is not None and len(self.labels) != self.n_classes:
             raise UsageError(f"{self.arch}: {len(self.labels)} labels for {self.n_classes} classes; give one for each")
         if self.shortcut not in get_args(ShortcutKind):

@@ -20,13 +20,13 @@ class PolicyNetwork(nn.Module):
     Args:
         n_hidden: width of a fully connected layer with ReLU between trunk and `logit`; 0, as in the paper, has none. Of
             pooled features, a linear layer can say which class an image looks like; how hard it is takes a hidden one.
+        downscale: of the image, before the first convolution: see `ResNet`.
     """
 
-    def __init__(self, family: Family, *, n_blocks: int, n_hidden: int = 0) -> None:
+    def __init__(self, family: Family, *, n_blocks: int, n_hidden: int = 0, downscale: int = 1) -> None:
         super().__init__()
         trunk = policy_trunk(family)
-        self.halve_image = family == "imagenet"
-        self.trunk = ResNet(trunk, shortcut=trunk.default_shortcut, n_classes=None)
+        self.trunk = ResNet(trunk, shortcut=trunk.default_shortcut, n_classes=None, downscale=downscale)
         self.hidden = nn.Linear(self.trunk.n_features, n_hidden) if n_hidden else None
         self.logit = nn.Linear(n_hidden or self.trunk.n_features, n_blocks)
 
@@ -40,7 +40,5 @@ class PolicyNetwork(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """Return what the trunk makes of the images, float32 [N, n_features]; arguments as for `forward`."""
-        if self.halve_image:  # 112 x 112 is enough to decide, at a quarter of the cost (section 4.1)
-            images = F.avg_pool2d(images, 2)
         pooled: Tensor = self.trunk(images)
         return pooled

@@ -17,27 +17,32 @@ from bdtool.models.shortcuts import make_shortcut
 
 
 class CifarStem(nn.Module):
-    """3x3 convolution, batch normalisation, ReLU: [N, 3, H, W] to [N, width, H, W]."""
+    """3x3 convolution, batch normalisation, ReLU: [N, 3, H, W] to [N, width, H / downscale, W / downscale]."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, *, downscale: int = 1) -> None:
         super().__init__()
+        self.pool = _downscale(downscale)
         self.conv = _conv3x3(3, width)
         self.bn = nn.BatchNorm2d(width)
 
     def forward(self, images: Tensor) -> Tensor:
-        return F.relu(self.bn(self.conv(images)))
+        return F.relu(self.bn(self.conv(self.pool(images))))
 
 
 class ImageNetStem(nn.Module):
-    """7x7 convolution, batch normalisation, ReLU, max-pool: [N, 3, H, W] to [N, width, H / 4, W / 4]."""
+    """7x7 convolution, batch normalisation, ReLU, max-pool: [N, 3, H, W] to [N, width, H / 4, W / 4].
 
-    def __init__(self, width: int) -> None:
+    With a `downscale`, the pixels are averaged first, as in `CifarStem`.
+    """
+
+    def __init__(self, width: int, *, downscale: int = 1) -> None:
         super().__init__()
+        self.pool = _downscale(downscale)
         self.conv = nn.Conv2d(3, width, kernel_size=7, stride=2, padding=3, bias=False)
         self.bn = nn.BatchNorm2d(width)
 
     def forward(self, images: Tensor) -> Tensor:
-        return F.max_pool2d(F.relu(self.bn(self.conv(images))), kernel_size=3, stride=2, padding=1)
+        return F.max_pool2d(F.relu(self.bn(self.conv(self.pool(images)))), kernel_size=3, stride=2, padding=1)
 
 
 class ResidualBlock(nn.Module):
@@ -105,12 +110,15 @@ class ResNet(nn.Module):
         architecture: its layout.
         shortcut: what replaces the identity where the shape changes.
         n_classes: columns of the logits; None leaves out the classifier, so that the head gives [N, n_features].
+        downscale: the stem first averages `downscale` x `downscale` pixels into one.
     """
 
-    def __init__(self, architecture: Architecture, *, shortcut: ShortcutKind, n_classes: int | None) -> None:
+    def __init__(
+        self, architecture: Architecture, *, shortcut: ShortcutKind, n_classes: int | None, downscale: int = 1
+    ) -> None:
         super().__init__()
         stem = CifarStem if architecture.family == "cifar" else ImageNetStem
-        self.stem = stem(architecture.widths[0])
+        self.stem = stem(architecture.widths[0], downscale=downscale)
         self.blocks = nn.ModuleList(_blocks(architecture, shortcut))
         self.n_features = architecture.widths[-1] * architecture.expansion
         layers: OrderedDict[str, nn.Module] = OrderedDict(pool=GlobalAveragePool())
@@ -197,6 +205,10 @@ def _blocks(architecture: Architecture, shortcut: ShortcutKind) -> list[Residual
             blocks.append(block(n_in, width, stride=stride, shortcut=shortcut))
             n_in = width * architecture.expansion
     return blocks
+
+
+def _downscale(factor: int) -> nn.Module:
+    return nn.AvgPool2d(factor) if factor > 1 else nn.Identity()
 
 
 def _conv3x3(n_in: int, n_out: int, *, stride: int = 1) -> nn.Conv2d:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from bdtool.errors import CheckpointError, UsageError
+from bdtool.models.architectures import policy_downscale
 from bdtool.models.difference import COUNTER, compare_states, listing
 from bdtool.models.layout import tensor_shapes
 from bdtool.models.model_spec import ModelSpec
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
 
     from bdtool.models.model import BlockDropModel
 
-FORMAT_VERSION = 2  # 2: policy networks with a hidden layer
+FORMAT_VERSION = 3  # 2: policy networks with a hidden layer; 3: networks that scale images down
+_VERSION_OF = {"policy_hidden": 2, "downscale": 3, "policy_downscale": 3}  # the first that has each of these fields
 _METADATA_KEY = (
     "bdtool"  # one key only: safetensors does not keep the order of several, and equal input gives equal bytes
 )
@@ -120,8 +122,10 @@ def read_spec(path: Path) -> ModelSpec:
 
 
 def _header_from_spec(spec: ModelSpec) -> dict[str, Any]:
-    header = {
-        "format_version": FORMAT_VERSION if spec.policy_hidden else 1,  # so that an older bdtool reads what it can
+    optional = _optional(spec)
+    return {
+        # so that an older bdtool reads what it can
+        "format_version": max((_VERSION_OF[name] for name in optional), default=1),
         "arch": spec.arch,
         "n_classes": spec.n_classes,
         "labels": spec.labels,
@@ -130,8 +134,14 @@ def _header_from_spec(spec: ModelSpec) -> dict[str, Any]:
         "has_policy": spec.has_policy,
         "stages": spec.architecture.stages,
         "provenance": dict(spec.provenance),
+        **optional,
     }
-    return {**header, "policy_hidden": spec.policy_hidden} if spec.policy_hidden else header
+
+
+def _optional(spec: ModelSpec) -> dict[str, int]:
+    """Return the fields that not every version of bdtool knows, where they are not what those take for granted."""
+    usual = {"policy_hidden": 0, "downscale": 1, "policy_downscale": policy_downscale(spec.architecture.family)}
+    return {name: getattr(spec, name) for name in _VERSION_OF if getattr(spec, name) != usual[name]}
 
 
 def _spec_from_header(header: Mapping[str, Any]) -> ModelSpec:
@@ -143,7 +153,7 @@ def _spec_from_header(header: Mapping[str, Any]) -> ModelSpec:
         shortcut=header["shortcut"],
         has_policy=bool(header["has_policy"]),
         provenance=dict(header["provenance"]),
-        policy_hidden=int(header.get("policy_hidden", 0)),
+        **{name: int(header[name]) for name in _VERSION_OF if name in header},
     )
     if tuple(header["stages"]) != spec.architecture.stages:
         raise ValueError(f"stages {header['stages']} are not those of {spec.arch}, {list(spec.architecture.stages)}")

@@ -27,6 +27,7 @@ def base_spec(
     n_classes: int | None = None,
     mean: Colour | None = None,
     std: Colour | None = None,
+    downscale: int = 1,
 ) -> ModelSpec:
     """Return what to pretrain: the architecture with its own shortcut, and the classes and colours of the data.
 
@@ -35,6 +36,7 @@ def base_spec(
             Of an .npz there are 10 or, for ImageNet's architectures, 1000, without names, unless `n_classes` says
             otherwise.
         mean, std: of pixels scaled to 0..1; None is CIFAR-10's or ImageNet's.
+        downscale: the network first averages `downscale` x `downscale` pixels into one.
 
     Raises:
         UsageError: unknown architecture, impossible colours, or other than `n_classes` class folders.
@@ -57,6 +59,7 @@ def base_spec(
         shortcut=layout.default_shortcut,
         has_policy=False,
         provenance={},
+        downscale=downscale,
     )
 
 

@@ -72,8 +72,9 @@ def curriculum(
     """Train a policy network for the base of `start`, from random weights or from the one that `start` has.
 
     Args:
-        trunk: a trained classifier of the policy network's own architecture, to start from instead: what tells the
-            classes apart also tells easy images from hard ones, and a policy gradient alone takes long to find it.
+        trunk: a trained classifier of a policy network's architecture, for a new policy network to start from: what
+            tells the classes apart also tells easy images from hard ones, and a policy gradient alone takes long to
+            find it. The new one scales images down by as much as `trunk` does.
 
     Raises:
         UsageError: `trunk` has another architecture, shortcut or input than the policy network; or the run would end
@@ -84,9 +85,7 @@ def curriculum(
         steps_per_epoch = place.train.n_images // options.batch
         options.check_all_learned(steps_per_epoch=steps_per_epoch, n_blocks=start.n_blocks)
     with place.reserved():
-        model = with_policy(start, seed=options.seed)
-        if trunk is not None:
-            start_from_trunk(model, trunk)
+        model = with_policy(start, seed=options.seed, trunk=trunk)
         return _train(model, "curriculum", options, place, lambda m, amp: CurriculumTask(m, options, amp=amp))
 
 
@@ -112,9 +111,7 @@ def _imitate(
     start: BlockDropModel, options: ImitateOptions, place: TrainingPlace, trunk: BlockDropModel | None
 ) -> Trained:
     place.check_resume()
-    model = with_policy(start, seed=options.seed, n_hidden=options.hidden)
-    if trunk is not None:
-        start_from_trunk(model, trunk)
+    model = with_policy(start, seed=options.seed, n_hidden=options.hidden, trunk=trunk)
     model.to(device=place.group.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     data = training_images(place.train, model.spec.preprocessing, device=torch.device("cpu")).facts
     imitation = Imitation(model, place.train, options)
@@ -185,23 +182,35 @@ def _fixed_paths(
     return deployed_paths(model, place.train, group=place.group)
 
 
-def with_policy(model: BlockDropModel, *, seed: int, n_hidden: int = 0) -> BlockDropModel:
+def with_policy(
+    model: BlockDropModel, *, seed: int, n_hidden: int = 0, trunk: BlockDropModel | None = None
+) -> BlockDropModel:
     """Return a model with the base of `model` and a policy network: its own, or a new one that keeps most blocks.
+
+    With a `trunk`, of which a new one starts, it is always new.
 
     A new one starts at P(keep) of about 0.8, where the authors' starts at 0.5: a block that the curriculum reaches then
     starts from what it did before, kept, instead of being dropped for half of the images.
+
+    Raises:
+        UsageError: as `start_from_trunk`.
     """
-    if model.policy is not None:
+    if model.policy is not None and trunk is None:
         return model
-    grown = build_model(dataclasses.replace(model.spec, has_policy=True, policy_hidden=n_hidden), seed=seed)
+    spec = dataclasses.replace(model.spec, has_policy=True, policy_hidden=n_hidden)
+    if trunk is not None:
+        spec = dataclasses.replace(spec, policy_downscale=trunk.spec.downscale)
+    grown = build_model(spec, seed=seed)
     grown.base.load_state_dict(model.base.state_dict())
     assert grown.policy is not None
     nn.init.constant_(grown.policy.logit.bias, _FIRST_LOGIT)
+    if trunk is not None:
+        start_from_trunk(grown, trunk)
     return grown
 
 
 def without_policy(model: BlockDropModel) -> BlockDropModel:
-    bare = build_model(dataclasses.replace(model.spec, has_policy=False, policy_hidden=0))
+    bare = build_model(dataclasses.replace(model.spec, has_policy=False, policy_hidden=0, policy_downscale=0))
     bare.base.load_state_dict(model.base.state_dict())
     return bare
 
@@ -274,6 +283,7 @@ def _request(
         "arch": spec.arch,
         "classes": list(spec.labels or ()) or spec.n_classes,
         "preprocessing": asdict(spec.preprocessing),
+        "downscale": spec.downscale,
         "policy_file": _digest_of_policy(options),
         "data": dict(data),
         "start": place.start,

@@ -22,6 +22,7 @@ def start_from_trunk(model: BlockDropModel, trunk: BlockDropModel) -> None:
     Raises:
         UsageError: `trunk` has another architecture or shortcut than the policy network, or another input.
     """
+    assert model.spec.policy_downscale == trunk.spec.downscale
     assert model.policy is not None
     layout = policy_trunk(architecture(model.spec.arch).family)
     wanted, got = (layout.name, layout.default_shortcut), (trunk.spec.arch, trunk.spec.shortcut)

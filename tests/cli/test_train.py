@@ -52,6 +52,22 @@ def test_three_stages_make_a_model_that_exports(
     bdtool("export", model, "-o", tmp_path / "bundle")
 
 
+def test_a_policy_network_sees_what_its_trunk_learned_from(
+    bdtool: Callable[..., Result], base: Path, npz: Path, tmp_path: Path
+) -> None:
+    trunk, policy = tmp_path / "trunk.safetensors", tmp_path / "policy.safetensors"
+    bdtool("train", "pretrain", "--arch", "resnet8", "--downscale", 2, "--data", npz, *_QUICK, "-o", trunk)
+    bdtool("train", "curriculum", base, "--trunk", trunk, "--data", npz, *_QUICK, "-o", policy)
+    assert [read_spec(path).downscale for path in (base, trunk, policy)] == [1, 2, 1]
+    assert read_spec(policy).policy_downscale == 2
+    assert "downscale:      base 2\n" in bdtool("inspect", trunk).stdout
+    assert "downscale:      base 1, policy 2\n" in bdtool("inspect", policy).stdout
+    message = bdtool(
+        "train", "pretrain", "--arch", "resnet8", "--downscale", 33, "--data", npz, *_QUICK, "-o", trunk, status=2
+    ).stderr
+    assert "images of 32 x 32 pixels cannot be scaled down by 33" in message
+
+
 def _class_folders(root: Path, *names: str) -> Path:
     pictures = synthetic_images(4 * len(names), height=32, width=32)
     for index, picture in enumerate(pictures):

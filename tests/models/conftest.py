@@ -43,6 +43,8 @@ def make_model() -> MakeModel:
         n_classes: int = 10,
         has_policy: bool = True,
         policy_hidden: int = 0,
+        downscale: int = 1,
+        policy_downscale: int = 0,
         seed: int = 0,
         size: int | None = None,
     ) -> BlockDropModel:
@@ -57,6 +59,8 @@ def make_model() -> MakeModel:
             has_policy=has_policy,
             provenance={"created_by": "test"},
             policy_hidden=policy_hidden,
+            downscale=downscale,
+            policy_downscale=policy_downscale,
         )
         model = build_model(spec, seed=seed)
         stir_batch_norms(model)

@@ -15,7 +15,7 @@ from bdtool.specs import Preprocessing
 SHORTCUTS = ("option-a", "average-pool", "projection")
 
 
-def _spec(arch, *, shortcut="projection", size=64, has_policy=True, policy_hidden=0):
+def _spec(arch, *, shortcut="projection", size=64, has_policy=True, **others):
     preprocessing = Preprocessing(height=size, width=size + 32, mean=(0.5,) * 3, std=(0.2,) * 3)
     return ModelSpec(
         arch=arch,
@@ -25,7 +25,7 @@ def _spec(arch, *, shortcut="projection", size=64, has_policy=True, policy_hidde
         shortcut=shortcut,
         has_policy=has_policy,
         provenance={},
-        policy_hidden=policy_hidden,
+        **others,
     )
 
 
@@ -33,12 +33,15 @@ CASES = [
     *(_spec(arch) for arch in known_architectures()),
     *(_spec(arch, shortcut=shortcut) for arch in ("resnet14", "resnet50") for shortcut in SHORTCUTS),
     *(_spec(arch, policy_hidden=24) for arch in ("resnet14", "resnet18")),
+    *(_spec(arch, downscale=2, policy_downscale=4) for arch in ("resnet14", "resnet18")),
     _spec("resnet14", has_policy=False, shortcut="option-a", size=33),
     _spec("resnet206", has_policy=False),
 ]
 
 
-@pytest.mark.parametrize("spec", CASES, ids=lambda spec: f"{spec.arch}-{spec.shortcut}-{spec.policy_hidden}")
+@pytest.mark.parametrize(
+    "spec", CASES, ids=lambda spec: f"{spec.arch}-{spec.shortcut}-{spec.policy_hidden}-{spec.downscale}"
+)
 def test_layout_is_what_the_modules_hold_compute_and_cost(spec):
     model = meta_model(spec)
     assert tensor_shapes(spec) == shapes_of(model.state_dict())
@@ -54,3 +57,8 @@ def test_layout_is_what_the_modules_hold_compute_and_cost(spec):
 def test_size_that_an_average_pool_cannot_halve_is_refused():
     with pytest.raises(UsageError, match="halves 33 x 65 pixels, which are odd"):
         network_from_spec(_spec("resnet14", shortcut="average-pool", size=33, has_policy=False))
+
+
+def test_size_that_cannot_be_scaled_down_is_refused():
+    with pytest.raises(UsageError, match="images of 64 x 96 pixels cannot be scaled down by 65"):
+        network_from_spec(_spec("resnet14", policy_downscale=65))

@@ -95,14 +95,21 @@ def test_seeded_weights_repeat_and_leave_the_global_generator_alone(make_model):
     assert not torch.equal(first.base.head.linear.weight, build_model(spec, seed=6).base.head.linear.weight)
 
 
-def test_policy_sees_imagenet_pictures_at_half_size(make_model):
-    model = make_model("resnet18", n_classes=5, size=64)
+@pytest.mark.parametrize(
+    ("arch", "policy_downscale", "seen"),
+    [("resnet18", 0, 32), ("resnet18", 1, 64), ("resnet14", 0, 64), ("resnet14", 4, 16)],
+)
+def test_policy_sees_pictures_scaled_down(make_model, arch, policy_downscale, seen):
+    """Of ImageNet's by half unless it is said, as in the paper; what it sees are means of the pixels."""
+    model = make_model(arch, n_classes=5, size=64, policy_downscale=policy_downscale)
     images = torch.randn(2, 3, 64, 64)
-    sizes = []
-    model.policy.trunk.register_forward_pre_hook(lambda _module, inputs: sizes.append(inputs[0].shape[-1]))
+    pictures = []
+    model.policy.trunk.stem.conv.register_forward_pre_hook(lambda _module, inputs: pictures.append(inputs[0]))
     with torch.no_grad():
         probability = model.keep_probability(images)
-    assert sizes == [32]
-    assert probability.shape == (2, architecture("resnet18").n_blocks)
+    factor = 64 // seen
+    means = images.reshape(2, 3, seen, factor, seen, factor).mean(dim=(3, 5))
+    torch.testing.assert_close(pictures[0], means)
+    assert probability.shape == (2, architecture(arch).n_blocks)
     assert probability.min() > 0
     assert probability.max() < 1

@@ -54,19 +54,40 @@ def test_round_trip_gives_the_same_model_in_eval_mode(make_model, tmp_path, has_
     assert not loaded.training
 
 
-@pytest.mark.parametrize(("policy_hidden", "version"), [(0, 1), (16, 2)])
-def test_hidden_layer_of_the_policy_network_is_stored(make_model, tmp_path, policy_hidden, version):
-    """A file without one can still be read by the versions of bdtool that know of none."""
-    model = make_model("resnet8", policy_hidden=policy_hidden)
+@pytest.mark.parametrize(
+    ("arch", "fields", "version"),
+    [
+        ("resnet8", {}, 1),
+        ("resnet8", {"policy_hidden": 16}, 2),
+        ("resnet8", {"policy_hidden": 16, "policy_downscale": 2}, 3),
+        ("resnet8", {"downscale": 2}, 3),
+        ("resnet18", {"policy_downscale": 1}, 3),
+    ],
+)
+def test_what_older_versions_do_not_know_is_stored_where_it_is_used(make_model, tmp_path, arch, fields, version):
+    """A file that uses none of it can still be read by them."""
+    model = make_model(arch, **fields)
     path = tmp_path / "m.safetensors"
     save_model(model, path)
     with safe_open(path, framework="numpy") as file:
         header = json.loads(file.metadata()["bdtool"])
     assert header["format_version"] == version
-    assert header.get("policy_hidden", 0) == load_model(path).spec.policy_hidden == policy_hidden
-    images = torch.randn(2, 3, 32, 32)
+    assert {
+        name: header[name] for name in ("policy_hidden", "downscale", "policy_downscale") if name in header
+    } == fields
+    loaded = load_model(path)
+    assert loaded.spec == model.spec
+    images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
-        assert torch.equal(load_model(path).keep_probability(images), model.keep_probability(images))
+        assert torch.equal(loaded.keep_probability(images), model.keep_probability(images))
+        assert torch.equal(loaded(images), model(images))
+
+
+@pytest.mark.parametrize("name", ["downscale", "policy_downscale"])
+def test_impossible_downscale_is_a_damaged_header(saved, name):
+    _rewrite(saved, header={name: -1})
+    with pytest.raises(CheckpointError, match=f"its header is damaged .*{name} -1; give 1 for whole images"):
+        read_spec(saved)
 
 
 def test_equal_models_give_equal_bytes(make_model, saved, tmp_path):
@@ -118,8 +139,8 @@ def test_foreign_safetensors_file_is_refused(saved):
 
 
 def test_newer_format_is_refused(saved):
-    _rewrite(saved, header={"format_version": 3})
-    with pytest.raises(CheckpointError, match="format_version 3, this bdtool reads up to 2"):
+    _rewrite(saved, header={"format_version": 4})
+    with pytest.raises(CheckpointError, match="format_version 4, this bdtool reads up to 3"):
         load_model(saved)
 
 

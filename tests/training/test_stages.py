@@ -12,12 +12,21 @@ import torch
 
 from bdtool.errors import PolicyError, UsageError
 from bdtool.models.model import BlockDropModel
+from bdtool.models.parts import network_spec
 from bdtool.torch_classifier import TorchClassifier
 from bdtool.training.budget import shift_policy
 from bdtool.training.options import CurriculumOptions, FinetuneOptions, ImitateOptions, PretrainOptions
 from bdtool.training.paths import deployed_paths
 from bdtool.training.place import TrainingPlace
-from bdtool.training.stages import computes_in_bfloat16, curriculum, finetune, imitate, pretrain
+from bdtool.training.stages import (
+    Trained,
+    computes_in_bfloat16,
+    curriculum,
+    finetune,
+    imitate,
+    pretrain,
+    without_policy,
+)
 from bdtool.training.tasks import Step
 from bdtool.training.trunk import start_from_trunk
 from tests.command_line import parse
@@ -30,6 +39,38 @@ def test_policy_network_starts_from_a_trunk(random_model: Callable[..., BlockDro
     for name, tensor in model.policy.trunk.state_dict().items():
         torch.testing.assert_close(tensor, trunk.base.state_dict()[name], rtol=0, atol=0)
     assert model.spec.provenance["policy_trunk"] == trunk.spec.provenance
+
+
+@pytest.mark.parametrize("stage", [curriculum, imitate])
+@pytest.mark.parametrize("has_policy", [False, True])
+def test_policy_network_scales_images_down_as_its_trunk_does(
+    random_model: Callable[..., BlockDropModel],
+    place: Callable[..., TrainingPlace],
+    stage: Callable[..., Trained],
+    has_policy: bool,
+) -> None:
+    """Where the model had a policy network, the new one takes its place."""
+    start = random_model("resnet8", has_policy=has_policy)
+    trunk = random_model("resnet8", has_policy=False, downscale=4, seed=5)
+    options = {
+        curriculum: CurriculumOptions(epochs=0.25, batch=64),
+        imitate: ImitateOptions(epochs=1, batch=64, fewest=1, most=3, judges=32, limit=64),
+    }[stage]
+    model = stage(start, options, place(), trunk=trunk).model
+    assert (model.spec.policy_downscale, model.spec.downscale) == (4, 1)
+    assert model.policy is not None
+    for name in ("stem.conv.weight", "blocks.2.conv2.weight"):
+        difference = model.policy.trunk.state_dict()[name] - trunk.base.state_dict()[name]
+        assert difference.abs().max() < 0.02, name  # of a step or none
+    for name, tensor in model.base.state_dict().items():
+        assert torch.equal(tensor, start.base.state_dict()[name]), name
+    whole, policy = (network_spec(one).require("policy") for one in (random_model("resnet8"), model))
+    assert policy.flops < whole.flops / 15
+
+
+def test_a_policy_network_that_is_taken_away_leaves_no_trace(random_model: Callable[..., BlockDropModel]) -> None:
+    model = random_model("resnet8", policy_hidden=8, policy_downscale=2)
+    assert without_policy(model).spec == random_model("resnet8", has_policy=False).spec
 
 
 def test_trunk_of_another_architecture_is_refused(
