@@ -1,7 +1,7 @@
 """Everything that runs on a GPU, checked against PyTorch and measured, on the machine that this runs on.
 
     python -m benchmarks.gpu [--bundle BUNDLE] [--backend NAME,...] [--data DATA] [--masks N] [--images N]
-                             [--duration S] [--out FILE]
+                             [--duration S] [--policy-downscale N] [--out FILE]
 
 Makes a ResNet-110 with a policy network and random weights, opens it with each backend that works here, and for each
 
@@ -32,7 +32,6 @@ import numpy as np
 import torch
 
 from bdtool.data.sources import open_data
-from bdtool.errors import EngineError
 from bdtool.models.store import load_model
 from bdtool.profiling.environment import describe_gpu
 from bdtool.profiling.profile import profile
@@ -40,36 +39,25 @@ from bdtool.profiling.workload import Settings
 from bdtool.runtime.factory import strategies_for
 from bdtool.runtime.orchestrator import Orchestrator
 from bdtool.runtime.place import Place
-from bdtool.runtime.policies import parse_policy
 from bdtool.runtime.preprocess import preprocess
-from bdtool.specs import NetworkSpec
-from bdtool.words import counted
+from benchmarks.graph_bench import BEGUN, DEVICE, SHARE_KEPT, GraphBench, kept_policy
 from benchmarks.latency import make_bundle
-from engines.base import Backend, Call, Engine
-from engines.capture import CapturingBackend
-from engines.cuda_graph import BLOCKS_PER_SWITCH
-from engines.graph_modes import IF, PATH_CACHE, POLICY_CACHE, SWITCH
 from engines.libcuda import driver_from_libcuda
-from engines.network_graphs import NetworkGraphs
-from engines.registry import batch_options, identify_backend, open_backend
-from engines.store import EngineStore
+from engines.registry import identify_backend
 from export.bundle import Bundle
 from export.check import compare
 from export.files import write_json
 
 BACKENDS = ("torch", "tensorrt", "tensorrt-rtx", "onnxruntime", "onnxruntime-tensorrt")
-SHARE_KEPT = 17 / 54  # the mean of the paper
-AIMS = {"known path": 1.15, "full graph": 0.45}  # the most that strategy `graph` may take, as a ratio to each
-BEGUN = f"{POLICY_CACHE} begun"  # its first blocks run beside the policy network, and are the right ones for "some"
-MODES = (SWITCH, POLICY_CACHE, BEGUN, IF, PATH_CACHE)
 PRECISIONS = ("fp32", "fp16")
-DEVICE = "cuda:0"
-_ROUNDS, _LAUNCHES = 20, 25
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bundle", type=Path, help="default: a ResNet-110 with random weights, which is made")
+    parser.add_argument(
+        "--policy-downscale", type=int, default=1, help="of the images for its policy network, default 1"
+    )
     parser.add_argument("--backend", default=",".join(BACKENDS), help=f"default: {','.join(BACKENDS)}")
     parser.add_argument("--data", default="synthetic", help="DATA as everywhere; default: synthetic pictures")
     parser.add_argument("--masks", type=int, default=1000, help="random masks compared with PyTorch, default 1000")
@@ -83,8 +71,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="bdtool-benchmark-") as directory:
         path = args.bundle or Path(directory) / "resnet110"
         if args.bundle is None:
-            make_bundle(path)
-        arch = Bundle.open(path).network.arch
+            make_bundle(path, policy_downscale=args.policy_downscale)
+        network = Bundle.open(path).network
+        facts = {"network": network.arch, "flops": {part.name: part.flops for part in network.parts}}
         results = Path(__file__).parent / "results"
         out = args.out or results / f"gpu-{re.sub(r'[^a-z0-9]+', '-', str(gpu['gpu']).lower())}.json"
         measured: dict[str, dict[str, Any]] = {}
@@ -94,7 +83,7 @@ def main() -> None:
                 name, path, data=args.data, n_masks=args.masks, n_images=args.images, duration_s=args.duration
             ):
                 measured[name][what] = result  # written at once: time on a GPU is short, and may end
-                write_json(out, {"gpu": gpu, "network": arch, "backends": measured})
+                write_json(out, {"gpu": gpu, **facts, "backends": measured})
                 print(f"{time.strftime('%H:%M:%S')} {name}: {what} done", file=sys.stderr)
     print_results(gpu, measured)
     print(f"\nwritten to {out}")
@@ -158,31 +147,6 @@ def measure_graphs(bundle: Bundle, backend: str, precision: str, n_images: int) 
     return GraphBench(bundle, backend, precision).measure(n_images)
 
 
-def kept_policy(n_blocks: int) -> str:
-    return f"distribute:{max(1, round(SHARE_KEPT * n_blocks))}"
-
-
-def kept_masks(n_blocks: int) -> dict[str, np.ndarray]:
-    some = parse_policy(kept_policy(n_blocks), n_blocks=n_blocks, has_policy_network=False)
-    return {"some": some.matrix(1)[0], "none": np.zeros(n_blocks, bool), "all": np.ones(n_blocks, bool)}
-
-
-def open_engines(
-    bundle: Bundle, backend: str, precision: str = "fp32"
-) -> tuple[NetworkSpec, Backend, dict[str, Engine]]:
-    """Return the network as its engines take it, the backend, and every engine; those that are missing are built.
-
-    Raises:
-        EngineError: one does not build.
-    """
-    library = open_backend(backend, DEVICE, tensorrt=batch_options(backend, bundle.manifest.max_batch))
-    store = EngineStore(bundle, identify_backend(backend, DEVICE), precision=precision)
-    failed = [status.message for status in store.build(lambda: library) if status.status == "failed"]
-    if failed:
-        raise EngineError(f"{counted(len(failed), 'engine')} did not build in {precision}; the first: {failed[0]}")
-    return store.network, library, dict(store.load(library, store.find()))
-
-
 def parity(bundle: Bundle, backend: str, strategies: tuple[str, ...], n_masks: int) -> dict[str, dict[str, float]]:
     """Return each strategy's worst error against eager PyTorch on the CPU, over the range of the logits."""
     model = load_model(bundle.path / "weights.safetensors").eval()
@@ -208,158 +172,6 @@ def _error(model: torch.nn.Module, prepared: np.ndarray, logits: np.ndarray, kee
     with torch.inference_mode():
         expected = model(torch.from_numpy(prepared), torch.from_numpy(keep)).numpy()
     return compare(expected, logits, tolerance=0).error
-
-
-class GraphBench:
-    """Launches of the graph that decides beside those of graphs that know: the same image, copies included."""
-
-    def __init__(self, bundle: Bundle, name: str, precision: str = "fp32") -> None:
-        self._network, backend, engines = open_engines(bundle, name, precision)
-        assert isinstance(backend, CapturingBackend)
-        self._capturer = backend.capturer()
-        self._graphs = NetworkGraphs(self._network, backend, engines)
-        rng = np.random.default_rng(0)
-        stem = self._network.require("stem")
-        self._pixels = rng.integers(0, 256, size=stem.inputs[0].shape_for(1), dtype=np.uint8)
-
-    def measure(self, n_images: int) -> dict[str, Any]:
-        """Return errors, median milliseconds, their ratios, what the SWITCHes cost, and how much memory grew."""
-        masks = kept_masks(self._network.n_blocks)
-        switch, cache = self._graphs.deciding(), self._graphs.deciding([masks["some"]])
-        branch, speculation = self._graphs.branching(), self._graphs.speculation([masks["some"]], [1.0])
-        begun = self._graphs.deciding([masks["some"]], speculation)
-        runs: dict[str, Callable[[], object]] = {}
-        for name, mask in masks.items():
-            runs[f"{SWITCH}, {name} kept"] = self._deciding(switch, mask)
-            runs[f"{POLICY_CACHE}, {name} kept"] = self._deciding(cache, mask)  # which knows "some"
-            runs[f"{BEGUN}, {name} kept"] = self._deciding(begun, mask)
-            runs[f"{IF}, {name} kept"] = self._deciding(branch, mask)
-            runs[f"{PATH_CACHE}, {name} kept"] = self._reading_back(mask)
-            runs[f"known path, {name} kept"] = self._request(self._graphs.path(mask))
-            runs[f"known path and policy, {name} kept"] = self._request(self._known_with_policy(mask))
-        runs["full graph"] = self._request(self._graphs.whole())
-        errors = self._errors(runs, masks)
-        ms = alternate_ms(runs)
-        compared = {name: ms[f"{name}, some kept"] for name in ("known path", "known path and policy")}
-        compared["full graph"] = ms["full graph"]
-        ratios = {
-            mode: {f"to {name}": ms[f"{mode}, some kept"] / other for name, other in compared.items()} for mode in MODES
-        }
-        switch_us = {
-            name: 1000 * (ms[f"{SWITCH}, {name} kept"] - ms[f"known path and policy, {name} kept"])
-            for name in ("none", "some", "all")
-        }
-        return {
-            "n_kept": int(masks["some"].sum()),
-            "n_blocks": len(masks["some"]),
-            "blocks_per_switch": BLOCKS_PER_SWITCH,
-            "n_begun": len(speculation.runs),
-            "errors": errors,
-            "median_ms": ms,
-            "ratios": ratios,
-            "aims": AIMS,
-            "all_switches_us": switch_us,
-            "memory": self._growth(runs[f"{SWITCH}, some kept"], n_images),
-        }
-
-    def _deciding(self, call: Call, mask: np.ndarray) -> Callable[[], object]:
-        """Return a request of a graph that decides, the bits given."""
-        forced = np.where(mask, 1, 2).astype(np.uint8)
-
-        def request() -> None:
-            self._graphs.image.write(self._pixels)
-            call()
-            self._graphs.logits.begin_read()
-            self._graphs.kept.read()
-
-        # the bits stay where they are while one mask is timed, as those of a learned policy do
-        request.prepare = lambda: self._graphs.force.write(forced)  # type: ignore[attr-defined]
-        return request
-
-    def _known_with_policy(self, mask: np.ndarray) -> Call:
-        policy, path = self._graphs.policy(), self._graphs.path(mask)
-        assert policy is not None
-
-        def call() -> None:
-            policy()
-            path()
-
-        return call
-
-    def _reading_back(self, mask: np.ndarray) -> Callable[[], object]:
-        """Return a request that waits for the policy before it launches the graph of the mask."""
-        policy, path = self._graphs.policy(), self._graphs.path(mask)
-        assert policy is not None
-
-        def request() -> None:
-            self._graphs.image.write(self._pixels)
-            policy()
-            self._graphs.probability.read()
-            path()
-            self._graphs.logits.read()
-
-        return request
-
-    def _request(self, call: Call) -> Callable[[], object]:
-        def request() -> None:
-            self._graphs.image.write(self._pixels)
-            call()
-            self._graphs.logits.read()
-
-        return request
-
-    def _errors(self, runs: dict[str, Callable[[], object]], masks: dict[str, np.ndarray]) -> dict[str, Any]:
-        """Return each mode's worst errors, over the masks, against the policy network and the known path in a row.
-
-        Those of logits and of probabilities are over the range of the values; of keep bits the wrong ones are counted.
-        """
-        worst: dict[str, Any] = {mode: {"logits": 0.0, "probabilities": 0.0, "keep bits": 0} for mode in MODES}
-        for kept, mask in masks.items():
-            expected = self._outputs(runs[f"known path and policy, {kept} kept"])
-            for mode, errors in worst.items():
-                found = self._outputs(runs[f"{mode}, {kept} kept"])
-                for name in ("logits", "probabilities"):
-                    errors[name] = max(errors[name], compare(expected[name], found[name], tolerance=0).error)
-                if mode != PATH_CACHE:  # where the host knows them
-                    errors["keep bits"] += int(np.count_nonzero(found["keep bits"] != mask))
-        return worst
-
-    def _outputs(self, request: Callable[[], object]) -> dict[str, np.ndarray]:
-        """Return what a request writes; where it writes nothing, zeros."""
-        graphs = self._graphs
-        buffers = {"logits": graphs.logits, "probabilities": graphs.probability, "keep bits": graphs.kept}
-        for buffer in buffers.values():
-            buffer.write(np.zeros_like(buffer.read()))
-        _prepare(request)
-        request()
-        return {name: buffer.read().copy() for name, buffer in buffers.items()}
-
-    def _growth(self, request: Callable[[], object], n_images: int) -> dict[str, int]:
-        cu = self._capturer.device.cu
-        _prepare(request)
-        before = int(cu.cuMemGetInfo()[1])
-        for _ in range(n_images):
-            request()
-        return {"images": n_images, "growth_bytes": before - int(cu.cuMemGetInfo()[1])}
-
-
-def alternate_ms(runs: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Return the median milliseconds of each, in alternating rounds; the first calls of a round are not counted."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(_ROUNDS):
-        for name, run in runs.items():
-            _prepare(run)
-            for i in range(3 + _LAUNCHES):
-                start = time.perf_counter()
-                run()
-                if i >= 3:
-                    times[name].append((time.perf_counter() - start) * 1000)
-    return {name: float(np.median(values)) for name, values in times.items()}
-
-
-def _prepare(request: Callable[[], object]) -> None:
-    """Give a request its keep bits, where it does not do so each time."""
-    getattr(request, "prepare", lambda: None)()
 
 
 def print_results(gpu: dict[str, Any], measured: dict[str, dict[str, Any]]) -> None:

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 
 from bdtool.profiling.environment import describe_gpu
-from benchmarks.gpu import DEVICE, kept_masks, open_engines
+from benchmarks.graph_bench import DEVICE, kept_masks, open_engines
 from benchmarks.latency import make_bundle
 from engines.cuda_buffer import DeviceBuffer
 from engines.cuda_device import open_device

@@ -1,6 +1,7 @@
 """ResNet-110 by each strategy against the whole network as one engine, ONNX Runtime on the CPU.
 
-    python benchmarks/latency.py [--data DATA] [--threads 1,2] [--duration S] [--out FILE]
+    python benchmarks/latency.py [--data DATA] [--threads 1,2] [--duration S]
+                                 [--policy-downscale N] [--out FILE]
 
 Makes a ResNet-110 with a policy network and random weights (latency does not depend on their values), exports it, and
 runs `bdtool profile` on it for each number of threads in a process of its own, the policy network included:
@@ -51,11 +52,14 @@ def main() -> None:
     parser.add_argument("--data", help="DATA as everywhere; default: synthetic pictures")
     parser.add_argument("--threads", default="1,2", help="default: 1,2")
     parser.add_argument("--duration", default="6", help="seconds measured for each strategy, default 6")
+    parser.add_argument(
+        "--policy-downscale", type=int, default=1, help="of the images for the policy network, default 1"
+    )
     parser.add_argument("--out", type=Path, help="write the profiles as JSON")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="bdtool-benchmark-") as directory:
         bundle = Path(directory) / "resnet110"
-        timings = make_bundle(bundle)
+        timings = make_bundle(bundle, policy_downscale=args.policy_downscale)
         runs = [
             (case, run_profile(bundle, case, int(threads), args.duration, args.data))
             for threads in args.threads.split(",")
@@ -67,17 +71,17 @@ def main() -> None:
         args.out.write_text(json.dumps({"timings_s": timings, "profiles": profiles}, indent=2) + "\n")
 
 
-def make_bundle(bundle: Path) -> dict[str, float]:
+def make_bundle(bundle: Path, *, policy_downscale: int = 1) -> dict[str, float]:
     """Make, export and build the network; return the seconds of the commands, the start of Python included."""
     model = bundle.with_suffix(".safetensors")
-    save_model(random_model(), model)
+    save_model(random_model(policy_downscale=policy_downscale), model)
     return {
         "bdtool export": run_command("export", str(model), "-o", str(bundle)),
         "bdtool build": run_command("build", str(bundle)),
     }
 
 
-def random_model() -> BlockDropModel:
+def random_model(*, policy_downscale: int = 1) -> BlockDropModel:
     """Return the ResNet-110 with a policy network, whose activations stay within what half precision holds."""
     size = Preprocessing(height=32, width=32, mean=(0.49, 0.48, 0.45), std=(0.25, 0.24, 0.26))
     spec = ModelSpec(
@@ -88,6 +92,7 @@ def random_model() -> BlockDropModel:
         shortcut="average-pool",
         has_policy=True,
         provenance={"created_by": "benchmarks/latency.py", "weights": "random, seed 0"},
+        policy_downscale=policy_downscale,
     )
     model = build_model(spec, seed=0)
     for block in model.modules():

@@ -2,6 +2,7 @@
 
 import torch
 
+from bdtool.models.parts import network_spec
 from bdtool.models.resnet import ResidualBlock
 from benchmarks.latency import random_model
 
@@ -20,3 +21,8 @@ def test_random_network_fits_half_precision(preprocessed):
     assert len(peaks) == model.n_blocks + 3  # the policy network's are among them
     assert max(peaks) < HALF_MAX / 1000  # sums on the way have room, too
     assert logits.std(dim=0).max() > 0.01  # and images still differ
+
+
+def test_its_policy_network_may_look_at_smaller_images():
+    whole, halved = (network_spec(random_model(policy_downscale=factor)).require("policy").flops for factor in (1, 2))
+    assert 0.24 < halved / whole < 0.26

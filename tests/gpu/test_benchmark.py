@@ -5,10 +5,11 @@ import json
 import math
 import time
 
+import numpy as np
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_choices, host_loop
+from benchmarks import gpu, gpu_choices, graph_bench, host_loop
 from engines.cuda_device import CudaDevice
 from engines.device_timer import DeviceTimer
 from engines.libcuda import Driver
@@ -19,8 +20,8 @@ from tests.fake_tensorrt import FakeTensorRT, install_gpu
 
 def test_every_figure_is_there(monkeypatch, tmp_path, bundle_copy, capsys):
     install_gpu(monkeypatch, tmp_path)
-    monkeypatch.setattr(gpu, "_ROUNDS", 1)
-    monkeypatch.setattr(gpu, "_LAUNCHES", 2)
+    monkeypatch.setattr(graph_bench, "_ROUNDS", 1)
+    monkeypatch.setattr(graph_bench, "_LAUNCHES", 2)
     options = {"data": "synthetic:4", "n_masks": 6, "n_images": 3, "duration_s": 0.01}
     result = json.loads(json.dumps(dict(gpu.measure_backend("tensorrt", bundle_copy, **options))))
     assert set(result["parity"]) == {"chain", "graph", "full"}
@@ -42,8 +43,8 @@ def test_every_figure_is_there(monkeypatch, tmp_path, bundle_copy, capsys):
 
 def test_graph_that_decides_computes_what_the_known_path_computes(monkeypatch, tmp_path, bundle_copy):
     install_gpu(monkeypatch, tmp_path)
-    bench = gpu.GraphBench(Bundle.open(bundle_copy), "tensorrt")
-    mask = gpu.np.array([True, False, True])
+    bench = graph_bench.GraphBench(Bundle.open(bundle_copy), "tensorrt")
+    mask = np.array([True, False, True])
     decide = bench._deciding(bench._graphs.deciding([mask]), mask)
     decide.prepare()
     decide()
@@ -56,34 +57,34 @@ def test_graph_that_decides_computes_what_the_known_path_computes(monkeypatch, t
     ):
         logits.write(0 * expected)
         known()
-        gpu.np.testing.assert_allclose(logits.read(), expected, atol=1e-5)
+        np.testing.assert_allclose(logits.read(), expected, atol=1e-5)
     assert abs(expected).max() > 0.01
 
 
 def test_policy_that_a_parallel_branch_spoils_is_seen(monkeypatch, tmp_path, bundle_copy):
     install_gpu(monkeypatch, tmp_path)
-    monkeypatch.setattr(gpu, "_ROUNDS", 1)
-    monkeypatch.setattr(gpu, "_LAUNCHES", 2)
-    deciding = gpu.NetworkGraphs.deciding
+    monkeypatch.setattr(graph_bench, "_ROUNDS", 1)
+    monkeypatch.setattr(graph_bench, "_LAUNCHES", 2)
+    deciding = graph_bench.NetworkGraphs.deciding
 
     def spoilt(graphs, *arguments):
         call = deciding(graphs, *arguments)
         spoil = len(arguments) == 2  # masks, and what runs beside
-        return lambda: (call(), spoil and graphs.probability.write(gpu.np.full((1, 3), 2, gpu.np.float32)))
+        return lambda: (call(), spoil and graphs.probability.write(np.full((1, 3), 2, np.float32)))
 
-    monkeypatch.setattr(gpu.NetworkGraphs, "deciding", spoilt)
-    errors = gpu.GraphBench(Bundle.open(bundle_copy), "tensorrt").measure(n_images=1)["errors"]
+    monkeypatch.setattr(graph_bench.NetworkGraphs, "deciding", spoilt)
+    errors = graph_bench.GraphBench(Bundle.open(bundle_copy), "tensorrt").measure(n_images=1)["errors"]
     assert errors.pop("policy-cache begun")["probabilities"] > 0.5
     assert max(error for found in errors.values() for error in found.values()) == 0
 
 
 def test_memory_is_watched_with_some_blocks_kept(monkeypatch, tmp_path, bundle_copy):
     install_gpu(monkeypatch, tmp_path)
-    monkeypatch.setattr(gpu, "_ROUNDS", 1)
-    monkeypatch.setattr(gpu, "_LAUNCHES", 2)
-    bench = gpu.GraphBench(Bundle.open(bundle_copy), "tensorrt")
+    monkeypatch.setattr(graph_bench, "_ROUNDS", 1)
+    monkeypatch.setattr(graph_bench, "_LAUNCHES", 2)
+    bench = graph_bench.GraphBench(Bundle.open(bundle_copy), "tensorrt")
     bench.measure(n_images=2)
-    assert bench._graphs.kept.read().tolist() == gpu.kept_masks(3)["some"].tolist()
+    assert bench._graphs.kept.read().tolist() == graph_bench.kept_masks(3)["some"].tolist()
 
 
 @pytest.fixture
@@ -218,8 +219,8 @@ def test_measurement_that_fails_does_not_stop_the_others(bundle_copy, monkeypatc
 
 def test_engines_that_do_not_build_cost_their_precision_alone(bundle_copy, monkeypatch, tmp_path, capsys):
     install_gpu(monkeypatch, tmp_path)
-    monkeypatch.setattr(gpu, "_ROUNDS", 1)
-    monkeypatch.setattr(gpu, "_LAUNCHES", 2)
+    monkeypatch.setattr(graph_bench, "_ROUNDS", 1)
+    monkeypatch.setattr(graph_bench, "_LAUNCHES", 2)
     build = EngineStore._build_part
 
     def build_part(store, backend, part, layout):
