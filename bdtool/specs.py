@@ -109,7 +109,7 @@ class Preprocessing:
         if len(values) != 6 or len(self.std) != 3 or not all(map(math.isfinite, values)) or min(self.std) <= 0:
             raise ValueError(f"mean and std need three values each, std above 0; got mean={self.mean}, std={self.std}")
         sizes = (self.height, self.width, *(() if self.resize is None else (self.resize,)))
-        if not all(isinstance(size, int) and size > 0 for size in sizes):
+        if not all(type(size) is int and size > 0 for size in sizes):  # True is an int, too
             raise ValueError(f"height, width and resize are numbers of pixels, above 0; got {sizes}")
 
     @property
@@ -140,8 +140,8 @@ class NetworkSpec:
         if self.labels is not None and len(self.labels) != self.n_classes:
             raise ValueError(f"{len(self.labels)} labels for {self.n_classes} classes")
         indices = [part.index for part in self.blocks]
-        if indices != list(range(sum(self.stages))):
-            raise ValueError(f"blocks must be numbered 0 to {sum(self.stages) - 1} in order; got {indices}")
+        if len(indices) != self.n_blocks or indices != list(range(len(indices))):
+            raise ValueError(f"blocks must be numbered 0 to {self.n_blocks - 1} in order; got {indices}")
 
     @property
     def blocks(self) -> tuple[PartSpec, ...]:

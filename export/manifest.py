@@ -20,6 +20,7 @@ from typing import Any, TypeGuard
 from bdtool.errors import BundleError
 from bdtool.specs import NetworkSpec, PartSpec, TensorSpec, preprocessing_from_dict
 from export.files import json_from_bytes, write_json
+from export.wiring import check_wiring
 
 FORMAT_VERSION = 1
 EXPORTED = "fp32"  # the precision of the parts that `bdtool export` writes
@@ -149,6 +150,8 @@ def read_manifest(directory: Path) -> Manifest:
 
 def _parsed(path: Path) -> dict[str, Any]:
     """Return the JSON object in the file; a ValueError goes on from the file's name."""
+    if path.is_fifo():
+        raise ValueError("is a named pipe, which would be waited for")
     content = path.read_bytes()
     if not content.strip():
         raise ValueError("is empty")
@@ -189,6 +192,7 @@ def _manifest_from_dict(data: Mapping[str, Any]) -> Manifest:
         parts=parts,
     )
     _check_parts(network, data)
+    check_wiring(network)
     return Manifest(
         network=network,
         files={part["name"]: _file_from_dict(part) for part in data["parts"]},
@@ -312,7 +316,8 @@ def _name(name: str) -> str:
 
 
 def _shape(tensor: str, axes: Sequence[int | str]) -> tuple[int | str, ...]:
-    if not all(isinstance(axis, str) or (isinstance(axis, int) and axis > 0) for axis in axes):
+    batch, *others = axes
+    if not isinstance(batch, str) or not all(type(axis) is int and axis > 0 for axis in others):
         raise BundleError(f"tensor {tensor!r} has shape {list(axes)}, which is impossible; export the model again")
     return tuple(axes)
 

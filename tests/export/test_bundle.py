@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import re
 import shutil
 
@@ -146,6 +147,15 @@ def test_garbage_instead_of_json_is_refused(bundle_copy, text):
         Bundle.open(bundle_copy)
 
 
+def test_named_pipe_is_not_waited_for(bundle_copy):
+    (bundle_copy / "manifest.json").unlink()
+    os.mkfifo(bundle_copy / "manifest.json")
+    with pytest.raises(
+        BundleError, match=r"manifest\.json is a named pipe, which would be waited for; copy the bundle"
+    ):
+        Bundle.open(bundle_copy)
+
+
 @pytest.mark.parametrize("text", ["[]", "3", "null", '"text"'])
 def test_json_that_is_no_object_is_refused(bundle_copy, text):
     (bundle_copy / "manifest.json").write_text(text)
@@ -206,6 +216,34 @@ def _drop(name):
         (lambda data: _part(data, "stem").update(flops=-1), "part 'stem' has -1 FLOPs"),
         (lambda data: _part(data, "head")["dtypes"].update(logits="float99"), "dtype 'float99', not one of float32"),
         (lambda data: _part(data, "head")["shapes"].update(logits=["N", 0]), r"shape \['N', 0\], which is impossible"),
+        (lambda data: _part(data, "head")["shapes"].update(logits=[64, 10]), r"shape \[64, 10\], which is impossible"),
+        (lambda data: _part(data, "head")["shapes"].update(logits=["N", True]), "which is impossible"),
+        (lambda data: _part(data, "head")["shapes"].update(logits=[]), "the file was changed, export the model again"),
+        (
+            lambda data: _part(data, "head")["shapes"].update(logits=["N", 9]),
+            r"part 'head': got logits of shape \['N', 9",
+        ),
+        (
+            lambda data: _part(data, "policy")["shapes"].update(keep_probability=["N", 4]),
+            r"part 'policy': got keep_probability of shape \['N', 4\], expected \['N', 3\]; export the model again",
+        ),
+        (
+            lambda data: _part(data, "stem")["shapes"].update(image=["N", 1, 32, 32]),
+            r"part 'stem': got image of shape \['N', 1, 32, 32\], expected \['N', 3, 32, 32\]",
+        ),
+        (lambda data: data["preprocessing"].update(height=16), r"expected \['N', 3, 16, 32\]"),
+        (
+            lambda data: _part(data, "block_01")["shapes"].update(x=["N", 8, 32, 32]),
+            r"part 'block_01': got x of shape \['N', 8, 32, 32\], expected \['N', 16, 32, 32\]",
+        ),
+        (
+            lambda data: _part(data, "shortcut_01")["shapes"].update(y=["N", 32, 32, 32]),
+            r"part 'shortcut_01': got x of shape \['N', 32, 32, 32\], expected \['N', 32, 16, 16\]",
+        ),
+        (lambda data: _part(data, "block_01").update(reads=["z"]), "got z, expected to be written by an earlier part"),
+        (lambda data: _part(data, "block_01").update(writes=["z"]), "got no x, expected to be written for the next"),
+        (lambda data: data.update(stages=[10**12]), "blocks must be numbered 0 to 999999999999 in order"),
+        (lambda data: data["preprocessing"].update(height=True), "numbers of pixels, above 0; got"),
         (lambda data: data["preprocessing"].update(sharpen=1), "unexpected keyword argument 'sharpen'"),
         (lambda data: data.update(parts=5), "the file was changed, export the model again"),
         (lambda data: data.update(stages=None), "the file was changed, export the model again"),
