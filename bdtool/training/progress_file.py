@@ -13,6 +13,7 @@ from bdtool.errors import TrainingError
 from export.files import atomic_path
 
 FORMAT_VERSION = 1
+_NOT_ASKED = {"downscale": 1}  # what a request of an older bdtool has no word of
 
 
 def write_progress(path: Path, state: Mapping[str, Any]) -> None:
@@ -46,7 +47,7 @@ def read_progress(path: Path, *, request: Mapping[str, Any]) -> dict[str, Any]:
         raise TrainingError(
             f"{path} has format_version {version}, this bdtool reads up to {FORMAT_VERSION}; upgrade bdtool"
         )
-    before, now = _flat(previous), _flat(request)
+    before, now = {**_NOT_ASKED, **_flat(previous)}, {**_NOT_ASKED, **_flat(request)}
     if differing := [
         f"{name} was {before.get(name)!r}, is {now.get(name)!r}"
         for name in sorted({*before, *now})

@@ -33,6 +33,14 @@ def test_full_disk_leaves_the_checkpoint_before(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["m.checkpoint"]
 
 
+def test_run_of_an_older_version_goes_on(tmp_path):
+    """It asked for whole images, as there was nothing else."""
+    write_progress(tmp_path / "m.checkpoint", {"request": {"arch": "resnet8"}, "step": 2})
+    assert read_progress(tmp_path / "m.checkpoint", request={"arch": "resnet8", "downscale": 1})["step"] == 2
+    with pytest.raises(TrainingError, match=r"otherwise \(downscale was 1, is 2\)"):
+        read_progress(tmp_path / "m.checkpoint", request={"arch": "resnet8", "downscale": 2})
+
+
 def test_option_that_differs_is_named_alone(tmp_path):
     write_progress(tmp_path / "m.checkpoint", {"request": {"arch": "resnet8", "options": {"lr": 0.1, "seed": 0}}})
     with pytest.raises(TrainingError, match=r"otherwise \(lr was 0\.1, is 0\.2\); use the same"):
