@@ -240,6 +240,20 @@ def _drop(name):
             lambda data: _part(data, "shortcut_01")["shapes"].update(y=["N", 32, 32, 32]),
             r"part 'shortcut_01': got x of shape \['N', 32, 32, 32\], expected \['N', 32, 16, 16\]",
         ),
+        (
+            lambda data: _part(data, "stem")["dtypes"].update(image="uint8"),
+            "part 'stem': got image of uint8, expected float32; export the model again",
+        ),
+        (
+            lambda data: _part(data, "block_01")["dtypes"].update(x="float16"),
+            "part 'block_01': got x of float16, expected float32",
+        ),
+        (
+            lambda data: _part(data, "policy")["dtypes"].update(keep_probability="float16"),
+            "part 'policy': got keep_probability of float16, expected float32",
+        ),
+        (lambda data: _part(data, "full").update(writes=["z"]), "part 'full': got z, expected to be written by an"),
+        (lambda data: _part(data, "shortcut_01").update(writes=["logits"]), "part 'shortcut_01': got no x, expected"),
         (lambda data: _part(data, "block_01").update(reads=["z"]), "got z, expected to be written by an earlier part"),
         (lambda data: _part(data, "block_01").update(writes=["z"]), "got no x, expected to be written for the next"),
         (lambda data: data.update(stages=[10**12]), "blocks must be numbered 0 to 999999999999 in order"),
