@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 
 from bdtool.errors import UsageError
-from bdtool.models.architectures import architecture, policy_trunk
+from bdtool.models.architectures import architecture, policy_downscale, policy_trunk
 from bdtool.models.checkpoint_formats import Colour
 from bdtool.models.model import BlockDropModel
 from bdtool.models.model_spec import ModelSpec
@@ -24,12 +24,14 @@ def start_from_trunk(model: BlockDropModel, trunk: BlockDropModel) -> None:
     """
     assert model.spec.policy_downscale == trunk.spec.downscale
     assert model.policy is not None
-    layout = policy_trunk(architecture(model.spec.arch).family)
+    family = architecture(model.spec.arch).family
+    layout = policy_trunk(family)
     wanted, got = (layout.name, layout.default_shortcut), (trunk.spec.arch, trunk.spec.shortcut)
     if got != wanted:
         raise UsageError(
             f"trunk: got {got[0]} with shortcut {got[1]}, expected {wanted[0]} with {wanted[1]}, which the policy "
-            f"network of {model.spec.arch} is; make one with `bdtool train pretrain --arch {wanted[0]}`"
+            f"network of {model.spec.arch} is; make one with `bdtool train pretrain --arch {wanted[0]}"
+            f"{_downscale_option(policy_downscale(family))}`"
         )
     _check_trunk_input(model.spec.preprocessing, trunk.spec)
     weights = {name: tensor for name, tensor in trunk.base.state_dict().items() if not name.startswith("head.linear.")}
@@ -46,9 +48,13 @@ def _check_trunk_input(wanted: Preprocessing, trunk: ModelSpec) -> None:
         return
     raise UsageError(
         f"trunk: got one for {_input(got)}; expected {_input(wanted)}, which the model takes. Make one on pictures of "
-        f"that size with `bdtool train pretrain --arch {trunk.arch} --mean {_numbers(wanted.mean)} --std "
-        f"{_numbers(wanted.std)}`"
+        f"that size with `bdtool train pretrain --arch {trunk.arch}{_downscale_option(trunk.downscale)} "
+        f"--mean {_numbers(wanted.mean)} --std {_numbers(wanted.std)}`"
     )
+
+
+def _downscale_option(factor: int) -> str:
+    return f" --downscale {factor}" if factor > 1 else ""
 
 
 def _input(preprocessing: Preprocessing) -> str:

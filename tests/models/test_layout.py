@@ -59,6 +59,12 @@ def test_size_that_an_average_pool_cannot_halve_is_refused():
         network_from_spec(_spec("resnet14", shortcut="average-pool", size=33, has_policy=False))
 
 
+def test_size_that_is_odd_once_it_is_scaled_down_is_refused_so():
+    spec = _spec("resnet14", shortcut="average-pool", size=33, downscale=3, has_policy=False)
+    with pytest.raises(UsageError, match=r"halves 11 x 21 pixels, which are odd: .*Images, scaled down where"):
+        network_from_spec(spec)
+
+
 def test_size_that_cannot_be_scaled_down_is_refused():
     with pytest.raises(UsageError, match="images of 64 x 96 pixels cannot be scaled down by 65"):
         network_from_spec(_spec("resnet14", policy_downscale=65))

@@ -25,6 +25,7 @@ from bdtool.training.stages import (
     finetune,
     imitate,
     pretrain,
+    with_policy,
     without_policy,
 )
 from bdtool.training.tasks import Step
@@ -80,6 +81,17 @@ def test_trunk_of_another_architecture_is_refused(
         curriculum(random_model("resnet8"), CurriculumOptions(epochs=0.1), place(), trunk=random_model("resnet20"))
 
 
+@pytest.mark.parametrize(("arch", "wanted", "downscale"), [("resnet14", "resnet8", 1), ("resnet18", "resnet10", 2)])
+def test_command_that_makes_the_trunk_scales_images_down_as_the_paper_does(
+    random_model: Callable[..., BlockDropModel], arch: str, wanted: str, downscale: int
+) -> None:
+    with pytest.raises(UsageError, match=f"expected {wanted} with ") as said:
+        with_policy(random_model(arch), seed=0, trunk=random_model("resnet20", has_policy=False))
+    command = str(said.value).split("`")[1].split()
+    params = parse([*command[1:], "--data", "cifar10:data", "-o", "trunk.safetensors"]).params
+    assert (params["arch"], params["downscale"]) == (wanted, downscale)
+
+
 @pytest.mark.parametrize("epochs", [0.01, 0.5, 1, 3, 20])
 @pytest.mark.parametrize("stage_blocks", [1, 3, 100])
 @pytest.mark.parametrize("n_blocks", [3, 15, 54])
@@ -118,7 +130,7 @@ def test_curriculum_that_ends_before_all_blocks_are_learned_is_refused(
 def test_trunk_of_another_input_is_refused_with_the_command_that_makes_one(
     other: dict[str, Any], random_model: Callable[..., BlockDropModel]
 ) -> None:
-    model, trunk = random_model("resnet20"), random_model("resnet8")
+    model, trunk = random_model("resnet20", policy_downscale=2), random_model("resnet8", downscale=2)
     wanted = model.spec.preprocessing
     trunk.spec = dataclasses.replace(trunk.spec, preprocessing=dataclasses.replace(wanted, **other))
     with pytest.raises(
@@ -128,6 +140,7 @@ def test_trunk_of_another_input_is_refused_with_the_command_that_makes_one(
     command = str(said.value).split("`")[1].split()
     params = parse([*command[1:], "--data", "cifar10:data", "-o", "trunk.safetensors"]).params
     assert (params["arch"], params["mean"], params["std"]) == ("resnet8", wanted.mean, wanted.std)
+    assert params["downscale"] == 2
 
 
 def test_trunk_of_a_rounded_mean_is_taken(random_model: Callable[..., BlockDropModel]) -> None:
