@@ -253,6 +253,14 @@ def test_checkpoint_of_other_classes_is_refused(place: Callable[..., TrainingPla
         pretrain(other, PretrainOptions(**_FAST), place(resume=True))
 
 
+def test_checkpoint_of_images_scaled_otherwise_is_refused(place: Callable[..., TrainingPlace]) -> None:
+    with pytest.raises(RuntimeError):
+        pretrain(_spec(), PretrainOptions(**_FAST), place(save_every_s=0, on_step=stop_at(_BREAK_AT, die)))
+    other = dataclasses.replace(_spec(), downscale=2)
+    with pytest.raises(TrainingError, match=r"asked for otherwise \(downscale was 1, is 2\)"):
+        pretrain(other, PretrainOptions(**_FAST), place(resume=True))
+
+
 def test_damaged_checkpoint_is_refused(place: Callable[..., TrainingPlace]) -> None:
     place().checkpoint.write_bytes(b"PK\x03\x04 not a checkpoint")
     with pytest.raises(TrainingError, match="not a whole checkpoint of a run"):
