@@ -55,9 +55,7 @@ PRECISIONS = ("fp32", "fp16")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bundle", type=Path, help="default: a ResNet-110 with random weights, which is made")
-    parser.add_argument(
-        "--policy-downscale", type=int, default=1, help="of the images for its policy network, default 1"
-    )
+    parser.add_argument("--policy-downscale", type=int, help="of images for its policy network; default: none")
     parser.add_argument("--backend", default=",".join(BACKENDS), help=f"default: {','.join(BACKENDS)}")
     parser.add_argument("--data", default="synthetic", help="DATA as everywhere; default: synthetic pictures")
     parser.add_argument("--masks", type=int, default=1000, help="random masks compared with PyTorch, default 1000")
@@ -65,17 +63,18 @@ def main() -> None:
     parser.add_argument("--duration", type=float, default=3, help="seconds profiled for each strategy, default 3")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/gpu-<name of the GPU>.json")
     args = parser.parse_args()
+    if args.bundle and args.policy_downscale:
+        parser.error("--policy-downscale is of the network that is made; a bundle has its own policy network")
     gpu = describe_gpu(DEVICE)
     if not gpu:
         sys.exit(f"no GPU to measure: {driver_from_libcuda().error}. See `bdtool doctor`")
     with tempfile.TemporaryDirectory(prefix="bdtool-benchmark-") as directory:
         path = args.bundle or Path(directory) / "resnet110"
         if args.bundle is None:
-            make_bundle(path, policy_downscale=args.policy_downscale)
+            make_bundle(path, policy_downscale=args.policy_downscale or 1)
         network = Bundle.open(path).network
         facts = {"network": network.arch, "flops": {part.name: part.flops for part in network.parts}}
-        results = Path(__file__).parent / "results"
-        out = args.out or results / f"gpu-{re.sub(r'[^a-z0-9]+', '-', str(gpu['gpu']).lower())}.json"
+        out = args.out or default_file(str(gpu["gpu"]), policy_downscale=args.policy_downscale)
         measured: dict[str, dict[str, Any]] = {}
         for name in args.backend.split(","):
             measured[name] = {}
@@ -89,6 +88,13 @@ def main() -> None:
     print(f"\nwritten to {out}")
     if failed := failures(measured):
         sys.exit(f"{'; '.join(failed)}: see above")
+
+
+def default_file(gpu: str, *, policy_downscale: int | None = None) -> Path:
+    name = f"gpu-{re.sub(r'[^a-z0-9]+', '-', gpu.lower())}"
+    if policy_downscale:
+        name += f"-policy-downscale-{policy_downscale}"
+    return Path(__file__).parent / "results" / f"{name}.json"
 
 
 def measure_backend(

@@ -257,3 +257,12 @@ def test_machine_without_a_gpu_is_told(monkeypatch):
     monkeypatch.setattr("sys.argv", ["gpu"])
     with pytest.raises(SystemExit, match=r"no GPU to measure: no NVIDIA driver.*bdtool doctor"):
         gpu.main()
+
+
+def test_another_policy_network_has_a_file_of_its_own(monkeypatch, capsys):
+    assert gpu.default_file("NVIDIA H100 80GB").name == "gpu-nvidia-h100-80gb.json"
+    assert gpu.default_file("NVIDIA H100", policy_downscale=2).name == "gpu-nvidia-h100-policy-downscale-2.json"
+    monkeypatch.setattr("sys.argv", ["gpu", "--bundle", "bundle", "--policy-downscale", "2"])
+    with pytest.raises(SystemExit):
+        gpu.main()
+    assert "a bundle has its own policy network" in capsys.readouterr().err
