@@ -24,7 +24,7 @@ from bdtool.models.architectures import architecture, policy_downscale, policy_t
 from bdtool.models.store import read_spec
 from export.files import write_json
 
-_HEURISTICS = ("first", "random", "distribute", "one-mask")
+_HEURISTICS = ("first", "random", "distribute", "one-mask", "one-mask-taught")
 POLICIES = ("full", *_HEURISTICS, "learned", "imitated", "warm-started", "taught", "halved")
 # blocks kept by the heuristics: as many as the paper's learned policy keeps, rounded
 N_KEPT = {"resnet32": 7, "resnet110": 17, "resnet101": 25}
@@ -74,6 +74,8 @@ class Row:
             form, model = "all", self.base()
         elif policy in learned:
             form, model = "learned", learned[policy][finetuned]()
+        elif policy == "one-mask-taught":
+            form, model = self.mask(), self.one_mask_taught() if finetuned else self.halved_policy()
         else:
             form = self.mask() if policy == "one-mask" else f"{policy}:{kept}"
             model = self.heuristic(policy, form) if finetuned else self.base()
@@ -154,7 +156,7 @@ class Row:
         return self._finetune("warm-started", self.warm_curriculum(), *self._along_paths(), *_LONG)
 
     def taught(self) -> Path:
-        """And 20 epochs more, in which the base learns a teacher's answers, too: `r32-cifar10`."""
+        """And 20 epochs more, in which the base learns a teacher's answers, too."""
         teacher = self._require("teacher", "a public checkpoint")
         options = ("--teacher", teacher, *self._along_paths(), *_LONG, "--epochs", 20)
         return self._finetune("taught", self.warm_started(), *options)
@@ -165,9 +167,17 @@ class Row:
         return self._train("halved-policy", "imitate", self.taught(), "--trunk", trunk, *self._mean_blocks())
 
     def halved(self) -> Path:
-        """The base of `taught` along the paths of that policy network, with the same teacher."""
-        options = ("--teacher", self._require("teacher", "a public checkpoint"), *self._along_paths(), *_LONG)
-        return self._finetune("halved", self.halved_policy(), *options, "--epochs", 15)
+        """The base of `taught` along the paths of that policy network, with the same teacher: `r32-cifar10`."""
+        return self._taught_again("halved", *self._along_paths())
+
+    def one_mask_taught(self) -> Path:
+        """One mask for all images, from the start of `halved`, for as long, with the same teacher."""
+        return self._taught_again("one-mask-taught", "--policy", self.mask())
+
+    def _taught_again(self, name: str, *words: object) -> Path:
+        teacher = self._require("teacher", "a public checkpoint")
+        options = (*_LONG, "--epochs", 6, "--base-lr", 0.02, "--teacher", teacher)
+        return self._finetune(name, self.halved_policy(), *options, *words)
 
     def heuristic(self, name: str, form: str) -> Path:
         """The base under a heuristic, or one mask, from the start of `warm_started`, for as long, with its options."""

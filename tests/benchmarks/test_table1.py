@@ -67,6 +67,7 @@ def test_the_shipped_model_goes_through_every_stage(measure):
     stages = ["pretrain", "finetune", "finetune", "pretrain", "imitate", "curriculum", "finetune", "finetune"]
     assert measure("taught", finetuned=True) == stages
     assert measure("halved", finetuned=True) == ["pretrain", "imitate", "finetune"]  # beside what is there
+    assert measure("one-mask-taught", finetuned=True) == ["finetune"]
 
 
 def test_teacher_that_is_not_there_is_asked_for(measure, tmp_path):

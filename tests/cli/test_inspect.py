@@ -15,16 +15,16 @@ def test_each_step_that_a_model_came_from_is_a_line(bdtool):
     lines = bdtool("inspect", "r32-cifar10").stdout.splitlines()
     labels = ("provenance:", "  from:", "  policy trunk:")
     steps = [line.split(maxsplit=1)[1].removeprefix("trunk:").strip() for line in lines if line.startswith(labels)]
-    stages = ["finetune", "finetune", "curriculum", "imitate", "finetune", "finetune"]
+    stages = ["finetune", "imitate", "finetune", "finetune", "curriculum", "imitate", "finetune", "finetune"]
     trained = [f"bdtool train {stage} on 50000 images of train.npz: accuracy" for stage in stages]
-    begins = [*trained, "bdtool import, format akamaster", "bdtool train pretrain on 50000 images of train.npz"]
+    trunks = 2 * ["bdtool train pretrain on 50000 images of train.npz"]
+    begins = [*trained, "bdtool import, format akamaster", *trunks]
     assert [step[: len(begin)] for step, begin in zip(steps, begins, strict=True)] == begins
     after = lines[1 + next(i for i, line in enumerate(lines) if line.startswith("provenance:"))]
     assert after.strip().startswith("options alpha 0.8, ")
     assert "limit" not in after  # it was not given
-    assert [line.split()[1:5] for line in lines if line.startswith("  teacher:")] == [
-        ["bdtool", "import,", "format", "akamaster,"]
-    ]
+    teachers = [line.split()[1:5] for line in lines if line.startswith("  teacher:")]
+    assert teachers == 2 * [["bdtool", "import,", "format", "akamaster,"]]
 
 
 def test_a_base_says_which_policy_it_was_tuned_for():
