@@ -7,8 +7,8 @@
 
 Models in the directory `-o` are taken as they are, and an unfinished one is gone on with, so rows share their base, and
 a row can be broken off and repeated. Without a base there, one is trained (ImageNet: put a torchvision checkpoint there
-with `bdtool import`). Row `taught` takes a better base from there, as `teacher.safetensors`. Each row adds its figures
-to `table1.json` in that directory.
+with `bdtool import`). Rows `taught`, `halved` and `one-mask-taught` take a better base from there, as
+`teacher.safetensors`. Each row adds its figures to `table1.json` in that directory.
 """
 
 from __future__ import annotations

@@ -107,7 +107,7 @@ def test_training_commands_of_the_readme_are_those_of_the_shipped_model(readme: 
 
 
 def _trainings(provenance: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Return what is recorded of the trainings that led to a MODEL, in their order: that of its trunk first."""
+    """Return what is recorded of the trainings that led to a MODEL, in their order: those of its trunks first."""
     trainings, trunks = [], []
     while "options" in provenance:
         trainings.insert(0, provenance)
