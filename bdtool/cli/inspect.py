@@ -15,7 +15,7 @@ from bdtool.words import percent
 
 _LABEL_WIDTH = 16
 # of earlier MODELs in a provenance
-_ORIGINS = {"teacher": "  teacher", "start": "  from", "policy_trunk": "  policy trunk"}
+_ORIGINS = {"teacher": "  teacher", "policy_trunk": "  policy trunk", "start": "  from"}
 _N_SHOWN = 10  # of a long list
 
 

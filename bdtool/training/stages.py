@@ -86,7 +86,14 @@ def curriculum(
         options.check_all_learned(steps_per_epoch=steps_per_epoch, n_blocks=start.n_blocks)
     with place.reserved():
         model = with_policy(start, seed=options.seed, trunk=trunk)
-        return _train(model, "curriculum", options, place, lambda m, amp: CurriculumTask(m, options, amp=amp))
+        return _train(
+            model,
+            "curriculum",
+            options,
+            place,
+            lambda m, amp: CurriculumTask(m, options, amp=amp),
+            origins=_origin("policy_trunk", trunk),
+        )
 
 
 def imitate(
@@ -122,7 +129,8 @@ def _imitate(
         measure=lambda: _measure(model, options, place),
     )
     masks = {str(int(mask.sum())): bits_of(mask.numpy()) for mask in imitation.masks}
-    finished = _finished(model, "imitate", options, data, place.val, figures, {"masks": masks})
+    origins = {"masks": masks, **_origin("policy_trunk", trunk)}
+    finished = _finished(model, "imitate", options, data, place.val, figures, origins)
     if bad := non_finite_names(finished.state_dict()):
         raise diverged(f"NaN or infinite weights in {listing(bad)}", place.checkpoint)
     save_model(finished, place.output)
@@ -166,7 +174,7 @@ def finetune(
             options,
             place,
             lambda m, amp: FinetuneTask(m, options, paths, teacher=taught_by, amp=amp),
-            origins={} if teacher is None else {"teacher": dict(teacher.spec.provenance)},
+            origins=_origin("teacher", teacher),
         )
 
 
@@ -213,6 +221,11 @@ def without_policy(model: BlockDropModel) -> BlockDropModel:
     bare = build_model(dataclasses.replace(model.spec, has_policy=False, policy_hidden=0, policy_downscale=0))
     bare.base.load_state_dict(model.base.state_dict())
     return bare
+
+
+def _origin(name: str, other: BlockDropModel | None) -> dict[str, Any]:
+    """Return what a MODEL's provenance says of another that it learned from, where there is one."""
+    return {} if other is None else {name: dict(other.spec.provenance)}
 
 
 def computes_in_bfloat16(amp: Amp, device: torch.device) -> bool:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 
 from bdtool.errors import UsageError
@@ -17,7 +15,7 @@ _SAME_COLOUR = 1e-3  # of pixels from 0 to 1: a quarter of a grey level, as mean
 
 
 def start_from_trunk(model: BlockDropModel, trunk: BlockDropModel) -> None:
-    """Give the policy network of `model` the weights of `trunk`, all but its classifier, and say so in the spec.
+    """Give the policy network of `model` the weights of `trunk`, all but its classifier.
 
     Raises:
         UsageError: `trunk` has another architecture or shortcut than the policy network, or another input.
@@ -36,8 +34,6 @@ def start_from_trunk(model: BlockDropModel, trunk: BlockDropModel) -> None:
     _check_trunk_input(model.spec.preprocessing, trunk.spec)
     weights = {name: tensor for name, tensor in trunk.base.state_dict().items() if not name.startswith("head.linear.")}
     model.policy.trunk.load_state_dict(weights)
-    provenance = {**model.spec.provenance, "policy_trunk": dict(trunk.spec.provenance)}
-    model.spec = dataclasses.replace(model.spec, provenance=provenance)
 
 
 def _check_trunk_input(wanted: Preprocessing, trunk: ModelSpec) -> None:

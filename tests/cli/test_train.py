@@ -204,7 +204,7 @@ def test_curriculum_starts_from_a_trained_classifier(
     assert weights
     for name in weights:  # no step of this learning rate moves them further
         np.testing.assert_allclose(trunk[name].numpy(), classifier[name].numpy(), atol=1e-6)
-    assert read_spec(policy).provenance["start"]["policy_trunk"]["created_by"] == "bdtool train pretrain"
+    assert read_spec(policy).provenance["policy_trunk"]["created_by"] == "bdtool train pretrain"
 
 
 @pytest.mark.parametrize("policy", ["first:2", "random:2", "distribute:2"])
