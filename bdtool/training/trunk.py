@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 
 from bdtool.errors import UsageError
@@ -11,11 +13,14 @@ from bdtool.models.model import BlockDropModel
 from bdtool.models.model_spec import ModelSpec
 from bdtool.specs import Preprocessing
 
+logger = logging.getLogger(__name__)
 _SAME_COLOUR = 1e-3  # of pixels from 0 to 1: a quarter of a grey level, as means are often given rounded
 
 
 def start_from_trunk(model: BlockDropModel, trunk: BlockDropModel) -> None:
     """Give the policy network of `model` the weights of `trunk`, all but its classifier.
+
+    Logs a warning where they look at whole images, and the paper's policy network of that family does not.
 
     Raises:
         UsageError: `trunk` has another architecture or shortcut than the policy network, or another input.
@@ -32,6 +37,15 @@ def start_from_trunk(model: BlockDropModel, trunk: BlockDropModel) -> None:
             f"{_downscale_option(policy_downscale(family))}`"
         )
     _check_trunk_input(model.spec.preprocessing, trunk.spec)
+    usual = policy_downscale(family)
+    if trunk.spec.downscale < usual:
+        logger.warning(
+            "trunk: the policy network will look at whole images, as it does, for %d times the FLOPs of the paper's; "
+            "make one like the paper's with `bdtool train pretrain --arch %s --downscale %d`",
+            usual**2,
+            layout.name,
+            usual,
+        )
     weights = {name: tensor for name, tensor in trunk.base.state_dict().items() if not name.startswith("head.linear.")}
     model.policy.trunk.load_state_dict(weights)
 

@@ -143,6 +143,26 @@ def test_trunk_of_another_input_is_refused_with_the_command_that_makes_one(
     assert params["downscale"] == 2
 
 
+@pytest.mark.parametrize(
+    ("arch", "downscale", "warns"), [("resnet18", 1, True), ("resnet18", 2, False), ("resnet8", 1, False)]
+)
+def test_trunk_that_costs_more_than_the_papers_is_told(
+    arch: str,
+    downscale: int,
+    warns: bool,
+    random_model: Callable[..., BlockDropModel],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    start = random_model(arch, size=64, has_policy=False)
+    trunk = random_model(
+        "resnet10" if arch == "resnet18" else "resnet8", size=64, has_policy=False, downscale=downscale
+    )
+    assert with_policy(start, seed=0, trunk=trunk).spec.policy_downscale == downscale
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == warns
+    assert not warns or "for 4 times the FLOPs of the paper's; make one like" in said[0]
+
+
 def test_trunk_of_a_rounded_mean_is_taken(random_model: Callable[..., BlockDropModel]) -> None:
     """That of CIFAR-10 stands in programs as 0.4914 and as 125.3 / 255."""
     model, trunk = random_model("resnet20"), random_model("resnet8")
