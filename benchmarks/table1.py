@@ -176,7 +176,7 @@ class Row:
 
     def _taught_again(self, name: str, *words: object) -> Path:
         teacher = self._require("teacher", "a public checkpoint")
-        options = (*_LONG, "--epochs", 6, "--base-lr", 0.02, "--teacher", teacher)
+        options = ("--epochs", 6, "--batch", 128, "--base-lr", 0.02, "--teacher", teacher)
         return self._finetune(name, self.halved_policy(), *options, *words)
 
     def heuristic(self, name: str, form: str) -> Path:
