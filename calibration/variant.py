@@ -12,7 +12,7 @@ from bdtool.errors import BundleError
 from bdtool.specs import NetworkSpec, PartSpec
 from export.bundle import Bundle
 from export.compose import compose_parts
-from export.files import advice_on, remove_leftovers, sha256_of_bytes, write_bytes
+from export.files import advice_on, export_lock, remove_leftovers, sha256_of_bytes, write_bytes
 from export.manifest import Manifest, PartFile, Variant, write_manifest
 
 logger = logging.getLogger(__name__)
@@ -59,9 +59,14 @@ def commit_candidate(candidate: Bundle, precision: str, sidecars: Mapping[str, b
     Whenever this stops, the manifest names files that are whole: the old ones or the new ones.
 
     Raises:
-        BundleError: the bundle cannot be written, or was exported anew meanwhile; its manifest and the parts that it
-            names are as they were.
+        BundleError: the bundle cannot be written, or was exported anew meanwhile or is just being; its manifest and
+            the parts that it names are as they were.
     """
+    with export_lock(candidate.path):
+        return _commit(candidate, precision, sidecars or {})
+
+
+def _commit(candidate: Bundle, precision: str, sidecars: Mapping[str, bytes]) -> Manifest:
     now = Bundle.open(candidate.path).manifest  # calibrating took minutes
     if (now.files, now.weights_sha256) != (candidate.manifest.files, candidate.manifest.weights_sha256):
         raise BundleError(
@@ -78,7 +83,7 @@ def commit_candidate(candidate: Bundle, precision: str, sidecars: Mapping[str, b
             if source != target:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 write_bytes(target, candidate.part_bytes(part, precision))
-        for file, data in (sidecars or {}).items():
+        for file, data in sidecars.items():
             (candidate.path / file).parent.mkdir(parents=True, exist_ok=True)
             write_bytes(candidate.path / file, data)
         write_manifest(candidate.path, manifest)

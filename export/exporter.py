@@ -28,7 +28,7 @@ from export.compose import compose_parts
 from export.files import (
     advice_on,
     atomic_path,
-    exclusive_lock,
+    export_lock,
     is_leftover,
     json_from_bytes,
     remove_leftovers,
@@ -92,10 +92,10 @@ def export_bundle(
     """
     _check_target(target, force=force)
     target = target.resolve()  # "." has no name to derive another from, and a symbolic link must stay one
-    partial, lock = (target.with_name(f".{target.name}.{what}") for what in ("partial", "lock"))
+    partial = target.with_name(f".{target.name}.partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with exclusive_lock(lock, purpose=f"an export to {target}"):
+        with export_lock(target):
             _check_target(target, force=force)  # again: another export may have ended since
             (partial / "onnx").mkdir(parents=True, exist_ok=True)
             (partial / _RECORDS).mkdir(exist_ok=True)

@@ -188,6 +188,18 @@ def exclusive_lock(path: Path, *, purpose: str) -> Iterator[None]:
             return
 
 
+@contextmanager
+def export_lock(target: Path) -> Iterator[None]:
+    """Hold the lock of whoever exports to the bundle directory `target`, or changes what it holds.
+
+    Raises:
+        BundleError: another process holds it.
+    """
+    target = target.resolve()  # "." has no name, and a symbolic link names the same bundle
+    with exclusive_lock(target.with_name(f".{target.name}.lock"), purpose=f"an export to {target}"):
+        yield
+
+
 def _is_at(file: IO[str], path: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())

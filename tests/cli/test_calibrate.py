@@ -1,6 +1,7 @@
 """`bdtool calibrate`: parts of other precisions beside the fp32 ones, or the bundle as it was."""
 
 import json
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from bdtool.runtime.policies import parse_policy
 from bdtool.torch_classifier import TorchClassifier
 from engines.registry import identify_backend
 from export.bundle import Bundle
-from export.files import sha256_of_file
+from export.files import export_lock, sha256_of_file
 from tests.fake_onnxruntime import install_onnxruntime
 
 
@@ -192,6 +193,15 @@ def test_bundle_that_was_exported_anew_meanwhile_is_left_alone(
     options = ("--data", labelled, "--max-accuracy-drop", 20, "--at-least", 8)
     result = bdtool("calibrate", bundle_copy, *options, status=1)
     assert "was exported anew while the int8 parts were made" in result.stderr
+    assert Bundle.open(bundle_copy).precisions == ("fp32",)
+
+
+def test_bundle_that_is_being_exported_to_is_left_alone(bdtool, bundle_copy, labelled, monkeypatch):
+    exporting = ExitStack()
+    _meanwhile(monkeypatch, lambda: exporting.enter_context(export_lock(bundle_copy)))
+    with exporting:
+        result = bdtool("calibrate", bundle_copy, "--data", labelled, "--precision", "fp16", status=1)
+    assert f"an export to {bundle_copy} is already running" in result.stderr
     assert Bundle.open(bundle_copy).precisions == ("fp32",)
 
 

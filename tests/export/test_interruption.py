@@ -312,11 +312,11 @@ def test_missing_weights_file_stops_the_export(tiny, tmp_path, preprocessed):
 
 def test_bundle_that_another_export_finished_meanwhile_is_left_alone(other, tiny, tmp_path, digests, monkeypatch):
     @contextmanager
-    def lock_of_the_slower(path, *, purpose):
+    def lock_of_the_slower(target):
         shutil.copytree(tiny.bundle, tmp_path / "bundle")
         yield
 
-    monkeypatch.setattr("export.exporter.exclusive_lock", lock_of_the_slower)
+    monkeypatch.setattr("export.exporter.export_lock", lock_of_the_slower)
     with pytest.raises(BundleError, match="already holds a bundle; pass --force"):
         export_model(other, tmp_path / "bundle")
     assert digests(tmp_path / "bundle") == digests(tiny.bundle)
