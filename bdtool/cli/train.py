@@ -28,7 +28,12 @@ if TYPE_CHECKING:
     from bdtool.training.stages import Trained
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
-_COUNTS = ("batch", "judges", "stage_blocks")  # of at least 1
+_RANGES: dict[str, click.IntRange | FiniteRange] = {  # of numbers that may not be 0
+    **dict.fromkeys(("judges", "stage_blocks", "limit"), click.IntRange(min=1)),
+    **dict.fromkeys(("epochs", "stage_epochs", "lr", "base_lr"), FiniteRange(min=0, min_open=True)),
+    "batch": click.IntRange(min=2),
+    "alpha": FiniteRange(min=0.5, max=1, min_open=True, max_open=True),
+}
 _CHOICES = {
     "schedule": ["constant", "one-cycle", "cosine", "step"],
     "amp": ["auto", "bf16", "off"],
@@ -128,14 +133,9 @@ def _option_from_field(field: dataclasses.Field[Any], help_text: str) -> Callabl
         return click.option(name, is_flag=True, default=default, help=help_text)
     if field.name == "policy":
         return click.option(name, type=POLICY, metavar="POLICY", default=default, show_default=True, help=help_text)
-    is_float = str(field.type).startswith("float")
-    if default is None:
-        return click.option(name, type=FiniteRange(min=0) if is_float else click.IntRange(min=1), help=help_text)
-    if field.name in _COUNTS:
-        return click.option(name, type=click.IntRange(min=1), default=default, show_default=True, help=help_text)
-    # a floor of 0 for all; what must lie above it, or below something, the dataclass refuses by name
-    number: Any = FiniteRange(min=0) if is_float else click.IntRange(min=0) if isinstance(default, int) else str
-    return click.option(name, type=number, default=default, show_default=True, help=help_text)
+    natural = FiniteRange(min=0) if str(field.type).startswith("float") else click.IntRange(min=0)
+    number = _RANGES.get(field.name, natural)
+    return click.option(name, type=number, default=default, show_default=default is not None, help=help_text)
 
 
 _SHARED_HELP = {

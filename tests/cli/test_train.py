@@ -262,11 +262,11 @@ def test_what_users_get_wrong_is_named(
     )
     for device in ("tpu", "cuda0", "cuda:"):
         assert "expected cpu, cuda" in bdtool("train", "curriculum", base, *output, "--device", device, status=2).stderr
-    assert "alpha 0.3: expected" in bdtool("train", "curriculum", base, *output, "--alpha", 0.3, status=2).stderr
-    assert (
-        "'--seed': -1 is not in the range"
-        in bdtool("train", "curriculum", base, *output, "--seed", -1, status=2).stderr
-    )
+    ranges = {"seed": (-1, "x>=0"), "epochs": (0, "x>0"), "batch": (1, "x>=2"), "alpha": (0.3, "0.5<x<1")}
+    for name, (value, range_) in ranges.items():
+        told = bdtool("train", "curriculum", base, *output, f"--{name}", value, status=2).stderr
+        assert f"'--{name}'" in told
+        assert f"is not in the range {range_}." in told
     assert "expected at most the 20 images" in bdtool("train", "curriculum", base, *output, status=2).stderr
     unfinished = ("--data", npz, *_QUICK, "-o", tmp_path / "x.checkpoint")
     assert "hold unfinished runs" in bdtool("train", "curriculum", base, *unfinished, status=2).stderr
