@@ -15,7 +15,7 @@ from bdtool.words import counted
 from engines.base import Backend, Call, Engine
 from engines.capture import CapturingBackend
 from engines.cuda_graph import BLOCKS_PER_SWITCH
-from engines.graph_modes import IF, PATH_CACHE, POLICY_CACHE, SWITCH
+from engines.graph_modes import PATH_CACHE, POLICY_CACHE, SWITCH
 from engines.network_graphs import NetworkGraphs
 from engines.registry import batch_options, identify_backend, open_backend
 from engines.store import EngineStore
@@ -26,7 +26,7 @@ DEVICE = "cuda:0"
 SHARE_KEPT = 17 / 54  # the mean of the paper
 AIMS = {"known path": 1.15, "full graph": 0.45}  # the most that strategy `graph` may take, as a ratio to each
 BEGUN = f"{POLICY_CACHE} begun"  # its first blocks run beside the policy network, and are the right ones for "some"
-MODES = (SWITCH, POLICY_CACHE, BEGUN, IF, PATH_CACHE)
+MODES = (SWITCH, POLICY_CACHE, BEGUN, PATH_CACHE)
 _ROUNDS, _LAUNCHES = 20, 25
 
 
@@ -71,14 +71,13 @@ class GraphBench:
         """Return errors, median milliseconds, their ratios, what the SWITCHes cost, and how much memory grew."""
         masks = kept_masks(self._network.n_blocks)
         switch, cache = self._graphs.deciding(), self._graphs.deciding([masks["some"]])
-        branch, speculation = self._graphs.branching(), self._graphs.speculation([masks["some"]], [1.0])
+        speculation = self._graphs.speculation([masks["some"]], [1.0])
         begun = self._graphs.deciding([masks["some"]], speculation)
         runs: dict[str, Callable[[], object]] = {}
         for name, mask in masks.items():
             runs[f"{SWITCH}, {name} kept"] = self._deciding(switch, mask)
             runs[f"{POLICY_CACHE}, {name} kept"] = self._deciding(cache, mask)  # which knows "some"
             runs[f"{BEGUN}, {name} kept"] = self._deciding(begun, mask)
-            runs[f"{IF}, {name} kept"] = self._deciding(branch, mask)
             runs[f"{PATH_CACHE}, {name} kept"] = self._reading_back(mask)
             runs[f"known path, {name} kept"] = self._request(self._graphs.path(mask))
             runs[f"known path and policy, {name} kept"] = self._request(self._known_with_policy(mask))

@@ -26,7 +26,7 @@ from benchmarks.latency import make_bundle
 from export.bundle import Bundle
 from tests.fake_tensorrt import install_gpu
 
-STRATEGIES = ("graph@policy-cache", "graph@switch", "graph@if", "graph@path-cache", "full", "chain")
+STRATEGIES = ("graph@policy-cache", "graph@switch", "graph@path-cache", "full", "chain")
 _N_MASKS, _N_KEPT = 8, 17
 _WARM_UP = 1000  # images; the allocator's pools fill
 _SILENT = (  # the driver's functions that a request calls

@@ -33,9 +33,6 @@ class Capturer(Protocol):
     def address(self, buffer: Buffer) -> int:
         """Return the device address of a buffer of this backend."""
 
-    def n_bytes(self, buffer: Buffer) -> int:
-        """Return the size of a buffer of this backend."""
-
     def capture(
         self, engine: Engine, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer], *, beside: bool
     ) -> Captured:

@@ -6,9 +6,7 @@ the bodies. One launch runs an image; nothing of the policy comes back to the ho
 `dispatch_graph` has a SWITCH for every few blocks, whose bodies go from either buffer to the other; the head goes into
 those of the last SWITCH. With frequent masks known, `cached_graph` has one SWITCH over their flat paths first, and
 decides the others group by group within its last body; blocks that many paths begin with can run before it, beside the
-policy network. SWITCH needs a driver of CUDA 12.8. For drivers from 12.4 on `branch_graph` has an IF for each part; as
-a body cannot know where the part before it left the activation, each ends with a copy back into the first buffer.
-Source: CUDA programming guide, "Conditional Graph Nodes".
+policy network. SWITCH needs a driver of CUDA 12.8. Source: CUDA programming guide, "Conditional Graph Nodes".
 """
 
 from __future__ import annotations
@@ -19,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from engines.dispatch import MAX_BLOCKS, Run, body_runs
-from engines.graph_nodes import DeviceCopy, GraphNodes
+from engines.graph_nodes import GraphNodes
 
 # A SWITCH takes as long as some small kernels; its bodies, 2 to the power of this for either buffer, cost memory and
 # time to build. Measured by benchmarks/gpu_choices.py.
@@ -53,7 +51,6 @@ class CapturedNetwork:
     stem: Any  # writes buffer A
     blocks: Sequence[CapturedBlock]
     heads: tuple[Any, Any]  # reading A, and B
-    copies_back: Sequence[DeviceCopy]  # for each block, of the activation behind it from B to A
 
     @property
     def has_shortcut(self) -> list[bool]:
@@ -84,7 +81,6 @@ class Kernels:
 
     dispatch: Any
     lookup: Any
-    branch: Any
 
 
 class GraphBuilder:
@@ -140,34 +136,11 @@ class GraphBuilder:
             arguments = _lookup_arguments(memory, lookup, handle, len(network.blocks), threshold)
             found = nodes.kernel(graph, self._policy(graph, network), kernels.lookup, arguments)
             ready = [found, *nodes.chain(graph, [network.stem, *begun])]
-            _, bodies = nodes.conditional(graph, ready, handle, "SWITCH", n_bodies=len(paths) + 1)
+            _, bodies = nodes.switch(graph, ready, handle, n_bodies=len(paths) + 1)
             for index, path in enumerate(paths):
                 nodes.chain(bodies[index], path)
             again = nodes.chain(bodies[-1], [network.stem] if begun else [])
             self._decide(bodies[-1], [], again, network, kernels.dispatch, memory, threshold)
-            return graph, nodes.instantiate(graph)
-
-    def branch_graph(
-        self, network: CapturedNetwork, kernels: Kernels, memory: DispatchMemory, *, threshold: float
-    ) -> tuple[Any, Any]:
-        """Return (CUgraph, CUgraphExec) with an IF for each block, and another one for each shortcut part.
-
-        Raises:
-            EngineError, ValueError: as `dispatch_graph`.
-        """
-        self._check(network)
-        nodes = self._nodes
-        with nodes.new_graph() as graph:
-            keeps = [nodes.handle(graph) for _ in network.blocks]
-            drops = [nodes.handle(graph) if shortcut else None for shortcut in network.has_shortcut]
-            arguments = _branch_arguments(memory, keeps, drops, threshold)
-            last = [nodes.kernel(graph, self._policy(graph, network), kernels.branch, arguments)]
-            last.append(nodes.child(graph, [], network.stem))
-            for block, back, keep, drop in zip(network.blocks, network.copies_back, keeps, drops, strict=True):
-                last = [self._if(graph, last, keep, block.block[0], back)]
-                if block.shortcut is not None:
-                    last = [self._if(graph, last, drop, block.shortcut[0], back)]
-            nodes.child(graph, last, network.heads[0])
             return graph, nodes.instantiate(graph)
 
     def flat_graph(self, parts: Sequence[Any]) -> tuple[Any, Any]:
@@ -208,17 +181,11 @@ class GraphBuilder:
         """Add the SWITCH of the blocks from `first` on; the last one's bodies end with the head."""
         end = first + self._per_switch
         blocks, shortcuts = network.blocks[first:end], network.has_shortcut[first:end]
-        node, bodies = self._nodes.conditional(graph, after, handle, "SWITCH", n_bodies=2 << len(blocks))
+        node, bodies = self._nodes.switch(graph, after, handle, n_bodies=2 << len(blocks))
         for value, body in enumerate(bodies):
             found, side = body_runs(value, shortcuts)
             parts = [blocks[run.block].graph(run) for run in found]
             self._nodes.chain(body, [*parts, network.heads[side]] if end >= len(network.blocks) else parts)
-        return node
-
-    def _if(self, graph: Any, after: list[Any], handle: Any, part: Any, back: DeviceCopy) -> Any:
-        """Add an IF whose body runs a part from buffer A to B, and brings what it gave back to A."""
-        node, [body] = self._nodes.conditional(graph, after, handle, "IF")
-        self._nodes.copy(body, self._nodes.chain(body, [part]), back)
         return node
 
     def _check(self, network: CapturedNetwork) -> None:
@@ -240,13 +207,6 @@ def _dispatch_arguments(
 ) -> list[Any]:
     sizes = [ctypes.c_int(n_blocks), ctypes.c_float(threshold), ctypes.c_int(blocks_per_switch)]
     return [*_read(memory), *sizes, ctypes.c_void_p(memory.kept), _handles(handles)]
-
-
-def _branch_arguments(
-    memory: DispatchMemory, keeps: Sequence[Any], drops: Sequence[Any], threshold: float
-) -> list[Any]:
-    sizes = [ctypes.c_int(len(keeps)), ctypes.c_float(threshold)]
-    return [*_read(memory), *sizes, ctypes.c_void_p(memory.kept), _handles(keeps), _handles(drops)]
 
 
 def _read(memory: DispatchMemory) -> list[ctypes.c_void_p]:

@@ -2,8 +2,8 @@
 
 A graph holds one SWITCH for every few neighbouring blocks, with a body for each of their keep bits and for either of
 the two buffers that the activation may be in by then. A graph that knows the frequent keep masks looks the image's mask
-up first: one SWITCH over their paths, and what was said above as its last body. For drivers that have no SWITCH there
-is an IF for each part. On the device one thread works out which of them run: `engines.dispatch_kernel`.
+up first: one SWITCH over their paths, and what was said above as its last body. On the device one thread works out
+which bodies run: `engines.dispatch_kernel`.
 """
 
 from __future__ import annotations

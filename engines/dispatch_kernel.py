@@ -13,7 +13,7 @@ from typing import Any
 from bdtool.errors import BackendError
 from engines.dispatch import MAX_BLOCKS
 
-KERNEL_NAME, LOOKUP_NAME, BRANCH_NAME = "bd_dispatch", "bd_lookup", "bd_branch"
+KERNEL_NAME, LOOKUP_NAME = "bd_dispatch", "bd_lookup"
 N_THREADS = MAX_BLOCKS  # of each kernel: each reads what is known of one block, the first then works out the rest
 _INSTALL = 'pip install "bdtool[cuda]"'
 
@@ -57,30 +57,6 @@ extern "C" __global__ void bd_dispatch(
         }
         cudaGraphSetConditional(switches.h[index], 2u * bits + side);
         side ^= moves;
-    }
-}
-
-extern "C" __global__ void bd_branch(
-    const float* __restrict__ probability,           // [n_blocks], of one image
-    const unsigned char* __restrict__ has_shortcut,  // [n_blocks]
-    const unsigned char* __restrict__ force,         // [n_blocks], 0 policy, 1 keep, 2 drop; may be null
-    int n_blocks, float threshold,
-    unsigned char* __restrict__ kept,                // [n_blocks], out: 0, 1, or 2 where the probability is NaN
-    const Handles keeps,                             // of n_blocks, set to 1 where the block runs
-    const Handles drops)                             // likewise where its shortcut part does; 0 where it has none
-{
-    __shared__ unsigned char keep[MAX_BLOCKS], skips[MAX_BLOCKS];
-    for (int k = threadIdx.x; k < n_blocks; k += blockDim.x) {
-        keep[k] = keep_of(probability[k], force ? force[k] : 0u, threshold);
-        skips[k] = has_shortcut[k];
-        kept[k] = keep[k];
-    }
-    __syncthreads();
-    if (threadIdx.x) return;
-    for (int k = 0; k < n_blocks; ++k) {
-        const bool runs = keep[k] == 1u;
-        cudaGraphSetConditional(keeps.h[k], runs);
-        if (skips[k]) cudaGraphSetConditional(drops.h[k], !runs);
     }
 }
 

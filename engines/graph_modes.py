@@ -2,8 +2,8 @@
 
 Beside plain launches, a CUDA graph replays what is known in advance with one launch (`full`, or a keep mask's path),
 and one with conditional nodes decides by itself. Sources: CUDA programming guide, "Conditional Graph Nodes"; CUDA
-driver API, `cuGraphInstantiateWithParams` (12.0); release notes of CUDA 12.4 (IF) and 12.8 (SWITCH); "CUDA
-Compatibility", "Minor version compatibility": machine code loads across the versions of one major, and not in an older.
+driver API, `cuGraphInstantiateWithParams` (12.0); release notes of CUDA 12.8 (SWITCH); "CUDA Compatibility", "Minor
+version compatibility": machine code loads across the versions of one major, and not in an older.
 """
 
 from __future__ import annotations
@@ -18,13 +18,12 @@ from engines.speculation import Speculation
 AUTO = "auto"
 POLICY_CACHE = "policy-cache"  # on the device: one SWITCH over the paths of frequent masks, `switch` for others
 SWITCH = "switch"  # on the device: a SWITCH for every few blocks
-IF = "if"  # on the device: an IF for each block, for drivers that have no SWITCH
 PATH_CACHE = "path-cache"  # the policy is read back, then the mask's flat path is launched, from a bounded cache
 OFF = "off"  # plain launches
-GRAPH_MODES = (AUTO, POLICY_CACHE, SWITCH, IF, PATH_CACHE, OFF)
+GRAPH_MODES = (AUTO, POLICY_CACHE, SWITCH, PATH_CACHE, OFF)
 REPLAY = "replay"  # of one engine, which decides nothing: `full`
 
-_GRAPHS_SINCE, _IF_SINCE, _SWITCH_SINCE = (12, 0), (12, 4), (12, 8)
+_GRAPHS_SINCE, _SWITCH_SINCE = (12, 0), (12, 8)
 _BINDINGS = "cuda-bindings"
 _NVRTC = {"12": "nvidia-cuda-nvrtc-cu12", "13": "nvidia-cuda-nvrtc"}  # by the major version of the bindings
 
@@ -55,7 +54,7 @@ class GraphChoice:
 
 
 def graphs_of_machine(driver: Driver, version_of: Callable[[str], str | None]) -> GraphPlan:
-    """Return what a driver and the installed packages allow. IF is left out where there is SWITCH, which takes fewer.
+    """Return what a driver and the installed packages allow.
 
     Args:
         version_of: gives the version of an installed distribution, or None.
@@ -63,14 +62,10 @@ def graphs_of_machine(driver: Driver, version_of: Callable[[str], str | None]) -
     needs = {
         POLICY_CACHE: _Need("a SWITCH in a CUDA graph", _SWITCH_SINCE),
         SWITCH: _Need("a SWITCH in a CUDA graph", _SWITCH_SINCE),
-        IF: _Need("an IF in a CUDA graph", _IF_SINCE),
         PATH_CACHE: _Need("a CUDA graph", _GRAPHS_SINCE, has_kernels=False),
     }
     missing = {mode: reason for mode, need in needs.items() if (reason := need.lacks(driver, version_of))}
-    modes = [mode for mode in (*needs, OFF) if mode not in missing]
-    if SWITCH in modes:
-        modes.remove(IF)
-    return GraphPlan(modes=tuple(modes), missing=missing)
+    return GraphPlan(modes=tuple(mode for mode in (*needs, OFF) if mode not in missing), missing=missing)
 
 
 def plan_for(mode: str, there: GraphPlan) -> GraphPlan:

@@ -1,6 +1,6 @@
 """Nodes of a CUDA graph, added one by one through the driver's API.
 
-Written against cuda-bindings 12.9 to 13.x; run on an H100 with 13.3, but for IF and `copy`, which no GPU has run yet.
+Written against cuda-bindings 12.9 to 13.x; run on an H100 with 13.3.
 """
 
 from __future__ import annotations
@@ -8,8 +8,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from bdtool.errors import EngineError
 from engines.cuda_device import checked
@@ -18,15 +17,6 @@ from engines.dispatch_kernel import N_THREADS
 # Source: CUDA programming guide, "Conditional Graph Nodes"
 _ALLOWED_IN_BODY = ("KERNEL", "MEMCPY", "MEMSET", "EMPTY", "GRAPH", "CONDITIONAL")
 _PREFIX = "CU_GRAPH_NODE_TYPE_"
-
-
-@dataclass(frozen=True, kw_only=True)
-class DeviceCopy:
-    """A copy within the device, by addresses."""
-
-    target: int
-    source: int
-    n_bytes: int
 
 
 class GraphNodes:
@@ -50,7 +40,7 @@ class GraphNodes:
             raise
 
     def handle(self, graph: Any) -> Any:
-        """Make a conditional handle that every launch resets to 0: nothing runs, or the first body of a SWITCH."""
+        """Make a conditional handle that every launch resets to 0: the first body."""
         flag = self._cu.CU_GRAPH_COND_ASSIGN_DEFAULT
         return self._call(
             self._cu.cuGraphConditionalHandleCreate(graph, self._context, 0, flag), "a conditional handle"
@@ -67,16 +57,6 @@ class GraphNodes:
             last = [self.child(graph, last, part)]
         return last
 
-    def copy(self, graph: Any, after: list[Any], copy: DeviceCopy) -> Any:
-        cu = self._cu
-        params = cu.CUDA_MEMCPY3D()
-        params.srcMemoryType = params.dstMemoryType = cu.CUmemorytype.CU_MEMORYTYPE_DEVICE
-        params.srcDevice, params.dstDevice = cu.CUdeviceptr(copy.source), cu.CUdeviceptr(copy.target)
-        params.WidthInBytes = params.srcPitch = params.dstPitch = copy.n_bytes
-        params.Height = params.Depth = params.srcHeight = params.dstHeight = 1
-        added = cu.cuGraphAddMemcpyNode(graph, after or None, len(after), params, self._context)
-        return self._call(added, f"a copy of {copy.n_bytes} bytes")
-
     def kernel(self, graph: Any, after: list[Any], function: Any, arguments: Sequence[Any]) -> Any:
         """Add one of `engines.dispatch_kernel`: one group of `N_THREADS` threads."""
         cu = self._cu
@@ -91,12 +71,10 @@ class GraphNodes:
         kernel.kernelParams = ctypes.addressof(pointers)  # the driver copies the values when the node is added
         return self._add(graph, after, params, "a kernel")
 
-    def conditional(
-        self, graph: Any, after: list[Any], handle: Any, kind: Literal["IF", "SWITCH"], *, n_bodies: int = 1
-    ) -> tuple[Any, list[Any]]:
-        """Add a conditional node; return it, and the graphs of its bodies, which are empty and belong to it.
+    def switch(self, graph: Any, after: list[Any], handle: Any, *, n_bodies: int) -> tuple[Any, list[Any]]:
+        """Add a SWITCH; return it, and the graphs of its bodies, which are empty and belong to it.
 
-        An IF runs its body where the handle is not 0; a SWITCH the body of that number, if there is one.
+        It runs the body of the number that the handle was set to, if there is one.
         """
         cu = self._cu
         params = cu.CUgraphNodeParams()
@@ -105,8 +83,8 @@ class GraphNodes:
         conditional.handle = handle
         conditional.ctx = self._context
         conditional.size = n_bodies
-        conditional.type = getattr(cu.CUgraphConditionalNodeType, f"CU_GRAPH_COND_TYPE_{kind}")
-        node = self._add(graph, after, params, f"a conditional node ({kind}, {n_bodies} bodies)")
+        conditional.type = cu.CUgraphConditionalNodeType.CU_GRAPH_COND_TYPE_SWITCH
+        node = self._add(graph, after, params, f"a SWITCH of {n_bodies} bodies")
         return node, [cu.CUgraph(int(params.conditional.phGraph_out[index])) for index in range(n_bodies)]
 
     def check_content(self, captured: Any, what: str) -> None:

@@ -29,8 +29,7 @@ from engines.cuda_graph import (
 )
 from engines.device_timer import fastest_ms
 from engines.dispatch import Run, bits_from_words, mask_table, runs
-from engines.dispatch_kernel import BRANCH_NAME, KERNEL_NAME, LOOKUP_NAME, SOURCE, cubin_from_source
-from engines.graph_nodes import DeviceCopy
+from engines.dispatch_kernel import KERNEL_NAME, LOOKUP_NAME, SOURCE, cubin_from_source
 from engines.speculation import NO_SPECULATION, Speculation, best_speculation
 from export.fused_spec import fused_spec
 
@@ -144,15 +143,6 @@ class NetworkGraphs:
         )
         return self._call(build, keep_alive=keys)
 
-    def branching(self) -> Call:
-        """Return a call like `deciding`'s, with an IF for each part: for drivers that have no SWITCH.
-
-        Raises:
-            EngineError: the driver refuses a step.
-        """
-        kernels, memory, threshold = self._kernels(), self._dispatch_memory(), self._network.threshold
-        return self._call(lambda: self._builder.branch_graph(self._parts, kernels, memory, threshold=threshold))
-
     def policy(self) -> Call | None:
         """Return a call that writes `probability` of `image`; None where the network has no policy."""
         return None if self._parts.policy is None else self._flat([self._parts.policy])
@@ -173,7 +163,7 @@ class NetworkGraphs:
     def _kernels(self) -> Kernels:
         device = self._capturer.device
         cubin = cubin_from_source(SOURCE, device.sm)
-        names = {"dispatch": KERNEL_NAME, "lookup": LOOKUP_NAME, "branch": BRANCH_NAME}
+        names = {"dispatch": KERNEL_NAME, "lookup": LOOKUP_NAME}
         return Kernels(**{what: device.function(cubin, name) for what, name in names.items()})
 
     def _allocate_decision(self) -> None:
@@ -202,7 +192,6 @@ class NetworkGraphs:
             stem=self._add(stem, self.image, self._pair(stem.outputs[0])[0]),
             blocks=[self._capture_block(block, network.shortcut(k)) for k, block in enumerate(network.blocks)],
             heads=(self._add(head, first, self.logits), self._add(head, second, self.logits)),
-            copies_back=[self._copy_back(block.outputs[0]) for block in network.blocks],
         )
 
     def _capture_block(self, block: PartSpec, shortcut: PartSpec | None) -> CapturedBlock:
@@ -211,11 +200,6 @@ class NetworkGraphs:
             block=(self._add(block, a, to_b), self._add(block, b, to_a)),
             shortcut=None if shortcut is None else (self._add(shortcut, a, to_b), self._add(shortcut, b, to_a)),
         )
-
-    def _copy_back(self, tensor: TensorSpec) -> DeviceCopy:
-        first, second = self._pair(tensor)
-        address, n_bytes = self._capturer.address, self._capturer.n_bytes(second)
-        return DeviceCopy(target=address(first), source=address(second), n_bytes=n_bytes)
 
     def _pair(self, tensor: TensorSpec) -> tuple[Buffer, Buffer]:
         """Return the two buffers for activations of that shape."""

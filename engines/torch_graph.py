@@ -32,10 +32,6 @@ class TorchCapturer:
         address: int = buffer.tensor.data_ptr()  # type: ignore[attr-defined]  # a buffer of the torch backend
         return address
 
-    def n_bytes(self, buffer: Buffer) -> int:
-        n_bytes: int = buffer.tensor.nbytes  # type: ignore[attr-defined]
-        return n_bytes
-
     def capture(
         self, engine: Engine, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer], *, beside: bool
     ) -> Captured:

@@ -164,9 +164,6 @@ class TensorRTCapturer:
     def address(self, buffer: Buffer) -> int:
         return device_buffer(buffer).address
 
-    def n_bytes(self, buffer: Buffer) -> int:
-        return device_buffer(buffer).n_bytes
-
     def capture(
         self, engine: Engine, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer], *, beside: bool
     ) -> Captured:

@@ -47,30 +47,6 @@ def dispatch(
 
 
 @dataclass(frozen=True)
-class Branches:
-    """What one image's policy comes to: which of the blocks' IFs run, and which of their shortcut parts'."""
-
-    kept: tuple[int, ...]  # as in `Dispatch`
-    keeps: tuple[int, ...]  # 0 or 1
-    drops: tuple[int | None, ...]  # None where a block has no shortcut part
-
-
-def branches(
-    probabilities: Sequence[float],
-    has_shortcut: Sequence[bool],
-    *,
-    threshold: float,
-    force: Sequence[int] | None = None,
-) -> Branches:
-    """Return which parts run; arguments and errors as for `dispatch`."""
-    _check_lengths(probabilities, has_shortcut, force)
-    kept = _kept(probabilities, threshold, force)
-    keeps = tuple(int(bit == 1) for bit in kept)
-    drops = tuple(1 - keep if shortcut else None for keep, shortcut in zip(keeps, has_shortcut, strict=True))
-    return Branches(kept, keeps, drops)
-
-
-@dataclass(frozen=True)
 class Lookup:
     """What one image's policy comes to: `path` is the row of its mask in the table, or the number of rows."""
 

@@ -11,7 +11,7 @@ from contextlib import nullcontext
 import numpy as np
 
 from engines.dispatch import MAX_BLOCKS
-from tests.dispatch_twin import branches, dispatch, lookup
+from tests.dispatch_twin import dispatch, lookup
 from tests.fake_device import FakeDevice
 
 
@@ -19,18 +19,10 @@ class Handles(ctypes.Structure):
     _fields_ = [("h", ctypes.c_uint64 * MAX_BLOCKS)]
 
 
-COPY_OFFSETS = dict(
-    zip(  # of CUDA_MEMCPY3D, as cuda.h has it
-        ("source kind", "source", "target kind", "target", "width", "height", "depth"),
-        (32, 48, 120, 136, 176, 184, 192),
-        strict=True,
-    )
-)
 POINTER, HANDLE = ctypes.c_uint64, ctypes.c_uint64
 KERNELS = {  # by the address of the function: what its node is noted as, and the types of its arguments
     0xF: ("kernel", [POINTER] * 3 + [ctypes.c_int, ctypes.c_float, ctypes.c_int, POINTER, Handles]),
     0x10: ("lookup", [POINTER] * 2 + [ctypes.c_int, ctypes.c_float, POINTER, ctypes.c_int, POINTER, HANDLE]),
-    0x11: ("branch", [POINTER] * 3 + [ctypes.c_int, ctypes.c_float, POINTER, Handles, Handles]),
 }
 
 
@@ -109,23 +101,13 @@ class FakeDriver(FakeDevice):
             entry = (kind, self._arguments(int(params.kernel.kernelParams), types))
         else:
             handle, kind, size = (int.from_bytes(raw[a:b], "little") for a, b in ((16, 24), (24, 28), (28, 32)))
-            kinds = self.CUgraphConditionalNodeType
-            assert kind == int(kinds.CU_GRAPH_COND_TYPE_SWITCH) or (size, kind) == (1, int(kinds.CU_GRAPH_COND_TYPE_IF))
+            assert kind == int(self.CUgraphConditionalNodeType.CU_GRAPH_COND_TYPE_SWITCH)
             bodies = [int(self._new_graph()) for _ in range(size)]
             memory = (ctypes.c_void_p * size)(*bodies)
             self._keep.append(memory)
             ctypes.c_void_p.from_address(params.getPtr() + 32).value = ctypes.addressof(memory)  # phGraph_out
-            entry = ("switch" if kind == int(kinds.CU_GRAPH_COND_TYPE_SWITCH) else "if", handle, bodies)
+            entry = ("switch", handle, bodies)
         return self._done("cuGraphAddNode", self._note(graph, after, count, entry))
-
-    def cuGraphAddMemcpyNode(self, graph, after, count, params, context):
-        assert int(context) == 0xC0
-        raw = ctypes.string_at(params.getPtr(), 200)
-        at = {name: int.from_bytes(raw[i : i + 8], "little") for name, i in COPY_OFFSETS.items()}
-        device = int(self.CUmemorytype.CU_MEMORYTYPE_DEVICE)
-        assert (at["source kind"], at["target kind"], at["height"], at["depth"]) == (device, device, 1, 1)
-        entry = ("copy", at["target"], at["source"], at["width"])
-        return self._done("cuGraphAddMemcpyNode", self._note(graph, after, count, entry))
 
     def _arguments(self, pointers, types):
         """Read a kernel's arguments back, as the driver does when the node is added."""
@@ -192,18 +174,10 @@ class FakeDriver(FakeDevice):
                 self._dispatch(*arguments)
             case ("lookup", arguments):
                 self._lookup(*arguments)
-            case ("branch", arguments):
-                self._branch(*arguments)
-            case ("copy", target, source, n_bytes):
-                self.view(target, n_bytes, writes=True)[:] = self.view(source, n_bytes)
             case ("switch", handle, bodies):
                 self.time_ms += self.conditional_ms
                 if self.values[handle] < len(bodies):
                     self._run(bodies[self.values[handle]])
-            case ("if", handle, [body]):
-                self.time_ms += self.conditional_ms
-                if self.values[handle]:
-                    self._run(body)
             case _:
                 raise AssertionError(f"nobody knows how to run {entry}")
 
@@ -213,14 +187,6 @@ class FakeDriver(FakeDevice):
         result = dispatch(p, shortcut, threshold=threshold, force=forced, blocks_per_switch=blocks_per_switch)
         self.view(kept, n_blocks, writes=True)[:] = result.kept
         self.values |= dict(zip(switches, result.switches, strict=False))
-
-    def _branch(self, probability, has_shortcut, force, n_blocks, threshold, kept, keeps, drops):
-        p, shortcut = self.view(probability, 4 * n_blocks).view(np.float32), self.view(has_shortcut, n_blocks)
-        forced = self.view(force, n_blocks) if force else None
-        result = branches(p, shortcut, threshold=threshold, force=forced)
-        self.view(kept, n_blocks, writes=True)[:] = result.kept
-        self.values |= dict(zip(keeps, result.keeps, strict=False))
-        self.values |= {drops[k]: drop for k, drop in enumerate(result.drops) if drop is not None}
 
     def _lookup(self, probability, force, n_blocks, threshold, masks, n_masks, kept, path):
         p, words = self.view(probability, 4 * n_blocks).view(np.float32), self.view(masks, 16 * n_masks)
@@ -239,5 +205,5 @@ class FakeDriver(FakeDevice):
         return self._done("cuModuleUnload")
 
     def cuModuleGetFunction(self, module, name):
-        addresses = {b"bd_dispatch": 0xF, b"bd_lookup": 0x10, b"bd_branch": 0x11}
+        addresses = {b"bd_dispatch": 0xF, b"bd_lookup": 0x10}
         return self._done("cuModuleGetFunction", self.CUfunction(addresses[name]))

@@ -83,14 +83,12 @@ class RaceDetector(HappensBefore, FakeDriver):
 
     def _run_node(self, entry):
         match entry:
-            case ("switch" | "if", handle, _):
+            case ("switch", handle, _):
                 self.access(-handle, 1, writes=False)
-            case ("kernel", [*_, handles]) | ("branch", [*_, handles, _]):
+            case ("kernel", [*_, handles]):
                 self._set(handles)
             case ("lookup", [*_, handle]):
                 self._set([handle])
-        if entry[0] == "branch":
-            self._set(entry[1][-1])
         super()._run_node(entry)
 
     def _set(self, handles):

@@ -281,18 +281,16 @@ def test_cuda_graphs_say_how_strategy_graph_runs(versions: dict[str, str]) -> No
         "ok",
         "strategy 'graph' decides on the device; it takes the fastest of policy-cache, switch, path-cache",
     )
-    other_major = gpu.cuda_graphs(Driver((12, 4), ONE_GPU.gpus))
+    other_major = gpu.cuda_graphs(Driver((12, 8), ONE_GPU.gpus))
     assert other_major.status == "problem"
-    assert other_major.detail.startswith("an IF in a CUDA graph needs a kernel compiled for the driver's CUDA 12.4")
+    assert other_major.detail.startswith("a SWITCH in a CUDA graph needs a kernel compiled for the driver's CUDA 12.8")
     assert other_major.detail.endswith("reads the policy back for each image (mode path-cache)")
     assert other_major.remedy == 'pip install "bdtool[cuda12]"'
     versions.update({"cuda-bindings": "12.9.4", "nvidia-cuda-nvrtc-cu12": "12.9"})
+    assert gpu.cuda_graphs(Driver((12, 8), ONE_GPU.gpus)).status == "ok"
     old = gpu.cuda_graphs(Driver((12, 4), ONE_GPU.gpus))
-    assert old.status == "ok"
-    assert "it takes the fastest of if, path-cache (the driver supports CUDA up to 12.4" in old.detail
-    too_old = gpu.cuda_graphs(Driver((12, 2), ONE_GPU.gpus))
-    assert too_old.detail.startswith("the driver supports CUDA up to 12.2, an IF in a CUDA graph needs 12.4; strategy")
-    assert too_old.remedy == "update the driver"
+    assert old.detail.startswith("the driver supports CUDA up to 12.4, a SWITCH in a CUDA graph needs 12.8; strategy")
+    assert old.remedy == "update the driver"
     versions.clear()
     bare = gpu.cuda_graphs(ONE_GPU)
     assert bare.detail.endswith("launches each part (mode off)")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bdtool.doctor.finding import Finding, Status
 from bdtool.errors import BackendError
-from engines.graph_modes import IF, OFF, PATH_CACHE, SWITCH, graphs_of_machine
+from engines.graph_modes import OFF, PATH_CACHE, SWITCH, graphs_of_machine
 from engines.libcuda import Driver
 from engines.trt_library import load_library
 from engines.trt_options import TENSORRT_RTX
@@ -38,13 +38,12 @@ def cuda_graphs(driver: Driver) -> Finding:
     if not driver.usable:
         return Finding(name, "missing", f"{driver_detail(driver)}; only a GPU has them", driver_remedy(driver))
     there = graphs_of_machine(driver, installed_version)
-    if IF not in there.missing:
+    if SWITCH not in there.missing:
         modes = ", ".join(mode for mode in there.modes if mode != OFF)
-        without = f" ({there.missing[SWITCH]})" if SWITCH in there.missing else ""
-        return Finding(name, "ok", f"strategy 'graph' decides on the device; it takes the fastest of {modes}{without}")
+        return Finding(name, "ok", f"strategy 'graph' decides on the device; it takes the fastest of {modes}")
     best = there.modes[0]
     how = "reads the policy back for each image" if best == PATH_CACHE else "launches each part"
-    reason, _, remedy = there.missing[IF].partition("; ")
+    reason, _, remedy = there.missing[SWITCH].partition("; ")
     detail = f"{reason}; strategy 'graph' {how} (mode {best})"
     return Finding(name, "problem", detail, remedy.removeprefix("add it with: "))
 

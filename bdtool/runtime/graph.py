@@ -1,8 +1,8 @@
 """Strategy `graph`: CUDA graphs for single images, in the mode that is had here and was measured to be the fastest.
 
 The modes, as `engines.graph_modes` names them: "policy-cache" and "switch" decide on the device with one launch an
-image, and so does "if", for drivers that have no SWITCH; "path-cache" reads the policy back, which any driver with CUDA
-graphs can, and launches the flat graph of the mask; "off" is the chain.
+image; "path-cache" reads the policy back, which any driver with CUDA graphs can, and launches the flat graph of the
+mask; "off" is the chain.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from engines.base import Backend, Call, Engine
 from engines.device_array import Images, Logits
 from engines.device_timer import DeviceTimer, timer_of
 from engines.dispatch import MAX_BLOCKS
-from engines.graph_modes import IF, OFF, PATH_CACHE, POLICY_CACHE, SWITCH, GraphChoice, GraphPlan
+from engines.graph_modes import OFF, PATH_CACHE, POLICY_CACHE, SWITCH, GraphChoice, GraphPlan
 from engines.network_graphs import NetworkGraphs, graph_spec
 from engines.speculation import Speculation
 
@@ -106,7 +106,7 @@ class _Makers:
             return PathCacheStrategy(self._network, self._graphs, wrap=self._wrap, options=self._options)
         if mode == POLICY_CACHE:
             return self._policy_cache(self._graphs)
-        return self._one_call(self._graphs, self._graphs.branching() if mode == IF else self._graphs.deciding())
+        return self._one_call(self._graphs, self._graphs.deciding())
 
     def release(self) -> None:
         if self._graphs is not None:
@@ -199,7 +199,7 @@ def _unfit(network: NetworkSpec, options: PathOptions) -> dict[str, str]:
     """Return the modes that this network cannot run in, whatever the machine, and why."""
     if network.n_blocks > MAX_BLOCKS:
         reason = f"its kernel decides on at most {MAX_BLOCKS} blocks, and this network has {network.n_blocks}"
-        return dict.fromkeys((POLICY_CACHE, SWITCH, IF), reason)
+        return dict.fromkeys((POLICY_CACHE, SWITCH), reason)
     return {} if options.ahead else {POLICY_CACHE: _NO_MASKS}
 
 

@@ -127,9 +127,8 @@ class Orchestrator:
             cuda_graph: how "graph" and "full" use CUDA graphs on a GPU. "auto" takes of what driver and packages
                 allow what is measured to be the fastest when the bundle is opened; for "graph" one of "policy-cache"
                 (the decision stays on the device: one SWITCH over the paths of the frequent masks in `paths`),
-                "switch" (likewise with a SWITCH for every few blocks), "if" (with an IF for each block, where the
-                driver has no SWITCH), "path-cache" (the policy is read back, a graph for each mask), or "off" (plain
-                launches, for "full", too). `graph_choice` says which, and why.
+                "switch" (likewise with a SWITCH for every few blocks), "path-cache" (the policy is read back, a graph
+                for each mask), or "off" (plain launches, for "full", too). `graph_choice` says which, and why.
 
         Raises:
             BundleError: the bundle is damaged, incomplete or too new, or has no recommendation for "auto".

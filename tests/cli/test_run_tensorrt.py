@@ -139,16 +139,16 @@ def test_profile_measures_graph_modes_side_by_side(monkeypatch, tmp_path, bdtool
     driver = install_gpu(monkeypatch, tmp_path / "cache")
     driver.launch_ms = 10
     quick = ("--data", npz, "--policy", "101", "--duration", "0.01", "--warmup", "0", *TENSORRT)
-    names = ["full@off", "graph", "graph@if", "graph@path-cache", "graph@off"]
+    names = ["full@off", "graph", "graph@switch", "graph@path-cache", "graph@off"]
     profile = bdtool_json("profile", bundle_copy, *quick, "--strategy", ",".join(names))
     rows = profile["strategies"]
     modes = {name: row["cuda_graph"]["mode"] for name, row in rows.items()}
     assert list(modes) == ["full", *names]
     assert modes.pop("graph") in ("policy-cache", "switch")
-    assert list(modes.values()) == ["replay", "off", "if", "path-cache", "off"]
+    assert list(modes.values()) == ["replay", "off", "switch", "path-cache", "off"]
     split = profile["split"]["strategies"]
-    assert {name: split[name]["device"]["compute_ms"]["median"] for name in ("graph@if", "graph@off")} == {
-        "graph@if": 10 + 5,  # one launch of policy beside stem, three blocks or shortcuts, head
+    assert {name: split[name]["device"]["compute_ms"]["median"] for name in ("graph@switch", "graph@off")} == {
+        "graph@switch": 10 + 5,  # one launch of policy beside stem, three blocks or shortcuts, head
         "graph@off": 6 * (10 + 1),
     }
     assert set(profile["latency_against_blocks"]) == set(names) - {"full@off"}

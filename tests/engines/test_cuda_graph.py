@@ -9,7 +9,6 @@ from bdtool.errors import EngineError
 from engines.capture import launch_call
 from engines.cuda_device import CudaDevice
 from engines.cuda_graph import CapturedBlock, CapturedNetwork, DispatchMemory, GraphBuilder, Kernels, LookupMemory
-from engines.graph_nodes import DeviceCopy
 from tests.fake_driver import FakeDriver
 
 MEMORY = DispatchMemory(probability=11, has_shortcut=12, force=0, kept=13)
@@ -26,13 +25,12 @@ def _network(driver, blocks=(((31, 32), None), ((41, 42), (43, 44)), ((61, 62), 
 
     captured = [CapturedBlock(block=both(block), shortcut=both(shortcut)) for block, shortcut in blocks]
     policy, stem = driver.CUgraph(21), driver.CUgraph(22)
-    copies = [DeviceCopy(target=0x100 + k, source=0x200 + k, n_bytes=0x300 + k) for k in range(len(captured))]
-    return CapturedNetwork(policy=policy, stem=stem, blocks=captured, heads=both((51, 52)), copies_back=copies)
+    return CapturedNetwork(policy=policy, stem=stem, blocks=captured, heads=both((51, 52)))
 
 
 def _kernels(driver):
-    dispatch, lookup, branch = map(driver.CUfunction, (0xF, 0x10, 0x11))
-    return Kernels(dispatch=dispatch, lookup=lookup, branch=branch)
+    dispatch, lookup = map(driver.CUfunction, (0xF, 0x10))
+    return Kernels(dispatch=dispatch, lookup=lookup)
 
 
 def _build(driver, network=None):
@@ -103,28 +101,6 @@ def test_driver_that_refuses_is_quoted_with_the_step(driver, call, step):
 def test_number_of_blocks_that_has_no_handles_is_refused(driver, n_blocks):
     with pytest.raises(ValueError, match=f"{n_blocks} blocks; .*at most 128"):
         _build(driver, _network(driver, (((1, 2), None),) * n_blocks))
-
-
-def test_branch_graph_has_an_if_for_each_part_and_copies_back(driver):
-    builder = GraphBuilder(driver, driver.CUcontext(0xC0))
-    graph, executable = builder.branch_graph(_network(driver), _kernels(driver), MEMORY, threshold=0.5)
-    first, entries = int(graph), driver.graphs[int(graph)]
-    assert [entry[0] for entry, _ in entries] == ["child", "branch", "child", "if", "if", "if", "if", "child"]
-    after = [[node - first for node in nodes] for _, nodes in entries]
-    assert after == [[], [1], [], [2, 3], [4], [5], [6], [7]]
-    ifs = [entry for entry, _ in entries if entry[0] == "if"]
-    bodies = [driver.graphs[body] for _, _, [body] in ifs]
-    # block 1 and its shortcut part leave the activation in the same buffer
-    copies = [("copy", 0x100 + k, 0x200 + k, 0x300 + k) for k in range(3)]
-    parts = [(31, copies[0]), (41, copies[1]), (43, copies[1]), (61, copies[2])]
-    assert [[entry for entry, _ in body] for body in bodies] == [[("child", part), copy] for part, copy in parts]
-    assert all(body[1][1] == [ifs[i][2][0] + 1] for i, body in enumerate(bodies))  # the copy waits
-    assert entries[-1][0] == ("child", 51)  # the head reads buffer A
-    arguments = entries[1][0][1]
-    assert arguments[:6] == [11, 12, 0, 3, 0.5, 13]
-    assert (arguments[6][:4], arguments[7][:4]) == ([100, 101, 102, 0], [0, 103, 0, 0])
-    assert [handle for _, handle, _ in ifs] == [100, 101, 103, 102]
-    assert driver.instantiated == [int(executable)] == [first]
 
 
 def test_flat_graph_is_its_parts_one_after_the_other(driver):

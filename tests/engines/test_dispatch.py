@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from bdtool.errors import BackendError
 from engines.dispatch import NOT_FINITE, bits_from_words, body_runs, mask_table
-from engines.dispatch_kernel import BRANCH_NAME, KERNEL_NAME, LOOKUP_NAME, SOURCE, cubin_from_source
+from engines.dispatch_kernel import KERNEL_NAME, LOOKUP_NAME, SOURCE, cubin_from_source
 from export.fused_spec import FORCE_DROP, FORCE_KEEP
-from tests.dispatch_twin import branches, dispatch, lookup
+from tests.dispatch_twin import dispatch, lookup
 from tests.fake_driver import Handles
 
 float32 = st.floats(0, 1, width=32)
@@ -48,20 +48,6 @@ def test_bodies_compute_what_running_kept_blocks_in_order_computes(rows, thresho
     assert _run_bodies(result, has_shortcut, per_switch) == expected
 
 
-@given(blocks, st.sampled_from([0.0, 0.3, 0.5, 1.0]))
-def test_branches_run_what_the_bodies_run(rows, threshold):
-    columns = (list(column) for column in zip(*rows, strict=True)) if rows else ([], [], [])
-    probabilities, has_shortcut, force = columns
-    result = branches(probabilities, has_shortcut, threshold=threshold, force=force)
-    expected = dispatch(probabilities, has_shortcut, threshold=threshold, force=force)
-    found = []
-    for k, (keep, drop) in enumerate(zip(result.keeps, result.drops, strict=True)):
-        found += [("block", k)] * keep + [("shortcut", k)] * (drop or 0)
-    assert found == _run_bodies(expected, has_shortcut, 1)
-    assert result.kept == expected.kept
-    assert [drop is not None for drop in result.drops] == has_shortcut
-
-
 @given(st.lists(float32, max_size=30))
 def test_probability_at_the_threshold_keeps(probabilities):
     result = dispatch(probabilities, [False] * len(probabilities), threshold=0.5)
@@ -75,9 +61,8 @@ def test_policy_that_gives_nan_is_told_apart_from_one_that_drops():
 
 @pytest.mark.parametrize("bad", [([0.1], [], None), ([0.1], [True], [0, 0]), ([0.1] * 129, [True] * 129, None)])
 def test_lengths_that_do_not_fit_are_refused(bad):
-    for twin in (dispatch, branches):
-        with pytest.raises(ValueError, match="at most 128"):
-            twin(*bad[:2], threshold=0.5, force=bad[2])
+    with pytest.raises(ValueError, match="at most 128"):
+        dispatch(*bad[:2], threshold=0.5, force=bad[2])
 
 
 masks = st.integers(1, 128).flatmap(
@@ -116,7 +101,6 @@ def test_kernel_compiles_to_machine_code(sm):
     assert cubin[:4] == b"\x7fELF"
     assert KERNEL_NAME.encode() in cubin
     assert LOOKUP_NAME.encode() in cubin
-    assert BRANCH_NAME.encode() in cubin
     assert b"cudaGraphSetConditional" in cubin  # left for the driver to bind
 
 
@@ -180,30 +164,6 @@ def test_kernel_computes_what_its_twin_computes(kernel_on_the_cpu, rows, use_for
     expected = dispatch(p, shortcut, threshold=threshold, force=given_bits, blocks_per_switch=per_switch)
     assert tuple(kept) == expected.kept
     assert tuple(values[: len(expected.switches)]) == expected.switches
-
-
-@given(rows=blocks, use_force=st.booleans())
-def test_branch_kernel_computes_what_its_twin_computes(kernel_on_the_cpu, rows, use_force):
-    n, unset = len(rows), 7
-    columns = list(zip(*rows, strict=True)) if rows else [(), (), ()]
-    p, shortcut, force = (np.array(c, t) for c, t in zip(columns, ("f4", "u1", "u1"), strict=True))
-    kept, keeps, drops = np.full(n, 9, "u1"), Handles(), Handles()
-    keeps.h[:n], drops.h[:n] = range(n), range(100, 100 + n)
-    values = (ctypes.c_uint * 256).in_dll(kernel_on_the_cpu, "last_value")
-    values[100 : 100 + n] = [unset] * n
-    kernel_on_the_cpu.bd_branch(
-        *(ctypes.c_void_p(a.ctypes.data) for a in (p, shortcut)),
-        ctypes.c_void_p(force.ctypes.data) if use_force else None,
-        ctypes.c_int(n),
-        ctypes.c_float(0.5),
-        ctypes.c_void_p(kept.ctypes.data),
-        keeps,
-        drops,
-    )
-    expected = branches(p, shortcut, threshold=0.5, force=force if use_force else None)
-    assert tuple(kept) == expected.kept
-    assert tuple(values[:n]) == expected.keeps
-    assert tuple(values[100 : 100 + n]) == tuple(unset if drop is None else drop for drop in expected.drops)
 
 
 @given(rows=blocks, others=st.lists(st.lists(st.booleans(), max_size=40), max_size=8), use_force=st.booleans())

@@ -80,7 +80,7 @@ def test_full_and_half_precision_come_close(place, tiny, bundle_copy, pixels, pr
     np.testing.assert_allclose(logits, torch_logits(tiny.model, ready, keep), atol=0.05, rtol=0.05)
 
 
-@pytest.mark.parametrize("mode", ["policy-cache", "switch", "if", "path-cache", "off"])
+@pytest.mark.parametrize("mode", ["policy-cache", "switch", "path-cache", "off"])
 def test_every_graph_mode_equals_eager_pytorch(place, tiny, bundle_copy, preprocessed, torch_logits, mode):
     keep = np.array(list(itertools.product((False, True), repeat=3)))
     images = preprocessed(tiny.model, len(keep))

@@ -28,7 +28,7 @@ def test_every_figure_is_there(monkeypatch, tmp_path, bundle_copy, capsys):
     assert max(error for errors in result["parity"].values() for error in errors.values()) < 1e-4
     assert set(result) == {"parity", "profile", "graph, fp32", "graph, fp16"}
     graph = result["graph, fp16"]
-    assert set(graph["ratios"]) == {"switch", "policy-cache", "policy-cache begun", "if", "path-cache"}
+    assert set(graph["ratios"]) == {"switch", "policy-cache", "policy-cache begun", "path-cache"}
     assert {f"to {name}" for name in graph["aims"]} < set(graph["ratios"]["switch"])
     assert (graph["n_kept"], graph["n_blocks"]) == (1, 3)
     assert all(math.isfinite(ms) and ms > 0 for ms in graph["median_ms"].values())
@@ -51,7 +51,7 @@ def test_graph_that_decides_computes_what_the_known_path_computes(monkeypatch, t
     logits = bench._graphs.logits
     expected = logits.read().copy()
     for known in (
-        bench._deciding(bench._graphs.branching(), mask),
+        bench._deciding(bench._graphs.deciding(), mask),
         bench._request(bench._known_with_policy(mask)),
         bench._reading_back(mask),
     ):
@@ -166,7 +166,7 @@ def test_blocks_are_timed_in_every_format():
     assert all(us > 0 for row in found.values() for pair in row.values() for us in pair)
 
 
-@pytest.mark.parametrize("strategy", ["graph@if", "graph@path-cache", "full", "chain"])
+@pytest.mark.parametrize("strategy", ["graph@switch", "graph@path-cache", "full", "chain"])
 def test_host_loop_times_our_own_code(monkeypatch, tmp_path, bundle_copy, strategy):
     row = host_loop.host_loop(bundle_copy, strategy, 200, monkeypatch, tmp_path, n_warm_up=200)
     assert 0 < row["us_an_image"] < 1e5

@@ -77,7 +77,7 @@ def test_neither_images_nor_logits_pass_through_the_host(
         _ = result.classes
 
 
-@pytest.mark.parametrize("mode", ["policy-cache", "switch", "if", "path-cache", "off"])
+@pytest.mark.parametrize("mode", ["policy-cache", "switch", "path-cache", "off"])
 def test_every_graph_mode_leaves_logits_on_the_device(driver, tiny, preprocessed, torch_logits, mode):
     images = preprocessed(tiny.model, 3)
     options = {"cuda_graph": mode, "paths": PathOptions(ahead=list(KEEP[:1]))}

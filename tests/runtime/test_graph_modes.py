@@ -15,7 +15,6 @@ from engines.libcuda import Driver, Gpu
 from tests.fake_tensorrt import FakeTensorRT, install_gpu
 
 MODES = ("policy-cache", "switch", "path-cache", "off")  # of a new driver
-EVERY_MODE = (*MODES, "if")
 ALL_MASKS = [np.array(bits, dtype=bool) for bits in itertools.product((False, True), repeat=3)]
 SOME = PathOptions(ahead=[ALL_MASKS[5], ALL_MASKS[3]])
 
@@ -32,7 +31,7 @@ def _open(bundle, **options):
 # --- all modes compute the same ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", EVERY_MODE)
+@pytest.mark.parametrize("mode", MODES)
 def test_every_mask_runs_what_pytorch_runs(driver, tiny, preprocessed, torch_logits, mode):
     images, keep = preprocessed(tiny.model, 8), np.array(ALL_MASKS)
     with _open(tiny.bundle, cuda_graph=mode, paths=SOME) as runtime:
@@ -45,7 +44,7 @@ def test_every_mask_runs_what_pytorch_runs(driver, tiny, preprocessed, torch_log
     np.testing.assert_allclose(alone, expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("mode", EVERY_MODE)
+@pytest.mark.parametrize("mode", MODES)
 def test_learned_policy_decides_as_the_chain(driver, tiny, preprocessed, mode):
     images = preprocessed(tiny.model, 16)
     with Orchestrator.open(tiny.bundle, backend="tensorrt", device="cuda:0") as chain:
@@ -59,13 +58,13 @@ def test_learned_policy_decides_as_the_chain(driver, tiny, preprocessed, mode):
         np.testing.assert_allclose(one.logits, expected.logits, atol=1e-5)
 
 
-@pytest.mark.parametrize("mode", EVERY_MODE)
+@pytest.mark.parametrize("mode", MODES)
 def test_probability_that_is_not_finite_is_refused(driver, tiny, mode):
     with _open(tiny.bundle, cuda_graph=mode, paths=SOME) as runtime, pytest.raises(EngineError, match="not finite"):
         runtime.run(np.full((1, 3, 32, 32), np.nan, np.float32))
 
 
-@pytest.mark.parametrize("mode", EVERY_MODE)
+@pytest.mark.parametrize("mode", MODES)
 def test_network_without_a_policy_runs_given_bits(driver, export_random, preprocessed, torch_logits, mode):
     exported = export_random("resnet14", has_policy=False)
     images = preprocessed(exported.model, 2)
@@ -190,19 +189,6 @@ def test_comparing_leaves_the_path_cache_with_the_frequent_masks(driver, export_
     assert result.hits.tolist() == [True] * 3
 
 
-def test_if_takes_a_conditional_for_each_part_and_one_launch(driver, tiny, preprocessed):
-    driver.conditional_ms = 1000
-    image = preprocessed(tiny.model, 1)
-    with _open(tiny.bundle, cuda_graph="if") as runtime:
-        runtime.run(image)
-        launched, before = len(driver.launched), driver.time_ms
-        driver.copies.clear()
-        runtime.run(image)
-        assert len(driver.launched) == launched + 1
-        assert driver.copies == ["HtoD", "DtoH", "DtoH"]  # image in, keep bits and logits out
-    assert int(driver.time_ms - before) // 1000 == 3 + 2  # three blocks, two of which have a shortcut part
-
-
 def test_path_cache_is_one_small_read_and_one_launch_after_the_policys(driver, tiny, preprocessed):
     image = preprocessed(tiny.model, 1)
     with _open(tiny.bundle, cuda_graph="path-cache") as runtime:
@@ -227,7 +213,7 @@ def test_path_cache_is_bounded_and_drops_the_least_recently_used(driver, tiny, p
         assert len(driver.ended) == 3
 
 
-@pytest.mark.parametrize("mode", EVERY_MODE)
+@pytest.mark.parametrize("mode", MODES)
 def test_closing_gives_everything_back(driver, tiny, preprocessed, mode):
     with _open(tiny.bundle, cuda_graph=mode, paths=SOME) as runtime:
         runtime.run(preprocessed(tiny.model, 2))
@@ -239,12 +225,12 @@ def test_closing_gives_everything_back(driver, tiny, preprocessed, mode):
     assert (driver.memory, driver.host_memory) == ({}, {})
     made_and_gone = (("cuStreamCreate", "cuStreamDestroy"), ("cuModuleLoadData", "cuModuleUnload"))
     assert [driver.calls[made] - driver.calls[gone] for made, gone in made_and_gone] == [0, 0]
-    assert driver.calls["cuModuleLoadData"] == (mode in ("policy-cache", "switch", "if"))
+    assert driver.calls["cuModuleLoadData"] == (mode in ("policy-cache", "switch"))
 
 
 def _bodies(driver):
     """Return the graphs that belong to a conditional node and go with it."""
-    conditionals = [entry for nodes in driver.graphs.values() for entry, _ in nodes if entry[0] in ("switch", "if")]
+    conditionals = [entry for nodes in driver.graphs.values() for entry, _ in nodes if entry[0] == "switch"]
     return {body for _, _, bodies in conditionals for body in bodies}
 
 
@@ -291,13 +277,7 @@ CUDA_13 = {"cuda-bindings": "13.5.0", "nvidia-cuda-nvrtc": "13.2.86"}
     ("cuda", "packages", "modes", "reason"),
     [
         ((12, 8), CUDA_12, MODES, "the fastest here"),
-        (
-            (12, 4),
-            CUDA_12,
-            ("if", "path-cache", "off"),
-            "supports CUDA up to 12.4, a SWITCH in a CUDA graph needs 12.8",
-        ),
-        ((12, 2), CUDA_12, ("path-cache", "off"), "supports CUDA up to 12.2, an IF in a CUDA graph needs 12.4"),
+        ((12, 4), CUDA_12, ("path-cache", "off"), "supports CUDA up to 12.4, a SWITCH in a CUDA graph needs 12.8"),
         ((11, 8), CUDA_12, ("off",), "supports CUDA up to 11.8, a CUDA graph needs 12.0"),
         # machine code of a newer major version does not load
         (
@@ -339,7 +319,7 @@ NEW = Driver((13, 0), (Gpu("NVIDIA H200", (9, 0)),))
 def test_missing_packages_leave_less(packages, modes, words):
     plan = graphs_of_machine(NEW, packages.get)
     assert plan.modes == modes
-    assert set(plan.missing) == set(EVERY_MODE) - set(modes) - ({"if"} if words is None else set())
+    assert set(plan.missing) == set(MODES) - set(modes)
     assert words is None or plan.missing["switch"].startswith(words)
 
 

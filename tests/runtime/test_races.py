@@ -29,7 +29,6 @@ STRATEGIES = {
     "full@off": {"strategy": "full", "cuda_graph": "off"},
     "graph@policy-cache": {"strategy": "graph", "cuda_graph": "policy-cache", "paths": MASKS},
     "graph@switch": {"strategy": "graph", "cuda_graph": "switch"},
-    "graph@if": {"strategy": "graph", "cuda_graph": "if"},
     "graph@path-cache": {"strategy": "graph", "cuda_graph": "path-cache", "paths": MASKS},
     "graph@off": {"strategy": "graph", "cuda_graph": "off"},
 }

@@ -22,7 +22,7 @@ KEEP = np.array([[1, 0, 1], [0, 1, 0], [1, 1, 1]], dtype=bool)
 HOME, FIRST, SECOND, OTHER = 0x66, 0x55, 0x44, 0x99  # streams: of the opening, of calls, and of a reader
 STRATEGIES = (
     *("chain", "path", "full", "full@replay"),
-    *(f"graph@{mode}" for mode in ("policy-cache", "switch", "if", "path-cache")),
+    *(f"graph@{mode}" for mode in ("policy-cache", "switch", "path-cache")),
 )
 
 
