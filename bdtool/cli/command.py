@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
@@ -12,9 +13,21 @@ import click
 
 from bdtool.cli.options import BundlePath, ModelPath, NewDirectory, NewFile, PathInText
 
+_WORDS = "bdtool.words"  # of the command line, in click's `meta`
+
+
+def command_line() -> str:
+    """Return the command that runs, as it was typed, to be typed again."""
+    words: tuple[str, ...] = click.get_current_context().meta[_WORDS]
+    return shlex.join(["bdtool", *words])
+
 
 class Command(click.Command):
     """Refuses, before anything is done, to write what is given to be read, under whatever name, or one place twice."""
+
+    def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
+        context.meta[_WORDS] = (context.info_name, *args)  # parsing takes them out of the list
+        return super().parse_args(context, args)
 
     def invoke(self, context: click.Context) -> Any:
         targets = [(param, path) for param in self.params for path in _targets(param, context)]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from bdtool.cli.command import Command
+from bdtool.cli.command import Command, command_line
 from bdtool.cli.options import (
     BUNDLE,
     IMAGE,
@@ -212,6 +212,7 @@ def profile_cmd(
         from bdtool.report.gather import ReportRequest
 
         request = ReportRequest(
+            made_by=command_line(),
             bundle=bundle,
             data=data or "synthetic",
             output=html_file,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from bdtool.cli.command import Command
+from bdtool.cli.command import Command, command_line
 from bdtool.cli.options import (
     BUNDLE,
     NEW_FILE,
@@ -76,6 +76,7 @@ def report_cmd(
     # so that the profile sees no other images than the walk
     source = open_data(data, network=opened.network, resize=resize).drawn(limit)
     request = ReportRequest(
+        made_by=command_line(),
         bundle=bundle,
         data=data,
         output=output,
@@ -93,6 +94,8 @@ def report_cmd(
         settings=Settings(duration_s=duration, percentiles=PERCENTILES),
         place=place,
     )
+    for message in profiled.warnings:
+        warn(message)
     click.echo(write_page(profiled, opened, source, request))
 
 
@@ -103,8 +106,6 @@ def write_page(profiled: Profile, bundle: Bundle, source: ImageSource, request: 
 
     with progress("walking", n_steps(source)) as advance:
         gathered = gather_report(profiled, bundle, source, request, on_images=advance)
-    for message in gathered.warnings:
-        warn(message)
     write_report(request.output, gathered)
     size = request.output.stat().st_size / 1e6
     return f"{request.output}: {size:.1f} MB, {counted(gathered.n_images, 'image')}, policy {gathered.policy}"

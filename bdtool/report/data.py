@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bdtool.profiling.line import BlocksLine
+from bdtool.profiling.workload import is_static
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,8 +135,8 @@ class ReportData:
 
     @property
     def dynamic(self) -> StrategyLatency:
-        """The strategy of the headline: the first that is not the baseline."""
-        return next((strategy for strategy in self.strategies if strategy.name != "full"), self.full)
+        """The strategy of the headline: the first that is not a static network."""
+        return next((strategy for strategy in self.strategies if not is_static(strategy.name)), self.full)
 
     @property
     def has_equal_policies(self) -> bool:

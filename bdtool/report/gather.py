@@ -17,7 +17,7 @@ from bdtool.inspection import tuned_for
 from bdtool.profiling.line import BlocksLine, fit_line
 from bdtool.profiling.profile import Profile
 from bdtool.profiling.statistics import Samples
-from bdtool.profiling.workload import BOUNDARY
+from bdtool.profiling.workload import BOUNDARY, is_static
 from bdtool.report.data import (
     ClassFigures,
     OperatingPoint,
@@ -44,8 +44,13 @@ _MAX_PICTURED_CLASSES = 12  # the page grows by some 50 kB with each
 
 @dataclass(frozen=True, kw_only=True)
 class ReportRequest:
-    """What the user asked for; the page repeats it as commands."""
+    """What the user asked for; the page repeats it as commands.
 
+    Attributes:
+        made_by: the command that makes the page.
+    """
+
+    made_by: str
     bundle: Path
     data: str
     output: Path
@@ -56,22 +61,17 @@ class ReportRequest:
     place: Place = field(default_factory=Place)
 
     def commands(self) -> tuple[str, ...]:
-        """Return the command that makes this page, and those that measure its figures alone."""
+        """Return the command that makes this page, and what measures its accuracy and its latency alone."""
         place = self.place
         shared = ["--data", self.data, *(["--policy", self.policy] if self.policy else [])]
         shared += ["--resize"] if self.resize else []
         shared += ["--backend", place.backend, "--device", place.device, "--precision", place.precision]
         shared += ["--threads", str(place.threads)] if place.threads else []
-        limit, duration = ["--limit", str(self.limit)], ["--duration", f"{self.duration_s:g}"]
         bundle = str(self.bundle)
-        return tuple(
-            shlex.join(["bdtool", *words])
-            for words in (
-                ["report", bundle, *shared, *limit, *duration, "-o", str(self.output)],
-                ["evaluate", bundle, *shared, *limit],
-                ["profile", bundle, *shared, *duration],
-            )
-        )
+        alone = [["evaluate", bundle, *shared, "--limit", str(self.limit)]]
+        if not self.made_by.startswith("bdtool profile "):
+            alone.append(["profile", bundle, *shared, "--duration", f"{self.duration_s:g}"])
+        return (self.made_by, *(shlex.join(["bdtool", *words]) for words in alone))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,7 +197,7 @@ def report_from(
     flops = network.flops_per_image(walk.keep, with_policy=policy.is_learned)
     vectors = np.unique(walk.keep, axis=0)
     strategies = tuple(_strategy(name, samples, profile.samples["full"]) for name, samples in profile.samples.items())
-    dynamic = next((samples for name, samples in profile.samples.items() if name != "full"), None)
+    dynamic = next((samples for name, samples in profile.samples.items() if not is_static(name)), None)
     line = None if dynamic is None else fit_line(dynamic, profile.samples["full"].median_ms)
     return ReportData(
         bundle=bundle.path.resolve().name,

@@ -1,6 +1,8 @@
 """`bdtool profile` by its JSON keys, its recommendation, and what `--strategy auto` makes of it."""
 
+import html
 import json
+import shlex
 import shutil
 
 import pytest
@@ -204,8 +206,14 @@ def test_unknown_strategy_of_run_is_wrong_usage(built, bdtool, picture):
 def test_html_writes_the_report_page(bdtool, bundle_copy, npz, tmp_path):
     pytest.importorskip("plotly", reason="plotly, the charts of the report, is not installed")
     page = tmp_path / "profile.html"
-    bdtool("profile", bundle_copy, "--data", npz, "--duration", "0.05", "--html", page)
-    assert "<!doctype html>" in page.read_text(encoding="utf-8").lower()
+    words = ("--data", npz, "--duration", "0.05", "--strategy", "full@off,chain", "--html", page)
+    told = bdtool("profile", bundle_copy, *words)
+    text = page.read_text(encoding="utf-8")
+    assert "<!doctype html>" in text.lower()
+    assert "with full@off" not in text  # a static network is no strategy to head the page
+    assert shlex.join(map(str, ("bdtool", "profile", bundle_copy, *words))) in html.unescape(text)
+    warnings = [line for line in told.stderr.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == len(set(warnings))
 
 
 def test_html_is_refused_for_batches_before_measuring(bdtool, bundle_copy, tmp_path):

@@ -46,7 +46,9 @@ def gathered(tiny: Any, data: Path) -> Callable[[str | None], ReportData]:
         bundle = Bundle.open(tiny.bundle)
         source = open_data(str(data), network=bundle.network)
         output = Path("report.html")
-        request = ReportRequest(bundle=tiny.bundle, data=str(data), output=output, policy=policy)
+        request = ReportRequest(
+            made_by="bdtool report", bundle=tiny.bundle, data=str(data), output=output, policy=policy
+        )
         return gather_report(profiled(bundle, source, policy), bundle, source, request)
 
     return gather
@@ -83,7 +85,7 @@ def test_latency_of_a_class_is_what_the_line_gives_for_its_blocks(tiny: Any, dat
     blocks = np.tile([1.0, 2.0, 3.0], 40)
     chain = Samples(latency_ms=0.5 + 0.25 * blocks, blocks_run=blocks, flops=blocks, batch=1)
     profile = dataclasses.replace(profile, samples={**profile.samples, "chain": chain})
-    request = ReportRequest(bundle=tiny.bundle, data=str(data), output=Path("report.html"))
+    request = ReportRequest(made_by="bdtool report", bundle=tiny.bundle, data=str(data), output=Path("report.html"))
     report = gather_report(profile, bundle, source, request)
     assert len({one.blocks_mean for one in report.classes}) > 1
     for one in report.classes:
@@ -124,11 +126,15 @@ def test_a_fixed_policy_is_recognised(gathered: Callable[[str | None], ReportDat
 
 
 def test_commands_repeat_the_request() -> None:
-    request = ReportRequest(bundle=Path("my bundle"), data="test.npz", output=Path("r.html"), policy="first:2", limit=9)
-    report, evaluated, _ = request.commands()
-    assert report.startswith("bdtool report 'my bundle' --data test.npz --policy first:2 ")
-    assert report.endswith(" --limit 9 --duration 3 -o r.html")
-    assert "--limit 9" in evaluated
+    typed = "bdtool report 'my bundle' --data test.npz"
+    given = {"bundle": Path("my bundle"), "data": "test.npz", "output": Path("r.html"), "policy": "first:2", "limit": 9}
+    report, evaluated, profiled = ReportRequest(made_by=typed, **given).commands()
+    assert report == typed
+    assert evaluated.startswith("bdtool evaluate 'my bundle' --data test.npz --policy first:2 ")
+    assert evaluated.endswith("--limit 9")
+    assert profiled.startswith("bdtool profile 'my bundle' ")
+    page_of_profile = ReportRequest(made_by="bdtool profile B --html P", **given).commands()
+    assert page_of_profile == ("bdtool profile B --html P", evaluated)
 
 
 def test_the_line_is_found_despite_slow_requests() -> None:
@@ -147,7 +153,7 @@ def test_a_profile_of_batches_is_refused(tiny: Any, data: Path) -> None:
     source = open_data(str(data), network=bundle.network).drawn(4)
     settings = Settings(batch=2, duration_s=0.01, warmup_ms=0)
     batches = profile(bundle, source, policy=None, strategies=[], settings=settings, place=Place())
-    request = ReportRequest(bundle=tiny.bundle, data=str(data), output=Path("r.html"))
+    request = ReportRequest(made_by="bdtool report", bundle=tiny.bundle, data=str(data), output=Path("r.html"))
     with pytest.raises(ValueError, match="got a profile of batch 2"):
         gather_report(batches, bundle, source, request)
 
