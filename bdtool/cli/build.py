@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     metavar="C",
     help="Also note the fewest keep masks that cover this share of the images, for instance 0.95.",
 )
-@data_option(required=False)
+@data_option(default="For --paths and --coverage, which count on the training images of a named data set.")
 @policy_option
 @click.option(
     "--limit",
@@ -208,7 +208,8 @@ def _note_masks(bundle: Bundle, store: EngineStore, device: str, options: _MaskO
     from export.manifest import EXPORTED
 
     network = bundle.network
-    source = open_data(options.data or "", network=network, resize=options.resize).drawn(options.limit)
+    images = open_data(options.data or "", network=network, resize=options.resize, split="train")
+    source = images.drawn(options.limit)
     request = parse_policy_for(network, options.policy)
     place = Place(backend=store.identity.name, device=device, precision=store.precision)
     if store.identity.name == TENSORRT_RTX and device == DEFAULT_DEVICE:

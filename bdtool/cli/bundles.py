@@ -81,7 +81,7 @@ def export_cmd(model: Path, bundle: Path, max_batch: int, force: bool) -> None:
 
 @click.command("verify", cls=Command)
 @click.argument("bundle", type=BUNDLE)
-@data_option(required=False)
+@data_option(default="Default: synthetic pictures, labelled as such in the result.")
 @click.option(
     "--limit",
     type=click.IntRange(min=1),

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @click.command("calibrate", cls=Command)
 @click.argument("bundle", type=BUNDLE)
-@data_option(required=True)
+@data_option()
 @click.option(
     "--precision",
     type=click.Choice(CALIBRATED),

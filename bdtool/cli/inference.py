@@ -77,7 +77,7 @@ def run_cmd(
 
 @click.command("evaluate", cls=Command)
 @click.argument("model_or_bundle", type=MODEL_OR_BUNDLE)
-@data_option(required=True)
+@data_option()
 @policy_option
 @click.option("--limit", type=click.IntRange(min=1), help="Only N images, drawn with seed 0. Default: all.")
 @click.option("--batch", type=click.IntRange(min=1), default=64, show_default=True, help="Images at a time.")
@@ -112,7 +112,7 @@ def evaluate_cmd(
 
 @click.command("profile", cls=Command)
 @click.argument("bundle", type=BUNDLE)
-@data_option(required=False)
+@data_option(default="Default: synthetic pictures, labelled as such in the result.")
 @policy_option
 @click.option(
     "--strategy",

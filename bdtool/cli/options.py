@@ -262,14 +262,15 @@ def policy_option(command: _Command) -> _Command:
     return click.option("--policy", type=POLICY, metavar="POLICY", help=help_text)(command)
 
 
-def data_option(*, required: bool) -> Callable[[_Command], _Command]:
+def data_option(*, default: str | None = None) -> Callable[[_Command], _Command]:
+    """--data, which has to be given, but where `default` says in the help what holds without it."""
     help_text = (
         "FILE.npz, a directory of images (with a folder per class: labelled), cifar10:ROOT, cifar100:ROOT, "
         "imagenet:ROOT, or synthetic[:N[:SEED]]."
     )
-    if not required:
-        help_text += " Default: synthetic pictures, labelled as such in the result."
-    return click.option("--data", type=DATA, metavar="DATA", required=required, help=help_text)
+    if default is not None:
+        help_text += f" {default}"
+    return click.option("--data", type=DATA, metavar="DATA", required=default is None, help=help_text)
 
 
 def resize_option(command: _Command) -> _Command:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @click.command("report", cls=Command)
 @click.argument("bundle", type=BUNDLE)
-@data_option(required=True)
+@data_option()
 @click.option("-o", "--output", type=NEW_FILE, required=True, metavar="FILE.html", help="The page to write.")
 @policy_option
 @click.option(

@@ -71,6 +71,15 @@ class Comparison:
         return self.has_verdict and not any(self.regressions.values())
 
     @property
+    def verdict(self) -> str:
+        """What a script wants to know: "regression", "no regression", "not comparable" or "unstable"."""
+        if self.incomparable:
+            return "not comparable"
+        if self.unstable:
+            return "unstable"
+        return "no regression" if self.ok else "regression"
+
+    @property
     def has_verdict(self) -> bool:
         """Whether the profiles can be compared, and both are of stable runs."""
         return not self.incomparable and not self.unstable
@@ -83,6 +92,7 @@ class Comparison:
     def to_json(self) -> dict[str, Any]:
         return {
             "ok": self.ok,
+            "verdict": self.verdict,
             "comparable": not self.incomparable,
             "stable": not self.unstable,
             "unstable": {side: list(reasons) for side, reasons in self.unstable.items()},

@@ -12,7 +12,7 @@ import numpy as np
 from bdtool.errors import UsageError
 from bdtool.profiling.workload import BASELINE, Workload, split_name
 from bdtool.runtime.factory import parts_for, require_strategy, strategies_for
-from bdtool.runtime.masks import count_masks, read_masks
+from bdtool.runtime.masks import NOTE_MASKS, count_masks, read_masks
 from bdtool.runtime.orchestrator import Orchestrator
 from bdtool.runtime.paths import PathOptions
 from bdtool.runtime.place import Place
@@ -22,7 +22,7 @@ from engines.graph_modes import GraphChoice
 from engines.registry import plan_graphs
 from export.bundle import Bundle
 
-STORED = "stored by `bdtool build --paths`"
+STORED = "noted by `bdtool build --paths` or `--coverage`"
 COUNTED = "counted on the measured images before the clock started"
 HAVE_GRAPHS = (BASELINE, "graph")  # strategies that use CUDA graphs on a GPU
 
@@ -61,6 +61,16 @@ class Opened:
             "path_bytes_bound": stats.max_bytes,
             "path_masks": self.path_masks,
         }
+
+    def mask_warnings(self) -> list[str]:
+        """Say where strategies were prepared for the very masks that they were timed on."""
+        n_masks = 0 if self.paths is None else len(self.paths.ahead)
+        if n_masks < 2 or self.path_masks != COUNTED:
+            return []
+        return [
+            f"no frequent masks are noted, so `path` and `graph` were prepared for the {n_masks} masks of the timed "
+            f"images; other images may have others, and take longer. Note some with {NOTE_MASKS}"
+        ]
 
 
 def require_batch(batch: int, bundles: Sequence[Bundle]) -> None:

@@ -182,6 +182,7 @@ def profile(
         parts=passes["chain"].parts() if "chain" in passes else [],
         warnings=[
             *_input_warnings(data, request.is_learned),
+            *opened.mask_warnings(),
             *stability_warnings(samples),
             *device_warnings(on_device),
             *_baseline_warnings(graphs),

@@ -15,6 +15,7 @@ import numpy as np
 
 from bdtool.errors import BackendError, EngineError, UsageError
 from bdtool.runtime.controllers import Controller, MaskController
+from bdtool.runtime.masks import NOTE_MASKS
 from bdtool.runtime.one_call import BoundNetwork, OneCallStrategy
 from bdtool.runtime.paths import PathOptions
 from bdtool.runtime.strategies import ChainStrategy, Strategy, WrapCall, fill, joined, take
@@ -30,8 +31,8 @@ from engines.speculation import Speculation
 ONLY_SWITCH = GraphPlan(modes=(SWITCH,), is_forced=True)
 _IMAGES, _ROUNDS = 10, 4  # that each mode runs when modes are compared; the fastest round of a mask counts
 _NO_MASKS = (
-    "no frequent masks are known; note some with `bdtool build BUNDLE --coverage 0.95 --data DATA`, for this --backend "
-    "and --device, or give PathOptions(ahead=...)"
+    f"no frequent masks are known; note some with {NOTE_MASKS}, for this --backend and --device, or give "
+    "PathOptions(ahead=...)"
 )
 
 

@@ -14,6 +14,8 @@ from bdtool.runtime.policies import bits_of, keep_of
 from export.files import advice_on, json_from_bytes, write_json
 
 _FILE = "paths.json"
+NOTE_MASKS = "`bdtool build BUNDLE --coverage 0.95 --data DATA`"
+_AGAIN = f"note them again with {NOTE_MASKS}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,14 +82,10 @@ def read_masks(directory: Path, n_blocks: int) -> list[MaskCount]:
     except FileNotFoundError:
         return []
     except (OSError, ValueError, KeyError, TypeError) as exc:
-        raise BundleError(f"{path} cannot be read ({exc}); run `bdtool build --paths` again") from exc
+        raise BundleError(f"{path} cannot be read ({exc}); {_AGAIN}") from exc
     for found in masks:
         if not isinstance(found.mask, str) or len(found.mask) != n_blocks or set(found.mask) - {"0", "1"}:
-            raise BundleError(
-                f"{path}: {found.mask!r} is not a mask of {n_blocks} bits; run `bdtool build --paths` again"
-            )
+            raise BundleError(f"{path}: {found.mask!r} is not a mask of {n_blocks} bits; {_AGAIN}")
         if not 0 <= found.share <= 1:
-            raise BundleError(
-                f"{path}: {found.share} is not a share of the images, 0 to 1; run `bdtool build --paths` again"
-            )
+            raise BundleError(f"{path}: {found.share} is not a share of the images, 0 to 1; {_AGAIN}")
     return masks

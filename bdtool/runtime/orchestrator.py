@@ -123,7 +123,7 @@ class Orchestrator:
                 one come from a pool that ONNX Runtime makes once in a process, and that each later session of the
                 process must use, the caller's own too: `SessionOptions.use_per_session_threads = False`.
             precision: which parts to run: "fp32", or one that `bdtool calibrate` has added to the bundle.
-            paths: bounds of the path cache; None takes the defaults, with the masks that `bdtool build --paths` found.
+            paths: bounds of the path cache; None takes the defaults, with the masks that `bdtool build` noted.
             cuda_graph: how "graph" and "full" use CUDA graphs on a GPU. "auto" takes of what driver and packages
                 allow what is measured to be the fastest when the bundle is opened; for "graph" one of "policy-cache"
                 (the decision stays on the device: one SWITCH over the paths of the frequent masks in `paths`),

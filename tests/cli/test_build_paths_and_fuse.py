@@ -54,7 +54,7 @@ def test_damaged_list_of_masks_is_refused_by_name(bdtool, bundle_copy, npz):
     file.write_text(file.read_text()[:20])
     output = bdtool("profile", bundle_copy, "--strategy", "path", "--duration", "0.1", status=1).output
     assert "paths.json" in output
-    assert "build --paths" in output
+    assert "bdtool build BUNDLE --coverage" in output
 
 
 def test_fuse_writes_one_file_that_runs_alone(bdtool, bundle_copy, tmp_path):

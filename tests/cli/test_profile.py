@@ -49,6 +49,7 @@ def test_path_reports_its_cache_and_every_figure_its_spread(built, bdtool_json, 
     assert 1 <= path["paths"] <= 8
     assert 0 < path["path_bytes"] <= path["path_bytes_bound"]
     assert path["path_masks"] == "counted on the measured images before the clock started"
+    assert f"prepared for the {path['paths']} masks of the timed images" in " ".join(result["warnings"])
     assert "hit_rate" not in result["strategies"]["chain"]
     for strategy in result["strategies"].values():
         low, high = strategy["ratio_to_full_iqr"]
@@ -72,6 +73,7 @@ def test_split_and_line_of_each_strategy(built, bdtool_json, npz):
         assert sum(part["share"] for part in row["components"].values()) == pytest.approx(1)
         assert sum(part["ms"] for part in row["components"].values()) == pytest.approx(row["total_ms"])
     assert set(result["latency_against_blocks"]) == {"chain", "path"}
+    assert "masks of the timed images" not in " ".join(result["warnings"])  # all have the one that was given
     for line in result["latency_against_blocks"].values():
         assert {"fixed_ms", "per_block_ms", "break_even_blocks", "r_squared"} <= set(line)
         assert "extra points" in line["points"]

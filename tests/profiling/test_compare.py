@@ -79,7 +79,7 @@ def test_what_makes_figures_incomparable_is_told_from_versions():
     result = _compare(profile_json(), other)
     assert result.differences == {"batch": (1, 8), "threads": (1, 2), "bdtool": ("1", "2")}
     assert result.incomparable == ("batch", "threads")
-    assert result.to_json()["comparable"] is False
+    assert (result.to_json()["comparable"], result.to_json()["verdict"]) == (False, "not comparable")
     assert (result.ok, result.regressions) == (False, {"full": (), "chain": ()})
     other = profile_json(precision="int8")
     other["environment"]["bdtool"] = "2"
@@ -96,11 +96,14 @@ def test_unstable_run_leaves_no_verdict(side):
     assert result.regressions == {"full": (), "chain": ()}
     assert result.strategies["chain"]["median_ms"].relative == 0.25
     assert (result.to_json()["stable"], result.to_json()["comparable"]) == (False, True)
+    assert result.to_json()["verdict"] == "unstable"
 
 
 def test_stable_runs_have_a_verdict():
-    assert not _compare(profile_json(4, unstable=[]), profile_json(5, unstable=[])).ok
-    assert _compare(profile_json(4, unstable=[]), profile_json(4)).ok
+    slower = _compare(profile_json(4, unstable=[]), profile_json(5, unstable=[]))
+    assert (slower.ok, slower.to_json()["verdict"]) == (False, "regression")
+    equal = _compare(profile_json(4, unstable=[]), profile_json(4))
+    assert (equal.ok, equal.to_json()["verdict"]) == (True, "no regression")
 
 
 SAME = {"images_sha256": "1" * 64, "weights_sha256": "2" * 64, "keep_sha256": "3" * 64}

@@ -92,21 +92,21 @@ def test_bundle_without_masks_has_none(tmp_path):
 )
 def test_damaged_file_is_refused_with_advice(tmp_path, content):
     (tmp_path / "paths.json").write_bytes(content)
-    with pytest.raises(BundleError, match=r"paths\.json cannot be read .*run `bdtool build --paths` again"):
+    with pytest.raises(BundleError, match=r"paths\.json cannot be read .*; note them again with `bdtool build BUNDLE"):
         read_masks(tmp_path, 3)
 
 
 @pytest.mark.parametrize("mask", ['"1100"', '"11"', '"12x"', '""', "110", "[1, 1, 0]", "null"])
 def test_mask_that_does_not_fit_the_network_is_refused_with_advice(tmp_path, mask):
     (tmp_path / "paths.json").write_text(f'{{"masks": [{{"mask": {mask}, "share": 1.0}}]}}')
-    with pytest.raises(BundleError, match=r"paths\.json: .* is not a mask of 3 bits; run `bdtool build --paths` again"):
+    with pytest.raises(BundleError, match=r"paths\.json: .* is not a mask of 3 bits; note them again with"):
         read_masks(tmp_path, 3)
 
 
 @pytest.mark.parametrize("share", ["-0.1", "1.1", "NaN"])
 def test_share_that_is_none_is_refused_with_advice(tmp_path, share):
     (tmp_path / "paths.json").write_text(f'{{"masks": [{{"mask": "110", "share": {share}}}]}}')
-    with pytest.raises(BundleError, match=r"paths\.json: .* is not a share of the images, 0 to 1; run `bdtool build"):
+    with pytest.raises(BundleError, match=r"paths\.json: .* is not a share of the images, 0 to 1; note them again"):
         read_masks(tmp_path, 3)
 
 
