@@ -23,9 +23,6 @@ class FullStrategy(Strategy):
     is to compare with. `graph` says so, or why not.
     """
 
-    hits: np.ndarray | None = None
-    graph: GraphChoice | None = None
-
     def __init__(
         self,
         network: NetworkSpec,

@@ -128,8 +128,6 @@ class _Makers:
 class PathCacheStrategy(Strategy):
     """Reads each image's policy back and launches the graph of its mask; of too many the least recently used goes."""
 
-    hits: np.ndarray | None = None
-    graph: GraphChoice | None = None
     max_device_images = 1
 
     def __init__(self, network: NetworkSpec, graphs: NetworkGraphs, *, wrap: WrapCall, options: PathOptions) -> None:

@@ -15,7 +15,6 @@ from engines.base import Backend, Buffer, Call, Engine
 from engines.device_array import Images, Logits
 from engines.dispatch import NOT_FINITE
 from engines.engine_set import EngineSet
-from engines.graph_modes import GraphChoice
 from export.fused_spec import FORCE_DROP, FORCE_KEEP, fused_spec
 
 
@@ -56,8 +55,6 @@ class OneCallStrategy(Strategy):
         known: masks (bytes of bool [K]) that have a specialised path inside; None where there are no such.
     """
 
-    hits: np.ndarray | None = None
-    graph: GraphChoice | None = None
     max_device_images = 1
 
     def __init__(

@@ -28,7 +28,6 @@ from bdtool.specs import NetworkSpec, PartSpec
 from engines.base import Backend, Call, Engine, JoinedEngine
 from engines.device_array import DeviceArray, Images, Logits
 from engines.engine_set import EngineSet
-from engines.graph_modes import GraphChoice
 
 logger = logging.getLogger(__name__)
 
@@ -241,8 +240,6 @@ class PathCache:
 class PathStrategy(Strategy):
     """Two engine calls an image, policy and path, for masks that have a path engine; the chain for the others."""
 
-    graph: GraphChoice | None = None
-
     def __init__(
         self,
         network: NetworkSpec,
@@ -261,7 +258,6 @@ class PathStrategy(Strategy):
         self._chain = ChainStrategy(network, backend, engines, wrap=wrap)
         self._part = network.whole("path", flops=0)  # its FLOPs depend on the mask
         self.cache = PathCache(self._join, options or PathOptions())
-        self.hits: np.ndarray | None = None
 
     def run(self, images: Images, controller: Controller) -> Logits:
         lane = self._chain.lane(len(images))

@@ -27,9 +27,9 @@ class Strategy(Protocol):
     """Runs batches: images in, as the engines take them; logits float32 [N, classes] out, where the images are."""
 
     # Which images of the last batch ran as one specialised engine, bool [N]; None where there are none such.
-    hits: np.ndarray | None
+    hits: np.ndarray | None = None
     # How CUDA graphs are used; None where the strategy has none.
-    graph: GraphChoice | None
+    graph: GraphChoice | None = None
     # Images on a device that one `run` takes; None: any number.
     max_device_images: int | None = None
 
@@ -64,9 +64,6 @@ class _RowCall:
 
 class ChainStrategy(Strategy):
     """One engine call for each kept block. Buffers are allocated and bound once for each batch size."""
-
-    hits: np.ndarray | None = None
-    graph: GraphChoice | None = None
 
     def __init__(
         self,
