@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis.extra import numpy as hnp
 
 from bdtool.errors import EngineError
-from bdtool.runtime.controllers import MaskController, decisions_from_matrix
+from bdtool.runtime.controllers import MaskController, all_finite, decisions_from_matrix
 
 
 def _never():
@@ -53,11 +53,33 @@ def test_policy_network_can_run_for_its_cost_alone():
     assert controller.matrix.tolist() == [[False, True]]
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_probabilities_that_are_not_finite_are_refused(value):
+@pytest.mark.parametrize("values", [[0.3, np.nan], [0.3, np.inf], [np.inf, -np.inf]])
+def test_probabilities_that_are_not_finite_are_refused(values):
     controller = MaskController(None, threshold=0.5)
     with pytest.raises(EngineError, match=r"probabilities are not finite; run `bdtool verify`"):
-        controller.begin(1, lambda: np.array([[0.3, value]]))
+        controller.begin(1, lambda: np.array([values]))
+
+
+def test_large_values_are_finite_though_their_sum_is_not():
+    assert all_finite(np.full((1, 2), 3e38, np.float32))
+
+
+def test_image_of_a_batch_is_decided_alone_as_the_batch_is():
+    ran = []
+    given = MaskController(np.array([[True, False], [False, True]]), threshold=0.5, run_policy=True).for_image(1)
+    given.begin(1, lambda: ran.append(True) or np.ones((1, 2), np.float32))
+    assert ran == [True]
+    assert given.matrix.tolist() == [[False, True]]
+    learned = MaskController(None, threshold=0.7).for_image(1)
+    learned.begin(1, lambda: np.array([[0.6, 0.8]]))
+    assert learned.matrix.tolist() == [[False, True]]
+
+
+def test_next_batch_is_decided_anew():
+    controller, batches = MaskController(None, threshold=0.5), iter([[[0.9, 0.1]], [[0.1, 0.9]]])
+    for expected in ([True, False], [False, True]):
+        controller.begin(1, lambda: np.array(next(batches)))
+        assert [controller.keep(k) for k in range(2)] == expected
 
 
 def test_matrix_survives_the_buffer_it_came_from():
