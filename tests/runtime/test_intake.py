@@ -26,14 +26,23 @@ def test_prepared_images_equal_the_preprocessor_and_share_memory(fake):
     for n_images in (1, 4, 2):
         prepared = runtime.prepare(images[:n_images])
         np.testing.assert_array_equal(prepared, preprocess(images[:n_images], runtime.network.preprocessing))
-    assert np.shares_memory(prepared, runtime.prepare(images[2:]))
+    assert np.shares_memory(prepared, runtime.prepare(images))
+    assert np.shares_memory(prepared, runtime.prepare(images))
+    prepared = runtime.prepare(images)
     assert runtime.prepare(prepared) is prepared
+
+
+def test_array_of_no_axes_is_not_prepared(fake):
+    with pytest.raises(DataError, match=r"got uint8 \[\], expected uint8 \[N, 4, 4, 3\]"):
+        fake().runtime.prepare(np.zeros((), np.uint8))
 
 
 @pytest.mark.parametrize("images", [[[0.0]], None, "cat.png"])
 def test_what_is_no_array_is_refused(fake, images):
     with pytest.raises(TypeError, match=r"images must be a numpy array, or one on a GPU; got .*Pass np.asarray"):
         fake().runtime.run(images)
+    with pytest.raises(TypeError, match=r"images must be a numpy array; got .*Pass np.asarray"):
+        fake().runtime.prepare(images)
 
 
 def test_decide_checks_a_batch_before_it_is_cut(fake, images_of):
