@@ -143,7 +143,7 @@ def _model(nodes, weights=()):
 
 
 def test_weight_too_large_for_half_is_named():
-    model = _model([helper.make_node("Mul", ["x", "w"], ["y"])], [(np.array([7e4], np.float32), "w")])
+    model = _model([helper.make_node("Mul", ["x", "w"], ["y"])], [(np.array([1, -7e4], np.float32), "w")])
     with pytest.raises(ExportError, match=r"part 'p': weight 'w' reaches 7e\+04, fp16 ends at 65504"):
         half_from_fp32(model, _relu_part(), "fp16")
 
@@ -156,6 +156,34 @@ def test_output_that_is_also_read_inside_stays_readable():
     model = onnx.ModelProto.FromString(half_from_fp32(_model(nodes), _relu_part(), "fp16"))
     assert _types(model.graph.output) == [HALF["fp16"]]
     OnnxReference(model.SerializeToString()).run({"x": np.ones((1, 1), np.float16)})
+
+
+def test_tensor_that_two_operators_read_in_fp32_is_cast_once():
+    nodes = [
+        helper.make_node("Relu", ["x"], ["a"]),
+        helper.make_node("Softmax", ["a"], ["b"]),
+        helper.make_node("Sigmoid", ["a"], ["c"]),
+        helper.make_node("Mul", ["b", "c"], ["y"]),
+    ]
+    model = onnx.ModelProto.FromString(half_from_fp32(_model(nodes), _relu_part(), "fp16"))
+    read = [node.input[0] for node in model.graph.node if node.op_type in ("Softmax", "Sigmoid")]
+    assert read[0] == read[1] != "a"
+    [y] = OnnxReference(model.SerializeToString()).run({"x": np.full((1, 1), 2, np.float16)}).values()
+    np.testing.assert_allclose(y, 1 / (1 + np.exp(-2)), rtol=1e-3)
+
+
+def test_values_that_are_only_moved_keep_their_precision():
+    nodes = [
+        helper.make_node("Relu", ["x"], ["a"]),
+        helper.make_node("Flatten", ["a"], ["b"]),
+        helper.make_node("Softmax", ["b"], ["c"]),
+        helper.make_node("Flatten", ["c"], ["d"]),
+        helper.make_node("Sigmoid", ["d"], ["y"]),
+    ]
+    model = onnx.ModelProto.FromString(half_from_fp32(_model(nodes), _relu_part(), "fp16"))
+    assert [node.op_type for node in model.graph.node] == [
+        "Relu", "Flatten", "Cast", "Softmax", "Flatten", "Sigmoid", "Cast"
+    ]  # fmt: skip
 
 
 def test_weight_shared_by_both_precisions_serves_both():
