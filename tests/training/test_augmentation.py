@@ -34,6 +34,31 @@ def test_resized_crops_have_the_asked_size(uniforms: list[float]) -> None:
     assert got.dtype == np.uint8
 
 
+@pytest.mark.parametrize(
+    ("area", "ratio", "height", "width"),
+    [
+        (0.0, 0.5, 40, 40),  # 8 % of 100 x 200 pixels, a square
+        ((0.24 - 0.08) / 0.92, 0.0, 80, 60),  # 24 %, 3/4 as wide as high
+        ((0.24 - 0.08) / 0.92, 1.0, 60, 80),
+        (1.0, 1.0, 100, 163),  # all of the area, 4/3: cut to the height of the picture
+    ],
+)
+@pytest.mark.parametrize(("down", "right"), [(0.0, 0.0), (0.3, 0.999), (0.999, 0.6)])
+def test_crop_is_the_part_that_its_numbers_say(
+    area: float, ratio: float, height: int, width: int, down: float, right: float
+) -> None:
+    """Scaled to its own size, the part is as it was."""
+    pixels = np.random.default_rng(0).integers(0, 256, (100, 200, 3), dtype=np.uint8)
+    got = random_resized_crop(pixels, [area, ratio, down, right, 0.1], height=height, width=width)
+    top, left = int(down * (101 - height)), int(right * (201 - width))
+    assert np.array_equal(got, pixels[top : top + height, left : left + width])
+
+
+def test_picture_of_one_pixel_is_cropped_to_itself() -> None:
+    pixel = np.full((1, 1, 3), 7, dtype=np.uint8)
+    assert np.all(random_resized_crop(pixel, [0.0] * 5, height=4, width=4) == 7)
+
+
 def test_a_crop_of_the_whole_picture_is_the_picture() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     got = random_resized_crop(pixels, [1.0, 0.5, 0.0, 0.0, 0.0], height=16, width=16)

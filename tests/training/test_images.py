@@ -63,7 +63,8 @@ def test_flipped_images_are_else_as_they_are_deployed(
     model = random_model("resnet18", size=64)
     source = open_data(str(tmp_path), network=network_spec(model), resize=True)
     images = kind(source, model.spec.preprocessing, device=CPU, augment="flip")
-    uniforms = torch.full((2, images.n_uniforms), number)
+    uniforms = torch.full((2, images.n_uniforms), 0.5)
+    uniforms[:, -1] = number
     batch, labels = images.batch(torch.tensor([7, 2]), uniforms)
     deployed = preprocess(source.take(10).images, model.spec.preprocessing)[[7, 2]]
     np.testing.assert_allclose(batch.numpy(), deployed[..., ::-1] if number > 0.5 else deployed, atol=1e-5)
