@@ -13,7 +13,13 @@ from PIL import Image
 
 from bdtool.data.synthetic import synthetic_images
 from bdtool.errors import UsageError
-from bdtool.models.checkpoint_formats import CIFAR10_LABELS
+from bdtool.models.checkpoint_formats import (
+    CIFAR10_LABELS,
+    CIFAR10_MEAN,
+    CIFAR10_STD,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+)
 from bdtool.models.store import load_model, read_spec
 from bdtool.training.base_spec import base_spec
 from bdtool.training.options import ImitateOptions
@@ -117,6 +123,19 @@ def test_classes_have_the_names_of_their_data(tmp_path: Path) -> None:
     assert base_spec("resnet8", data="cifar10:data").labels == CIFAR10_LABELS
     assert base_spec("resnet8", data="train.npz").labels is None
     assert base_spec("resnet18", data="train.npz").labels is None
+
+
+def test_new_base_has_the_classes_and_colours_of_its_data() -> None:
+    small, large = base_spec("resnet8", data="train.npz"), base_spec("resnet18", data="train.npz")
+    assert (small.n_classes, small.preprocessing.mean, small.preprocessing.std) == (10, CIFAR10_MEAN, CIFAR10_STD)
+    assert (large.n_classes, large.preprocessing.mean, large.preprocessing.std) == (1000, IMAGENET_MEAN, IMAGENET_STD)
+    assert (small.shortcut, large.shortcut) == ("average-pool", "projection")
+    assert base_spec("resnet8", data="cifar100:data").n_classes == 100
+    asked = base_spec("resnet8", data="train.npz", n_classes=7, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    assert (asked.n_classes, asked.preprocessing.mean) == (7, (0.1, 0.2, 0.3))
+    assert asked.preprocessing.std == (0.4, 0.5, 0.6)
+    with pytest.raises(UsageError, match="std"):
+        base_spec("resnet8", data="train.npz", std=(0.0, 1.0, 1.0))
 
 
 def test_curriculum_leaves_the_base_alone(bdtool: Callable[..., Result], base: Path, npz: Path, tmp_path: Path) -> None:
