@@ -3,11 +3,13 @@
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 
 from bdtool.errors import TrainingError
-from bdtool.training.progress_file import read_progress, write_progress
+from bdtool.training.progress_file import FORMAT_VERSION, read_progress, write_progress
 
 _WRITE_ON_A_SMALL_DISK = """
 import resource, signal, sys
@@ -45,3 +47,30 @@ def test_option_that_differs_is_named_alone(tmp_path):
     write_progress(tmp_path / "m.checkpoint", {"request": {"arch": "resnet8", "options": {"lr": 0.1, "seed": 0}}})
     with pytest.raises(TrainingError, match=r"otherwise \(lr was 0\.1, is 0\.2\); use the same"):
         read_progress(tmp_path / "m.checkpoint", request={"arch": "resnet8", "options": {"lr": 0.2, "seed": 0}})
+
+
+def test_option_that_the_run_before_had_not_is_named(tmp_path):
+    write_progress(tmp_path / "m.checkpoint", {"request": {"arch": "resnet8"}})
+    with pytest.raises(TrainingError, match=r"otherwise \(limit was None, is 64\)"):
+        read_progress(tmp_path / "m.checkpoint", request={"arch": "resnet8", "options": {"limit": 64}})
+
+
+def test_checkpoint_of_a_newer_version_is_refused(tmp_path):
+    write_progress(tmp_path / "m.checkpoint", {"request": {}, "format_version": FORMAT_VERSION + 1})
+    with pytest.raises(TrainingError, match=r"has format_version 2, this bdtool reads up to 1; upgrade bdtool"):
+        read_progress(tmp_path / "m.checkpoint", request={})
+
+
+class _Code:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_checkpoint_with_code_in_it_runs_none(tmp_path):
+    torch.save({"format_version": 1, "request": {}, "step": _Code(tmp_path / "ran")}, tmp_path / "m.checkpoint")
+    with pytest.raises(TrainingError, match="not a whole checkpoint of a run"):
+        read_progress(tmp_path / "m.checkpoint", request={})
+    assert not (tmp_path / "ran").exists()
