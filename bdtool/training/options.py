@@ -38,10 +38,10 @@ class StageOptions:
     limit: int | None = None
 
     def __post_init__(self) -> None:
-        if self.epochs <= 0 or self.batch < 2 or not 0 < self.lr < math.inf:
+        if not 0 < self.epochs < math.inf or self.batch < 2 or not 0 < self.lr < math.inf:
             raise UsageError(
-                f"epochs {self.epochs}, batch {self.batch}, lr {self.lr}: expected more than 0 epochs, a batch of at "
-                "least 2 and a finite lr above 0"
+                f"epochs {self.epochs}, batch {self.batch}, lr {self.lr}: expected a finite number of epochs above 0, "
+                "a batch of at least 2 and a finite lr above 0"
             )
 
     def n_steps(self, steps_per_epoch: int) -> int:

@@ -33,6 +33,7 @@ from export.files import exclusive_lock
 _FAST = {"epochs": 1.5, "batch": 32, "amp": "off"}  # 12 steps; the break comes in the middle of an epoch
 _BREAK_AT = 5
 Stage = Callable[[BlockDropModel, TrainingPlace], Trained]
+_NAN, _INF = float("nan"), float("inf")
 
 STAGES: dict[str, Stage] = {
     "pretrain": lambda start, place: pretrain(start.spec, PretrainOptions(**_FAST), place),
@@ -347,10 +348,48 @@ def test_schedules_peak_at_one_and_never_rise_again(schedule: str) -> None:
     assert (factors[-1] < 0.02) == (schedule != "constant")
 
 
-@pytest.mark.parametrize("wrong", [{"epochs": 0}, {"epochs": 1, "batch": 1}, {"epochs": 1, "lr": float("nan")}])
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", {0: 1, 50: 1, 99: 1}),
+        ("one-cycle", {0: 0.1, 5: 0.4, 15: 1, 100: 0}),
+        ("cosine", {0: 1, 50: 0.5, 100: 0}),
+        ("step", {0: 1, 49: 1, 50: 0.1, 74: 0.1, 75: 0.01, 99: 0.01}),
+    ],
+)
+def test_schedules_run_as_they_say(schedule: str, expected: dict[int, float]) -> None:
+    factor = schedule_factor(schedule, 100)
+    assert {step: factor(step) for step in expected} == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"epochs": value} for value in (0, _NAN, _INF)] + [{"batch": 1}] + [{"lr": v} for v in (0, _NAN, _INF)]
+)
 def test_impossible_options_are_refused(wrong: dict[str, float]) -> None:
-    with pytest.raises(UsageError, match="expected more than 0 epochs"):
-        TrainOptions(**{"lr": 0.1, **wrong})
+    with pytest.raises(UsageError, match="expected a finite number of epochs above 0, a batch of at least 2 and a fin"):
+        TrainOptions(**{"epochs": 1, "lr": 0.1, **wrong})
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "values"),
+    [
+        (CurriculumOptions, "stage_epochs", (0, _NAN, _INF)),
+        (CurriculumOptions, "stage_blocks", (0,)),
+        (FinetuneOptions, "base_lr", (0, _NAN, _INF)),
+    ]
+    + [(kind, "gamma", (-1, _NAN, _INF)) for kind in (CurriculumOptions, FinetuneOptions)]
+    + [(kind, "alpha", (0.5, 1, _NAN)) for kind in (CurriculumOptions, FinetuneOptions)],
+)
+def test_impossible_options_of_a_stage_are_refused(
+    kind: type[TrainOptions], name: str, values: tuple[float, ...]
+) -> None:
+    for value in values:
+        with pytest.raises(UsageError, match=f"{name} {value}.*: expected "):
+            kind(**{name: value})
+
+
+def test_run_has_a_step_at_least() -> None:
+    assert PretrainOptions(epochs=0.01).n_steps(8) == 1
 
 
 def _spec() -> ModelSpec:
