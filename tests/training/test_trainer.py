@@ -1,6 +1,7 @@
 """Long jobs: killed, interrupted, diverging, and gone on with."""
 
 import dataclasses
+import functools
 import itertools
 import os
 import shutil
@@ -32,8 +33,8 @@ from export.files import exclusive_lock
 
 _FAST = {"epochs": 1.5, "batch": 32, "amp": "off"}  # 12 steps; the break comes in the middle of an epoch
 _BREAK_AT = 5
-Stage = Callable[[BlockDropModel, TrainingPlace], Trained]
 _NAN, _INF = float("nan"), float("inf")
+Stage = Callable[[BlockDropModel, TrainingPlace], Trained]
 
 STAGES: dict[str, Stage] = {
     "pretrain": lambda start, place: pretrain(start.spec, PretrainOptions(**_FAST), place),
@@ -77,10 +78,11 @@ def test_run_after_a_kill_ends_like_an_unbroken_one(
     ]
 
 
-def test_what_a_kill_left_of_a_checkpoint_is_removed(place: Callable[..., TrainingPlace]) -> None:
+@pytest.mark.parametrize("of", ["checkpoint", "MODEL"])
+def test_what_a_kill_left_of_a_file_is_removed(of: str, place: Callable[..., TrainingPlace]) -> None:
     where = place()
-    left = where.checkpoint.with_name(f".{where.checkpoint.name}.abcd1234.tmp")
-    left.write_bytes(b"half a checkpoint")
+    left = where.output.with_name(f".{where.checkpoint.name if of == 'checkpoint' else where.output.name}.abcd1234.tmp")
+    left.write_bytes(b"half a file")
     with exclusive_lock(where.output.with_name(f".{where.output.name}.lock"), purpose="the other run"):
         with pytest.raises(BundleError, match="already running"), where.reserved():
             pass
@@ -90,20 +92,23 @@ def test_what_a_kill_left_of_a_checkpoint_is_removed(place: Callable[..., Traini
 
 
 @pytest.mark.parametrize("n_measured", [0, 1])
-def test_an_epoch_that_could_not_be_measured_is_not_lost(n_measured: int, place: Callable[..., TrainingPlace]) -> None:
-    options = PretrainOptions(**_FAST)
-    unbroken = pretrain(_spec(), options, place("unbroken"))
+def test_an_epoch_that_could_not_be_measured_is_not_lost(
+    n_measured: int, place: Callable[..., TrainingPlace], random_model: Callable[..., BlockDropModel]
+) -> None:
+    run = functools.partial(curriculum, random_model("resnet8", has_policy=False), CurriculumOptions(**_FAST))
+    unbroken = run(place("unbroken"))
+    assert [epoch.note for epoch in unbroken.epochs] == ["last 3 of 3 blocks"] * 2
     measured: list[int] = []
     failing = dataclasses.replace(place().val, image_at=failing_image(place().val, after=n_measured * 256))
     with pytest.raises(DataError, match="a damaged picture"):
-        pretrain(_spec(), options, place(val=failing, on_epoch=lambda epoch: measured.append(epoch.epoch)))
+        run(place(val=failing, on_epoch=lambda epoch: measured.append(epoch.epoch)))
     steps: list[int] = []
     again = place(
         resume=True,
         on_step=lambda report: steps.append(report.step),
         on_epoch=lambda epoch: measured.append(epoch.epoch),
     )
-    broken = pretrain(_spec(), options, again)
+    broken = run(again)
     assert steps == list(range(9, 13))[n_measured * 4 :], "no step was done twice"
     assert measured == [1, 2]
     assert [dataclasses.replace(epoch, seconds=0) for epoch in broken.epochs] == [
@@ -128,11 +133,12 @@ def failing_image(source: ImageSource, *, after: int) -> Callable[[int], np.ndar
 def test_a_signal_saves_first(number: signal.Signals, place: Callable[..., TrainingPlace]) -> None:
     options = PretrainOptions(**_FAST)
     spec = _spec()
-    asked = place(on_step=stop_at(_BREAK_AT, lambda: os.kill(os.getpid(), number)))
+    resumed: list[str] = []
+    asked = place(on_resume=resumed.append, on_step=stop_at(_BREAK_AT, lambda: os.kill(os.getpid(), number)))
     with pytest.raises(Interrupted, match=f"after step {_BREAK_AT} of 12; the same command with --resume"):
         pretrain(spec, options, asked)
+    assert not resumed
     steps: list[int] = []
-    resumed: list[str] = []
     again = place(
         resume=True,
         on_step=lambda report: steps.append(report.step),
@@ -207,8 +213,11 @@ def test_models_that_differ_in_their_suffix_have_checkpoints_of_their_own(
 
 
 def test_a_model_is_not_named_like_a_checkpoint(place: Callable[..., TrainingPlace], tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"files that end in .checkpoint hold unfinished runs; .* net.safetensors$"):
-        place(output=tmp_path / "net.safetensors.checkpoint")
+    for name in ("net.safetensors.checkpoint", "net.safetensors.CHECKPOINT"):
+        with pytest.raises(
+            UsageError, match=r"files that end in .checkpoint hold unfinished runs; .* net.safetensors$"
+        ):
+            place(output=tmp_path / name)
 
 
 @pytest.mark.parametrize("second", STAGES)
@@ -246,20 +255,19 @@ def test_checkpoint_along_other_paths_is_refused_though_their_file_has_the_same_
         finetune(start, options, place(resume=True))
 
 
-def test_checkpoint_of_other_classes_is_refused(place: Callable[..., TrainingPlace]) -> None:
+def test_checkpoint_of_another_network_is_refused(place: Callable[..., TrainingPlace]) -> None:
     with pytest.raises(RuntimeError):
         pretrain(_spec(), PretrainOptions(**_FAST), place(save_every_s=0, on_step=stop_at(_BREAK_AT, die)))
-    other = dataclasses.replace(_spec(), labels=tuple("abcdefghij"))
-    with pytest.raises(TrainingError, match=r"asked for otherwise \(classes was"):
-        pretrain(other, PretrainOptions(**_FAST), place(resume=True))
-
-
-def test_checkpoint_of_images_scaled_otherwise_is_refused(place: Callable[..., TrainingPlace]) -> None:
-    with pytest.raises(RuntimeError):
-        pretrain(_spec(), PretrainOptions(**_FAST), place(save_every_s=0, on_step=stop_at(_BREAK_AT, die)))
-    other = dataclasses.replace(_spec(), downscale=2)
-    with pytest.raises(TrainingError, match=r"asked for otherwise \(downscale was 1, is 2\)"):
-        pretrain(other, PretrainOptions(**_FAST), place(resume=True))
+    colours = dataclasses.replace(_spec().preprocessing, mean=(0.5, 0.5, 0.5))
+    others = {
+        "classes was 10, is": dataclasses.replace(_spec(), labels=tuple("abcdefghij")),
+        "downscale was 1, is 2": dataclasses.replace(_spec(), downscale=2),
+        "mean was": dataclasses.replace(_spec(), preprocessing=colours),
+        "arch was 'resnet8', is 'resnet14'": base_spec("resnet14", data="stripes.npz"),
+    }
+    for named, other in others.items():
+        with pytest.raises(TrainingError, match=rf"asked for otherwise \({named}"):
+            pretrain(other, PretrainOptions(**_FAST), place(resume=True))
 
 
 def test_damaged_checkpoint_is_refused(place: Callable[..., TrainingPlace]) -> None:
