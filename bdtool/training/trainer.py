@@ -258,7 +258,7 @@ class Trainer:
         for scheduler, saved in zip(self._schedulers, state["schedulers"], strict=True):
             scheduler.load_state_dict(saved)
         self.step = state["step"]
-        self._sums, self._note = state["sums"].clone(), state.get("note", "")
+        self._sums, self._note = state["sums"], state.get("note", "")
         self.epochs = [Epoch(**epoch) for epoch in state["epochs"]]
 
 
