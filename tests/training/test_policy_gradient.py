@@ -1,14 +1,21 @@
+import copy
 import itertools
 import math
 from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bdtool.models.model import BlockDropModel
+from bdtool.training.options import CurriculumOptions, FinetuneOptions
 from bdtool.training.policy_gradient import bound_probability, entropy, learned_blocks, policy_loss, reward
+from bdtool.training.tasks import CurriculumTask, FinetuneTask, Outcome, Step
+
+_GENERATOR = torch.Generator().manual_seed(1)
+_IMAGES, _UNIFORMS = torch.randn(16, 3, 32, 32, generator=_GENERATOR), torch.rand(16, 3, generator=_GENERATOR)
 
 
 def every_policy(n_blocks: int) -> torch.Tensor:
@@ -101,3 +108,83 @@ def test_entropy_counts_the_learned_blocks_alone() -> None:
 
 def test_the_curriculum_learns_the_last_blocks_first() -> None:
     assert learned_blocks(5, 2).tolist() == [False, False, False, True, True]
+
+
+def expected_step(
+    s: torch.Tensor,
+    learned: torch.Tensor,
+    sampled_correct: Callable[[torch.Tensor], torch.Tensor],
+    greedy_correct: Callable[[torch.Tensor], torch.Tensor],
+) -> Outcome:
+    """Equations 3 to 7 with gamma 2, alpha 0.8 and an entropy bonus of weight 0.1; the last two say what is right."""
+    bounded = 0.8 * s + 0.2 * (1 - s)
+    sampled, greedy = (bounded > _UNIFORMS) | ~learned, (s >= 0.5) | ~learned
+
+    def rewarded(keep: torch.Tensor, correct: torch.Tensor) -> torch.Tensor:
+        return torch.where(correct, 1 - (keep.sum(dim=1) / 3) ** 2, -2.0)
+
+    correct = sampled_correct(sampled)
+    won = rewarded(sampled, correct)
+    advantage = won - rewarded(greedy, greedy_correct(greedy))
+    assert (advantage != 0).sum() >= 3, "the two must differ, else nothing is tested"
+    likelihood = torch.where(sampled, bounded, 1 - bounded)[:, learned].log().sum(dim=1)
+    surprise = -(bounded * bounded.log() + (1 - bounded) * (1 - bounded).log())[:, learned].sum(dim=1)
+    loss = -(advantage * likelihood).mean() - 0.1 * surprise.mean()
+    return Outcome(loss, correct.float(), sampled.float().sum(dim=1), won)
+
+
+@pytest.fixture
+@torch.no_grad()
+def lively(random_model: Callable[..., BlockDropModel]) -> BlockDropModel:
+    """A model whose answers depend on the image and on the path, and its keep bits on the image, as if it had learned.
+
+    `random_model` is balanced in eval mode; a step of training normalises by the batch.
+    """
+    model: BlockDropModel = random_model("resnet8")
+    assert model.policy is not None
+    answers = torch.cat([model(_IMAGES, keep.expand(16, 3)) for keep in every_policy(3)])
+    decisions = model.policy.logit(model.policy.train().features(_IMAGES))
+    for layer, logits in ((model.base.head.linear, answers), (model.policy.logit, decisions)):
+        layer.weight.div_(logits.std(dim=0)[:, None])
+        layer.bias.sub_(logits.mean(dim=0)).div_(logits.std(dim=0))
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("n_learned", [1, 2, 3])
+def test_a_step_of_the_curriculum_is_that_of_the_equations(n_learned: int, lively: BlockDropModel) -> None:
+    reference, labels = copy.deepcopy(lively), lively(_IMAGES).argmax(dim=1)
+    task = CurriculumTask(lively, CurriculumOptions(gamma=2.0, entropy=0.1, stage_epochs=1), amp=False)
+    assert task.begin_step(Step(n_learned - 1, 1, torch.arange(16))) == f"last {n_learned} of 3 blocks"
+    assert reference.policy is not None
+
+    def correct(keep: torch.Tensor) -> torch.Tensor:
+        return reference(_IMAGES, keep).argmax(dim=1) == labels
+
+    learned = torch.arange(3) >= 3 - n_learned
+    expected = expected_step(reference.policy.train()(_IMAGES), learned, correct, correct)
+    torch.testing.assert_close(tuple(task.module(_IMAGES, labels, _UNIFORMS)), tuple(expected), atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_step_of_joint_finetuning_is_that_of_the_equations(lively: BlockDropModel) -> None:
+    """The base learns along the sampled paths; the greedy ones are judged by it as it would be deployed."""
+    reference, labels = copy.deepcopy(lively), lively(_IMAGES).argmax(dim=1)
+    task = FinetuneTask(lively, FinetuneOptions(gamma=2.0, entropy=0.1), amp=False)
+    task.begin_step(Step(0, 1, torch.arange(16)))
+    assert reference.policy is not None
+    taken: list[torch.Tensor] = []
+
+    def sampled_correct(keep: torch.Tensor) -> torch.Tensor:
+        taken.append(reference.base.train()(_IMAGES, keep))
+        return taken[0].argmax(dim=1) == labels
+
+    def greedy_correct(keep: torch.Tensor) -> torch.Tensor:
+        return reference.base.eval()(_IMAGES, keep).argmax(dim=1) == labels
+
+    s, every = reference.policy.train()(_IMAGES), torch.ones(3, dtype=torch.bool)
+    expected = expected_step(s, every, sampled_correct, greedy_correct)
+    expected = expected._replace(loss=expected.loss + F.cross_entropy(taken[0], labels))
+    torch.testing.assert_close(tuple(task.module(_IMAGES, labels, _UNIFORMS)), tuple(expected), atol=1e-4, rtol=1e-4)
+    assert lively.base.training
+    assert lively.base.stem.bn.num_batches_tracked == 1, "the statistics are of the sampled paths alone"
