@@ -78,6 +78,9 @@ def test_teacher_that_does_not_fit_is_refused(
     refused(
         r"takes pictures of 64 x 64 pixels, the MODEL of 32 x 32", random_model("resnet8", has_policy=False, size=64)
     )
+    many = random_model("resnet14", has_policy=False)
+    many.spec = dataclasses.replace(many.spec, n_classes=20)
+    refused("got 20 classes without names, expected 10 classes without names", many)
     labels = tuple("abcdefghij")
     teacher.spec = dataclasses.replace(teacher.spec, labels=labels)
     refused("got 10 classes, from 'a' to 'j', expected 10 classes without names", teacher)
