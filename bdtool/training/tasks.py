@@ -127,8 +127,6 @@ class FinetuneTask:
         self._model = model
         self._learns_policy = paths is None
         self.n_uniforms = model.n_blocks if self._learns_policy else 0
-        if model.policy is not None:
-            model.policy.requires_grad_(self._learns_policy)
         self._module = _Finetune(model, options, paths, teacher, amp=amp)
         self.module: nn.Module = self._module
 
@@ -142,8 +140,6 @@ class FinetuneTask:
 
     def begin_step(self, step: Step) -> str:
         self._module.train()
-        if self._model.policy is not None and not self._learns_policy:
-            self._model.policy.eval()
         self._module.step = step
         return ""
 
