@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -57,7 +56,7 @@ class Imitation:
 
     @property
     def is_over(self) -> bool:
-        return len(self._parts) == len(_SHARES) - 1 and self._parts[-1].is_over
+        return self._parts[-1].is_over  # the last of all, as any other has begun the next
 
     @property
     def name(self) -> str:
@@ -82,8 +81,7 @@ class Imitation:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._parts = [self._search]
         for number, saved in enumerate(state["parts"]):
-            if number == len(self._parts):
-                self._begin_next()
+            self._begin_next()
             self._parts[number].load_state_dict(saved)
 
     def _begin_next(self) -> None:
@@ -153,5 +151,5 @@ def _tensors(model: BlockDropModel, images: ImageSource, index: range) -> tuple[
     assert images.labels is not None
     device = next(model.parameters()).device
     pixels = torch.from_numpy(Preprocessor(model.spec.preprocessing)(images.images_at(index)))
-    labels = images.labels[index.start : index.stop].astype(np.int64)
-    return pixels.to(device), torch.from_numpy(labels).to(device)
+    labels = torch.from_numpy(images.labels[index.start : index.stop])
+    return pixels.to(device), labels.to(device)

@@ -47,7 +47,7 @@ class MaskSearch:
 
     @property
     def share(self) -> float:
-        return (len(self._masks) - 1 + self._share_of_next) / max(1, self._n_masks)
+        return (len(self._masks) - 1 + self._share_of_next) / self._n_masks
 
     @property
     def where(self) -> str:

@@ -163,7 +163,7 @@ class ImitateOptions(StageOptions):
         Raises:
             UsageError: they do not fit it.
         """
-        fewest, most = self.fewest or max(1, round(n_blocks / 3)), self.most or max(1, round(0.6 * n_blocks))
+        fewest, most = self.fewest or round(n_blocks / 3), self.most or round(0.6 * n_blocks)
         if not fewest <= most <= n_blocks:
             raise UsageError(
                 f"fewest {fewest}, most {most}: expected no more at the first than at the second, and at most the "

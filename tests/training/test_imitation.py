@@ -13,8 +13,11 @@ from bdtool.errors import BundleError, UsageError
 from bdtool.models.model import BlockDropModel
 from bdtool.models.policy import PolicyNetwork
 from bdtool.models.store import load_model
+from bdtool.runtime.preprocess import preprocess
+from bdtool.torch_classifier import TorchClassifier
 from bdtool.training import nested
 from bdtool.training.distributed import Group
+from bdtool.training.imitation import Imitation
 from bdtool.training.nested import MaskSearch, blocks_by_rank, path_losses
 from bdtool.training.options import ImitateOptions
 from bdtool.training.place import TrainingPlace
@@ -70,16 +73,57 @@ def fit_head(policy: PolicyNetwork, features: torch.Tensor, targets: torch.Tenso
 
 
 @pytest.mark.parametrize("n_hidden", [0, 16])
-def test_a_feature_that_never_varied_decides_nothing(n_hidden: int) -> None:
+def test_a_feature_that_hardly_varied_decides_nothing(n_hidden: int) -> None:
     """As of a channel that fires on none of the training images."""
     features = torch.randn(2, 400, 64, generator=torch.Generator().manual_seed(0))
     features[..., 5] = 0
+    features[..., 6] *= 1e-6
     targets = (features[0, :, :2] > 0).float()
     policy = PolicyNetwork("cifar", n_blocks=2, n_hidden=n_hidden)
     fit_head(policy, features, targets, ImitateOptions(epochs=5, batch=100, hidden=n_hidden))
     first = policy.logit if policy.hidden is None else policy.hidden
-    assert first.weight[:, 5].abs().max() == 0
+    assert first.weight[:, 5:7].abs().max() == 0
     assert 0 < first.weight.abs().max() < 100
+
+
+def test_flipped_images_are_learned_from_too() -> None:
+    features = torch.zeros(2, 400, 64)
+    features[1] = torch.randn(400, 64, generator=torch.Generator().manual_seed(0))  # only these tell the images apart
+    targets = (features[1, :, :2] > 0).float()
+    policy = PolicyNetwork("cifar", n_blocks=2)
+    fit_head(policy, features, targets, ImitateOptions(epochs=50, batch=100, lr=0.03))
+    assert ((policy.logit(features[1]) > 0) == targets.bool()).float().mean() > 0.9
+
+
+def test_survey_is_of_each_image_as_it_is_and_flipped(
+    random_model: Callable[..., BlockDropModel], place: Callable[..., TrainingPlace]
+) -> None:
+    model, images = random_model("resnet8"), place().train.drawn(20)
+    imitation = Imitation(model, images, ImitateOptions(fewest=1, most=3, judges=8))
+    while imitation.name != "policy network":
+        imitation.advance()
+    found, batch = imitation.state_dict()["parts"][1], next(images.batches(20))
+    pixels = torch.from_numpy(preprocess(batch.images, model.spec.preprocessing))
+    losses = path_losses(model.base, pixels, torch.from_numpy(batch.labels), imitation.masks[-1])
+    torch.testing.assert_close(found["losses"], losses, atol=1e-4, rtol=1e-4)
+    assert model.policy is not None
+    with torch.no_grad():
+        features = torch.stack([model.policy.features(x) for x in (pixels, pixels.flip(3))])
+    torch.testing.assert_close(found["features"], features, atol=1e-4, rtol=1e-4)
+
+
+def test_policy_network_gives_harder_images_more_blocks(
+    random_model: Callable[..., BlockDropModel], place: Callable[..., TrainingPlace]
+) -> None:
+    """Classes of these pictures are as hard as the random base makes them, and easily told apart."""
+    model, images = random_model("resnet8"), place().train
+    imitation = Imitation(model, images, ImitateOptions(epochs=60, batch=64, fewest=1, most=3, judges=32))
+    while not imitation.is_over:
+        imitation.advance()
+    losses = imitation.state_dict()["parts"][1]["losses"].numpy()
+    n_kept = TorchClassifier(model).decide(images.take(256).images).sum(axis=1)
+    order = losses.argsort()
+    assert n_kept[order[-100:]].mean() > n_kept[order[:100]].mean() + 0.3
 
 
 def test_losses_are_those_of_each_image_alone(
