@@ -320,15 +320,11 @@ def _measure(model: BlockDropModel, options: StageOptions, place: TrainingPlace)
     """
     if place.val is None:
         return {}
-    was_training = {name: module.training for name, module in model.named_modules()}
     policy = options.policy if isinstance(options, FinetuneOptions) else None
     try:
         result = evaluate(TorchClassifier(model), place.val, policy=policy, batch_size=500)
     except EngineError as exc:
         raise diverged(f"--val cannot be measured: {exc}", place.checkpoint) from exc
-    finally:
-        for name, module in model.named_modules():
-            module.training = was_training[name]
     return {
         "accuracy": result.accuracy,
         "blocks_mean": result.blocks_mean,
@@ -361,7 +357,7 @@ def _finished(
         provenance |= {"val": val.name, "figures": dict(figures)}
     if model.spec.provenance:
         provenance["start"] = dict(model.spec.provenance)
-    spec = dataclasses.replace(model.spec, provenance=provenance, has_policy=model.policy is not None)
+    spec = dataclasses.replace(model.spec, provenance=provenance)
     finished = build_model(spec)
-    finished.load_state_dict({name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()})
+    finished.load_state_dict(model.state_dict())
     return finished

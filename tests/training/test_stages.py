@@ -13,10 +13,12 @@ import torch
 from bdtool.errors import PolicyError, UsageError
 from bdtool.models.model import BlockDropModel
 from bdtool.models.parts import network_spec
+from bdtool.runtime.policies import parse_policy
 from bdtool.torch_classifier import TorchClassifier
+from bdtool.training.base_spec import base_spec
 from bdtool.training.budget import shift_policy
 from bdtool.training.options import CurriculumOptions, FinetuneOptions, ImitateOptions, PretrainOptions
-from bdtool.training.paths import deployed_paths
+from bdtool.training.paths import deployed_paths, heuristic_paths
 from bdtool.training.place import TrainingPlace
 from bdtool.training.stages import (
     Trained,
@@ -28,7 +30,7 @@ from bdtool.training.stages import (
     with_policy,
     without_policy,
 )
-from bdtool.training.tasks import Step
+from bdtool.training.tasks import FinetuneTask, PretrainTask, Step
 from bdtool.training.trunk import start_from_trunk
 from tests.command_line import parse
 
@@ -217,6 +219,15 @@ def test_images_of_a_sample_keep_their_rows(
     assert finetune(random_model("resnet8"), options, place(val=None)).epochs[0].blocks_mean == 1
 
 
+def test_processes_draw_the_rows_that_one_would(place: Callable[..., TrainingPlace]) -> None:
+    request = parse_policy("random:0-3", n_blocks=3, has_policy_network=False)
+    paths, images = heuristic_paths(request, place().train), torch.arange(8)
+    first, second = (paths(Step(number, 10, images)) for number in (0, 1))
+    assert np.array_equal(torch.cat([first, second]).numpy(), request.matrix(16)), "no row twice"
+    shares = [paths(Step(1, 10, images[rank::2], rank=rank, n_ranks=2)) for rank in (0, 1)]
+    assert torch.equal(torch.stack(shares, dim=1).flatten(0, 1), second)
+
+
 def test_rows_of_training_images_are_not_measured_on_others(
     random_model: Callable[..., BlockDropModel], place: Callable[..., TrainingPlace], tmp_path: Path
 ) -> None:
@@ -242,6 +253,57 @@ def test_heuristic_has_no_policy_network_to_freeze(
         finetune(
             random_model("resnet8", has_policy=True), FinetuneOptions(policy="first:2", freeze_policy=True), place()
         )
+
+
+def test_new_policy_network_keeps_most_blocks(
+    random_model: Callable[..., BlockDropModel], preprocessed: Callable[..., np.ndarray]
+) -> None:
+    model = with_policy(random_model("resnet8", has_policy=False), seed=0)
+    with torch.no_grad():
+        probability = model.keep_probability(torch.from_numpy(preprocessed(model, 16)))
+    assert 0.7 < probability.mean() < 0.95
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "curriculum", "finetune"])
+def test_statistics_are_of_the_batches_that_were_trained_on(
+    stage: str, random_model: Callable[..., BlockDropModel], place: Callable[..., TrainingPlace]
+) -> None:
+    """Two epochs of two batches, and none of those of the measurement between them."""
+    start, where, quick = random_model("resnet8"), place(), {"epochs": 2, "batch": 32, "limit": 64}
+    run = {
+        "pretrain": lambda: pretrain(start.spec, PretrainOptions(**quick), where),
+        "curriculum": lambda: curriculum(start, CurriculumOptions(**quick), where),
+        "finetune": lambda: finetune(start, FinetuneOptions(**quick), where),
+    }
+    trained = run[stage]().model.state_dict()
+    counts = {
+        name.partition(".")[0]: int(n) for name, n in trained.items() if name.endswith("stem.bn.num_batches_tracked")
+    }
+    expected = {"pretrain": {"base": 4}, "curriculum": {"base": 0, "policy": 4}, "finetune": {"base": 4, "policy": 4}}
+    assert counts == expected[stage]
+
+
+def test_optimizers_are_as_the_options_say(random_model: Callable[..., BlockDropModel]) -> None:
+    model = random_model("resnet8")
+    options = FinetuneOptions(lr=0.1, base_lr=0.2, momentum=0.5, weight_decay=0.3)
+    sgd, adam = FinetuneTask(model, options, amp=False).optimizers()
+    wanted = {"lr": 0.2, "momentum": 0.5, "nesterov": True, "weight_decay": 0.3}
+    assert {name: sgd.defaults[name] for name in wanted} == wanted
+    assert adam.defaults["lr"] == 0.1
+    assert model.policy is not None
+    for optimizer, network in ((sgd, model.base), (adam, model.policy)):
+        assert optimizer.param_groups[0]["params"] == list(network.parameters())
+    [plain] = PretrainTask(model, PretrainOptions(lr=0.4, momentum=0.0), amp=False).optimizers()
+    assert (plain.defaults["lr"], plain.defaults["momentum"]) == (0.4, 0)
+
+
+def test_augmentation_is_the_one_that_was_asked_for(place: Callable[..., TrainingPlace]) -> None:
+    losses = set()
+    for augment in ("crop", "flip"):
+        options = PretrainOptions(epochs=1, batch=32, limit=32, augment=augment)
+        spec = base_spec("resnet8", data="stripes.npz")
+        losses.add(pretrain(spec, options, place(augment, val=None)).epochs[0].loss)
+    assert len(losses) == 2
 
 
 @pytest.mark.parametrize("blocks", [0.5, 1.75, 2.9])
