@@ -60,7 +60,7 @@ class Intake:
                 "images: got a GPU array, this backend takes host arrays. Open the bundle with --backend torch or "
                 "tensorrt on that GPU, or pass a numpy array"
             )
-        self._preprocess.check_on_device(found.shape, found.dtype, pixels=self._takes_pixels)
+        self._preprocess.check_on_device(found.shape, found.dtype)
         backend.check_device_array(found)
         return found
 

@@ -56,11 +56,9 @@ class Preprocessor:
         self.are_pixels(images)
         return np.ascontiguousarray(images)
 
-    def check_on_device(self, shape: tuple[int, ...], dtype: np.dtype[Any], *, pixels: bool) -> None:
-        """Raise DataError unless a batch on a GPU is what some engine there takes; `pixels` says if one takes those."""
-        expected: list[tuple[np.dtype[Any], tuple[int, ...]]] = [(np.dtype(np.float32), self._nchw_tail)]
-        if pixels:
-            expected.append((np.dtype(np.uint8), self._nhwc_tail))
+    def check_on_device(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+        """Raise DataError unless a batch on a GPU is what some engine there takes."""
+        expected = (np.dtype(np.float32), self._nchw_tail), (np.dtype(np.uint8), self._nhwc_tail)
         if (dtype, shape[1:]) not in expected or shape[0] == 0:
             tails = [f"{kind} [N, {', '.join(map(str, tail))}]" for kind, tail in expected]
             raise DataError(

@@ -179,6 +179,7 @@ def test_torch_refuses_memory_of_another_gpu(monkeypatch, driver):
             r"got uint8 \[1, 3, 32, 32\], expected .* float32 \[N, 3, 32, 32\] or pixels uint8 \[N, 32, 32, 3\]",
         ),
         (np.zeros((1, 3, 16, 16), np.float32), {}, r"got float32 \[1, 3, 16, 16\]"),
+        (np.zeros((0, 3, 32, 32), np.float32), {}, r"got float32 \[0, 3, 32, 32\]"),
         (np.zeros((1, 3, 32, 32), np.float32), {"strides": (4, 4, 384, 12)}, "expected them C-contiguous"),
     ],
 )
@@ -187,8 +188,9 @@ def test_arrays_that_do_not_fit_are_refused(driver, tiny, values, changes, messa
         runtime.run(GpuArray(driver, values, **changes))
 
 
-def test_backend_on_the_cpu_refuses_and_says_what_takes_them(driver, tiny, preprocessed):
-    images = GpuArray(driver, preprocessed(tiny.model, 1))
+@pytest.mark.parametrize("form", ["preprocessed", "pixels"])
+def test_backend_on_the_cpu_refuses_and_says_what_takes_them(driver, tiny, preprocessed, pixels, form):
+    images = GpuArray(driver, (pixels if form == "pixels" else preprocessed)(tiny.model, 1))
     with Orchestrator.open(tiny.bundle) as runtime, pytest.raises(DataError, match="this backend takes host arrays"):
         runtime.run(images)
     with (
