@@ -87,11 +87,8 @@ class Loader:
                     return self._load_from(*found)
                 except ChangedEngineError as exc:
                     logger.info("%s", exc)
-                    found = store.find_complete(parts)
-            if found is None:
-                store = self._build(store, build, stack)
-                found = store, store.find(parts, check_digests=False)
-            return self._load_from(*found)
+            store = self._build(store, build, stack)
+            return self._load_from(store, store.find(parts, check_digests=False))
 
     def _load_from(self, store: EngineStore, records: Mapping[str, EngineRecord]) -> tuple[EngineStore, EngineSet]:
         return store, store.load(self._backend, records, joinable=self._strategy in ("path", "fused"))

@@ -116,6 +116,7 @@ def test_preprocessed_images_have_engines_of_their_own(driver, tiny, bundle_copy
         runtime.run(pixels(tiny.model, 1))
         contexts = FakeTensorRT.notes["contexts"]
         runtime.run(preprocessed(tiny.model, 1))
+        runtime.keep_probability(preprocessed(tiny.model, 1))
         assert FakeTensorRT.notes["contexts"] == contexts + 2  # of stem and policy; the other engines are shared
     assert built == {path: path.stat().st_mtime_ns for path in (bundle_copy / "engines").rglob("*.plan")}
 
