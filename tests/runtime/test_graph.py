@@ -177,6 +177,8 @@ def test_auto_measures_what_the_backend_has(monkeypatch):
     assert strategies_for("onnxruntime", "cpu") == ("chain", "path", "fused", "full")
     assert strategies_for("torch", "cuda:0") == ("chain", "path", "graph", "full")
     assert strategies_for("tensorrt", "cuda:0") == ("chain", "graph", "full")
+    monkeypatch.setattr("engines.registry.driver_from_libcuda", lambda: Driver((11, 8), (Gpu("H200", (9, 0)),)))
+    assert strategies_for("torch", "cuda:0") == ("chain", "path", "full"), "without any CUDA graph it is the chain"
 
 
 # --- PyTorch ----------------------------------------------------------------------------------------------------------

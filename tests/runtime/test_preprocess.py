@@ -95,6 +95,7 @@ def test_out_that_does_not_fit_is_refused(out: np.ndarray) -> None:
         (IMAGES.astype(np.float32), r"NHWC: .*images\.transpose\(0, 3, 1, 2\)"),
         (IMAGES.astype(np.float64), r"got float64 .*astype"),
         (IMAGES.astype(np.int64), r"got int64 .*astype"),
+        (np.zeros((1, 3, 6, 10)), r"got float64 .*astype"),
         (IMAGES[:, :5], r"expected uint8 \[N, 6, 10, 3\] or preprocessed float32 \[N, 3, 6, 10\]\. .*fit_image"),
         (IMAGES[..., :1], "fit_image"),
         (IMAGES[:0], "expected at least one image"),
@@ -105,6 +106,14 @@ def test_out_that_does_not_fit_is_refused(out: np.ndarray) -> None:
 def test_unusable_images_are_refused_with_a_hint(images: np.ndarray, message: str) -> None:
     with pytest.raises(DataError, match=message):
         preprocess(images, IMAGENET)
+
+
+def test_checked_batch_is_contiguous_and_else_as_it_was() -> None:
+    given = IMAGES[:, :, ::-1]
+    checked = Preprocessor(IMAGENET).checked(given)
+    assert checked.flags.c_contiguous
+    np.testing.assert_array_equal(checked, given)
+    assert Preprocessor(IMAGENET).checked(IMAGES) is IMAGES
 
 
 def test_a_list_is_a_type_error() -> None:
