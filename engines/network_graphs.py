@@ -6,6 +6,7 @@ activation moves, and the work of each part in both directions. One image at a t
 
 from __future__ import annotations
 
+import re
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -214,7 +215,7 @@ class NetworkGraphs:
         try:
             captured = self._capturer.capture(self._engines[part.name], inputs, outputs, beside=beside)
         except EngineError as exc:
-            if part.name in str(exc):
+            if re.search(rf"\b{part.name}\b", str(exc)):
                 raise
             raise EngineError(f"part {part.name!r}: cannot be captured: {exc}. Use --strategy chain") from exc
         self._captured.append(captured)

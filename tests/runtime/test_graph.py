@@ -6,6 +6,7 @@ and of each SWITCH the body that the twin chose.
 
 import gc
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,9 +19,11 @@ from bdtool import Orchestrator
 from bdtool.errors import BackendError, EngineError, UsageError
 from bdtool.runtime.controllers import MaskController
 from bdtool.runtime.factory import strategies_for
+from bdtool.specs import TensorSpec
 from engines import torch_graph
 from engines.cuda_device import CudaDevice
 from engines.libcuda import Driver, Gpu
+from engines.network_graphs import NetworkGraphs
 from engines.torchrt import TorchBackend, TorchEngine
 from export.bundle import Bundle
 from export.check import OnnxReference
@@ -144,8 +147,40 @@ def test_work_that_no_graph_may_hold_is_named(monkeypatch, tmp_path, tiny):
 def test_engine_that_the_library_does_not_let_capture_is_named(monkeypatch, tmp_path, tiny):
     install_gpu(monkeypatch, tmp_path, rtx=True)
     monkeypatch.setattr(IExecutionContext, "is_stream_capturable", lambda self, stream: False, raising=False)
-    with pytest.raises(EngineError, match=r"part 'policy'.* cannot be captured in a CUDA graph. Use --strategy chain"):
+    with pytest.raises(EngineError, match=r"part 'policy'.* cannot be captured in a CUDA graph. Use --strat") as said:
         Orchestrator.open(tiny.bundle, **{**TENSORRT, "backend": "tensorrt-rtx"})
+    assert str(said.value).count("policy") == 1
+
+
+def test_part_is_named_where_the_driver_says_something_like_it(opened, monkeypatch):
+    runtime = opened[1]
+    capturer = type(runtime._backend.capturer())
+    capture = capturer.capture
+
+    def refused_stem(self, engine, inputs, outputs, *, beside):
+        if engine is runtime._engines["stem"]:
+            raise EngineError("cuStreamEndCapture: system not yet initialized")
+        return capture(self, engine, inputs, outputs, beside=beside)
+
+    monkeypatch.setattr(capturer, "capture", refused_stem)
+    with pytest.raises(
+        EngineError, match=r"part 'stem': cannot be captured: cu.*: system not yet .* Use --strategy chain"
+    ):
+        NetworkGraphs(runtime.network, runtime._backend, runtime._engines)
+
+
+def test_engines_that_no_graph_can_capture_are_refused(fake):
+    with pytest.raises(UsageError, match="needs engines that can be captured: --backend torch or tensorrt"):
+        fake(strategy="graph")
+
+
+def test_block_that_writes_for_a_controller_is_refused(opened):
+    runtime = opened[1]
+    first, score = runtime.network.blocks[0], TensorSpec(name="score", shape=("N", 1))
+    writing = replace(first, writes=(*first.writes, "score"), outputs=(*first.outputs, score))
+    parts = tuple(writing if part is first else part for part in runtime.network.parts)
+    with pytest.raises(UsageError, match="decides before block 0; block_00 has outputs for a controller"):
+        NetworkGraphs(replace(runtime.network, parts=parts), runtime._backend, runtime._engines)
 
 
 # --- where it runs ----------------------------------------------------------------------------------------------------
