@@ -6,10 +6,9 @@ optimising, with activations in the provider's own layout (`engines.native_layou
 
 from __future__ import annotations
 
-import tempfile
+import os
 from collections.abc import Mapping, Sequence
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import onnx
@@ -222,14 +221,14 @@ def _parsed(part: PartSpec, model: bytes) -> onnx.ModelProto:
 
 def _optimised_file(part: PartSpec, model: bytes) -> bytes:
     options = any_threads_options()
-    with tempfile.TemporaryDirectory(prefix="bdtool-") as directory:
-        file = Path(directory) / "optimised.onnx"
-        options.optimized_model_filepath = str(file)
+    # ONNX Runtime gives the model to a file alone, and does not say why it cannot write one, a full disk for instance
+    with open(os.memfd_create("bdtool-optimised"), "rb") as file:
+        options.optimized_model_filepath = f"/proc/self/fd/{file.fileno()}"
         try:
             ort.InferenceSession(model, options, providers=[CPU])
         except Exception as exc:
             raise EngineError(f"part {part.name!r}: ONNX Runtime refuses its model: {exc}") from exc
-        return file.read_bytes()
+        return file.read()
 
 
 @cache

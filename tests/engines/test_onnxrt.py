@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -209,6 +210,12 @@ def test_joined_graph_is_without_weights_and_looks_for_no_file(tiny_bundle, tmp_
     engine = backend.join(joined, pieces).engine
     [logits] = engine.run({joined.inputs[0].name: images}).values()
     assert np.abs(logits - expected).max() < 1e-5
+
+
+def test_building_takes_no_room_for_temporary_files(cpu, tiny_bundle, native, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "absent"))  # as bad as a full one
+    for layout in ("NCHW", native):
+        _engine(cpu, tiny_bundle, tiny_bundle.network.part("block_01"), layout)
 
 
 def test_channels_that_do_not_fill_blocks_stay_plain(cpu, native):
