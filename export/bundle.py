@@ -80,8 +80,10 @@ class Bundle:
         """Return a part's ONNX model, whose digest is that of the manifest: files can change after `open`.
 
         Raises:
-            BundleError: it differs from its digest, or cannot be read.
+            BundleError: it differs from its digest, cannot be read, or is no file of that part.
         """
+        from export.part_file import why_unfit  # loads onnx, as does whoever takes the bytes
+
         what = f"part {part.name!r}" if precision == EXPORTED else f"{precision} part {part.name!r}"
         listed = self.files_at(precision)[part.name]
         try:
@@ -93,6 +95,11 @@ class Bundle:
             ) from exc
         if (actual := sha256_of_bytes(data)) != listed.sha256:
             raise BundleError(f"{self.path}: {_difference(what, listed.file, actual, listed.sha256)}")
+        if why := why_unfit(data, self.network_at(precision).part(part.name)):
+            raise BundleError(
+                f"{self.path}: {what}, {listed.file}, {why}. Mend the file and put its SHA-256 in the manifest, or "
+                "export the model again"
+            )
         return data
 
     def part_sha256(self, part: PartSpec, precision: str = EXPORTED) -> str:
