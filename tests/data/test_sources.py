@@ -7,6 +7,7 @@ import os
 import pickle
 import sys
 import threading
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +146,22 @@ def test_npz_of_another_size_is_resized_on_request(tmp_path: Path) -> None:
 def test_damaged_npz_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "set.npz"
     path.write_bytes(content)
-    with pytest.raises(DataError, match=r"set\.npz: not a readable \.npz file"):
+    with pytest.raises(DataError, match=r"set\.npz: not a readable \.npz file \(it is no zip archive, or cut short\)"):
+        open_data(str(path), network=NETWORK)
+
+
+def test_npz_with_damaged_members_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "set.npz"
+    for content, message in (
+        (b"\x93NUMPY\x01\x00\x02\x00{[", "not a readable"),
+        (b"hello", r"array 'x': got \|S5 \[\]"),
+    ):
+        with zipfile.ZipFile(path, "w") as file:
+            file.writestr("x.npy", content)
+        with pytest.raises(DataError, match=rf"set\.npz.*{message}"):
+            open_data(str(path), network=NETWORK)
+    path.write_bytes(path.read_bytes().replace(b"PK\x01\x02\x14\x03\x14\x00\x00", b"PK\x01\x02\x14\x03\x14\x00\x01"))
+    with pytest.raises(DataError, match=r"not a readable \.npz file \(File 'x\.npy' is encrypted"):
         open_data(str(path), network=NETWORK)
 
 
