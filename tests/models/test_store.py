@@ -151,6 +151,7 @@ def test_newer_format_is_refused(saved):
         {"arch": None},
         {"n_classes": "many"},
         {"n_classes": 0},
+        {"n_classes": float("inf")},
         {"labels": ["one"]},
         {"labels": 3},
         {"preprocessing": {}},
