@@ -112,8 +112,11 @@ def _read_source(path: Path, *, format: str, shortcut: ShortcutKind | None) -> _
     if fmt is BLOCKDROP:
         _require_resnet(path, entries, has_policy=policy_prefix is not None)
         entries = {key: value for key, value in entries.items() if not _is_unused(key, policy_prefix)}
-    if odd := [f"{key} ({type(value).__name__})" for key, value in entries.items() if not _is_plain_tensor(value)]:
-        raise CheckpointError(f"{path}: unexpected keys that hold no plain floating-point tensor: {listing(odd)}")
+    if odd := [f"{key} ({_kind(value)})" for key, value in entries.items() if not _is_plain_tensor(value)]:
+        raise CheckpointError(
+            f"{path}: unexpected keys that hold no plain tensor of 16 to 64-bit floats: {listing(odd)}; remove them, "
+            "or save the network's own weights"
+        )
     provenance = {
         "source": path.name,
         "format": fmt.name,
@@ -169,10 +172,17 @@ def _is_unused(key: str, policy_prefix: str | None) -> bool:
 
 
 def _is_plain_tensor(value: Any) -> bool:
-    """True for dense floating-point tensors with data, and for the integer step counter of BatchNorm."""
+    """True for dense floating-point tensors with data, and for the integer step counter of BatchNorm.
+
+    Not for floats of 8 bits: what they are to be multiplied with lies elsewhere.
+    """
     if not isinstance(value, Tensor) or value.layout is not torch.strided or value.is_meta:
         return False
-    return value.is_floating_point() or value.dim() == 0
+    return (value.is_floating_point() and value.element_size() > 1) or value.dim() == 0
+
+
+def _kind(value: Any) -> str:
+    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
 
 
 def _spec(

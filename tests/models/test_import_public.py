@@ -168,6 +168,16 @@ def test_negative_variances_are_named(tmp_path, resnet18_state):
         import_checkpoint(_saved(tmp_path, resnet18_state), arch="resnet18")
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+def test_weights_of_another_type_are_named(tmp_path, resnet18_state, dtype):
+    path = tmp_path / "net.safetensors"
+    save_file({key: value.to(dtype) for key, value in resnet18_state.items()}, path)
+    with pytest.raises(
+        CheckpointError, match=rf"no plain tensor of 16 to 64-bit floats: bn1\.bias \({dtype}\), .* save"
+    ):
+        import_checkpoint(path, arch="resnet18")
+
+
 def test_unknown_format_and_unrecognised_keys_list_the_known_formats(tmp_path):
     path = _saved(tmp_path, {"weights": torch.zeros(3)})
     with pytest.raises(UsageError, match="known: auto, akamaster, torchvision, blockdrop"):
