@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import sys
@@ -21,9 +22,11 @@ def emit(result: Any, json_file: str | None, text: Callable[[], None]) -> None:
     """
     result = _with_nulls(result)
     if json_file == "-":
-        click.echo(json.dumps(result, indent=2, allow_nan=False))
+        with _naming_stdout():
+            click.echo(json.dumps(result, indent=2, allow_nan=False))
         return
-    text()  # first: what a full disk keeps from the file is then still on the terminal
+    with _naming_stdout():
+        text()  # first: what a full disk keeps from the file is then still on the terminal
     if json_file is not None:
         from export.files import bytes_from_json, write_output
 
@@ -31,6 +34,17 @@ def emit(result: Any, json_file: str | None, text: Callable[[], None]) -> None:
             write_output(Path(json_file), bytes_from_json(result))
         except OSError as exc:
             raise click.ClickException(f"{json_file}: cannot be written ({exc.strerror or exc})") from exc
+
+
+@contextmanager
+def _naming_stdout() -> Iterator[None]:
+    """Name stdout in errors of writing to it, which say no file: of a full disk that it was sent to, for instance."""
+    try:
+        yield
+    except OSError as exc:
+        if exc.errno == errno.EPIPE:
+            raise  # click ends quietly when `head` has seen enough
+        raise click.ClickException(f"stdout cannot be written to ({exc.strerror or exc}); send it elsewhere") from exc
 
 
 def _with_nulls(value: Any) -> Any:

@@ -118,6 +118,17 @@ def test_full_disk_leaves_the_earlier_json_and_the_text(bdtool, tmp_path, monkey
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
 
 
+@pytest.mark.parametrize("words", [(), ("--json", "-")])
+def test_full_disk_behind_stdout_is_named(bdtool, monkeypatch, words):
+    def full(message, **options):
+        if not options.get("err"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("bdtool.cli.output.click.echo", full)
+    message = "Error: stdout cannot be written to (No space left on device); send it elsewhere\n"
+    assert bdtool("models", *words, status=1).stderr == message
+
+
 def test_place_for_json_is_checked_before_the_work(bdtool, tiny, tmp_path, npz):
     words = ("evaluate", tiny.bundle, "--data", npz, "--json", tmp_path / "absent" / "result.json")
     assert "absent does not exist. Make it, or choose another place" in bdtool(*words, status=2).stderr
