@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import sys
 from typing import Any
 
@@ -36,8 +37,7 @@ class _Group(click.Group):
             if exc.errno == errno.EPIPE:
                 raise  # click ends quietly when `head` has seen enough
             logger.info("where it happened:", exc_info=True)
-            place = f"{exc.filename}: " if exc.filename else ""
-            raise click.ClickException(f"{place}{exc.strerror or exc}") from exc
+            raise click.ClickException(_problem(exc)) from exc
 
 
 class _Lines(logging.Formatter):
@@ -52,6 +52,21 @@ def _show_version(context: click.Context) -> None:
 
     click.echo(f"bdtool {version()}")
     context.exit()
+
+
+def _problem(error: OSError) -> str:
+    if not error.filename and _is_without_directory():
+        return "the current directory was deleted, perhaps made anew; change to one that is there (cd)"
+    place = f"{error.filename}: " if error.filename else ""
+    return f"{place}{error.strerror or error}"
+
+
+def _is_without_directory() -> bool:
+    try:
+        os.getcwd()
+    except OSError:
+        return True
+    return False
 
 
 def _failure(error: BdtoolError) -> click.ClickException:

@@ -142,6 +142,13 @@ def test_error_of_the_system_is_one_line(bdtool, tiny, monkeypatch):
     assert bdtool("inspect", tiny.bundle, status=1).stderr == "Error: some/file: Permission denied\n"
 
 
+def test_current_directory_that_was_deleted_is_named(bdtool, tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tmp_path.rmdir()
+    message = "Error: the current directory was deleted, perhaps made anew; change to one that is there (cd)\n"
+    assert bdtool("export", tiny.path, "-o", "bundle", status=1).stderr == message
+
+
 def test_terminal_gets_a_progress_bar_on_stderr(monkeypatch, capsys):
     from bdtool.cli.output import progress
 
