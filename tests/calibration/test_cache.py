@@ -55,11 +55,19 @@ def test_a_finished_collection_runs_nothing(walker, batches, tmp_path):
     assert walker.seen == []
 
 
-@pytest.mark.parametrize("damage", [b"", b"not a zip", None])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda whole: b"",
+        lambda whole: b"not a zip",
+        lambda whole: whole[:500],
+        lambda whole: whole[:200] + bytes(100) + whole[300:],
+    ],
+)
 def test_a_damaged_cache_is_made_anew(walker, batches, tmp_path, damage):
     file = tmp_path / "r.npz"
     collect_ranges(walker, batches, file)
-    file.write_bytes(file.read_bytes()[:500] if damage is None else damage)
+    file.write_bytes(damage(file.read_bytes()))
     walker.seen.clear()
     collect_ranges(walker, batches, file)
     assert len(walker.seen) == len(batches)
