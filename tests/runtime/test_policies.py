@@ -231,7 +231,7 @@ def test_missing_file_is_named() -> None:
 def test_damaged_file_is_refused(tmp_path: Path) -> None:
     whole = io.BytesIO()
     np.save(whole, np.ones(K))
-    for content in (b"", b"hello", whole.getvalue()[:100], whole.getvalue()[:-8]):
+    for content in (b"", b"hello", whole.getvalue()[:100], whole.getvalue()[:-8], b"\x93NUMPY\x01\x00\x02\x00{["):
         (tmp_path / "policy.npy").write_bytes(content)
         with pytest.raises(PolicyError, match=r"policy\.npy: not a readable \.npy file"):
             parse(str(tmp_path / "policy.npy"))

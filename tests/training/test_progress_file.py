@@ -43,6 +43,15 @@ def test_run_of_an_older_version_goes_on(tmp_path):
         read_progress(tmp_path / "m.checkpoint", request={"arch": "resnet8", "downscale": 2})
 
 
+@pytest.mark.parametrize("content", [b"", b"hello", b"\x80\x02.", b"\x80\x02K\x01.K\x01."])
+def test_damaged_file_is_named(tmp_path, content):
+    (tmp_path / "m.checkpoint").write_bytes(content)
+    with pytest.raises(
+        TrainingError, match=r"m\.checkpoint: not a whole checkpoint of a run \(.*remove it to start anew"
+    ):
+        read_progress(tmp_path / "m.checkpoint", request={})
+
+
 def test_option_that_differs_is_named_alone(tmp_path):
     write_progress(tmp_path / "m.checkpoint", {"request": {"arch": "resnet8", "options": {"lr": 0.1, "seed": 0}}})
     with pytest.raises(TrainingError, match=r"otherwise \(lr was 0\.1, is 0\.2\); use the same"):
