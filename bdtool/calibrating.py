@@ -12,6 +12,7 @@ from typing import Any
 
 import onnx
 
+from bdtool.calibration_request import CalibrationRequest
 from bdtool.calibration_set import CalibrationSet, PathStatistics, collect_statistics
 from bdtool.candidate_trial import Trial
 from bdtool.data.batches import ImageSource
@@ -25,7 +26,6 @@ from calibration.bias_correction import correct_biases, images_for_correction
 from calibration.part_errors import part_errors
 from calibration.paths import TopUp, part_ranges
 from calibration.quantize import quantize_part
-from calibration.ranges import DEFAULT_METHOD, DEFAULT_PERCENTILE
 from calibration.variant import PartModel, commit_candidate, stage_candidate, with_calibration
 from engines.registry import identify_backend
 from export.bundle import Bundle
@@ -36,31 +36,10 @@ from export.half_spec import HALF_DTYPES
 from export.onnx_precision import precision_of
 
 logger = logging.getLogger(__name__)
-DEFAULT_LIMIT = 512
-DEFAULT_MAX_ACCURACY_DROP = 0.5  # percentage points
-DEFAULT_AT_LEAST = 64  # images for each part: a choice; below some dozen a range is luck
 _N_COMPARED = 32  # images on whose paths single parts are compared
 _STAGING = "candidate-"  # what directories of parts on trial begin with
 _FLOAT_KINDS = ("policy", "head")  # stay fp32 unless asked
 _NOT_RECORDED = ("part_errors", "obtained", "replaced")  # in the manifest: its parts say it, or it is gone
-
-
-@dataclass(frozen=True, kw_only=True)
-class CalibrationRequest:
-    """What `bdtool calibrate` was asked for."""
-
-    precision: str = "int8"
-    policy: str | None = None  # a POLICY; None is the policy network, or `all` where there is none
-    limit: int = DEFAULT_LIMIT  # calibration images
-    seed: int = 0  # draws them
-    method: str = DEFAULT_METHOD
-    percentile: float = DEFAULT_PERCENTILE
-    bias_correction: bool = True
-    at_least: int = DEFAULT_AT_LEAST
-    include: frozenset[str] = frozenset()  # of "policy", "head": quantize these, too
-    max_accuracy_drop: float = DEFAULT_MAX_ACCURACY_DROP
-    eval_limit: int | None = None  # images of those for the gates that are drawn; None takes all
-    threads: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,9 +13,8 @@ from bdtool.specs import NetworkSpec
 from bdtool.version import version
 from export.exporter import ExportedPart, export_bundle
 from export.files import sha256_of_file
-from export.manifest import Manifest
+from export.manifest import DEFAULT_MAX_BATCH, Manifest
 
-DEFAULT_MAX_BATCH = 64
 _N_PROBES = 4  # images that each part is compared on: enough to reach every output channel, few enough for ImageNet
 
 

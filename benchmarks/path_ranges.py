@@ -16,14 +16,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from bdtool.calibrating import DEFAULT_LIMIT, CalibrationRequest, calibrate
+from bdtool.calibrating import calibrate
+from bdtool.calibration_request import CalibrationRequest
 from bdtool.data.sources import open_data
 from bdtool.gates import Gates, Reference, measure_gates
 from bdtool.models.shipped import shipped_models
 from bdtool.pipeline import export_model
 from bdtool.runtime.orchestrator import Orchestrator
 from bdtool.runtime.policies import parse_policy_for
-from calibration.ranges import DEFAULT_METHOD
+from calibration.methods import DEFAULT_METHOD
 from export.bundle import Bundle
 
 WAY = ("policy", "calibrated on", "method", "biases")
@@ -38,7 +39,7 @@ def main() -> None:
     parser.add_argument("--policies", help="default: learned and all, or all without a policy network")
     parser.add_argument("--methods", default=DEFAULT_METHOD)
     parser.add_argument("--biases", default="corrected", help="corrected, plain, or both with a comma")
-    parser.add_argument("--limit", type=int, default=DEFAULT_LIMIT, help="calibration images")
+    parser.add_argument("--limit", type=int, default=CalibrationRequest.limit, help="calibration images")
     parser.add_argument("--eval-limit", type=int)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()

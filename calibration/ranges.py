@@ -9,12 +9,10 @@ import numpy as np
 from onnxruntime.quantization.calibrate import HistogramCollector
 
 from bdtool.errors import CalibrationError
+from calibration.methods import DEFAULT_PERCENTILE, METHODS
 
-METHODS = ("mse", "min-max", "percentile", "entropy")
-DEFAULT_METHOD = "mse"
 N_BINS = 2048  # over both signs, as TensorRT's calibrators had
 _N_LEVELS = 128  # of the int8 magnitudes that entropy compares with
-DEFAULT_PERCENTILE = 99.99
 _MSE_SHARES = np.linspace(0.2, 1, 161)  # of the largest value: steps of half a percent of it
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # only types: a build with nothing to do starts without numpy
     import numpy as np
 
 Call = Callable[[], None]
+DEFAULT_BACKEND, DEFAULT_DEVICE = "onnxruntime", "cpu"
 PLAIN_LAYOUT = "NCHW"
 ENGINE_TOLERANCE = 1e-4  # engine against ONNX part, over the output's range: other kernels, another summing order
 

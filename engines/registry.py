@@ -20,12 +20,10 @@ logger = logging.getLogger(__name__)
 
 BACKENDS = ("onnxruntime", "torch", TENSORRT, TENSORRT_RTX, ONNXRUNTIME_TENSORRT, "fake")
 _CAPTURED = ("torch", TENSORRT, TENSORRT_RTX)  # whose work can become part of a CUDA graph
-DEFAULT_BACKEND = "onnxruntime"
 # How ONNX Runtime's engines are made from parts (`native_layout`, `blocked_nodes`, `integer_cpu`); raised when that
 # changes, so that engines made before are built again.
 _ONNXRUNTIME_RECIPE = "recipe 1"
 _DEVICE = re.compile(r"cpu|cuda:[0-9]+")
-DEFAULT_DEVICE = "cpu"
 
 
 def identify_backend(name: str, device: str, *, tensorrt: TensorRTOptions | None = None) -> BackendIdentity:

@@ -25,6 +25,7 @@ from export.wiring import check_wiring
 FORMAT_VERSION = 1
 EXPORTED = "fp32"  # the precision of the parts that `bdtool export` writes
 CALIBRATED = ("int8", "fp16", "bf16", "mixed")  # those that `bdtool calibrate` adds
+DEFAULT_MAX_BATCH = 64
 MANIFEST_NAME = "manifest.json"
 WEIGHTS_NAME = "weights.safetensors"  # the MODEL that the bundle was exported from
 _COPY = "copy the bundle again, or export the model again to another place"

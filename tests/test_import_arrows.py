@@ -159,8 +159,10 @@ def test_import_bdtool_loads_nothing_heavy() -> None:
     assert _heavy_modules_after("import bdtool") == []
 
 
-def test_help_loads_nothing_heavy() -> None:
-    code = "from bdtool.cli import main\ntry:\n    main(['--help'])\nexcept SystemExit as end:\n    assert not end.code"
+@pytest.mark.parametrize("command", [[], ["calibrate"], ["export"], ["build"]])
+def test_help_loads_nothing_heavy(command: list[str]) -> None:
+    words = [*command, "--help"]
+    code = f"from bdtool.cli import main\ntry:\n    main({words})\nexcept SystemExit as end:\n    assert not end.code"
     assert _heavy_modules_after(code) == []
 
 

@@ -10,12 +10,23 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bdtool.cli.command import Command
-from bdtool.cli.options import BUNDLE, NEW_FILE, PRECISION, data_option, json_option, policy_option, resize_option
+from bdtool.cli.options import (
+    BUNDLE,
+    NEW_FILE,
+    backend_option,
+    data_option,
+    device_option,
+    json_option,
+    policy_option,
+    precision_option,
+    resize_option,
+)
 from bdtool.cli.output import emit, progress, tell_when_stopped
 from bdtool.cli.tensorrt import details_lines, tensorrt_options, tensorrt_options_from
 from bdtool.errors import BundleError
 from bdtool.runtime.read_only import is_read_only
 from bdtool.words import percent
+from engines.base import DEFAULT_DEVICE
 
 if TYPE_CHECKING:
     from engines.base import Backend
@@ -25,15 +36,9 @@ if TYPE_CHECKING:
 
 @click.command("build", cls=Command)
 @click.argument("bundle", type=BUNDLE)
-@click.option(
-    "--backend",
-    default="onnxruntime",
-    show_default=True,
-    metavar="NAME",
-    help="Inference library: onnxruntime, onnxruntime-tensorrt, torch, tensorrt or tensorrt-rtx.",
-)
-@click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda:N", help="What the engines are for.")
-@click.option("--precision", type=PRECISION, default="fp32", show_default=True, help="Which parts to build.")
+@backend_option
+@device_option(help_text="What the engines are for.")
+@precision_option(help_text="Which parts to build.")
 @click.option("--resume/--no-resume", default=True, show_default=True, help="Keep engines whose content still fits.")
 @click.option("--paths", type=click.IntRange(min=1), metavar="N", help="Also note the N most frequent keep masks.")
 @click.option(
@@ -203,7 +208,6 @@ def _note_masks(bundle: Bundle, store: EngineStore, device: str, options: _MaskO
     from bdtool.runtime.masks import choose_masks, write_masks
     from bdtool.runtime.place import Place
     from bdtool.runtime.policies import parse_policy_for
-    from engines.registry import DEFAULT_DEVICE
     from engines.trt_options import TENSORRT_RTX
     from export.manifest import EXPORTED
 

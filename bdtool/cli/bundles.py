@@ -19,6 +19,7 @@ from bdtool.cli.options import (
 )
 from bdtool.cli.output import emit, print_table, progress, tell_when_stopped, warn
 from bdtool.words import counted
+from export.manifest import DEFAULT_MAX_BATCH
 
 if TYPE_CHECKING:
     from bdtool.runtime.place import Place
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 @click.option(
     "--max-batch",
     type=click.IntRange(min=1),
-    default=64,
+    default=DEFAULT_MAX_BATCH,
     show_default=True,
     help="Largest batch that engines are run with; the runtime slices larger ones.",
 )

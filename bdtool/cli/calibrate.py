@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
+from bdtool.calibration_request import CalibrationRequest
 from bdtool.cli.command import Command
 from bdtool.cli.options import (
     BUNDLE,
@@ -21,6 +22,7 @@ from bdtool.cli.options import (
 )
 from bdtool.cli.output import emit, print_table, progress, tell_when_stopped, warn
 from bdtool.words import counted, percent
+from calibration.methods import METHODS
 from export.manifest import CALIBRATED
 
 if TYPE_CHECKING:
@@ -33,13 +35,21 @@ if TYPE_CHECKING:
 @click.option(
     "--precision",
     type=click.Choice(CALIBRATED),
-    default="int8",
+    default=CalibrationRequest.precision,
     show_default=True,
     help="Precision of the parts to make; mixed chooses int8 or fp32 for each block.",
 )
 @policy_option
-@click.option("--limit", type=click.IntRange(min=1), default=512, show_default=True, help="Calibration images to draw.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Draws them.")
+@click.option(
+    "--limit",
+    type=click.IntRange(min=1),
+    default=CalibrationRequest.limit,
+    show_default=True,
+    help="Calibration images to draw.",
+)
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=CalibrationRequest.seed, show_default=True, help="Draws them."
+)
 @click.option(
     "--split",
     type=click.Choice(["train", "test"]),
@@ -49,28 +59,28 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--method",
-    type=click.Choice(["mse", "min-max", "percentile", "entropy"]),
-    default="mse",
+    type=click.Choice(METHODS),
+    default=CalibrationRequest.method,
     show_default=True,
     help="How a range follows from the activations; mse takes the one of least mean square error.",
 )
 @click.option(
     "--percentile",
     type=FiniteRange(50, 100, min_open=True),
-    default=99.99,
+    default=CalibrationRequest.percentile,
     show_default=True,
     help="With --method percentile: share of the absolute values that does not saturate.",
 )
 @click.option(
     "--bias-correction/--no-bias-correction",
-    default=True,
+    default=CalibrationRequest.bias_correction,
     show_default=True,
     help="Let the biases of INT8 layers take back the shift of the mean that rounding leaves.",
 )
 @click.option(
     "--at-least",
     type=click.IntRange(min=1),
-    default=64,
+    default=CalibrationRequest.at_least,
     show_default=True,
     help="Images that each part must see; one that fewer keep is topped up with images that drop it.",
 )
@@ -92,7 +102,7 @@ if TYPE_CHECKING:
 @click.option(
     "--max-accuracy-drop",
     type=FiniteRange(min=0, max=100),
-    default=0.5,
+    default=CalibrationRequest.max_accuracy_drop,
     show_default=True,
     help="Percentage points of top-1 accuracy that may be lost; with more the bundle stays as it was.",
 )
@@ -102,22 +112,12 @@ if TYPE_CHECKING:
 def calibrate_cmd(
     bundle: Path,
     data: str,
-    precision: str,
-    policy: str | None,
-    limit: int,
-    seed: int,
     split: str,
-    method: str,
-    percentile: float,
-    bias_correction: bool,
-    at_least: int,
-    include: tuple[str, ...],
     evaluation: str | None,
-    eval_limit: int | None,
-    max_accuracy_drop: float,
-    threads: int | None,
     resize: bool,
     json_file: str | None,
+    include: tuple[str, ...],
+    **asked: Any,
 ) -> None:
     """Add INT8, FP16, BF16 or mixed parts to a BUNDLE, from real images along the paths that the policy takes.
 
@@ -130,28 +130,15 @@ def calibrate_cmd(
       bdtool calibrate bundle --data cifar10:data --policy distribute:12
       bdtool calibrate bundle --data train.npz --eval test.npz --precision mixed --max-accuracy-drop 0.2
     """
-    from bdtool.calibrating import CalibrationRequest, calibrate
+    from bdtool.calibrating import calibrate
     from bdtool.data.sources import open_data
     from export.bundle import Bundle
 
-    _refuse_idle_percentile(method)
+    request = CalibrationRequest(include=frozenset(include), **asked)
+    _refuse_idle_percentile(request.method)
     opened = Bundle.open(bundle)
     images = open_data(data, network=opened.network, resize=resize, split="train" if split == "train" else "test")
     judged = open_data(evaluation or data, network=opened.network, resize=resize)
-    request = CalibrationRequest(
-        precision=precision,
-        policy=policy,
-        limit=limit,
-        seed=seed,
-        method=method,
-        percentile=percentile,
-        bias_correction=bias_correction,
-        at_least=at_least,
-        include=frozenset(include),
-        max_accuracy_drop=max_accuracy_drop,
-        eval_limit=eval_limit,
-        threads=threads,
-    )
     shares: dict[str, float] = {}  # of steps, begun or done
     with tell_when_stopped(lambda: _finished(shares)), progress("calibrating", None) as advance:
 

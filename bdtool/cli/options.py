@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import click
 
+from engines.base import DEFAULT_BACKEND, DEFAULT_DEVICE
 from export.manifest import CALIBRATED, EXPORTED, MANIFEST_NAME, WEIGHTS_NAME
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
@@ -294,23 +295,27 @@ def threads_option(command: _Command) -> _Command:
     return click.option("--threads", type=click.IntRange(min=1), help=help_text)(command)
 
 
+def backend_option(command: _Command) -> _Command:
+    help_text = "Inference library: onnxruntime, onnxruntime-tensorrt, torch, tensorrt or tensorrt-rtx."
+    option = click.option("--backend", default=DEFAULT_BACKEND, show_default=True, metavar="NAME", help=help_text)
+    return option(command)
+
+
+def device_option(*, help_text: str) -> Callable[[_Command], _Command]:
+    return click.option("--device", default=DEFAULT_DEVICE, show_default=True, metavar="cpu|cuda:N", help=help_text)
+
+
+def precision_option(*, help_text: str) -> Callable[[_Command], _Command]:
+    return click.option("--precision", type=PRECISION, default=EXPORTED, show_default=True, help=help_text)
+
+
 def place_options(*, graphs: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """--backend, --device, --threads, --precision and, with `graphs`, --cuda-graph; the command gets one `place`."""
     options = {
-        "backend": click.option(
-            "--backend",
-            default="onnxruntime",
-            show_default=True,
-            metavar="NAME",
-            help="Inference library: onnxruntime, onnxruntime-tensorrt, torch, tensorrt or tensorrt-rtx.",
-        ),
-        "device": click.option(
-            "--device", default="cpu", show_default=True, metavar="cpu|cuda:N", help="Where engines run."
-        ),
+        "backend": backend_option,
+        "device": device_option(help_text="Where engines run."),
         "threads": threads_option,
-        "precision": click.option(
-            "--precision", type=PRECISION, default="fp32", show_default=True, help="Which parts to use."
-        ),
+        "precision": precision_option(help_text="Which parts to use."),
     }
     if graphs:
         options["cuda_graph"] = click.option(

@@ -26,19 +26,12 @@ from bdtool.runtime.requests import PolicyLike, PolicyReader
 from bdtool.runtime.result import RunResult, joined
 from bdtool.runtime.strategies import Strategy, WrapCall
 from bdtool.specs import NetworkSpec, PartSpec
-from engines.base import Backend, ContextBackend, Engine
+from engines.base import DEFAULT_BACKEND, DEFAULT_DEVICE, Backend, ContextBackend, Engine
 from engines.device_array import DeviceArray, DeviceArrayBackend, Images
 from engines.device_timer import DeviceTimer, timer_of
 from engines.graph_modes import AUTO as AUTO_GRAPH
 from engines.graph_modes import GraphChoice, GraphPlan, chosen
-from engines.registry import (
-    DEFAULT_BACKEND,
-    DEFAULT_DEVICE,
-    batch_options,
-    identify_backend,
-    open_backend,
-    plan_graphs,
-)
+from engines.registry import batch_options, identify_backend, open_backend, plan_graphs
 from engines.store import EngineStore
 from export.bundle import Bundle
 

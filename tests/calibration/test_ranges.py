@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from bdtool.errors import CalibrationError
-from calibration.ranges import METHODS, N_BINS, RangeCollector
+from calibration.methods import METHODS
+from calibration.ranges import N_BINS, RangeCollector
 
 
 def _collected(*batches):
