@@ -22,6 +22,7 @@ from bdtool.runtime.policies import PolicyRequest, parse_policy_for
 from bdtool.runtime.read_only import is_read_only
 from bdtool.specs import PartSpec
 from bdtool.version import version
+from bdtool.words import counted
 from calibration.bias_correction import correct_biases, images_for_correction
 from calibration.part_errors import part_errors
 from calibration.paths import TopUp, part_ranges
@@ -36,6 +37,7 @@ from export.half_spec import HALF_DTYPES
 from export.onnx_precision import precision_of
 
 logger = logging.getLogger(__name__)
+LEAST_HELD_OUT = 100  # images: of fewer, each is more than a percentage point of the accuracy
 _N_COMPARED = 32  # images on whose paths single parts are compared
 _STAGING = "candidate-"  # what directories of parts on trial begin with
 _FLOAT_KINDS = ("policy", "head")  # stay fp32 unless asked
@@ -54,6 +56,7 @@ class Calibrated:
     input_source: str
     obtained: Mapping[str, str]  # precision by part name
     extra: Mapping[str, Any]
+    evaluated_on_calibration_images: bool = False  # the gates were measured on some of them, for want of others
     replaced: str | None = None  # the policy of earlier parts of this precision, whose place these take where `ok`
 
     @property
@@ -70,6 +73,7 @@ class Calibrated:
             "obtained": dict(self.obtained),
             "part_errors": {name: asdict(one) | {"ok": one.ok} for name, one in self.part_errors.items()},
             "gates": self.gates.to_json(),
+            "evaluated_on_calibration_images": self.evaluated_on_calibration_images,
             "replaced": self.replaced if self.ok else None,
             **self.extra,
         }
@@ -97,7 +101,8 @@ def calibrate(
 
     Args:
         data: calibration images; `request.limit` of them are drawn.
-        evaluation: images for the gates, labelled where the accuracy is to be bounded.
+        evaluation: images for the gates, labelled where the accuracy is to be bounded. Where it is the set of `data`,
+            those calibrated on are left out, if `LEAST_HELD_OUT` others remain.
         on_progress: called with the name of a step and the share of it that is done, 0 to 1.
 
     Raises:
@@ -138,6 +143,17 @@ def calibrate(
             return _Calibration(bundle, data, evaluation, policy, request, work, Path(staging), on_progress).run()
 
 
+def held_out(evaluation: ImageSource, calibrated_on: ImageSource) -> ImageSource:
+    """Return the images that were not calibrated on; all of them where fewer than `LEAST_HELD_OUT` are left."""
+    shared = evaluation.shared_with(calibrated_on)
+    if not shared.any() or (~shared).sum() < LEAST_HELD_OUT:
+        return evaluation
+    n_left_out = counted(int(shared.sum()), "image")
+    return evaluation.without(
+        calibrated_on, description=f"{evaluation.description}, without the {n_left_out} calibrated on"
+    )
+
+
 class _Calibration:
     def __init__(
         self,
@@ -154,8 +170,9 @@ class _Calibration:
         self._images = data.drawn(request.limit, seed=request.seed)
         self._policy = policy
         self._on_progress = on_progress
+        judged = evaluation if request.precision in HALF_DTYPES else held_out(evaluation, self._images)
         self._trial = Trial(
-            evaluation=evaluation.drawn(request.eval_limit),
+            evaluation=judged.drawn(request.eval_limit),
             policy=self._policy,
             max_accuracy_drop=request.max_accuracy_drop,
             threads=request.threads,
@@ -251,15 +268,17 @@ class _Calibration:
         candidate = stage_candidate(
             self._bundle, precision, made.activation, self._part_models(made, errors), self._staging
         )
+        gates = self._gates(reference, candidate, errors)
         result = Calibrated(
             precision=precision,
-            gates=self._gates(reference, candidate, errors),
+            gates=gates,
             part_errors=errors,
             topped_up={name: len(rows) for name, rows in top_up.rows.items()},
             n_images=len(source.keep),
             input_source=self._images.description,
             obtained={name: file.precision for name, file in candidate.files_at(precision).items()},
             extra=made.extra,
+            evaluated_on_calibration_images=gates.n_images > 0 and self._learned_from_judged(),
             replaced=None if earlier is None else str(earlier.calibration.get("policy", "unknown")),
         )
         if result.ok:
@@ -268,6 +287,11 @@ class _Calibration:
             commit_candidate(finished, precision, made.sidecars)
             self._keep_engines(precision)
         return result
+
+    def _learned_from_judged(self) -> bool:
+        """Say whether images of the gates gave ranges or biases; FP16 and BF16 parts learn from none."""
+        shared = self._trial.evaluation.shared_with(self._images)
+        return self._request.precision not in HALF_DTYPES and bool(shared.any())
 
     def _keep_engines(self, precision: str) -> None:
         """Put the engines of the measurement into the bundle, whose parts are there by now: they can be built again."""

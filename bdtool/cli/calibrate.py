@@ -92,7 +92,7 @@ if TYPE_CHECKING:
     "evaluation",
     type=DATA,
     metavar="DATA",
-    help="Labelled images for the gates. Default: those of --data.",
+    help="Labelled images for the gates. Default: those of --data that are not calibrated on, if there are 100.",
 )
 @click.option(
     "--eval-limit",
@@ -149,6 +149,11 @@ def calibrate_cmd(
         result = calibrate(opened, images, judged, request, on_progress=on_progress)
     if not judged.has_labels:
         warn(f"no labels in {judged.description}: the accuracy was not measured; give labelled images with --eval")
+    if result.evaluated_on_calibration_images:
+        warn(
+            f"the gates were measured on images that {result.precision} was calibrated on, as {judged.description} has "
+            "too few others: on new ones it may lose more. Give others with --eval, or calibrate on fewer (--limit)"
+        )
     emit(result.to_json(), json_file, lambda: _print(result))
     if not result.ok:
         click.echo(f"Error: {_failure(result)}; {bundle} is as it was", err=True)
@@ -208,6 +213,8 @@ def _print(result: Calibrated) -> None:
         figures = f"{percent(gates.accuracy, 2)}, fp32 {percent(gates.accuracy_fp32, 2)}"
         rows.append(["accuracy", _state(gates.ok), figures, f"-{gates.max_accuracy_drop:g} points"])
     title = f"{counted(gates.n_images, 'image')} of {gates.input_source}"
+    if result.evaluated_on_calibration_images:
+        title += ", calibration images among them"
     if not gates.n_images:
         reason = "no engine on this CPU computes in bfloat16" if result.precision == "bf16" else "a part is wrong"
         title = f"logits and accuracy were not measured: {reason}"

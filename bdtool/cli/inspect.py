@@ -59,6 +59,7 @@ def _precision_lines(name: str, value: dict[str, Any], facts: dict[str, Any]) ->
         if gates.get("accuracy") is not None:
             line += f", accuracy {_share(gates, 'accuracy')}, fp32 {_share(gates, 'accuracy_fp32')}"
             line += f", on {gates.get('n_images')} images of {gates.get('input_source')}"
+            line += ", calibration images among them" if calibration.get("evaluated_on_calibration_images") else ""
         yield f"  {precision}:", line
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -63,6 +63,16 @@ class ImageSource:
         return len(self.names)
 
     @property
+    def whole(self) -> tuple[str, int]:
+        """Description and number of images of the whole set."""
+        return self.drawn_from or (self.description, self.n_images)
+
+    @property
+    def numbers(self) -> np.ndarray:
+        """int64 [n_images], the images' numbers in the whole set."""
+        return np.arange(self.n_images) if self.rows is None else self.rows
+
+    @property
     def has_labels(self) -> bool:
         return self.labels is not None
 
@@ -95,20 +105,35 @@ class ImageSource:
             return self
         if n_images < 1:
             raise ValueError(f"n_images must be at least 1; got {n_images}")
-        rows = np.arange(self.n_images) if self.rows is None else self.rows
+        rows = self.numbers
         lots = np.random.default_rng(seed).random(int(rows.max()) + 1)  # the same for an image in every sample
         chosen = np.sort(np.argsort(lots[rows], kind="stable")[:n_images])
+        whole, n_whole = self.whole
+        sample = self._chosen(chosen, description=f"{whole}, drawn from {n_whole:,} images with seed {seed}")
+        return replace(sample, drawn_from=self.whole)
+
+    def shared_with(self, other: ImageSource) -> np.ndarray:
+        """Return which images are in `other`, too, bool [n_images]; sets of different descriptions share none."""
+        return np.isin(self.numbers, other.numbers) & (self.whole[0] == other.whole[0])
+
+    def without(self, other: ImageSource, *, description: str) -> ImageSource:
+        """Return the images that are not in `other`, as a set that is described so.
+
+        Raises:
+            DataError: there are none.
+        """
+        return self._chosen(np.flatnonzero(~self.shared_with(other)), description=description)
+
+    def _chosen(self, indices: np.ndarray, *, description: str) -> ImageSource:
         picture_at = self.picture_at
-        whole, n_whole = self.drawn_from or (self.description, self.n_images)
         return ImageSource(
-            description=f"{whole}, drawn from {n_whole:,} images with seed {seed}",
+            description=description,
             is_real=self.is_real,
-            names=[self.names[index] for index in chosen],
-            labels=None if self.labels is None else self.labels[chosen],
-            image_at=lambda index: self.image_at(int(chosen[index])),
-            picture_at=None if picture_at is None else lambda index: picture_at(int(chosen[index])),
-            rows=rows[chosen],
-            drawn_from=(whole, n_whole),
+            names=[self.names[index] for index in indices],
+            labels=None if self.labels is None else self.labels[indices],
+            image_at=lambda index: self.image_at(int(indices[index])),
+            picture_at=None if picture_at is None else lambda index: picture_at(int(indices[index])),
+            rows=self.numbers[indices],
             name=self.name,
         )
 
@@ -117,5 +142,5 @@ class ImageSource:
             images=self.images_at(range(first, stop)),
             labels=None if self.labels is None else self.labels[first:stop],
             names=tuple(self.names[first:stop]),
-            rows=np.arange(first, stop) if self.rows is None else self.rows[first:stop],
+            rows=self.numbers[first:stop],
         )

@@ -20,15 +20,17 @@ from export.files import export_lock, sha256_of_file
 from tests.fake_onnxruntime import install_onnxruntime
 
 
+def _labelled(bundle, path, n_images):
+    """Save pictures, labelled with the class that the network itself sees: its fp32 accuracy is 100 %."""
+    images = synthetic_images(n_images, height=32, width=32)
+    with Orchestrator.open(bundle) as runtime:
+        np.savez(path, x=images, y=runtime.run(images).classes)
+    return path
+
+
 @pytest.fixture(scope="module")
 def labelled(tiny, tmp_path_factory):
-    """Forty pictures, labelled with the class that the tiny network itself sees: its fp32 accuracy is 100 %."""
-    images = synthetic_images(40, height=32, width=32)
-    with Orchestrator.open(tiny.bundle) as runtime:
-        labels = runtime.run(images).classes
-    path = tmp_path_factory.mktemp("labelled") / "data.npz"
-    np.savez(path, x=images, y=labels)
-    return path
+    return _labelled(tiny.bundle, tmp_path_factory.mktemp("labelled") / "data.npz", 40)
 
 
 @pytest.fixture
@@ -82,16 +84,34 @@ def test_strategies_agree_in_int8(calibrate, bundle_copy):
 
 
 def test_a_drop_beyond_the_bound_leaves_the_bundle_as_it_was(bdtool, bundle_copy, tmp_path):
-    images = synthetic_images(40, height=32, width=32)
-    with Orchestrator.open(bundle_copy) as runtime:
-        labels = runtime.run(images).classes
-    np.savez(tmp_path / "data.npz", x=images, y=labels)
+    _labelled(bundle_copy, tmp_path / "data.npz", 40)
     before = _digests(bundle_copy)
     words = ("--data", tmp_path / "data.npz", "--method", "percentile", "--percentile", 60)
     result = bdtool("calibrate", bundle_copy, *words, "--max-accuracy-drop", 0, status=1)
     assert "allowed is" in result.stderr
     assert f"{bundle_copy} is as it was" in result.stderr
     assert _digests(bundle_copy) == before
+
+
+def test_gates_leave_the_calibration_images_out(bdtool_json, bundle_copy, tmp_path):
+    data = _labelled(bundle_copy, tmp_path / "data.npz", 130)
+    words = ("calibrate", bundle_copy, "--data", data, "--max-accuracy-drop", 100)
+    found = bdtool_json(*words, "--limit", 30)
+    assert found["evaluated_on_calibration_images"] is False
+    assert (found["images"], found["gates"]["n_images"]) == (30, 100)
+    assert found["gates"]["input_source"] == f"{data}, without the 30 images calibrated on"
+    assert bdtool_json(*words, "--limit", 30, "--eval", data)["gates"] == found["gates"]
+    assert bdtool_json(*words, "--limit", 31)["gates"]["n_images"] == 130
+
+
+def test_gates_on_calibration_images_are_named_so(bdtool, bundle_copy, labelled):
+    words = ("calibrate", bundle_copy, "--data", labelled, "--max-accuracy-drop", 100)
+    told = bdtool(*words)
+    assert f"40 images of {labelled}, calibration images among them" in told.stdout
+    assert f"on images that int8 was calibrated on, as {labelled} has too few others" in told.stderr
+    assert Bundle.open(bundle_copy).manifest.variants["int8"].calibration["evaluated_on_calibration_images"] is True
+    assert f"on 40 images of {labelled}, calibration images among them" in bdtool("inspect", bundle_copy).stdout
+    assert "calibrated on" not in bdtool(*words, "--precision", "fp16").stderr  # which learns nothing from images
 
 
 def test_parts_in_the_place_of_others_are_named(calibrate, bdtool, bundle_copy, labelled):

@@ -75,6 +75,22 @@ def test_a_sample_of_a_sample_knows_the_numbers_in_the_whole_set(tmp_path: Path)
     assert source.take(9).rows.tolist() == [0, 1, 2, 3, 4]
 
 
+def test_what_a_sample_leaves_is_a_set_of_its_own(tmp_path: Path) -> None:
+    source = open_data(npz(tmp_path, x=X, y=Y), network=NETWORK)
+    sample = source.drawn(2)
+    assert source.shared_with(sample).tolist() == [row in sample.numbers for row in range(5)]
+    rest = source.without(sample, description="the rest")
+    batch = rest.take(9)
+    assert set(batch.rows) == set(range(5)) - set(sample.numbers)
+    np.testing.assert_array_equal(batch.images, X[batch.rows])
+    np.testing.assert_array_equal(batch.labels, Y[batch.rows])
+    assert rest.drawn(2).description == "the rest, drawn from 3 images with seed 0"
+    assert not rest.drawn(2).shared_with(sample).any()
+    assert not open_data("synthetic:5", network=NETWORK).shared_with(sample).any()
+    with pytest.raises(DataError, match="the rest: no images"):
+        source.without(source, description="the rest")
+
+
 def test_a_smaller_sample_is_of_the_images_of_a_larger_one() -> None:
     source = open_data("synthetic:200", network=NETWORK)
     larger = source.drawn(120)
