@@ -102,11 +102,12 @@ def calibrate(
     Args:
         data: calibration images; `request.limit` of them are drawn.
         evaluation: images for the gates, labelled where the accuracy is to be bounded. Where it is the set of `data`,
-            those calibrated on are left out, if `LEAST_HELD_OUT` others remain.
+            those calibrated on are left out, if `LEAST_HELD_OUT` others remain. Of mixed precision they are halved: one
+            half is to choose on.
         on_progress: called with the name of a step and the share of it that is done, 0 to 1.
 
     Raises:
-        CalibrationError: the images are not real ones, or an activation is not finite.
+        CalibrationError: the images are not real ones, or too few to be halved, or an activation is not finite.
         UsageError: `include` with another precision than int8.
         PolicyError: the policy does not fit, or holds a row for each image of one data set.
         BundleError: another calibration of the bundle is running, or it cannot be written.
@@ -154,6 +155,22 @@ def held_out(evaluation: ImageSource, calibrated_on: ImageSource) -> ImageSource
     )
 
 
+def halves(images: ImageSource) -> tuple[ImageSource, ImageSource]:
+    """Return a half drawn for the gates, the one that `bdtool evaluate --limit` draws, and the rest to choose on.
+
+    Raises:
+        CalibrationError: there is one image only.
+    """
+    if images.n_images < 2:
+        raise CalibrationError(
+            f"{images.description}: 1 image for the gates, but mixed precision is chosen on one half of them and "
+            "measured on the other. Give more (--eval, --eval-limit)"
+        )
+    half = images.drawn((images.n_images + 1) // 2)
+    rest = images.without(half, description=f"{images.description}, without the {half.n_images} of the gates")
+    return half, rest
+
+
 class _Calibration:
     def __init__(
         self,
@@ -171,8 +188,11 @@ class _Calibration:
         self._policy = policy
         self._on_progress = on_progress
         judged = evaluation if request.precision in HALF_DTYPES else held_out(evaluation, self._images)
+        judged = judged.drawn(request.eval_limit)
+        if request.precision == "mixed":
+            judged, self._choosing_images = halves(judged)
         self._trial = Trial(
-            evaluation=judged.drawn(request.eval_limit),
+            evaluation=judged,
             policy=self._policy,
             max_accuracy_drop=request.max_accuracy_drop,
             threads=request.threads,
@@ -249,11 +269,12 @@ class _Calibration:
 
         blocks = {part.name for part in self._bundle.network.blocks}
         models = self._quantized_models(statistics, integer_activations=False)
+        trial = replace(self._trial, evaluation=self._choosing_images)
         chosen, extra, sidecars = mixed_models(
             self._bundle,
             {name: model for name, model in models.items() if name in blocks},
-            reference,
-            self._trial,
+            trial.reference(reference.fp32),
+            trial,
             statistics,
             self._work,
             on_progress=self._on_progress,

@@ -42,6 +42,7 @@ def mixed_models(
     """Return the int8 models of the blocks chosen, figures for the manifest, and the table and plot for the bundle.
 
     Args:
+        reference, trial: of the images to choose on; those that the choice is reported for are others.
         models: the int8 model of each block, with float32 activations, so that each can be exchanged alone.
         statistics: what `models` came from.
         work: directory for what was measured before an interruption.
@@ -55,7 +56,13 @@ def mixed_models(
     choice = choose_precisions(rows, bench.drop, max_accuracy_drop=trial.max_accuracy_drop)
     table = _table(rows, choice, trial)
     sidecars = {TABLE: (json.dumps(table, indent=2) + "\n").encode(), PLOT: sensitivity_plot(rows, choice).encode()}
-    extra = {"table": TABLE, "plot": PLOT, "chosen": dict(choice.precisions), "not_faster": list(choice.not_faster)}
+    extra = {
+        "table": TABLE,
+        "plot": PLOT,
+        "chosen": dict(choice.precisions),
+        "chosen_on": {"n_images": trial.evaluation.n_images, "input_source": trial.evaluation.description},
+        "not_faster": list(choice.not_faster),
+    }
     return {name: models[name] for name in choice.precisions}, extra, sidecars
 
 
@@ -127,6 +134,7 @@ class _Bench:
 def _table(rows: Sequence[BlockSensitivity], choice: Choice, trial: Trial) -> dict[str, Any]:
     return {
         "input_source": trial.evaluation.description,
+        "n_images": trial.evaluation.n_images,
         "max_accuracy_drop": trial.max_accuracy_drop,
         "accuracy_drop": choice.accuracy_drop,
         "blocks": [{**row.to_json(), "chosen": choice.precisions.get(row.block, "fp32")} for row in rows],

@@ -97,7 +97,7 @@ if TYPE_CHECKING:
 @click.option(
     "--eval-limit",
     type=click.IntRange(min=1),
-    help="Only N images for the gates, drawn with seed 0. Default: all.",
+    help="Only N images for the gates, drawn with seed 0; mixed is chosen on half of them. Default: all.",
 )
 @click.option(
     "--max-accuracy-drop",
@@ -178,9 +178,12 @@ def _failure(result: Calibrated) -> str:
             f"part {name!r} in {result.precision} is {bad[name].error:.2g} of its range away from fp32, "
             f"allowed is {bad[name].tolerance:g}. Try more images (--limit), or another --method"
         )
+    remedy = "--precision mixed"
+    if result.precision == "mixed":  # it kept the bound on the images that it was chosen on
+        remedy = "more images to choose on (--eval, --eval-limit)"
     return (
         f"{result.precision} loses {result.gates.accuracy_drop:.2f} percentage points of accuracy, allowed is "
-        f"{result.gates.max_accuracy_drop:g}. Try --precision mixed, another --method, or more images (--limit)"
+        f"{result.gates.max_accuracy_drop:g}. Try {remedy}, another --method, or more images (--limit)"
     )
 
 
@@ -222,10 +225,12 @@ def _print(result: Calibrated) -> None:
     chosen = result.extra.get("chosen")
     if chosen is not None:
         blocks = [name for name in result.obtained if name.startswith("block")]
+        on = result.extra["chosen_on"]
         slow, n_left = len(result.extra["not_faster"]), len(blocks) - len(chosen)
         click.echo(
-            f"\nint8 for {len(chosen)} of {len(blocks)} blocks; of the others {slow} are not faster in it here, "
-            f"{n_left - slow} were given back for accuracy. See {result.extra['table']} and its plot"
+            f"\nint8 for {len(chosen)} of {len(blocks)} blocks, chosen on {counted(on['n_images'], 'other image')}; of "
+            f"the rest {slow} are not faster in it here, {n_left - slow} were given back for accuracy. "
+            f"See {result.extra['table']} and its plot"
         )
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from bdtool import Orchestrator
+from bdtool.calibrating import halves
 from bdtool.candidate_trial import Trial
 from bdtool.data.sources import open_data
 from bdtool.data.synthetic import synthetic_images
@@ -285,7 +286,10 @@ def test_bfloat16_on_the_cpu_says_what_to_do(bdtool, bundle_copy, labelled):
 def test_mixed_precision_writes_its_table(calibrate, bundle_copy, bdtool_json, labelled):
     found = calibrate("--precision", "mixed", "--eval-limit", 10)
     assert found["ok"] is True
+    assert (found["gates"]["n_images"], found["chosen_on"]["n_images"]) == (5, 5)
     table = json.loads((bundle_copy / "calibration" / "mixed.json").read_bytes())
+    assert table["input_source"] == found["chosen_on"]["input_source"]
+    assert table["input_source"].endswith(", without the 5 of the gates")
     assert [row["block"] for row in table["blocks"]] == ["block_00", "block_01", "block_02"]
     assert all(row["logits_error"] > 0 and row["fp32_ms"] > 0 and row["ms"] > 0 for row in table["blocks"])
     assert [row["policy_flips"] for row in table["blocks"]] == [0, 0, 0]  # the policy network reads the image alone
@@ -293,8 +297,27 @@ def test_mixed_precision_writes_its_table(calibrate, bundle_copy, bdtool_json, l
     assert {name: found["obtained"][name] for name in chosen} == chosen
     assert {name for name, precision in chosen.items() if precision == "fp32"} >= set(found["not_faster"])
     assert (bundle_copy / "calibration" / "mixed.svg").read_text().startswith("<svg")
-    words = ("--data", labelled, "--precision", "mixed", "--limit", 10)
+    words = ("--data", labelled, "--precision", "mixed", "--limit", 5)  # draws the half of the gates
     assert bdtool_json("evaluate", bundle_copy, *words)["accuracy"] == found["gates"]["accuracy"]
+
+
+def test_mixed_that_loses_more_on_other_images_is_refused(bdtool, bundle_copy, labelled, monkeypatch):
+    chosen_on = "without the 5 of the gates"
+    drop = property(lambda gates: 0.0 if gates.input_source.endswith(chosen_on) else 0.7)
+    monkeypatch.setattr("bdtool.gates.Gates.accuracy_drop", drop)
+    words = ("calibrate", bundle_copy, "--data", labelled, "--precision", "mixed", "--eval-limit")
+    told = bdtool(*words, 10, status=1)
+    assert "blocks, chosen on 5 other images; of the rest" in told.stdout
+    assert "loses 0.70 percentage points of accuracy, allowed is 0.5. Try more images to choose on" in told.stderr
+    assert "1 image for the gates, but mixed precision is chosen on one half" in bdtool(*words, 1, status=1).stderr
+
+
+@pytest.mark.parametrize("n_images", [2, 5, 40])
+def test_halves_have_no_image_in_common(labelled, tiny, n_images):
+    images = open_data(str(labelled), network=Bundle.open(tiny.bundle).network).drawn(n_images)
+    gates, choosing = halves(images)
+    assert sorted([*gates.names, *choosing.names]) == sorted(images.names)
+    assert gates.n_images - choosing.n_images in (0, 1)
 
 
 def test_policy_network_and_head_are_quantized_when_asked(calibrate, bundle_copy, bdtool_json, labelled):
