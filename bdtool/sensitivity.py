@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import json
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -19,13 +18,13 @@ from bdtool.runtime.orchestrator import Orchestrator
 from bdtool.specs import PartSpec
 from calibration.cache import ResultCache, content_key
 from calibration.mixed import BlockSensitivity, Choice, choose_precisions
-from engines.base import Engine
+from calibration.timing import times_in_turns
+from engines.base import Call, Engine
 from engines.registry import identify_backend, open_backend
 from export.bundle import Bundle
 from export.files import sha256_of_bytes
 
 _LOWER = "int8"
-_N_CALLS, _N_WARMUP = 30, 3
 TABLE, PLOT = "calibration/mixed.json", "calibration/mixed.svg"
 
 
@@ -51,7 +50,8 @@ def mixed_models(
     cache = ResultCache(work / f"sensitivity-{bench.key(bundle, statistics)}.json")
     rows = []
     for i, name in enumerate(sorted(models)):
-        rows.append(BlockSensitivity(**cache.get(name, lambda name=name: bench.sensitivity(name))))  # type: ignore[misc]
+        figures = cache.get(name, lambda name=name: bench.sensitivity(name))  # type: ignore[misc]
+        rows.append(BlockSensitivity(block=name, precision=_LOWER, **figures, **bench.timing(name)))
         on_progress(f"sensitivity of {name}", (i + 1) / len(models))
     choice = choose_precisions(rows, bench.drop, max_accuracy_drop=trial.max_accuracy_drop)
     table = _table(rows, choice, trial)
@@ -83,22 +83,28 @@ class _Bench:
             evaluation=self._trial.digest(),
             backend=asdict(identify_backend("onnxruntime", "cpu")),
             threads=self._backend.threads,
-            format=3,
+            format=4,
         )
 
     def sensitivity(self, name: str) -> dict[str, Any]:
-        """Measure one block alone in int8."""
-        part = self._fp32.network.part(name)
+        """Measure what one block alone in int8 does to the network."""
         gates = self._measure({name: _LOWER})
         return {
-            "block": name,
-            "precision": _LOWER,
             "accuracy_drop": gates.accuracy_drop or 0.0,
             "changed_classes": gates.changed_classes,
             "policy_flips": gates.policy_flips,
             "logits_error": gates.logits_error,
-            "fp32_ms": self._median_ms(part, self._fp32.engine(part)),
-            "ms": self._median_ms(part, self._engine(name)),
+        }
+
+    def timing(self, name: str) -> dict[str, Any]:
+        """Time one block in int8 against fp32, anew in each run: the machine may have been busy in an earlier one."""
+        part = self._fp32.network.part(name)
+        rounds = times_in_turns(self._call(part, self._fp32.engine(part)), self._call(part, self._engine(name)))
+        ratios = rounds[:, 1] / rounds[:, 0]
+        return {
+            "fp32_ms": float(np.median(rounds[:, 0])),
+            "ratio_to_fp32": float(np.median(ratios)),
+            "ratio_to_fp32_iqr": np.percentile(ratios, (25, 75)).tolist(),
         }
 
     def drop(self, chosen: Mapping[str, str]) -> float:
@@ -119,16 +125,10 @@ class _Bench:
             self._engines[name] = self._backend.load(part, built.data, layout=built.layout)
         return self._engines[name]
 
-    def _median_ms(self, part: PartSpec, engine: Engine) -> float:
+    def _call(self, part: PartSpec, engine: Engine) -> Call:
         inputs = {t.name: self._backend.allocate(t.shape_for(1), t.dtype) for t in part.inputs}
         outputs = {t.name: self._backend.allocate(t.shape_for(1), t.dtype) for t in part.outputs}
-        call = engine.bind(inputs, outputs)
-        times = []
-        for _ in range(_N_WARMUP + _N_CALLS):
-            start = time.perf_counter()
-            call()
-            times.append(time.perf_counter() - start)
-        return float(np.median(times[_N_WARMUP:])) * 1e3
+        return engine.bind(inputs, outputs)
 
 
 def _table(rows: Sequence[BlockSensitivity], choice: Choice, trial: Trial) -> dict[str, Any]:
@@ -147,7 +147,7 @@ def sensitivity_plot(rows: Sequence[BlockSensitivity], choice: Choice) -> str:
     height, bar, left, width = 20, 14, 110, 420
     largest = max((row.logits_error for row in rows), default=0.0) or 1.0
     lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + width + 190}" height="{height * len(rows) + 50}" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + width + 260}" height="{height * len(rows) + 50}" '
         'font-family="sans-serif" font-size="12">',
         '<text x="10" y="18">Error of the logits with one block in int8 (filled: chosen), and time saved</text>',
     ]
@@ -156,6 +156,7 @@ def sensitivity_plot(rows: Sequence[BlockSensitivity], choice: Choice) -> str:
         length = width * row.logits_error / largest
         fill = "#4269d0" if row.block in choice.precisions else "none"
         label = f"{100 * row.logits_error:.2f} %, {1e3 * row.saved_ms:+.0f} us"
+        label += "" if row.is_faster else ", not measurably faster"
         lines += [
             f'<text x="10" y="{y + 11}">{html.escape(row.block)}</text>',
             f'<rect x="{left}" y="{y}" width="{length:.1f}" height="{bar}" fill="{fill}" stroke="#4269d0"/>',

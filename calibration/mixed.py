@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-LEAST_SAVING = 0.02  # share of a block's time: below it the difference of two medians is noise
+LEAST_SAVING = 0.02  # share of a block's time: what saves less is not worth its error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,8 +19,14 @@ class BlockSensitivity:
     changed_classes: float  # share of images, 0 to 1
     policy_flips: float | None  # share of keep bits decided otherwise; None without a policy network
     logits_error: float  # root mean square of the difference over that of the fp32 logits
-    fp32_ms: float  # median of one engine call at batch 1
-    ms: float
+    fp32_ms: float  # of one engine call at batch 1: median over rounds
+    ratio_to_fp32: float  # of times of one round: median over rounds
+    ratio_to_fp32_iqr: Sequence[float]  # its quartiles: lower, upper
+
+    @property
+    def ms(self) -> float:
+        """Milliseconds of a call, as its ratio says: medians of their own may be of other stretches of time."""
+        return self.ratio_to_fp32 * self.fp32_ms
 
     @property
     def saved_ms(self) -> float:
@@ -28,10 +34,11 @@ class BlockSensitivity:
 
     @property
     def is_faster(self) -> bool:
-        return self.saved_ms >= LEAST_SAVING * self.fp32_ms
+        """Say whether it is faster by `LEAST_SAVING`, and measurably: the quartiles do not lie on both sides of 1."""
+        return self.ratio_to_fp32 <= 1 - LEAST_SAVING and max(self.ratio_to_fp32_iqr) < 1
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "saved_ms": self.saved_ms}
+        return {**asdict(self), "ms": self.ms, "saved_ms": self.saved_ms, "is_faster": self.is_faster}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +46,7 @@ class Choice:
     """The precisions chosen, and each step that led there."""
 
     precisions: Mapping[str, str]  # by block; what is not listed stays fp32
-    not_faster: tuple[str, ...]  # blocks that save nothing worth it in any lower precision
+    not_faster: tuple[str, ...]  # blocks that are not measurably faster in any lower precision, or not worth it
     accuracy_drop: float  # percentage points, measured with all of them together
     steps: tuple[Mapping[str, Any], ...]
 
@@ -49,10 +56,10 @@ def choose_precisions(
 ) -> Choice:
     """Start with the fastest precision of each block; give back fp32 where it costs most until the bound is kept.
 
-    A block that is not faster in any lower precision, by `LEAST_SAVING`, stays fp32 from the start. The block to give
-    back next is the one with the largest logits error for each millisecond that it saves: errors of single blocks add
-    up in the logits, while the accuracy moves in steps of one image. Each step is measured with all chosen precisions
-    together.
+    A block that is not measurably faster in any lower precision, by `LEAST_SAVING`, stays fp32 from the start. The
+    block to give back next is the one with the largest logits error for each millisecond that it saves: errors of
+    single blocks add up in the logits, while the accuracy moves in steps of one image. Each step is measured with all
+    chosen precisions together.
 
     Args:
         rows: one for each block and lower precision.

@@ -3,7 +3,7 @@
 from calibration.mixed import BlockSensitivity, choose_precisions
 
 
-def _row(block, error, ms, fp32_ms=1.0, precision="int8"):
+def _row(block, error, ms, fp32_ms=1.0, precision="int8", spread=0.0):
     return BlockSensitivity(
         block=block,
         precision=precision,
@@ -12,7 +12,8 @@ def _row(block, error, ms, fp32_ms=1.0, precision="int8"):
         policy_flips=0.0,
         logits_error=error,
         fp32_ms=fp32_ms,
-        ms=ms,
+        ratio_to_fp32=ms / fp32_ms,
+        ratio_to_fp32_iqr=(ms / fp32_ms - spread, ms / fp32_ms + spread),
     )
 
 
@@ -42,6 +43,18 @@ def test_what_saves_less_than_noise_stays_fp32():
     rows = [_row("a", 0.1, 0.97), _row("b", 0.1, 0.99), _row("c", 0.1, 1.1)]
     choice = choose_precisions(rows, lambda chosen: 0.0, max_accuracy_drop=1.0)
     assert (choice.precisions, choice.not_faster) == ({"a": "int8"}, ("b", "c"))
+
+
+def test_what_is_not_measurably_faster_stays_fp32():
+    rows = [_row("a", 0.1, 0.9, spread=0.05), _row("b", 0.1, 0.9, spread=0.15), _row("c", 0.1, 0.7, spread=0.35)]
+    choice = choose_precisions(rows, lambda chosen: 0.0, max_accuracy_drop=1.0)
+    assert (choice.precisions, choice.not_faster) == ({"a": "int8"}, ("b", "c"))
+    assert [row.to_json()["is_faster"] for row in rows] == [True, False, False]
+
+
+def test_times_in_the_table_are_those_of_the_choice():
+    figures = _row("a", 0.1, 1.5, fp32_ms=2.0).to_json()
+    assert (figures["ratio_to_fp32"], figures["ms"], figures["saved_ms"]) == (0.75, 1.5, 0.5)
 
 
 def test_the_worst_error_for_each_millisecond_goes_first():

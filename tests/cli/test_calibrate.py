@@ -291,14 +291,29 @@ def test_mixed_precision_writes_its_table(calibrate, bundle_copy, bdtool_json, l
     assert table["input_source"] == found["chosen_on"]["input_source"]
     assert table["input_source"].endswith(", without the 5 of the gates")
     assert [row["block"] for row in table["blocks"]] == ["block_00", "block_01", "block_02"]
-    assert all(row["logits_error"] > 0 and row["fp32_ms"] > 0 and row["ms"] > 0 for row in table["blocks"])
+    for row in table["blocks"]:
+        assert row["logits_error"] > 0 < row["fp32_ms"]
+        assert row["ratio_to_fp32_iqr"][0] <= row["ratio_to_fp32"] <= row["ratio_to_fp32_iqr"][1]
+        assert (row["block"] in found["not_faster"]) == (not row["is_faster"])
     assert [row["policy_flips"] for row in table["blocks"]] == [0, 0, 0]  # the policy network reads the image alone
     chosen = {row["block"]: row["chosen"] for row in table["blocks"]}
     assert {name: found["obtained"][name] for name in chosen} == chosen
     assert {name for name, precision in chosen.items() if precision == "fp32"} >= set(found["not_faster"])
-    assert (bundle_copy / "calibration" / "mixed.svg").read_text().startswith("<svg")
+    plot = (bundle_copy / "calibration" / "mixed.svg").read_text()
+    assert plot.startswith("<svg")
+    assert plot.count("not measurably faster") == len(found["not_faster"])
     words = ("--data", labelled, "--precision", "mixed", "--limit", 5)  # draws the half of the gates
     assert bdtool_json("evaluate", bundle_copy, *words)["accuracy"] == found["gates"]["accuracy"]
+
+
+def test_mixed_times_anew_what_it_takes_from_an_earlier_run(calibrate, bundle_copy, monkeypatch):
+    """The machine may have been busy then, or asleep."""
+    calibrate("--precision", "mixed")
+    [cached] = bundle_copy.with_name(".bundle.calibration").glob("sensitivity-*.json")
+    assert not any("ms" in figure for row in json.loads(cached.read_bytes()).values() for figure in row)
+    monkeypatch.setattr("bdtool.sensitivity._Bench.sensitivity", lambda bench, name: pytest.fail("measured again"))
+    monkeypatch.setattr("bdtool.sensitivity.times_in_turns", lambda first, second: np.array([[2.0, 1.0]] * 4))
+    assert calibrate("--precision", "mixed", "--max-accuracy-drop", 100)["not_faster"] == []
 
 
 def test_mixed_that_loses_more_on_other_images_is_refused(bdtool, bundle_copy, labelled, monkeypatch):
