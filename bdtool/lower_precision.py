@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from bdtool.calibration_request import CalibrationRequest
 from bdtool.models.model import BlockDropModel
 from bdtool.models.parts import part_modules
 from bdtool.specs import NetworkSpec, PartSpec
 from bdtool.words import percent
 from calibration.walk import everyone_where_nobody, walk_paths
+from export.bundle import Bundle
+from export.manifest import EXPORTED
+from export.part_source import PartSource
 from export.walk import Probe
 
 # Root mean square of the logits' difference over that of the logits. Bounds against gross mistakes, as those of parts:
@@ -21,8 +26,38 @@ CHANGED_BOUNDS = {"int8": 0.15, "mixed": 0.15, "fp16": 0.03, "bf16": 0.05}  # sh
 _POINTS = 100
 
 
+@dataclass(frozen=True, kw_only=True)
+class Terms:
+    """What parts of a lower precision are judged by.
+
+    Attributes:
+        policy: a POLICY, along whose paths they are compared; None: the policy network, or every block without one.
+        policy_flips: share of keep bits that flip by rounding; None where the policy network is the fp32 one.
+        max_accuracy_drop: percentage points.
+    """
+
+    policy: str | None = None
+    policy_flips: float | None = None
+    max_accuracy_drop: float = CalibrationRequest.max_accuracy_drop
+
+
+def terms_of(bundle: Bundle, source: PartSource) -> Terms:
+    """Return the terms that calibration noted; of parts that were never calibrated, its defaults."""
+    if source.converted:
+        return Terms()
+    variant = bundle.manifest.variants[source.precision]
+    gates = variant.calibration["gates"]
+    policy = bundle.network.find("policy")
+    keeps_policy = policy is None or variant.files[policy.name].precision == EXPORTED
+    return Terms(
+        policy=variant.calibration["policy"],  # its ranges hold for the paths of this one
+        policy_flips=None if keeps_policy else float(gates["policy_flips"]),
+        max_accuracy_drop=float(gates["max_accuracy_drop"]),
+    )
+
+
 def path_probes(model: BlockDropModel, network: NetworkSpec, pixels: np.ndarray, keep: np.ndarray) -> list[Probe]:
-    """Return a probe of each part along the paths that a precision was calibrated for: its ranges hold for no other.
+    """Return a probe of each part along the paths that a precision is judged on: calibrated ranges hold for no other.
 
     A part that no image keeps is probed on all of them, and `full` has but the one path.
 

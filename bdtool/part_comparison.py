@@ -12,21 +12,22 @@ from bdtool.specs import PIXELS
 from calibration.part_errors import CandidatePart
 from engines.base import ENGINE_BOUNDS
 from engines.layouts import run_plain
-from export.bundle import Bundle
 from export.check import Comparison, compare_outputs
+from export.part_source import PartSource
 from export.walk import Probe
 
 
 def compare_part(
-    bundle: Bundle, probe: Probe, images: np.ndarray, precision: str, runtime: Orchestrator
+    source: PartSource, probe: Probe, images: np.ndarray, runtime: Orchestrator
 ) -> tuple[Comparison, Comparison]:
     """Compare a part's ONNX with PyTorch, on the activations of a probe, and its engine with its ONNX.
 
     Args:
+        source: the ONNX parts that the engines of `runtime` were built from.
         images: uint8 [n, height, width, 3], of which the probe was made; engines that normalise them take these.
     """
-    part = bundle.network_at(precision).part(probe.part.name)
-    candidate = CandidatePart(part, bundle.part_bytes(part, precision))
+    part = source.network.part(probe.part.name)
+    candidate = CandidatePart(part, source.model(part))
     is_int8_network = part.kind == "full" and candidate.precision == "int8"
     feeds = candidate.feeds(probe.feeds[part.inputs[0].name])
     onnx = candidate.outputs(feeds)

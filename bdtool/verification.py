@@ -9,9 +9,10 @@
               forward, on equal keep bits
     top1      the class of each image, chain against PyTorch
 
-Policy flips and logits are separate rungs because one flipped bit makes any comparison of logits meaningless. For a
-precision that `bdtool calibrate` made, the bounds are wider, the keep bits are those of its policy, and a rung
-`accuracy` on labelled images comes last.
+Policy flips and logits are separate rungs because one flipped bit makes any comparison of logits meaningless. For
+another precision than the exported one the bounds are wider, and a rung `accuracy` on labelled images comes last. The
+keep bits are those of the policy that `bdtool calibrate` made the parts for; those of the policy network (without one,
+every block) for FP16 parts that a backend makes by itself, which are compared as they are built.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import numpy as np
 
 from bdtool.data.batches import ImageBatch, ImageSource
 from bdtool.errors import EngineError
-from bdtool.lower_precision import flips_bound, logits_error, lower_outputs, path_probes
+from bdtool.lower_precision import flips_bound, logits_error, lower_outputs, path_probes, terms_of
 from bdtool.manifest_check import compare_with_model
 from bdtool.models.model import BlockDropModel
 from bdtool.models.parts import part_modules
@@ -42,6 +43,7 @@ from bdtool.torch_classifier import TorchClassifier
 from export.bundle import Bundle
 from export.check import Comparison
 from export.manifest import EXPORTED
+from export.part_source import PartSource
 from export.walk import Probe, walk
 
 LOGITS_TOLERANCE = 1e-4  # largest |difference| between the chain's logits and PyTorch's
@@ -101,6 +103,26 @@ class Verification:
         return {"ok": self.ok, "n_images": self.n_images, "input_source": self.input_source, "rungs": rungs}
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Subject:
+    """What the upper rungs compare: a bundle's parts and engines at one place, and the MODEL that they are of."""
+
+    bundle: Bundle
+    place: Place
+    model: BlockDropModel
+    source: PartSource  # of the ONNX parts that the engines are built from
+    chain: Orchestrator
+    full: Orchestrator
+
+    @property
+    def n_probes(self) -> int:
+        """On how many images single engines are compared, each run by itself: no more than all take at once."""
+        return min(_N_PROBES, self.chain.max_batch, self.full.max_batch)
+
+    def oracle(self) -> TorchClassifier:
+        return TorchClassifier(self.model, max_batch=_ORACLE_BATCH)
+
+
 def verify(
     bundle: Bundle,
     data: ImageSource,
@@ -117,10 +139,11 @@ def verify(
         data: images for the upper rungs; `limit` of them are drawn.
 
     Raises:
+        BundleError: it has no parts of the precision, and the backend makes none.
         CheckpointError: the bundle's weights cannot be loaded.
         BackendError: the engines cannot be built or run.
     """
-    bundle.require_precision(place.precision)
+    source = place.store(bundle).source
     rungs: list[Rung] = []
 
     def add(rung: Rung) -> bool:
@@ -140,7 +163,9 @@ def verify(
     batch = data.take(limit)
     with ExitStack() as stack:
         chain, full = [stack.enter_context(place.open(bundle, strategy)) for strategy in ("chain", "full")]
-        for rung in _climb(bundle, model, batch, chain, full, place):
+        subject = _Subject(bundle=bundle, place=place, model=model, source=source, chain=chain, full=full)
+        climb = _climb_exported if source.precision == EXPORTED else _climb_lower
+        for rung in climb(subject, batch):
             add(rung)
     return ladder(len(batch.images))
 
@@ -169,24 +194,15 @@ def _rung(name: str, worst: float | None, bound: float, detail: str) -> Rung:
     return Rung(name=name, worst=worst, bound=bound, unit=_UNITS[name], detail=detail)
 
 
-def _climb(
-    bundle: Bundle, model: BlockDropModel, batch: ImageBatch, chain: Orchestrator, full: Orchestrator, place: Place
-) -> Iterator[Rung]:
-    images = batch.images
-    if place.precision != EXPORTED:
-        yield from _climb_lower(bundle, model, batch, chain, full, place)
-        return
-    few = images[: _n_probes(chain, full)]
-    probes = walk(bundle.network, part_modules(model), preprocess(few, bundle.network.preprocessing))
-    yield from _part_rungs(bundle, probes, few, chain, full, place.precision)
-    oracle = TorchClassifier(model, max_batch=_ORACLE_BATCH)
-    yield from _unless_it_fails(("policy",), lambda: _policy_rungs(chain, oracle, images))
-    yield from _unless_it_fails(("logits", "top1"), lambda: _output_rungs(bundle, place, chain, oracle, images))
-
-
-def _n_probes(*runtimes: Orchestrator) -> int:
-    """Return on how many images single engines are compared, each run by itself: no more than all take at once."""
-    return min(_N_PROBES, *(runtime.max_batch for runtime in runtimes))
+def _climb_exported(subject: _Subject, batch: ImageBatch) -> Iterator[Rung]:
+    """Compare the parts that `bdtool export` wrote."""
+    images, network = batch.images, subject.bundle.network
+    few = images[: subject.n_probes]
+    probes = walk(network, part_modules(subject.model), preprocess(few, network.preprocessing))
+    yield from _part_rungs(subject, probes, few)
+    oracle = subject.oracle()
+    yield from _unless_it_fails(("policy",), lambda: _policy_rungs(subject.chain, oracle, images))
+    yield from _unless_it_fails(("logits", "top1"), lambda: _output_rungs(subject, oracle, images))
 
 
 def _unless_it_fails(names: tuple[str, ...], compare: Callable[[], list[Rung]]) -> list[Rung]:
@@ -197,35 +213,36 @@ def _unless_it_fails(names: tuple[str, ...], compare: Callable[[], list[Rung]]) 
         return [_rung(name, math.inf, 0.0, str(exc)) for name in names]
 
 
-def _climb_lower(
-    bundle: Bundle, model: BlockDropModel, batch: ImageBatch, chain: Orchestrator, full: Orchestrator, place: Place
-) -> Iterator[Rung]:
+def _climb_lower(subject: _Subject, batch: ImageBatch) -> Iterator[Rung]:
     """Compare parts of another precision, whose errors are of another size, and whose last word is the accuracy."""
-    precision = place.precision
-    variant = bundle.manifest.variants[precision]
-    policy = variant.calibration["policy"]  # its ranges hold for the paths of this one
-    request = parse_policy_for(bundle.network, policy)
-    oracle = TorchClassifier(model, max_batch=_ORACLE_BATCH)
+    chain, network = subject.chain, subject.bundle.network
+    terms = terms_of(subject.bundle, subject.source)
+    request = parse_policy_for(network, terms.policy)
+    oracle = subject.oracle()
     try:
         keep = oracle.decide(batch.images) if request.is_learned else request.matrix_at(batch.rows)
     except EngineError as exc:  # without bits there are no paths to compare
         yield from (_rung(name, math.inf, 0.0, str(exc)) for name in ("policy", "logits", "top1"))
         return
-    few = batch.images[: _n_probes(chain, full)]
-    pixels = preprocess(few, bundle.network.preprocessing)
-    probes = path_probes(model, bundle.network, pixels, keep[: len(few)])
-    yield from _part_rungs(bundle, probes, few, chain, full, precision)
-    measured = _measured_flips(bundle, precision)
-    yield from _unless_it_fails(("policy",), lambda: _policy_rungs(chain, oracle, batch.images, measured=measured))
+    few = batch.images[: subject.n_probes]
+    probes = path_probes(subject.model, network, preprocess(few, network.preprocessing), keep[: len(few)])
+    yield from _part_rungs(subject, probes, few)
+    flips = terms.policy_flips
+    yield from _unless_it_fails(("policy",), lambda: _policy_rungs(chain, oracle, batch.images, measured=flips))
     try:
         expected = oracle.run(batch.images, keep)
         actual = chain.run(batch.images, policy=keep)
-        others = _lower_errors(bundle, place, batch.images[:_N_PROBES], keep[:_N_PROBES], expected.logits[:_N_PROBES])
+        others = _lower_errors(subject, batch.images[:_N_PROBES], keep[:_N_PROBES], expected.logits[:_N_PROBES])
     except EngineError as exc:
         yield from (_rung(name, math.inf, 0.0, str(exc)) for name in ("logits", "top1"))
         return
-    bound = float(variant.calibration["gates"]["max_accuracy_drop"])
-    rows = lower_outputs(expected.logits, actual.logits, batch.labels, precision=precision, max_accuracy_drop=bound)
+    rows = lower_outputs(
+        expected.logits,
+        actual.logits,
+        batch.labels,
+        precision=subject.source.precision,
+        max_accuracy_drop=terms.max_accuracy_drop,
+    )
     for name, worst, allowed, detail in rows:
         detail = f"policy {request.name}; {detail}"
         if name == "logits" and worst is not None:
@@ -234,14 +251,12 @@ def _climb_lower(
         yield Rung(name=name, worst=worst, bound=allowed, unit=_LOWER_UNITS[name], detail=detail)
 
 
-def _part_rungs(
-    bundle: Bundle, probes: Iterable[Probe], images: np.ndarray, chain: Orchestrator, full: Orchestrator, precision: str
-) -> list[Rung]:
+def _part_rungs(subject: _Subject, probes: Iterable[Probe], images: np.ndarray) -> list[Rung]:
     """Return the rungs onnx and engines: each part alone, on images uint8 [n, height, width, 3] of the probes."""
-    rows = [
-        (probe.part.name, *compare_part(bundle, probe, images, precision, full if probe.part.kind == "full" else chain))
-        for probe in probes
-    ]
+    rows = []
+    for probe in probes:
+        runtime = subject.full if probe.part.kind == "full" else subject.chain
+        rows.append((probe.part.name, *compare_part(subject.source, probe, images, runtime)))
     return [
         _worst("onnx", [(onnx, name) for name, onnx, _ in rows]),
         _worst("engines", [(engine, name) for name, _, engine in rows]),
@@ -251,14 +266,6 @@ def _part_rungs(
 def _worst(name: str, comparisons: list[tuple[Comparison, str]]) -> Rung:
     worst, where = max(comparisons, key=lambda row: row[0].share_of_bound)
     return _rung(name, worst.error, worst.tolerance, f"{len(comparisons)} parts, worst {where}")
-
-
-def _measured_flips(bundle: Bundle, precision: str) -> float | None:
-    """Return the share of keep bits that calibration saw flipped; None where the policy network is the fp32 one."""
-    policy = bundle.network.find("policy")
-    if policy is None or bundle.files_at(precision)[policy.name].precision == "fp32":
-        return None
-    return float(bundle.manifest.variants[precision].calibration["gates"]["policy_flips"])
 
 
 def _policy_rungs(
@@ -280,10 +287,9 @@ def _policy_rungs(
     return [_rung("policy", float(differ.mean()), bound, detail)]
 
 
-def _output_rungs(
-    bundle: Bundle, place: Place, chain: Orchestrator, oracle: TorchClassifier, images: np.ndarray
-) -> list[Rung]:
+def _output_rungs(subject: _Subject, oracle: TorchClassifier, images: np.ndarray) -> list[Rung]:
     """Compare logits and classes on equal keep bits: every block, half of them, and what the policy network chose."""
+    chain, place = subject.chain, subject.place
     n_blocks = chain.network.n_blocks
     policies = {"all": np.ones((len(images), n_blocks), dtype=bool)}
     half = parse_policy(f"random:{n_blocks // 2}", n_blocks=n_blocks, has_policy_network=False)
@@ -296,7 +302,7 @@ def _output_rungs(
     if LEARNED in given:  # what the policy engine says; where it is not PyTorch, the rung before this one has failed
         given[LEARNED] = chain.decide(few)
     for strategy in other_strategies(place):
-        found = answers_of(bundle, strategy, place, few, given)
+        found = answers_of(subject.bundle, strategy, place, few, given)
         answers += [_Answer(strategy, name, given[name], result) for name, result in found.items()]
     return _compare_answers(answers, oracle, images)
 
@@ -332,10 +338,9 @@ def _compare_answers(answers: list[_Answer], oracle: TorchClassifier, images: np
     ]
 
 
-def _lower_errors(
-    bundle: Bundle, place: Place, images: np.ndarray, keep: np.ndarray, expected: np.ndarray
-) -> dict[str, float]:
+def _lower_errors(subject: _Subject, images: np.ndarray, keep: np.ndarray, expected: np.ndarray) -> dict[str, float]:
     """Return the error of the logits that each strategy but `chain` and `full` gives, as a share of them."""
+    bundle, place = subject.bundle, subject.place
     answers = {name: answers_of(bundle, name, place, images, {"given": keep}) for name in other_strategies(place)}
     return {name: logits_error(expected, answer["given"].logits) for name, answer in answers.items()}
 

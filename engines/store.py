@@ -38,8 +38,7 @@ from export.files import (
     write_bytes,
     write_json,
 )
-from export.half_spec import HALF_DTYPES, HALF_VERSION
-from export.manifest import EXPORTED
+from export.part_source import PartSource
 from export.pixels_spec import pixels_key
 
 logger = logging.getLogger(__name__)
@@ -95,6 +94,12 @@ class EngineStore:
 
     Args:
         settings: what it builds with, where engines of any settings fit (`identity.settings` is None).
+
+    Attributes:
+        source: the ONNX parts that the engines are built from.
+
+    Raises:
+        BundleError, UsageError: there are no parts of that precision; as `PartSource`.
     """
 
     def __init__(
@@ -106,24 +111,18 @@ class EngineStore:
         directory: Path | None = None,
         settings: str = "",
     ) -> None:
-        self._converts = precision == "fp16" and identity.converts_fp16 and not bundle.has_precision(precision)
-        if not self._converts:
-            bundle.require_precision(precision)
+        self.source = PartSource(bundle, precision, converts_fp16=identity.converts_fp16)
         self._bundle = bundle
         self.identity = identity
         self.precision = precision
         self.settings = settings if identity.settings is None else identity.settings
-        self._source = EXPORTED if self._converts else precision  # of the ONNX parts that engines are built from
         name = f"{identity.name}-{identity.version}-{identity.target}-{precision}"
         self.directory = (directory or bundle.engines_path) / name
 
     @cached_property
     def network(self) -> NetworkSpec:
         """The bundle's network, its images and activations in the types that these engines have."""
-        if self._converts:
-            network = self._bundle.network.with_activation(HALF_DTYPES[self.precision])
-        else:
-            network = self._bundle.network_at(self.precision)
+        network = self.source.network
         return network.with_pixels() if self.identity.takes_pixels else network
 
     def for_prepared(self) -> EngineStore:
@@ -305,14 +304,9 @@ class EngineStore:
         return PartStatus(name=part.name, status="built", seconds=time.perf_counter() - start, record=record)
 
     def _model(self, part: PartSpec) -> bytes:
-        # what loads onnx is imported here: a build with nothing to do can spare it
-        model = self._bundle.part_bytes(part, self._source)  # the record will say that it was built from its digest
-        if self._converts:
-            from export.half import half_from_fp32
-
-            model = half_from_fp32(model, self._bundle.network.part(part.name), self.precision)
+        model = self.source.model(part)
         if self._normalises(part):
-            from export.pixels import pixels_from_prepared
+            from export.pixels import pixels_from_prepared  # loads onnx, which a build with nothing to do can spare
 
             model = pixels_from_prepared(model, part, self.network.preprocessing)
         return model
@@ -360,13 +354,11 @@ class EngineStore:
     def _key(self, part: PartSpec) -> dict[str, str]:
         """Return what must be equal for an engine to fit."""
         settings = {} if self.identity.settings is None else {"settings": self.identity.settings}
-        converter = f"+half{HALF_VERSION}" if self._converts else ""
-        if self._normalises(part):
-            converter += f"+{pixels_key(self.network.preprocessing)}"
+        pixels = f"+{pixels_key(self.network.preprocessing)}" if self._normalises(part) else ""
         return {
             **settings,
             "part": part.name,
-            "onnx_sha256": self._bundle.part_sha256(part, self._source) + converter,
+            "onnx_sha256": self.source.key(part) + pixels,
             "backend": self.identity.name,
             "backend_version": self.identity.version,
             "target": self.identity.target,

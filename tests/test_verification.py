@@ -48,9 +48,9 @@ def deeper_copy(export_random: Any, tmp_path: Path) -> Path:
     return Path(shutil.copytree(deeper.bundle, tmp_path / "deeper", ignore=shutil.ignore_patterns("engines")))
 
 
-def _put_engine(bundle: Path, source: str, target: str) -> None:
+def _put_engine(bundle: Path, source: str, target: str, place: Place = CPU) -> None:
     """Put one part's engine in the place of another's, its record to match."""
-    _verify(bundle)  # builds the engines
+    _verify(bundle, place)  # builds the engines
     [directory] = (bundle / "engines").iterdir()
     shutil.copy(directory / f"{source}.onnx", directory / f"{target}.onnx")
     record = json.loads((directory / f"{target}.engine.json").read_text())
@@ -283,7 +283,39 @@ def test_unusable_device_is_refused(tiny: Any, monkeypatch: pytest.MonkeyPatch) 
         _verify(tiny.bundle, Place(device="cuda:0"))
 
 
-def test_precision_that_only_the_backend_makes_is_refused(tiny: Any) -> None:
-    """It has no parts, no keep bits and no gates in the bundle to compare with."""
-    with pytest.raises(BundleError, match="has no fp16 parts"):
-        _verify(tiny.bundle, Place(backend="torch", precision="fp16"))
+TORCH_HALF = Place(backend="torch", precision="fp16")  # its FP16 parts are made from the bundle's FP32 ones
+
+
+def test_half_engines_that_the_backend_makes_pass_every_rung(tiny: Any) -> None:
+    result = _verify(tiny.bundle, TORCH_HALF)
+    assert result.ok
+    assert [rung.name for rung in result.rungs] == [*RUNGS, "accuracy"]
+    onnx, engines = _rung(result, "onnx"), _rung(result, "engines")
+    assert onnx.bound == engines.bound == 0.01
+    assert onnx.worst > 1e-5  # further from PyTorch than FP32 parts may be
+    assert (_rung(result, "policy").worst, _rung(result, "policy").bound) == (0, 0)
+    assert _rung(result, "logits").detail.startswith("policy learned; ")
+    assert "strategies chain, path" in _rung(result, "logits").detail
+
+
+def test_half_engines_without_policy_network_are_compared_with_every_block(export_random: Any) -> None:
+    result = _verify(export_random("resnet8", shortcut="average-pool", has_policy=False).bundle, TORCH_HALF)
+    assert result.ok
+    assert _rung(result, "policy").worst is None
+    assert _rung(result, "top1").detail.startswith("policy all; ")
+
+
+def test_damaged_half_engine_fails_the_engines_rung(deeper_copy: Path) -> None:
+    _put_engine(deeper_copy, "block_00", "block_01", TORCH_HALF)
+    result = _verify(deeper_copy, TORCH_HALF)
+    assert "engines" in _failed(result)
+    assert not {"onnx", "policy"} & set(_failed(result))
+    assert "worst block_01" in _rung(result, "engines").detail
+
+
+def test_precision_that_nobody_makes_is_refused(tiny: Any) -> None:
+    for place in (Place(precision="fp16"), Place(backend="torch", precision="int8")):
+        with pytest.raises(
+            BundleError, match=f"has no {place.precision} parts; it has fp32.* or make them: bdtool cal"
+        ):
+            _verify(tiny.bundle, place)

@@ -113,7 +113,7 @@ def verify_cmd(
     from export.bundle import Bundle
 
     opened = Bundle.open(bundle, check_digests=False)  # the first rung does
-    opened.require_precision(place.precision)
+    place.store(opened)  # refuse a precision that is not to be had before the data is looked at
     source = open_data(data or "synthetic", network=opened.network, resize=resize)
     if not source.is_real:
         warn(f"the images are {source.description}; give real ones with --data")

@@ -45,5 +45,5 @@ class Place:
         )
 
     def store(self, bundle: Bundle) -> EngineStore:
-        """Return the store of the bundle's engines for this place."""
+        """Return the store of the bundle's engines for this place; see `EngineStore` for errors."""
         return EngineStore(bundle, identify_backend(self.backend, self.device), precision=self.precision)

@@ -164,6 +164,18 @@ def test_rungs_fail_that_pytorch_has_no_numbers_for(
     assert found["logits"]["detail"] == "the logits of image 0 are not finite"
 
 
+def test_calibrated_half_parts_go_before_those_that_a_backend_makes(calibrate, bdtool_json, bundle_copy, labelled):
+    words = ("verify", bundle_copy, "--data", labelled, "--precision", "fp16", "--backend", "torch")
+    rungs = bdtool_json(*words)["rungs"]
+    assert rungs["accuracy"]["detail"].startswith("policy learned; ")
+    assert "; bound 0.5 points and noise" in rungs["accuracy"]["detail"]
+    calibrate("--precision", "fp16", "--policy", "first:2")
+    verified = bdtool_json(*words)
+    assert verified["ok"] is True
+    assert verified["rungs"]["accuracy"]["detail"].startswith("policy first:2; ")
+    assert "; bound 20 points and noise" in verified["rungs"]["accuracy"]["detail"]
+
+
 def test_file_that_cannot_be_removed_is_no_failure(calibrate, bundle_copy, caplog):
     """The parts are in the bundle by then, so that nothing may say that it is as it was."""
     in_the_way = bundle_copy / "onnx" / "fp16" / "head-of-an-earlier-run.onnx"

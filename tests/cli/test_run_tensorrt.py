@@ -66,12 +66,12 @@ def test_profile_times_parts_on_the_device(monkeypatch, tmp_path, bdtool, bdtool
     assert "us to enqueue" in text
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize(("precision", "calibrated"), [("fp32", False), ("fp16", False), ("fp16", True)])
 def test_verify_holds_on_engines_of_small_batches(
-    monkeypatch, tmp_path, bdtool, bdtool_json, bundle_copy, npz, precision
+    monkeypatch, tmp_path, bdtool, bdtool_json, bundle_copy, npz, precision, calibrated
 ):
     """Of fewer images than single parts are compared on, and than PyTorch runs at a time."""
-    if precision == "fp16":
+    if calibrated:
         bdtool("calibrate", bundle_copy, "--data", npz, "--precision", "fp16", "--max-accuracy-drop", 100)
     install_gpu(monkeypatch, tmp_path / "cache")
     words = (*TENSORRT, "--precision", precision)
