@@ -12,12 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from bdtool.data.batches import ImageSource
-from bdtool.errors import EngineError
 from bdtool.gates import Gates, Reference, measure_gates
-from bdtool.runtime.factory import parts_for
+from bdtool.runtime.loading import Loader
 from bdtool.runtime.orchestrator import Orchestrator
 from bdtool.runtime.policies import PolicyRequest
-from bdtool.words import counted
 from engines.registry import identify_backend, open_backend
 from engines.store import EngineStore
 from export.bundle import Bundle
@@ -57,21 +55,13 @@ class Trial:
         Raises:
             EngineError: an engine does not build.
         """
-        identity = identify_backend("onnxruntime", "cpu")
+        store = EngineStore(bundle, identify_backend("onnxruntime", "cpu"), precision=precision)
         library = open_backend("onnxruntime", "cpu", threads=self.threads)
-        network = bundle.network_at(precision)
-        parts = parts_for("chain", network)
-        store = EngineStore(bundle, identity, precision=precision)
-        records = store.find(parts)
-        if len(records) < len(parts):
-            store = EngineStore(bundle, identity, precision=precision, directory=self.engines)
-            failed = [status for status in store.build(lambda: library) if status.status == "failed"]
-            if failed:
-                n_failed = counted(len(failed), f"{precision} engine")
-                raise EngineError(f"{n_failed} did not build; the first: {failed[0].message}")
-            records = store.find(parts)
-        engines = store.load(library, records)
-        with Orchestrator(network, library, engines, strategy="chain", max_batch=bundle.manifest.max_batch) as runtime:
+        loader = Loader(bundle, store, library, strategy="chain", build_in=self.engines)
+        loaded = loader.load()
+        with Orchestrator(
+            loaded.network, library, loaded.engines, strategy="chain", max_batch=loader.max_batch
+        ) as runtime:
             yield runtime
 
     def reference(self, fp32: Orchestrator) -> Reference:

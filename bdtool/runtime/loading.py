@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 
 from bdtool.errors import EngineError
 from bdtool.runtime.factory import parts_for
@@ -29,14 +30,22 @@ class Loaded:
 
 
 class Loader:
-    """Loads the engines that one strategy needs; `store` is where they are, or are built."""
+    """Loads the engines that one strategy needs; `store` is where they are, or are built.
 
-    def __init__(self, bundle: Bundle, store: EngineStore, backend: Backend, *, strategy: str) -> None:
+    Args:
+        build_in: directory for engines that `store` lacks, which then stays as it is; None builds them in it, or for
+            a read-only bundle in a temporary directory.
+    """
+
+    def __init__(
+        self, bundle: Bundle, store: EngineStore, backend: Backend, *, strategy: str, build_in: Path | None = None
+    ) -> None:
         self.store = store  # after `load` the one that the engines are from
         self._own = store  # of this target alone
         self._bundle = bundle
         self._backend = backend
         self._strategy = strategy
+        self._build_in = build_in
         self._loaded: EngineSet | None = None
         self._prepared: Loaded | None = None
 
@@ -96,15 +105,23 @@ class Loader:
     def _build(
         self, store: EngineStore, parts: Sequence[PartSpec], stack: ExitStack, *, resume: bool = True
     ) -> EngineStore:
-        """Build what the store lacks and return it; beside a read-only bundle, one in a temporary place."""
-        path = self._bundle.path
-        if is_read_only(path):
-            tell_not_kept(path, f"the engines {store.directory.name}")
-            directory = temporary_engines(path, stack)
-            store = store.placed(directory)
-        logger.info("building the engines that %s lacks for %s, once", path, store.identity.target)
+        """Build what the store lacks, there or elsewhere, and return the store that has it."""
+        store = self._store_to_build_in(store, stack)
+        logger.info(
+            "building the %s engines that %s lacks for %s", store.precision, self._bundle.path, store.identity.target
+        )
         statuses = store.build(lambda: self._backend, parts=parts, resume=resume)
         failed = [status for status in statuses if status.status == "failed"]
         if failed:
-            raise EngineError(f"{counted(len(failed), 'engine')} did not build; the first: {failed[0].message}")
+            n_failed = counted(len(failed), f"{store.precision} engine")
+            raise EngineError(f"{n_failed} did not build; the first: {failed[0].message}")
         return store
+
+    def _store_to_build_in(self, store: EngineStore, stack: ExitStack) -> EngineStore:
+        if self._build_in is not None:
+            return store.placed(self._build_in)
+        path = self._bundle.path
+        if not is_read_only(path):
+            return store
+        tell_not_kept(path, f"the engines {store.directory.name}")
+        return store.placed(temporary_engines(path, stack))

@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 
 from bdtool.errors import BundleError, EngineError, UsageError
+from bdtool.runtime.loading import Loader
 from bdtool.runtime.orchestrator import Orchestrator
+from engines.registry import identify_backend, open_backend
+from engines.store import EngineStore
 from export.bundle import Bundle
 
 
@@ -95,6 +98,19 @@ def test_read_only_bundle_runs_and_is_left_as_it_is(bundle_copy, monkeypatch, ca
     assert "for this run only. Make it writable, or copy it, to keep them" in caplog.text
 
 
+def test_engines_can_be_built_outside_the_bundle(bundle_copy, tmp_path, digests):
+    bundle, backend = Bundle.open(bundle_copy), open_backend("fake", "cpu")
+    store = EngineStore(bundle, identify_backend("fake", "cpu"))
+    before = digests(bundle_copy)
+    loader = Loader(bundle, store, backend, strategy="chain", build_in=tmp_path / "elsewhere")
+    assert set(loader.load().engines) == {part.name for part in bundle.network.parts} - {"full"}
+    assert loader.store.directory == tmp_path / "elsewhere" / "fake-1-cpu-fp32"
+    assert digests(bundle_copy) == before
+    store.build(lambda: backend)
+    Loader(bundle, store, backend, strategy="chain", build_in=tmp_path / "unused").load()  # it has them itself by now
+    assert not (tmp_path / "unused").exists()
+
+
 def test_failing_build_names_the_first_part(bundle_copy, monkeypatch):
     from engines.fake import FakeBackend
 
@@ -102,7 +118,7 @@ def test_failing_build_names_the_first_part(bundle_copy, monkeypatch):
         raise EngineError(f"part {part.name!r}: broken")
 
     monkeypatch.setattr(FakeBackend, "build", build)
-    with pytest.raises(EngineError, match=r"9 engines did not build; the first: part 'policy': broken"):
+    with pytest.raises(EngineError, match=r"9 fp32 engines did not build; the first: part 'policy': broken"):
         Orchestrator.open(bundle_copy, backend="fake")
 
 
