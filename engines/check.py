@@ -30,7 +30,7 @@ def check_engine(
     """
     rng = np.random.default_rng(0)
     proto = onnx.ModelProto.FromString(model)
-    feeds = {t.name: probe_values(t, rng, quantizing_scale(proto, t.name), n_images=n_images) for t in part.inputs}
+    feeds = {t.name: _probe_values(t, rng, quantizing_scale(proto, t.name), n_images=n_images) for t in part.inputs}
     expected = OnnxReference(model).run(feeds)
     actual = run_plain(engine, part, feeds)
     precision = precision_of(proto)
@@ -44,7 +44,7 @@ def check_engine(
     return worst.error
 
 
-def probe_values(
+def _probe_values(
     tensor: TensorSpec, rng: np.random.Generator, scale: float | None = None, *, n_images: int = N_PROBES
 ) -> np.ndarray:
     """Return values to compare an engine with its part on; `scale` is that on which the part quantizes them, if any.

@@ -46,7 +46,6 @@ class OnnxFunction:
                 "--precision fp32 or fp16, or --backend tensorrt"
             )
         values = {weight.name: torch.from_numpy(numpy_helper.to_array(weight).copy()) for weight in graph.initializer}
-        self.computes_in_half = any(value.dtype == torch.float16 for value in values.values())
         nodes = fuse_convolutions(graph) if fuse else graph.node
         self._steps = [
             _fused_step(part, node, values, device)

@@ -18,21 +18,18 @@ from torch import Tensor
 
 from bdtool.errors import BackendError, DataError, EngineError, UsageError
 from bdtool.specs import NetworkSpec, PartSpec
-from engines.base import ENGINE_TOLERANCE, PLAIN_LAYOUT, Buffer, BuiltEngine, Call, Engine, JoinedEngine, PartEngine
+from engines.base import PLAIN_LAYOUT, Buffer, BuiltEngine, Call, Engine, JoinedEngine, PartEngine
 from engines.capture import Capturer
-from engines.check import probe_values
+from engines.check import check_engine
 from engines.cuda_device import open_device
 from engines.device_array import LEGACY_STREAM, PER_THREAD_STREAM, DeviceArray
 from engines.device_timer import CopyWatch, DeviceTimer
 from engines.torch_graph import TorchCapturer
 from engines.torch_onnx import Function, OnnxFunction, memory_format
 from engines.torch_streams import torch_stream
-from export.check import OnnxReference, compare_outputs
 from export.files import sha256_of_bytes
 from export.ort_threads import checked_threads
 
-# fp16 keeps 11 bits, and the reference sums its products in another order and precision
-_HALF_TOLERANCE = 5e-3
 _Owner = TypeVar("_Owner")
 
 
@@ -65,18 +62,7 @@ class TorchBackend:
         return PLAIN_LAYOUT  # channels-last is how tensors lie in memory; their values are in NCHW order
 
     def build(self, part: PartSpec, model: bytes, *, layout: str) -> BuiltEngine:
-        engine = self._open(part, model)
-        rng = np.random.default_rng(0)
-        feeds = {t.name: probe_values(t, rng) for t in part.inputs}
-        expected = OnnxReference(model).run(feeds)
-        tolerance = _HALF_TOLERANCE if engine.computes_in_half else ENGINE_TOLERANCE
-        worst = compare_outputs(expected, engine.run(feeds), tolerance=tolerance)
-        if not worst.ok:
-            raise EngineError(
-                f"part {part.name!r}: its engine differs from its ONNX by {worst.error:.2g} of the output's range, "
-                f"allowed is {tolerance}"
-            )
-        return BuiltEngine(data=model, layout=layout, error=worst.error)
+        return BuiltEngine(data=model, layout=layout, error=check_engine(part, model, self._open(part, model)))
 
     def load(self, part: PartSpec, data: bytes, *, layout: str) -> Engine:
         if layout != PLAIN_LAYOUT:
@@ -132,8 +118,7 @@ class TorchBackend:
         return TorchCapturer(open_device(str(device), stream=lambda: torch.cuda.current_stream(device).cuda_stream))
 
     def _open(self, part: PartSpec, data: bytes) -> TorchEngine:
-        function = self._function(part, data)
-        return TorchEngine(part, function, self.device, computes_in_half=function.computes_in_half)
+        return TorchEngine(part, self._function(part, data), self.device)
 
     def _function(self, part: PartSpec, data: bytes) -> OnnxFunction:
         """Return the part's function; equal parts, loaded or joined, share one and so the memory of its weights."""
@@ -193,10 +178,7 @@ class TorchEngine(PartEngine):
 
     layout = PLAIN_LAYOUT
 
-    def __init__(
-        self, part: PartSpec, function: Function, device: torch.device, *, computes_in_half: bool = False
-    ) -> None:
-        self.computes_in_half = computes_in_half
+    def __init__(self, part: PartSpec, function: Function, device: torch.device) -> None:
         super().__init__(part)
         self._function = function
         self._device = device
