@@ -33,10 +33,11 @@ class EngineBound:
 
 # An integer engine also quantizes the direct operand of the addition, where a value that no calibration image reached
 # saturates, and rounds ties otherwise. A half-precision engine sums in another order, and may keep more digits inside
-# than its part says: up to 1e-3 was measured for single parts in fp16, 1.3e-3 for a whole ResNet-32.
+# than its part says: on the CPU up to 1e-3 was measured for single parts in fp16, 1.3e-3 for a whole ResNet-32; GPUs,
+# on which deeper networks run, have the rest of the bound.
 ENGINE_BOUNDS = {
     "fp32": EngineBound(tolerance=ENGINE_TOLERANCE),
-    "fp16": EngineBound(tolerance=0.005),
+    "fp16": EngineBound(tolerance=0.01),
     "bf16": EngineBound(tolerance=0.05),
     "int8": EngineBound(tolerance=0.05, share=0.99),
     "int8 network": EngineBound(tolerance=0.25, share=0.99),  # the errors of all parts, on pictures of noise
