@@ -16,10 +16,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from bdtool.calibrating import calibrate
-from bdtool.calibration_request import CalibrationRequest
+from bdtool.calibrating.calibrate import calibrate
+from bdtool.calibrating.gates import Gates, Reference, measure_gates
+from bdtool.calibrating.request import CalibrationRequest
 from bdtool.data.sources import open_data
-from bdtool.gates import Gates, Reference, measure_gates
 from bdtool.models.shipped import shipped_models
 from bdtool.pipeline import export_model
 from bdtool.runtime.orchestrator import Orchestrator

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from bdtool.cli import main
 from bdtool.evaluation import open_classifier
 from bdtool.runtime.place import Place
-from bdtool.verification import LOGITS_TOLERANCE
+from bdtool.verification.ladder import LOGITS_TOLERANCE
 
 pytestmark = pytest.mark.slow
 BATCH = 250

@@ -23,7 +23,7 @@ from export.manifest import DEFAULT_MAX_BATCH
 
 if TYPE_CHECKING:
     from bdtool.runtime.place import Place
-    from bdtool.verification import Verification
+    from bdtool.verification.ladder import Verification
     from export.exporter import ExportedPart
 
 
@@ -109,7 +109,7 @@ def verify_cmd(
       bdtool verify bundle --data cifar10:data --precision int8
     """
     from bdtool.data.sources import open_data
-    from bdtool.verification import verify
+    from bdtool.verification.ladder import verify
     from export.bundle import Bundle
 
     opened = Bundle.open(bundle, check_digests=False)  # the first rung does

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from bdtool.calibration_request import CalibrationRequest
+from bdtool.calibrating.request import CalibrationRequest
 from bdtool.cli.command import Command
 from bdtool.cli.options import (
     BUNDLE,
@@ -26,7 +26,7 @@ from calibration.methods import METHODS
 from export.manifest import CALIBRATED
 
 if TYPE_CHECKING:
-    from bdtool.calibrating import Calibrated
+    from bdtool.calibrating.calibrate import Calibrated
 
 
 @click.command("calibrate", cls=Command)
@@ -130,7 +130,7 @@ def calibrate_cmd(
       bdtool calibrate bundle --data cifar10:data --policy distribute:12
       bdtool calibrate bundle --data train.npz --eval test.npz --precision mixed --max-accuracy-drop 0.2
     """
-    from bdtool.calibrating import calibrate
+    from bdtool.calibrating.calibrate import calibrate
     from bdtool.data.sources import open_data
     from export.bundle import Bundle
 

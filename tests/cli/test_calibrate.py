@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from bdtool import Orchestrator
-from bdtool.calibrating import halves
-from bdtool.candidate_trial import Trial
+from bdtool.calibrating.calibrate import halves
+from bdtool.calibrating.trial import Trial
 from bdtool.data.sources import open_data
 from bdtool.data.synthetic import synthetic_images
 from bdtool.errors import EngineError
@@ -206,7 +206,7 @@ def test_parts_that_cannot_be_written_leave_the_manifest_as_it_was(bdtool, bundl
 
 def _meanwhile(monkeypatch, change):
     """Let something happen to the bundle between what `calibrate` measured and what it writes."""
-    from bdtool import calibrating
+    from bdtool.calibrating import calibrate as calibrating
 
     commit = calibrating.commit_candidate
 
@@ -323,15 +323,19 @@ def test_mixed_times_anew_what_it_takes_from_an_earlier_run(calibrate, bundle_co
     calibrate("--precision", "mixed")
     [cached] = bundle_copy.with_name(".bundle.calibration").glob("sensitivity-*.json")
     assert not any("ms" in figure for row in json.loads(cached.read_bytes()).values() for figure in row)
-    monkeypatch.setattr("bdtool.sensitivity._Bench.sensitivity", lambda bench, name: pytest.fail("measured again"))
-    monkeypatch.setattr("bdtool.sensitivity.times_in_turns", lambda first, second: np.array([[2.0, 1.0]] * 4))
+    monkeypatch.setattr(
+        "bdtool.calibrating.sensitivity._Bench.sensitivity", lambda bench, name: pytest.fail("measured again")
+    )
+    monkeypatch.setattr(
+        "bdtool.calibrating.sensitivity.times_in_turns", lambda first, second: np.array([[2.0, 1.0]] * 4)
+    )
     assert calibrate("--precision", "mixed", "--max-accuracy-drop", 100)["not_faster"] == []
 
 
 def test_mixed_that_loses_more_on_other_images_is_refused(bdtool, bundle_copy, labelled, monkeypatch):
     chosen_on = "without the 5 of the gates"
     drop = property(lambda gates: 0.0 if gates.input_source.endswith(chosen_on) else 0.7)
-    monkeypatch.setattr("bdtool.gates.Gates.accuracy_drop", drop)
+    monkeypatch.setattr("bdtool.calibrating.gates.Gates.accuracy_drop", drop)
     words = ("calibrate", bundle_copy, "--data", labelled, "--precision", "mixed", "--eval-limit")
     told = bdtool(*words, 10, status=1)
     assert "blocks, chosen on 5 other images; of the rest" in told.stdout

@@ -12,7 +12,7 @@ from bdtool.errors import DataError
 from bdtool.runtime.loading import Loader
 from bdtool.runtime.place import Place
 from bdtool.runtime.preprocess import Preprocessor, preprocess
-from bdtool.verification import verify
+from bdtool.verification.ladder import verify
 from engines.fake import FakeBackend
 from engines.registry import identify_backend, open_backend
 from engines.store import EngineStore

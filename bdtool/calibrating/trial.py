@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from bdtool.calibrating.gates import Gates, Reference, measure_gates
 from bdtool.data.batches import ImageSource
-from bdtool.gates import Gates, Reference, measure_gates
 from bdtool.runtime.loading import Loader
 from bdtool.runtime.orchestrator import Orchestrator
 from bdtool.runtime.policies import PolicyRequest

@@ -27,19 +27,19 @@ import numpy as np
 
 from bdtool.data.batches import ImageBatch, ImageSource
 from bdtool.errors import EngineError
-from bdtool.lower_precision import flips_bound, logits_error, lower_outputs, path_probes, terms_of
-from bdtool.manifest_check import compare_with_model
 from bdtool.models.model import BlockDropModel
 from bdtool.models.parts import part_modules
 from bdtool.models.store import load_model
-from bdtool.part_comparison import compare_part
 from bdtool.runtime.orchestrator import Orchestrator
 from bdtool.runtime.place import Place
 from bdtool.runtime.policies import parse_policy, parse_policy_for
 from bdtool.runtime.preprocess import preprocess
 from bdtool.runtime.result import RunResult
-from bdtool.strategy_check import LEARNED, answers_of, other_strategies
 from bdtool.torch_classifier import TorchClassifier
+from bdtool.verification.lower_precision import flips_bound, logits_error, lower_outputs, path_probes, terms_of
+from bdtool.verification.manifest_check import compare_with_model
+from bdtool.verification.part_comparison import compare_part
+from bdtool.verification.strategy_check import LEARNED, answers_of, other_strategies
 from export.bundle import Bundle
 from export.check import Comparison
 from export.manifest import EXPORTED

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from bdtool import Orchestrator
+from bdtool.calibrating.gates import Reference, measure_gates
 from bdtool.data.batches import ImageSource
 from bdtool.data.synthetic import synthetic_images
-from bdtool.gates import Reference, measure_gates
 from bdtool.runtime.policies import parse_policy_for
 from tests.conftest import Exported
 

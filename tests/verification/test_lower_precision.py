@@ -3,9 +3,9 @@
 import numpy as np
 
 from bdtool.data.synthetic import synthetic_images
-from bdtool.lower_precision import flips_bound, path_probes
 from bdtool.runtime.preprocess import preprocess
 from bdtool.torch_classifier import TorchClassifier
+from bdtool.verification.lower_precision import flips_bound, path_probes
 from export.bundle import Bundle
 
 

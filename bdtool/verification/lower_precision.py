@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from bdtool.calibration_request import CalibrationRequest
+from bdtool.calibrating.request import CalibrationRequest
 from bdtool.models.model import BlockDropModel
 from bdtool.models.parts import part_modules
 from bdtool.specs import NetworkSpec, PartSpec

@@ -12,12 +12,12 @@ from typing import Any
 
 import onnx
 
-from bdtool.calibration_request import CalibrationRequest
-from bdtool.calibration_set import CalibrationSet, PathStatistics, collect_statistics
-from bdtool.candidate_trial import Trial
+from bdtool.calibrating.calibration_set import CalibrationSet, PathStatistics, collect_statistics
+from bdtool.calibrating.gates import Gates, Reference
+from bdtool.calibrating.request import CalibrationRequest
+from bdtool.calibrating.trial import Trial
 from bdtool.data.batches import ImageSource
 from bdtool.errors import BundleError, CalibrationError, PolicyError, UsageError
-from bdtool.gates import Gates, Reference
 from bdtool.runtime.policies import PolicyRequest, parse_policy_for
 from bdtool.runtime.read_only import is_read_only
 from bdtool.specs import PartSpec
@@ -265,7 +265,7 @@ class _Calibration:
 
     def _mixed_candidates(self, reference: Reference, statistics: PathStatistics) -> Candidates:
         """Let each block take the precision that pays; the activation stays float32, so that they can differ."""
-        from bdtool.sensitivity import mixed_models
+        from bdtool.calibrating.sensitivity import mixed_models
 
         blocks = {part.name for part in self._bundle.network.blocks}
         models = self._quantized_models(statistics, integer_activations=False)

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from bdtool.calibration_set import PathStatistics
-from bdtool.candidate_trial import Trial
-from bdtool.gates import Gates, Reference
+from bdtool.calibrating.calibration_set import PathStatistics
+from bdtool.calibrating.gates import Gates, Reference
+from bdtool.calibrating.trial import Trial
 from bdtool.runtime.orchestrator import Orchestrator
 from bdtool.specs import PartSpec
 from calibration.cache import ResultCache, content_key

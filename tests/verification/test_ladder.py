@@ -19,7 +19,7 @@ from bdtool.models.state import model_from_state
 from bdtool.models.store import save_model
 from bdtool.runtime import one_call, paths
 from bdtool.runtime.place import Place
-from bdtool.verification import Verification, verify
+from bdtool.verification.ladder import Verification, verify
 from engines.onnxrt import OnnxRuntimeBackend
 from export.bundle import Bundle
 from export.files import sha256_of_file
