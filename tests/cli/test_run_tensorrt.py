@@ -133,6 +133,8 @@ def test_profile_takes_masks_from_where_the_engines_are(monkeypatch, tmp_path, b
     paths, source = path_options(Bundle.open(bundle_copy), workload, place)
     assert source == STORED
     assert len(paths.ahead) > 1
+    options = {"backend": "tensorrt", "device": "cuda:0", "strategy": "graph", "cuda_graph": "policy-cache"}
+    Orchestrator.open(bundle_copy, **options).close()  # it would refuse a mode that knows no masks
 
 
 def test_profile_measures_graph_modes_side_by_side(monkeypatch, tmp_path, bdtool, bdtool_json, bundle_copy, npz):

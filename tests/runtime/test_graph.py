@@ -96,6 +96,13 @@ def test_probability_that_is_not_finite_is_refused(monkeypatch, tmp_path, tiny):
         runtime.run(image)
 
 
+def test_timed_orchestrator_sees_the_one_launch(opened, tiny, pixels):
+    seen = []
+    with opened[1].timed(lambda part, call: lambda: (seen.append(part.name), call())) as timed:
+        timed.run(pixels(tiny.model, 1), policy="101")
+    assert seen == ["graph"]
+
+
 def test_controller_that_decides_on_the_way_is_refused(opened, tiny, preprocessed):
     class Gate:
         mask = None

@@ -35,6 +35,13 @@ def test_learned_policy_decides_the_same(both):
     assert len(np.unique(actual.policy, axis=0)) > 1
 
 
+def test_timed_orchestrator_sees_the_one_call(both):
+    seen, image = [], synthetic_images(1, height=32, width=32)
+    with both[1].timed(lambda part, call: lambda: (seen.append(part.name), call())) as timed:
+        timed.run(image, policy="101")
+    assert seen == ["fused"]
+
+
 def test_controller_that_decides_on_the_way_is_refused(both):
     class Gate:
         mask = None

@@ -54,11 +54,6 @@ def test_crop_is_the_part_that_its_numbers_say(
     assert np.array_equal(got, pixels[top : top + height, left : left + width])
 
 
-def test_picture_of_one_pixel_is_cropped_to_itself() -> None:
-    pixel = np.full((1, 1, 3), 7, dtype=np.uint8)
-    assert np.all(random_resized_crop(pixel, [0.0] * 5, height=4, width=4) == 7)
-
-
 def test_a_crop_of_the_whole_picture_is_the_picture() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     got = random_resized_crop(pixels, [1.0, 0.5, 0.0, 0.0, 0.0], height=16, width=16)

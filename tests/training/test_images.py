@@ -1,3 +1,4 @@
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -6,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from bdtool.data.batches import ImageSource
 from bdtool.data.sources import open_data
 from bdtool.models.model import BlockDropModel
 from bdtool.models.parts import network_spec
@@ -40,13 +42,13 @@ def test_large_pictures_are_cropped_from_their_files(
     for k in range(10):
         (tmp_path / f"class_{k}").mkdir()
         Image.fromarray(rng.integers(0, 256, (90, 120, 3), dtype=np.uint8)).save(tmp_path / f"class_{k}" / "a.png")
-    size = Preprocessing(height=64, width=64, mean=(0.5,) * 3, std=(0.25,) * 3, resize=72)
+    size = Preprocessing(height=64, width=48, mean=(0.5,) * 3, std=(0.25,) * 3, resize=72)
     source = open_data(str(tmp_path), network=network_spec(model), resize=True)
     images = training_images(source, size, device=CPU)
     assert isinstance(images, PictureFiles)
     uniforms = torch.rand(4, images.n_uniforms, generator=torch.Generator().manual_seed(0))
     batch, labels = images.batch(torch.tensor([9, 0, 4, 4]), uniforms)
-    assert batch.shape == (4, 3, 64, 64)
+    assert batch.shape == (4, 3, 64, 48)
     assert labels.tolist() == [9, 0, 4, 4]
     assert not torch.equal(batch[2], batch[3]), "the same picture, cropped by other numbers"
 
@@ -63,7 +65,7 @@ def test_flipped_images_are_else_as_they_are_deployed(
     model = random_model("resnet18", size=64)
     source = open_data(str(tmp_path), network=network_spec(model), resize=True)
     images = kind(source, model.spec.preprocessing, device=CPU, augment="flip")
-    uniforms = torch.full((2, images.n_uniforms), 0.5)
+    uniforms = torch.full((2, images.n_uniforms), 0.2)
     uniforms[:, -1] = number
     batch, labels = images.batch(torch.tensor([7, 2]), uniforms)
     deployed = preprocess(source.take(10).images, model.spec.preprocessing)[[7, 2]]
@@ -79,6 +81,35 @@ def test_facts_name_the_data_without_its_place(stripes: Path, random_model: Call
     assert facts["n_images"] == 100
     whole = training_images(source, model.spec.preprocessing, device=CPU).facts
     assert whole["sha256"] != facts["sha256"]
+
+
+@pytest.mark.parametrize("kind", [MemoryImages, PictureFiles])
+def test_facts_tell_data_sets_apart(
+    kind: type[MemoryImages | PictureFiles], stripes_source: ImageSource, random_model: Callable[..., BlockDropModel]
+) -> None:
+    """By their images, of files by their names, and by their labels."""
+    source = dataclasses.replace(stripes_source, picture_at=stripes_source.image_at)
+    assert source.labels is not None
+    others = (
+        dataclasses.replace(source, labels=source.labels[::-1].copy()),
+        dataclasses.replace(source, names=source.names[::-1], image_at=lambda index: 255 - source.image_at(index)),
+    )
+    preprocessing = random_model("resnet8").spec.preprocessing
+    digests = {kind(one, preprocessing, device=CPU).facts["sha256"] for one in (source, *others)}
+    assert len(digests) == 3
+
+
+def test_only_large_pictures_stay_in_their_files(
+    stripes_source: ImageSource, random_model: Callable[..., BlockDropModel]
+) -> None:
+    small = random_model("resnet8").spec.preprocessing
+    files = dataclasses.replace(stripes_source, picture_at=stripes_source.image_at)
+    large = dataclasses.replace(small, resize=40)
+    kinds = [
+        type(training_images(source, preprocessing, device=CPU))
+        for source, preprocessing in ((files, large), (files, small), (stripes_source, large))
+    ]
+    assert kinds == [PictureFiles, MemoryImages, MemoryImages]
 
 
 def test_read_all_keeps_the_order(stripes: Path, random_model: Callable[..., BlockDropModel]) -> None:

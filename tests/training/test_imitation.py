@@ -23,11 +23,18 @@ from bdtool.training.options import ImitateOptions
 from bdtool.training.place import TrainingPlace
 from bdtool.training.policy_head import HeadFit
 from bdtool.training.stages import imitate
+from bdtool.training.trainer import schedule_factor
 
 
+@pytest.mark.parametrize("at_once", [64, 5])
 def test_the_block_missed_least_is_dropped_next(
-    random_model: Callable[..., BlockDropModel], preprocessed: Callable[..., np.ndarray]
+    at_once: int,
+    random_model: Callable[..., BlockDropModel],
+    preprocessed: Callable[..., np.ndarray],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """In one piece, or in three, of 5, 5 and 2 images."""
+    monkeypatch.setattr(nested, "_AT_ONCE", at_once)
     model = random_model("resnet14")
     images, labels = torch.from_numpy(preprocessed(model, 12)), torch.arange(12) % 10
     search = MaskSearch(model.base, images, labels, fewest=3)
@@ -84,6 +91,21 @@ def test_a_feature_that_hardly_varied_decides_nothing(n_hidden: int) -> None:
     first = policy.logit if policy.hidden is None else policy.hidden
     assert first.weight[:, 5:7].abs().max() == 0
     assert 0 < first.weight.abs().max() < 100
+
+
+def test_layers_learn_at_the_scheduled_rate_from_what_the_seed_draws() -> None:
+    features = torch.randn(2, 40, 64, generator=torch.Generator().manual_seed(0))
+    targets = (features[0, :, :2] > 0).float()
+    start, weights = PolicyNetwork("cifar", n_blocks=2), []
+    for seed in (0, 1):
+        policy, rates = copy.deepcopy(start), []
+        fit = HeadFit(policy, features, targets, ImitateOptions(epochs=2, batch=20, lr=0.01, seed=seed))
+        while not fit.is_over:
+            rates.append(fit.state_dict()["optimizer"]["param_groups"][0]["lr"])
+            fit.advance()
+        assert rates == pytest.approx([0.01 * schedule_factor("cosine", 4)(step) for step in range(4)])
+        weights.append(policy.logit.weight)
+    assert not torch.equal(*weights)
 
 
 def test_flipped_images_are_learned_from_too() -> None:
@@ -198,6 +220,15 @@ def test_a_policy_without_hidden_layer_is_fitted_too(
     assert {0.1, 0.2, 0.9} <= {round(share, 6) for share in shares}  # a step of each part: 2 masks, 4 steps of Adam
     assert shares == sorted(shares)
     assert shares[-1] == pytest.approx(1)
+
+
+def test_all_images_may_be_given_all_blocks(
+    random_model: Callable[..., BlockDropModel], place: Callable[..., TrainingPlace]
+) -> None:
+    options = ImitateOptions(epochs=20, batch=64, fewest=3, most=3, judges=8, limit=64)
+    trained = imitate(random_model("resnet8", has_policy=False), options, place())
+    assert trained.model.spec.provenance["masks"] == {"3": "111"}
+    assert trained.figures["blocks_mean"] == 3
 
 
 def test_a_second_run_into_the_same_model_is_refused_while_one_is_at_work(

@@ -241,9 +241,11 @@ def test_rows_of_training_images_are_not_measured_on_others(
 def test_rows_for_other_images_are_refused(
     random_model: Callable[..., BlockDropModel], place: Callable[..., TrainingPlace], tmp_path: Path
 ) -> None:
-    np.save(tmp_path / "rows.npy", np.ones((255, 3)))
-    with pytest.raises(PolicyError, match="got 255 rows for 256 training images"):
-        finetune(random_model("resnet8"), FinetuneOptions(epochs=1, policy=str(tmp_path / "rows.npy")), place(val=None))
+    options = FinetuneOptions(epochs=1, policy=str(tmp_path / "rows.npy"))
+    for n_rows in (255, 257):
+        np.save(tmp_path / "rows.npy", np.ones((n_rows, 3)))
+        with pytest.raises(PolicyError, match=f"got {n_rows} rows for 256 training images"):
+            finetune(random_model("resnet8"), options, place(val=None))
 
 
 def test_heuristic_has_no_policy_network_to_freeze(
@@ -262,6 +264,23 @@ def test_new_policy_network_keeps_most_blocks(
     with torch.no_grad():
         probability = model.keep_probability(torch.from_numpy(preprocessed(model, 16)))
     assert 0.7 < probability.mean() < 0.95
+
+
+@pytest.mark.parametrize("stage", ["curriculum", "imitate"])
+def test_new_policy_network_is_drawn_by_the_seed(
+    stage: str, random_model: Callable[..., BlockDropModel], place: Callable[..., TrainingPlace]
+) -> None:
+    start, quick, weights = random_model("resnet8", has_policy=False), {"epochs": 1, "batch": 16, "limit": 16}, []
+    for seed in (0, 1):
+        where = place(str(seed), val=None)
+        model = (
+            curriculum(start, CurriculumOptions(**quick, seed=seed, lr=1e-9), where)
+            if stage == "curriculum"
+            else imitate(start, ImitateOptions(**quick, seed=seed, judges=8), where)
+        ).model
+        assert model.policy is not None
+        weights.append(model.policy.trunk.stem.conv.weight)
+    assert (weights[0] - weights[1]).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "curriculum", "finetune"])
