@@ -33,8 +33,8 @@ class EngineBound:
 
 # An integer engine also quantizes the direct operand of the addition, where a value that no calibration image reached
 # saturates, and rounds ties otherwise. A half-precision engine sums in another order, and may keep more digits inside
-# than its part says: on the CPU up to 1e-3 was measured for single parts in fp16, 1.3e-3 for a whole ResNet-32; GPUs,
-# on which deeper networks run, have the rest of the bound.
+# than its part says: on the CPU up to 1e-3 was measured for single parts in fp16, 1.3e-3 for a whole ResNet-32. Whole
+# networks that are deeper, on a GPU, were not measured.
 ENGINE_BOUNDS = {
     "fp32": EngineBound(tolerance=ENGINE_TOLERANCE),
     "fp16": EngineBound(tolerance=0.01),

@@ -215,7 +215,7 @@ class NetworkGraphs:
         try:
             captured = self._capturer.capture(self._engines[part.name], inputs, outputs, beside=beside)
         except EngineError as exc:
-            if re.search(rf"\b{part.name}\b", str(exc)):
+            if re.search(rf"\b{re.escape(part.name)}\b", str(exc)):
                 raise
             raise EngineError(f"part {part.name!r}: cannot be captured: {exc}. Use --strategy chain") from exc
         self._captured.append(captured)

@@ -190,13 +190,15 @@ def exclusive_lock(path: Path, *, purpose: str) -> Iterator[None]:
 
 @contextmanager
 def export_lock(target: Path) -> Iterator[None]:
-    """Hold the lock of whoever exports to the bundle directory `target`, or changes what it holds.
+    """Hold the lock under which a bundle's parts change: by an export to `target`, or what a calibration commits.
 
     Raises:
         BundleError: another process holds it.
     """
     target = target.resolve()  # "." has no name, and a symbolic link names the same bundle
-    with exclusive_lock(target.with_name(f".{target.name}.lock"), purpose=f"an export to {target}"):
+    with exclusive_lock(
+        target.with_name(f".{target.name}.lock"), purpose=f"an export to {target}, or a calibration of it,"
+    ):
         yield
 
 

@@ -32,11 +32,15 @@ def why_unfit(data: bytes, part: PartSpec) -> str | None:
 
 
 def _locations(graph: onnx.GraphProto) -> Iterator[str]:
-    """Yield the files in which a graph keeps tensors."""
-    tensors = [*graph.initializer, *(attribute.t for node in graph.node for attribute in node.attribute)]
-    for tensor in tensors:
+    """Yield the files in which a graph, or a graph within it, keeps tensors."""
+    attributes = [attribute for node in graph.node for attribute in node.attribute]
+    sparse = [tensor for one in graph.sparse_initializer for tensor in (one.values, one.indices)]
+    for tensor in (*graph.initializer, *sparse, *(tensor for one in attributes for tensor in (one.t, *one.tensors))):
         if external_data_helper.uses_external_data(tensor):
             yield external_data_helper.ExternalDataInfo(tensor).location
+    for attribute in attributes:
+        for inner in (attribute.g, *attribute.graphs):
+            yield from _locations(inner)
 
 
 def _misfit(which: str, infos: object, tensors: tuple[TensorSpec, ...]) -> str | None:
@@ -70,4 +74,7 @@ def _shape(info: onnx.ValueInfoProto) -> tuple[int | str, ...]:
 
 
 def _dtype(info: onnx.ValueInfoProto) -> str:
+    kind = info.type.WhichOneof("value")
+    if kind != "tensor_type":  # a sequence, for instance
+        return kind or "without a type"
     return helper.tensor_dtype_to_np_dtype(info.type.tensor_type.elem_type).name

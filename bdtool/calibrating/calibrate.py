@@ -102,8 +102,8 @@ def calibrate(
     Args:
         data: calibration images; `request.limit` of them are drawn.
         evaluation: images for the gates, labelled where the accuracy is to be bounded. Where it is the set of `data`,
-            those calibrated on are left out, if `LEAST_HELD_OUT` others remain. Of mixed precision they are halved: one
-            half is to choose on.
+            those calibrated on are left out, if `LEAST_HELD_OUT` others remain; of mixed precision twice as many, which
+            are halved: one half is to choose on.
         on_progress: called with the name of a step and the share of it that is done, 0 to 1.
 
     Raises:
@@ -144,10 +144,10 @@ def calibrate(
             return _Calibration(bundle, data, evaluation, policy, request, work, Path(staging), on_progress).run()
 
 
-def held_out(evaluation: ImageSource, calibrated_on: ImageSource) -> ImageSource:
-    """Return the images that were not calibrated on; all of them where fewer than `LEAST_HELD_OUT` are left."""
+def held_out(evaluation: ImageSource, calibrated_on: ImageSource, *, at_least: int = LEAST_HELD_OUT) -> ImageSource:
+    """Return the images that were not calibrated on; all of them where fewer than `at_least` are left."""
     shared = evaluation.shared_with(calibrated_on)
-    if not shared.any() or (~shared).sum() < LEAST_HELD_OUT:
+    if not shared.any() or (~shared).sum() < at_least:
         return evaluation
     n_left_out = counted(int(shared.sum()), "image")
     return evaluation.without(
@@ -187,9 +187,11 @@ class _Calibration:
         self._images = data.drawn(request.limit, seed=request.seed)
         self._policy = policy
         self._on_progress = on_progress
-        judged = evaluation if request.precision in HALF_DTYPES else held_out(evaluation, self._images)
-        judged = judged.drawn(request.eval_limit)
-        if request.precision == "mixed":
+        is_mixed = request.precision == "mixed"
+        if request.precision not in HALF_DTYPES:
+            evaluation = held_out(evaluation, self._images, at_least=(1 + is_mixed) * LEAST_HELD_OUT)
+        judged = evaluation.drawn(request.eval_limit)
+        if is_mixed:
             judged, self._choosing_images = halves(judged)
         self._trial = Trial(
             evaluation=judged,

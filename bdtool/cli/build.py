@@ -78,7 +78,8 @@ def build_cmd(
     exit status is then 1.
 
     TensorRT-RTX builds without a GPU, for the architectures of --sm. TensorRT builds on the GPU of --device. FP16
-    engines of both come from the bundle's FP32 parts, the policy network and the logits staying FP32.
+    engines of both come from the bundle's FP32 parts, unless it has calibrated ones; the policy network and the logits
+    stay FP32.
 
     With --paths or --coverage the keep masks that the policy chooses on the images of --data are counted, and the
     frequent ones noted beside the engines: strategy `path` then has an engine for each from the start.

@@ -92,7 +92,8 @@ if TYPE_CHECKING:
     "evaluation",
     type=DATA,
     metavar="DATA",
-    help="Labelled images for the gates. Default: those of --data that are not calibrated on, if there are 100.",
+    help="Labelled images for the gates. Default: the test part of a named data set, else the images of --data. Those "
+    "that int8 or mixed are calibrated on are left out, if 100 (mixed: 200) others remain.",
 )
 @click.option(
     "--eval-limit",

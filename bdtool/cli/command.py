@@ -17,7 +17,7 @@ _WORDS = "bdtool.words"  # of the command line, in click's `meta`
 
 
 def command_line() -> str:
-    """Return the command that runs, as it was typed, to be typed again."""
+    """Return the command that runs as it was typed, without bdtool's own options, to be typed again."""
     words: tuple[str, ...] = click.get_current_context().meta[_WORDS]
     return shlex.join(["bdtool", *words])
 

@@ -213,6 +213,7 @@ def profile_cmd(
 
         request = ReportRequest(
             made_by=command_line(),
+            by_profile=True,
             bundle=bundle,
             data=data or "synthetic",
             output=html_file,

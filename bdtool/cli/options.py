@@ -323,7 +323,7 @@ def place_options(*, graphs: bool = False) -> Callable[[Callable[..., Any]], Cal
             default="auto",
             show_default=True,
             metavar="MODE",
-            help="CUDA graphs of strategies graph and full on a GPU: policy-cache, switch, if, path-cache, off (plain "
+            help="CUDA graphs of strategies graph and full on a GPU: policy-cache, switch, path-cache, off (plain "
             "launches), or auto (the fastest of those that driver and packages allow).",
         )
 

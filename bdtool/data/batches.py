@@ -42,6 +42,7 @@ class ImageSource:
         rows: int64 [n_images], the images' numbers in the whole data set, of which this is a sample; None: it is whole.
         drawn_from: description and number of images of the set that this was drawn from; None: it was not drawn.
         name: what the set is called wherever it lies: "train.npz", "cifar10-train"; a sample has that of its set.
+        origin: where the whole set lies, however that was written; "" where only the description tells sets apart.
     """
 
     description: str
@@ -53,6 +54,7 @@ class ImageSource:
     rows: np.ndarray | None = None
     drawn_from: tuple[str, int] | None = None
     name: str = ""
+    origin: str = ""
 
     def __post_init__(self) -> None:
         if not self.names:
@@ -113,8 +115,9 @@ class ImageSource:
         return replace(sample, drawn_from=self.whole)
 
     def shared_with(self, other: ImageSource) -> np.ndarray:
-        """Return which images are in `other`, too, bool [n_images]; sets of different descriptions share none."""
-        return np.isin(self.numbers, other.numbers) & (self.whole[0] == other.whole[0])
+        """Return which images are in `other`, too, bool [n_images]; sets of different origins share none."""
+        mine, theirs = (source.origin or source.whole[0] for source in (self, other))
+        return np.isin(self.numbers, other.numbers) & (mine == theirs)
 
     def without(self, other: ImageSource, *, description: str) -> ImageSource:
         """Return the images that are not in `other`, as a set that is described so.
@@ -135,6 +138,7 @@ class ImageSource:
             picture_at=None if picture_at is None else lambda index: picture_at(int(indices[index])),
             rows=self.numbers[indices],
             name=self.name,
+            origin=self.origin,
         )
 
     def _read(self, first: int, stop: int) -> ImageBatch:

@@ -80,9 +80,13 @@ def _checked_images(images: np.ndarray, *, path: Path) -> np.ndarray:
 
 def _read_arrays(path: Path) -> dict[str, np.ndarray]:
     try:
-        if not zipfile.is_zipfile(path):  # of which numpy says that it may be a pickle
-            raise ValueError("it is no zip archive, or cut short")
-        with np.load(path, allow_pickle=False) as file:
-            return {name: np.asarray(file[name]) for name in ("x", "y") if name in file}  # bytes where it is no array
+        with path.open("rb") as stream:
+            if not zipfile.is_zipfile(stream):  # of which numpy says that it may be a pickle
+                raise ValueError("it is no zip archive, or cut short")
+            stream.seek(0)
+            with np.load(stream, allow_pickle=False) as file:  # bytes where it is no array
+                return {name: np.asarray(file[name]) for name in ("x", "y") if name in file}
+    except OSError as exc:
+        raise DataError(f"{path}: cannot be read ({exc.strerror or exc}); {_EXPECTED}") from exc
     except Exception as exc:  # on damaged files numpy and zipfile raise almost anything: RuntimeError, TokenError
         raise DataError(f"{path}: not a readable .npz file ({exc}); {_EXPECTED}. Write it again with np.savez") from exc

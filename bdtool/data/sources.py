@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from bdtool.data.batches import ImageBatch, ImageSource
@@ -40,7 +41,8 @@ def open_data(data: str, *, network: NetworkSpec, resize: bool = False, split: S
     """
     source = _open_form(data, network=network, resize=resize, split=split)
     source.image_at(0)  # refuse what cannot fit now, not after minutes of building
-    return source
+    place = path_from_data(data)
+    return source if place is None else replace(source, origin=f"{source.name} {place.resolve()}")
 
 
 def class_names(data: str) -> tuple[str, ...] | None:

@@ -37,11 +37,11 @@ def run_demo(output: Path) -> None:
     start = time.perf_counter()
     require_extra()
     _prepare(output)
-    bundle, test = output / "bundle", output / "test.npz"
-    pictures = _draw_pictures(output, test)
+    bundle, train, test = output / "bundle", output / "train.npz", output / "test.npz"
+    pictures = _draw_pictures(output, train, test)
     _bdtool("models")
     _bdtool("export", MODEL, "-o", bundle)
-    _bdtool("build", bundle)
+    _bdtool("build", bundle, "--coverage", 0.95, "--data", train)
     _bdtool("verify", bundle, "--data", test)
     _bdtool("run", bundle, *pictures)
     _bdtool("evaluate", bundle, "--data", test)
@@ -65,16 +65,17 @@ def _prepare(output: Path) -> None:
             entry.unlink()
 
 
-def _draw_pictures(output: Path, test: Path) -> list[Path]:
-    """Write drawn pictures as .npz, and the first of each class as a file of its own."""
-    images, labels = drawn_pictures(_N_DRAWN)
-    with atomic_path(test) as temporary, temporary.open("wb") as file:
-        np.savez(file, x=images, y=labels)
+def _draw_pictures(output: Path, train: Path, test: Path) -> list[Path]:
+    """Write drawn pictures as two .npz, and the first of each class of the second as a file of its own."""
+    for seed, path in ((1, train), (0, test)):
+        images, labels = drawn_pictures(_N_DRAWN, seed=seed)
+        with atomic_path(path) as temporary, temporary.open("wb") as file:
+            np.savez(file, x=images, y=labels)
     pictures = []
     for image, label in zip(images[:_N_PICTURES], labels, strict=False):
         pictures.append(output / f"{CIFAR10_LABELS[label]}.png")
         Image.fromarray(image).save(pictures[-1])
-    click.echo(f"{test}: {_N_DRAWN} pictures drawn for this demo (vehicles; no photographs)")
+    click.echo(f"{train}, {test}: {_N_DRAWN} pictures each, drawn for this demo (vehicles; no photographs)")
     return pictures
 
 

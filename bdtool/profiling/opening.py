@@ -67,9 +67,10 @@ class Opened:
         n_masks = 0 if self.paths is None else len(self.paths.ahead)
         if n_masks < 2 or self.path_masks != COUNTED:
             return []
+        names = " and ".join(f"`{name}`" for name in self.runtimes if knows_masks(name))
         return [
-            f"no frequent masks are noted, so `path` and `graph` were prepared for the {n_masks} masks of the timed "
-            f"images; other images may have others, and take longer. Note some with {NOTE_MASKS}"
+            f"no frequent masks are noted, so {names} knew the {n_masks} masks of the timed images beforehand; other "
+            f"images may have others, and take longer. Note some with {NOTE_MASKS}"
         ]
 
 

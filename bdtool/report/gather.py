@@ -47,10 +47,12 @@ class ReportRequest:
     """What the user asked for; the page repeats it as commands.
 
     Attributes:
-        made_by: the command that makes the page.
+        made_by: the command that makes the page, without bdtool's own options.
+        by_profile: it is `bdtool profile`, which measures the page's latency alone, too.
     """
 
     made_by: str
+    by_profile: bool = False
     bundle: Path
     data: str
     output: Path
@@ -69,7 +71,7 @@ class ReportRequest:
         shared += ["--threads", str(place.threads)] if place.threads else []
         bundle = str(self.bundle)
         alone = [["evaluate", bundle, *shared, "--limit", str(self.limit)]]
-        if not self.made_by.startswith("bdtool profile "):
+        if not self.by_profile:
             alone.append(["profile", bundle, *shared, "--duration", f"{self.duration_s:g}"])
         return (self.made_by, *(shlex.join(["bdtool", *words]) for words in alone))
 

@@ -30,10 +30,7 @@ from engines.speculation import Speculation
 
 ONLY_SWITCH = GraphPlan(modes=(SWITCH,), is_forced=True)
 _IMAGES, _ROUNDS = 10, 4  # that each mode runs when modes are compared; the fastest round of a mask counts
-_NO_MASKS = (
-    f"no frequent masks are known; note some with {NOTE_MASKS}, for this --backend and --device, or give "
-    "PathOptions(ahead=...)"
-)
+_NO_MASKS = f"no frequent masks are known; note some with {NOTE_MASKS}, or give PathOptions(ahead=...)"
 
 
 def graph_strategy(

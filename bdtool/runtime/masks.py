@@ -14,7 +14,7 @@ from bdtool.runtime.policies import bits_of, keep_of
 from export.files import advice_on, json_from_bytes, write_json
 
 _FILE = "paths.json"
-NOTE_MASKS = "`bdtool build BUNDLE --coverage 0.95 --data DATA`"
+NOTE_MASKS = "`bdtool build BUNDLE --coverage 0.95 --data DATA`, with this --backend, --device and --precision"
 _AGAIN = f"note them again with {NOTE_MASKS}"
 
 

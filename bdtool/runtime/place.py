@@ -45,5 +45,10 @@ class Place:
         )
 
     def store(self, bundle: Bundle) -> EngineStore:
-        """Return the store of the bundle's engines for this place; see `EngineStore` for errors."""
+        """Return the store of the bundle's engines for this place.
+
+        Raises:
+            BundleError: the bundle has no parts of the precision, and the backend makes none.
+            UsageError: no such precision, backend or device.
+        """
         return EngineStore(bundle, identify_backend(self.backend, self.device), precision=self.precision)

@@ -49,7 +49,7 @@ def test_path_reports_its_cache_and_every_figure_its_spread(built, bdtool_json, 
     assert 1 <= path["paths"] <= 8
     assert 0 < path["path_bytes"] <= path["path_bytes_bound"]
     assert path["path_masks"] == "counted on the measured images before the clock started"
-    assert f"prepared for the {path['paths']} masks of the timed images" in " ".join(result["warnings"])
+    assert f"so `path` knew the {path['paths']} masks of the timed images beforehand" in " ".join(result["warnings"])
     assert "hit_rate" not in result["strategies"]["chain"]
     for strategy in result["strategies"].values():
         low, high = strategy["ratio_to_full_iqr"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import pickle
 import sys
@@ -76,7 +77,8 @@ def test_a_sample_of_a_sample_knows_the_numbers_in_the_whole_set(tmp_path: Path)
 
 
 def test_what_a_sample_leaves_is_a_set_of_its_own(tmp_path: Path) -> None:
-    source = open_data(npz(tmp_path, x=X, y=Y), network=NETWORK)
+    data = npz(tmp_path, x=X, y=Y)
+    source = open_data(data, network=NETWORK)
     sample = source.drawn(2)
     assert source.shared_with(sample).tolist() == [row in sample.numbers for row in range(5)]
     rest = source.without(sample, description="the rest")
@@ -86,6 +88,9 @@ def test_what_a_sample_leaves_is_a_set_of_its_own(tmp_path: Path) -> None:
     np.testing.assert_array_equal(batch.labels, Y[batch.rows])
     assert rest.drawn(2).description == "the rest, drawn from 3 images with seed 0"
     assert not rest.drawn(2).shared_with(sample).any()
+    (tmp_path / "link").symlink_to(tmp_path)
+    again = open_data(str(tmp_path / "link" / Path(data).name), network=NETWORK)
+    assert again.shared_with(sample).sum() == 2  # it is the same set, whatever leads there
     assert not open_data("synthetic:5", network=NETWORK).shared_with(sample).any()
     with pytest.raises(DataError, match="the rest: no images"):
         source.without(source, description="the rest")
@@ -326,3 +331,14 @@ def test_files_are_decoded_side_by_side_and_stay_in_order(monkeypatch):
     )
     np.testing.assert_array_equal(files.images_at([2, 0, 1, 3]), X[[2, 0, 1, 3]])
     np.testing.assert_array_equal(all_images(files, 4), X[:4])
+
+
+def test_npz_that_may_not_be_read_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = npz(tmp_path, x=X)
+
+    def denied(path: Path, mode: str) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", denied)
+    with pytest.raises(DataError, match=r"set\.npz: cannot be read \(Permission denied\); expected x uint8"):
+        open_data(data, network=NETWORK)

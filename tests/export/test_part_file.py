@@ -75,6 +75,13 @@ def _keep_weights_in(location):
     return edit
 
 
+def _give_a_sequence(model):
+    last = model.graph.output[0]
+    model.graph.node.append(helper.make_node("SequenceConstruct", [last.name], ["several"]))
+    kind = helper.make_tensor_type_proto(TensorProto.FLOAT, ["N", 16, 32, 32])
+    model.graph.output[0].CopyFrom(helper.make_value_info("several", helper.make_sequence_type_proto(kind)))
+
+
 _SHAPE = "float32 [N, 16, 32, 32]"
 
 
@@ -85,6 +92,7 @@ _SHAPE = "float32 [N, 16, 32, 32]"
         (_fix_batch, f"has inputs x float32 [1, 16, 32, 32], expected x {_SHAPE}"),
         (_add_output, f"expected y {_SHAPE}"),
         (_list_weights_as_inputs, "weight float32 [16, 16, 3, 3]"),
+        (_give_a_sequence, f"has outputs several sequence_type [], expected y {_SHAPE}"),
         (_take_half, "is no valid ONNX model ([ShapeInferenceError]"),
         (_add_function, "has functions of its own, expected nodes alone: onnx.inliner.inline_local_functions"),
         (_keep_weights_in("../secret"), "keeps weights in another file (../secret), expected all in one: onnx.save("),
@@ -103,16 +111,23 @@ def test_file_that_is_no_model_is_refused(bundle_copy, data, message):
         _bytes_of(bundle_copy, data)
 
 
-@pytest.mark.parametrize("in_a_node", [False, True])
-def test_weights_in_the_current_directory_are_not_taken(bundle_copy, model, tmp_path, monkeypatch, in_a_node):
+@pytest.mark.parametrize("where", ["graph", "node", "branch"])
+def test_weights_in_the_current_directory_are_not_taken(bundle_copy, model, tmp_path, monkeypatch, where):
     """No digest holds for them, and a library that is given the model's bytes looks for them there."""
     weight = model.graph.initializer[0]
     (tmp_path / "weights").write_bytes(weight.raw_data)
     monkeypatch.chdir(tmp_path)
     _keep_weights_in("weights")(model)
-    if in_a_node:
+    if where == "node":
         model.graph.node.insert(0, helper.make_node("Constant", [], [weight.name], value=weight))
         model.graph.initializer.remove(weight)
+    if where == "branch":
+        names = {"inputs": [], "outputs": [helper.make_tensor_value_info(weight.name, TensorProto.FLOAT, None)]}
+        branch = helper.make_graph([], "branch", **names, initializer=[weight])
+        choice = helper.make_node("If", ["always"], [weight.name], then_branch=branch, else_branch=branch)
+        model.graph.node.insert(0, choice)
+        model.graph.initializer.remove(weight)
+        model.graph.initializer.append(numpy_helper.from_array(np.array(True), "always"))
     with pytest.raises(BundleError, match=r"keeps weights in another file \(weights\)"):
         _bytes_of(bundle_copy, model)
 

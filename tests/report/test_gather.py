@@ -133,7 +133,7 @@ def test_commands_repeat_the_request() -> None:
     assert evaluated.startswith("bdtool evaluate 'my bundle' --data test.npz --policy first:2 ")
     assert evaluated.endswith("--limit 9")
     assert profiled.startswith("bdtool profile 'my bundle' ")
-    page_of_profile = ReportRequest(made_by="bdtool profile B --html P", **given).commands()
+    page_of_profile = ReportRequest(made_by="bdtool profile B --html P", by_profile=True, **given).commands()
     assert page_of_profile == ("bdtool profile B --html P", evaluated)
 
 

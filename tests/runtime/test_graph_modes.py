@@ -2,11 +2,13 @@
 
 import gc
 import itertools
+import re
 
 import numpy as np
 import pytest
 
 from bdtool import Orchestrator
+from bdtool.cli import main
 from bdtool.errors import BackendError, EngineError, UsageError
 from bdtool.runtime.factory import strategies_for
 from bdtool.runtime.paths import PathOptions
@@ -372,6 +374,12 @@ def test_network_of_many_blocks_takes_the_modes_that_need_no_kernel(driver, monk
         assert "its kernel decides on at most 2 blocks, and this network has 3" in runtime.graph_choice.reason
     with pytest.raises(UsageError, match="mode 'switch': its kernel decides on at most 2 blocks"):
         _open(tiny.bundle, cuda_graph="switch")
+
+
+def test_help_names_the_modes_that_there_are():
+    [option] = [param for param in main.commands["profile"].params if param.name == "cuda_graph"]
+    named = re.sub(r" \(.*?\)", "", option.help.partition(": ")[2]).rstrip(".").split(", ")
+    assert {name.removeprefix("or ") for name in named} == set(GRAPH_MODES)
 
 
 def test_forced_mode_is_the_only_one_of_the_plan():
