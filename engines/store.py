@@ -28,7 +28,7 @@ from engines.base import (
 )
 from engines.engine_set import EngineSet
 from engines.trt_options import has_host_code, largest_batch
-from export.bundle import Bundle
+from export.bundle import Bundle, UnfitPartError
 from export.files import (
     advice_on,
     json_from_bytes,
@@ -298,7 +298,7 @@ class EngineStore:
             built = backend.build(part, self._model(part), layout=layout)
         except LayoutError:
             raise
-        except (EngineError, ExportError) as exc:
+        except (EngineError, ExportError, UnfitPartError) as exc:
             return PartStatus(name=part.name, status="failed", seconds=time.perf_counter() - start, message=str(exc))
         record = self._write(part, built)
         return PartStatus(name=part.name, status="built", seconds=time.perf_counter() - start, record=record)

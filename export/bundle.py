@@ -14,6 +14,10 @@ from export.files import sha256_of_bytes, sha256_of_files
 from export.manifest import CALIBRATED, EXPORTED, Manifest, PartFile, read_manifest
 
 
+class UnfitPartError(BundleError):
+    """An ONNX file that the manifest lists, digest and all, is not the part that it tells of: somebody edited it."""
+
+
 class Bundle:
     """An opened bundle: its manifest, and files whose digests were checked.
 
@@ -80,7 +84,8 @@ class Bundle:
         """Return a part's ONNX model, whose digest is that of the manifest: files can change after `open`.
 
         Raises:
-            BundleError: it differs from its digest, cannot be read, or is no file of that part.
+            BundleError: it differs from its digest, or cannot be read.
+            UnfitPartError: it is no file of that part.
         """
         from export.part_file import why_unfit  # loads onnx, as does whoever takes the bytes
 
@@ -96,7 +101,7 @@ class Bundle:
         if (actual := sha256_of_bytes(data)) != listed.sha256:
             raise BundleError(f"{self.path}: {_difference(what, listed.file, actual, listed.sha256)}")
         if why := why_unfit(data, self.network_at(precision).part(part.name)):
-            raise BundleError(
+            raise UnfitPartError(
                 f"{self.path}: {what}, {listed.file}, {why}. Mend the file and put its SHA-256 in the manifest, or "
                 "export the model again"
             )

@@ -18,6 +18,7 @@ from engines.registry import identify_backend, open_backend
 from engines.store import EngineStore
 from export.bundle import Bundle
 from export.check import OnnxReference
+from export.files import sha256_of_file
 
 FAKE = BackendIdentity(name="fake", version="1", target="cpu", suffix=".json")
 
@@ -293,6 +294,18 @@ def test_part_that_changed_since_the_bundle_was_opened_is_not_built(bundle_copy)
         store.build(FakeBackend)
     (bundle_copy / "onnx" / "block_01.onnx").write_bytes(before)
     assert _statuses(store.build(FakeBackend))["block_01"] == "built"
+
+
+def test_edited_part_that_does_not_fit_loses_no_other(bundle_copy):
+    file = bundle_copy / "onnx" / "block_01.onnx"
+    file.write_bytes(b"")
+    manifest = json.loads((bundle_copy / "manifest.json").read_text())
+    next(part for part in manifest["parts"] if part["name"] == "block_01")["sha256"] = sha256_of_file(file)
+    (bundle_copy / "manifest.json").write_text(json.dumps(manifest))
+    statuses = _store(bundle_copy).build(FakeBackend)
+    [failed] = [status for status in statuses if status.status != "built"]
+    assert (failed.name, failed.status) == ("block_01", "failed")
+    assert "part 'block_01', onnx/block_01.onnx, is no valid ONNX model" in failed.message
 
 
 def test_part_that_went_since_the_bundle_was_opened_is_named(bundle_copy):

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import onnx
 import pytest
+from onnx import helper
 
 from bdtool.errors import BackendError, BundleError, EngineError, UsageError
 from bdtool.models.parts import network_spec, part_modules
@@ -196,12 +197,14 @@ def test_failed_part_is_quoted_with_its_node_and_loses_no_other(bundle_copy):
 
 
 def _rename_operator(path, name, operator):
-    """Damage one part, and the manifest so that its digest fits: a model that a newer exporter might write."""
+    """Edit one part, and the manifest so that its digest fits: a model with an operator of one's own."""
     from export.files import sha256_of_file
 
     file = path / "onnx" / f"{name}.onnx"
     model = onnx.load(file)
-    next(node for node in model.graph.node if node.op_type == "Relu").op_type = operator
+    node = next(node for node in model.graph.node if node.op_type == "Relu")
+    node.op_type, node.domain = operator, "example"
+    model.opset_import.append(helper.make_opsetid("example", 1))
     onnx.save(model, file)
     manifest = json.loads((path / "manifest.json").read_text())
     next(part for part in manifest["parts"] if part["name"] == name)["sha256"] = sha256_of_file(file)

@@ -8,8 +8,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from bdtool.errors import BundleError
-from export.bundle import Bundle
+from export.bundle import Bundle, UnfitPartError
 from export.files import sha256_of_bytes
 
 PART = "block_00"
@@ -100,14 +99,14 @@ _SHAPE = "float32 [N, 16, 32, 32]"
 )
 def test_edited_part_that_does_not_fit_is_refused(bundle_copy, model, edit, message):
     edit(model)
-    with pytest.raises(BundleError, match=re.escape(message)) as error:
+    with pytest.raises(UnfitPartError, match=re.escape(message)) as error:
         _bytes_of(bundle_copy, model)
     assert f"part '{PART}', onnx/{PART}.onnx, " in str(error.value)
 
 
 @pytest.mark.parametrize(("data", "message"), [(b"hello", "is no ONNX file ("), (b"", "is no valid ONNX model (")])
 def test_file_that_is_no_model_is_refused(bundle_copy, data, message):
-    with pytest.raises(BundleError, match=re.escape(message)):
+    with pytest.raises(UnfitPartError, match=re.escape(message)):
         _bytes_of(bundle_copy, data)
 
 
@@ -128,7 +127,7 @@ def test_weights_in_the_current_directory_are_not_taken(bundle_copy, model, tmp_
         model.graph.node.insert(0, choice)
         model.graph.initializer.remove(weight)
         model.graph.initializer.append(numpy_helper.from_array(np.array(True), "always"))
-    with pytest.raises(BundleError, match=r"keeps weights in another file \(weights\)"):
+    with pytest.raises(UnfitPartError, match=r"keeps weights in another file \(weights\)"):
         _bytes_of(bundle_copy, model)
 
 
