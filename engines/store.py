@@ -125,7 +125,7 @@ class EngineStore:
         network = self.source.network
         return network.with_pixels() if self.identity.takes_pixels else network
 
-    def for_prepared(self) -> EngineStore:
+    def for_preprocessed(self) -> EngineStore:
         """Return the store of engines that take preprocessed images, in the same directory under names of their own."""
         return self._alike(replace(self.identity, takes_pixels=False), self.directory.parent)
 
@@ -306,9 +306,9 @@ class EngineStore:
     def _model(self, part: PartSpec) -> bytes:
         model = self.source.model(part)
         if self._normalises(part):
-            from export.pixels import pixels_from_prepared  # loads onnx, which a build with nothing to do can spare
+            from export.pixels import pixels_from_preprocessed  # loads onnx, which a build with nothing to do can spare
 
-            model = pixels_from_prepared(model, part, self.network.preprocessing)
+            model = pixels_from_preprocessed(model, part, self.network.preprocessing)
         return model
 
     def _normalises(self, part: PartSpec) -> bool:

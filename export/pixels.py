@@ -14,7 +14,7 @@ from bdtool.errors import ExportError
 from bdtool.specs import BATCH_AXIS, IMAGE, PartSpec, Preprocessing
 
 
-def pixels_from_prepared(model: bytes, part: PartSpec, preprocessing: Preprocessing) -> bytes:
+def pixels_from_preprocessed(model: bytes, part: PartSpec, preprocessing: Preprocessing) -> bytes:
     """Return the model with uint8 [N, height, width, 3] in the place of its preprocessed float32 [N, 3, height, width].
 
     Its values are those of `bdtool.runtime.preprocess`: pixel * scale + offset, in float32.

@@ -64,6 +64,6 @@ class Intake:
         backend.check_device_array(found)
         return found
 
-    def needs_prepared_parts(self, taken: Images) -> bool:
+    def needs_preprocessed_parts(self, taken: Images) -> bool:
         """Say whether images are preprocessed and the network's parts take pixels."""
         return self._takes_pixels and taken.dtype != PIXELS

@@ -47,7 +47,7 @@ class Loader:
         self._strategy = strategy
         self._build_in = build_in
         self._loaded: EngineSet | None = None
-        self._prepared: Loaded | None = None
+        self._preprocessed: Loaded | None = None
 
     def load(self) -> Loaded:
         """Load every engine of the strategy.
@@ -66,15 +66,15 @@ class Loader:
         most = self._bundle.manifest.max_batch
         return most if self._loaded.max_batch is None else min(most, self._loaded.max_batch)
 
-    def load_prepared(self) -> Loaded:
+    def load_preprocessed(self) -> Loaded:
         """Load engines that take preprocessed images, beside those of `load`, with which they share all other parts.
 
         Raises:
             EngineError: one does not build, or cannot be loaded.
         """
-        if self._prepared is None:
+        if self._preprocessed is None:
             assert self._loaded is not None  # `load` comes first
-            store = self._own.for_prepared()
+            store = self._own.for_preprocessed()
             parts = [part for part in parts_for(self._strategy, store.network) if part.reads_image]
             _, engines = self._load(store, parts, build=parts)
             if engines.max_batch is not None and engines.max_batch < self.max_batch:
@@ -82,8 +82,8 @@ class Loader:
                 with ExitStack() as stack:
                     store = self._build(store, parts, stack, resume=False)
                     _, engines = self._load_from(store, store.find(parts, check_digests=False))
-            self._prepared = Loaded(store.network, self._loaded.with_others(engines))
-        return self._prepared
+            self._preprocessed = Loaded(store.network, self._loaded.with_others(engines))
+        return self._preprocessed
 
     def _load(
         self, store: EngineStore, parts: Sequence[PartSpec], *, build: Sequence[PartSpec]

@@ -47,7 +47,7 @@ class Orchestrator:
 
     Args:
         network: as `engines` take it, images as pixels or preprocessed.
-        prepared: gives engines for preprocessed images where `engines` take pixels, when such images first come.
+        preprocessed: gives engines for preprocessed images where `engines` take pixels, when such images first come.
 
     Attributes:
         network: the bundle's parts, their images and activations in the types that the engines have.
@@ -66,7 +66,7 @@ class Orchestrator:
         paths: PathOptions | None = None,
         graphs: GraphPlan | None = None,
         wrap: WrapCall = lambda part, call: call,
-        prepared: Callable[[], Loaded] | None = None,
+        preprocessed: Callable[[], Loaded] | None = None,
     ) -> None:
         self.network = network
         self.strategy_name = strategy
@@ -82,9 +82,9 @@ class Orchestrator:
         self._lock = threading.RLock()  # a controller may ask for P(keep) while it runs
         self._current = backend.current if isinstance(backend, ContextBackend) else nullcontext
         self._strategy: Strategy | None = self._make_strategy(Loaded(network, engines))
-        self._load_prepared = prepared
-        self._prepared_strategy: Strategy | None = None
-        self._ran_prepared = False
+        self._load_preprocessed = preprocessed
+        self._preprocessed_strategy: Strategy | None = None
+        self._ran_preprocessed = False
         self._intake = Intake(network)
         self._policies = PolicyReader(network, runs_all=strategy == "full")
 
@@ -155,7 +155,7 @@ class Orchestrator:
             max_batch=loader.max_batch,
             paths=paths,
             graphs=graphs,
-            prepared=loader.load_prepared,
+            preprocessed=loader.load_preprocessed,
         )
         if (choice := runtime.graph_choice) is not None:
             logger.info("strategy %s: CUDA graph mode %s (%s)", strategy, choice.mode, choice.reason)
@@ -247,7 +247,7 @@ class Orchestrator:
     def _probability(self, part: PartSpec, images: np.ndarray) -> np.ndarray:
         """Return P(keep) of at most `max_batch` images, as the policy network's engine gives it."""
         taken = self.prepare(images)
-        engines = self._prepared().engines if self._intake.needs_prepared_parts(taken) else self._engines
+        engines = self._preprocessed().engines if self._intake.needs_preprocessed_parts(taken) else self._engines
         return engines[part.name].run({part.inputs[0].name: taken})[part.outputs[0].name]
 
     def decide(self, images: np.ndarray) -> np.ndarray:
@@ -261,7 +261,7 @@ class Orchestrator:
         if not isinstance(self._strategy, PathStrategy):
             return None
         stats = self._strategy.cache.stats
-        other = self._prepared_strategy
+        other = self._preprocessed_strategy
         return stats + other.cache.stats if isinstance(other, PathStrategy) else stats
 
     @property
@@ -271,7 +271,7 @@ class Orchestrator:
         After a `run`, what it used: engines that take preprocessed images have graphs of their own.
         """
         strategy = self._require_open()
-        return (self._prepared_strategy or strategy).graph if self._ran_prepared else strategy.graph
+        return (self._preprocessed_strategy or strategy).graph if self._ran_preprocessed else strategy.graph
 
     @property
     def device_timer(self) -> DeviceTimer | None:
@@ -301,7 +301,7 @@ class Orchestrator:
             paths=paths or self._paths,
             graphs=self._graphs if choice is None else chosen(self._graphs, choice),
             wrap=wrap,
-            prepared=self._load_prepared,
+            preprocessed=self._load_preprocessed,
         )
 
     def close(self) -> None:
@@ -309,10 +309,10 @@ class Orchestrator:
         if self._is_inherited:
             return  # they are the parent's, and so are the threads that may hold the lock
         with self._lock:
-            for strategy in (self._strategy, self._prepared_strategy):
+            for strategy in (self._strategy, self._preprocessed_strategy):
                 if strategy is not None:
                     strategy.close()
-            self._strategy = self._prepared_strategy = self._load_prepared = None
+            self._strategy = self._preprocessed_strategy = self._load_preprocessed = None
             self._library, self._current = None, nullcontext
             self._engines = {}
 
@@ -382,17 +382,17 @@ class Orchestrator:
     def _strategy_for(self, taken: Images) -> Strategy:
         """Return what runs on such images."""
         strategy = self._require_open()
-        self._ran_prepared = self._intake.needs_prepared_parts(taken)
-        if not self._ran_prepared:
+        self._ran_preprocessed = self._intake.needs_preprocessed_parts(taken)
+        if not self._ran_preprocessed:
             return strategy
-        if self._prepared_strategy is None:
-            self._prepared_strategy = self._make_strategy(self._prepared())
-        return self._prepared_strategy
+        if self._preprocessed_strategy is None:
+            self._preprocessed_strategy = self._make_strategy(self._preprocessed())
+        return self._preprocessed_strategy
 
-    def _prepared(self) -> Loaded:
-        if self._load_prepared is None:
+    def _preprocessed(self) -> Loaded:
+        if self._load_preprocessed is None:
             raise DataError(
                 "images: got preprocessed float32, these engines take pixels. Pass uint8 [N, H, W, 3], or open the "
                 "bundle with Orchestrator.open, which builds engines for both"
             )
-        return self._load_prepared()
+        return self._load_preprocessed()

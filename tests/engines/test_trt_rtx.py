@@ -26,7 +26,7 @@ from export.compose import compose_parts
 from export.half import half_from_fp32
 from export.half_spec import HALF_DTYPES
 from export.onnx_model import OnnxExporter, fold_batch_norm
-from export.pixels import pixels_from_prepared
+from export.pixels import pixels_from_preprocessed
 
 pytest.importorskip("tensorrt_rtx_bindings", reason="needs the extra 'rtx'")
 RTX = "tensorrt-rtx"
@@ -107,7 +107,7 @@ def test_normalising_pixels_costs_no_kernel(parts, precision):
         size = Preprocessing(height=height, width=width, mean=(0.5, 0.4, 0.45), std=(0.2, 0.25, 0.22))
         if precision in HALF_DTYPES:
             part, model = part.with_activation(HALF_DTYPES[precision]), half_from_fp32(model, part, precision)
-        of_pixels = pixels_from_prepared(model, part, size)
+        of_pixels = pixels_from_preprocessed(model, part, size)
         before = backend.build(part, model, layout=CHANNELS_LAST).details
         after = backend.build(part.with_pixels(), of_pixels, layout=CHANNELS_LAST).details
         assert len(after["kernels"]) == len(before["kernels"]), part.name
@@ -126,7 +126,7 @@ def test_integer_and_bfloat16_stems_take_pixels(tiny_bundle):
     }
     for dtype, lower in forms.items():
         part = stem.with_activation(dtype).with_pixels()
-        built = backend.build(part, pixels_from_prepared(lower, stem, size), layout=CHANNELS_LAST)
+        built = backend.build(part, pixels_from_preprocessed(lower, stem, size), layout=CHANNELS_LAST)
         assert built.details["convolutions"] == {"bf16" if dtype == "bfloat16" else "int8": 1}
 
 

@@ -14,7 +14,7 @@ from export.compose import compose_parts
 from export.fused import fuse_parts
 from export.half import half_from_fp32
 from export.onnx_model import OnnxExporter, fold_batch_norm
-from export.pixels import pixels_from_prepared
+from export.pixels import pixels_from_preprocessed
 from export.pixels_spec import pixels_key
 
 
@@ -37,7 +37,7 @@ def test_stem_and_policy_equal_the_hosts_preprocessing(random_model, shared_trac
     assert [part.kind for part in reading] == ["policy", "stem"]
     for part in reading:
         data = exporter.onnx_from_module(fold_batch_norm(modules[part.name]), part)
-        of_pixels = pixels_from_prepared(data, part, network.preprocessing)
+        of_pixels = pixels_from_preprocessed(data, part, network.preprocessing)
         onnx.checker.check_model(onnx.ModelProto.FromString(of_pixels), full_check=True)
         [expected] = OnnxReference(data).run({"image": ready}).values()
         [actual] = OnnxReference(of_pixels).run({"image": images}).values()
@@ -48,7 +48,7 @@ def test_stem_and_policy_equal_the_hosts_preprocessing(random_model, shared_trac
 def test_every_value_of_every_channel_is_normalised(bundle):
     stem = bundle.network.part("stem")
     images = np.random.default_rng(0).permuted(np.resize(np.arange(256, dtype=np.uint8), (2, 32, 32, 3)))
-    of_pixels = pixels_from_prepared(_model(bundle, stem), stem, bundle.network.preprocessing)
+    of_pixels = pixels_from_preprocessed(_model(bundle, stem), stem, bundle.network.preprocessing)
     expected = OnnxReference(_model(bundle, stem)).run({"image": preprocess(images, bundle.network.preprocessing)})
     np.testing.assert_allclose(OnnxReference(of_pixels).run({"image": images})["y"], expected["y"], atol=1e-5)
 
@@ -56,7 +56,7 @@ def test_every_value_of_every_channel_is_normalised(bundle):
 def test_half_precision_stem_takes_pixels(bundle, tiny, pixels):
     stem, size, images = bundle.network.part("stem"), bundle.network.preprocessing, pixels(tiny.model, 2)
     half = half_from_fp32(_model(bundle, stem), stem, "fp16")
-    of_pixels = pixels_from_prepared(half, stem, size)
+    of_pixels = pixels_from_preprocessed(half, stem, size)
     expected = OnnxReference(half).run({"image": preprocess(images, size)})["y"]
     np.testing.assert_array_equal(OnnxReference(of_pixels).run({"image": images})["y"], expected)
 
@@ -65,7 +65,7 @@ def test_joined_and_fused_models_take_pixels(bundle, tiny, pixels, torch_logits)
     network, images = bundle.network.with_pixels(), pixels(tiny.model, 1)
     ready = preprocess(images, network.preprocessing)
     pieces = {
-        part.name: pixels_from_prepared(_model(bundle, part), part, network.preprocessing) for part in network.parts
+        part.name: pixels_from_preprocessed(_model(bundle, part), part, network.preprocessing) for part in network.parts
     }
     kept = [part for part in network.parts if part.kind in ("stem", "block", "head")]
     joined = OnnxReference(compose_parts("full", [(part, pieces[part.name]) for part in kept]))
@@ -89,7 +89,7 @@ def test_spec_says_what_goes_in(bundle):
 
 def test_parts_that_read_no_image_stay_as_they_are(bundle):
     block = bundle.network.part("block_00")
-    changed = pixels_from_prepared(_model(bundle, block), block, bundle.network.preprocessing)
+    changed = pixels_from_preprocessed(_model(bundle, block), block, bundle.network.preprocessing)
     assert onnx.ModelProto.FromString(changed) == onnx.ModelProto.FromString(_model(bundle, block))
 
 
@@ -97,10 +97,10 @@ def test_model_without_the_image_is_refused(bundle):
     stem, block = bundle.network.part("stem"), bundle.network.part("block_00")
     message = r"part 'stem': expected a float32 input 'image' for preprocessed images, its ONNX has x\. Export"
     with pytest.raises(ExportError, match=message):
-        pixels_from_prepared(_model(bundle, block), stem, bundle.network.preprocessing)
-    twice = pixels_from_prepared(_model(bundle, stem), stem, bundle.network.preprocessing)
+        pixels_from_preprocessed(_model(bundle, block), stem, bundle.network.preprocessing)
+    twice = pixels_from_preprocessed(_model(bundle, stem), stem, bundle.network.preprocessing)
     with pytest.raises(ExportError, match="expected a float32 input 'image'"):
-        pixels_from_prepared(twice, stem, bundle.network.preprocessing)
+        pixels_from_preprocessed(twice, stem, bundle.network.preprocessing)
 
 
 def test_key_changes_with_what_is_inside(random_model):

@@ -35,7 +35,7 @@ def _torch_of_pixels(path, strategy, precision="fp32"):
     backend = open_backend("torch", "cpu")
     loader = Loader(bundle, EngineStore(bundle, identity, precision=precision), backend, strategy=strategy)
     loaded = loader.load()
-    options = {"strategy": strategy, "max_batch": 2, "prepared": loader.load_prepared}
+    options = {"strategy": strategy, "max_batch": 2, "preprocessed": loader.load_preprocessed}
     return Orchestrator(loaded.network, backend, loaded.engines, **options)
 
 
