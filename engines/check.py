@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import onnx
 
 from bdtool.errors import EngineError
 from bdtool.specs import PIXELS, PartSpec, TensorSpec
-from engines.base import ENGINE_BOUNDS, Engine
+from engines.base import ENGINE_BOUNDS, Engine, EngineBound
 from engines.layouts import run_plain
 from export.check import OnnxReference, compare_outputs
 from export.onnx_precision import precision_of, quantizing_scale
@@ -21,12 +23,13 @@ def check_engine(
     engine: Engine,
     *,
     n_images: int = N_PROBES,
+    bounds: Mapping[str, EngineBound] = ENGINE_BOUNDS,
     failure: type[EngineError] = EngineError,
 ) -> float:
     """Return the engine's worst error on `n_images`, over the output's range.
 
     Raises:
-        EngineError: it is beyond `engines.base.ENGINE_BOUNDS`; raised as the class `failure`.
+        EngineError: it is beyond `bounds`, by the part's precision; raised as the class `failure`.
     """
     rng = np.random.default_rng(0)
     proto = onnx.ModelProto.FromString(model)
@@ -34,7 +37,7 @@ def check_engine(
     expected = OnnxReference(model).run(feeds)
     actual = run_plain(engine, part, feeds)
     precision = precision_of(proto)
-    bound = ENGINE_BOUNDS["int8 network" if precision == "int8" and part.kind == "full" else precision]
+    bound = bounds["int8 network" if precision == "int8" and part.kind == "full" else precision]
     worst = compare_outputs(expected, actual, tolerance=bound.tolerance, share=bound.share)
     if not worst.ok:
         raise failure(

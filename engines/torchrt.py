@@ -18,7 +18,17 @@ from torch import Tensor
 
 from bdtool.errors import BackendError, DataError, EngineError, UsageError
 from bdtool.specs import NetworkSpec, PartSpec
-from engines.base import PLAIN_LAYOUT, Buffer, BuiltEngine, Call, Engine, JoinedEngine, PartEngine
+from engines.base import (
+    ENGINE_BOUNDS,
+    PLAIN_LAYOUT,
+    Buffer,
+    BuiltEngine,
+    Call,
+    Engine,
+    EngineBound,
+    JoinedEngine,
+    PartEngine,
+)
 from engines.capture import Capturer
 from engines.check import check_engine
 from engines.cuda_device import open_device
@@ -30,6 +40,8 @@ from engines.torch_streams import torch_stream
 from export.files import sha256_of_bytes
 from export.ort_threads import checked_threads
 
+# fp16 keeps 11 bits, and the reference sums its products in another order and precision
+_BOUNDS = {**ENGINE_BOUNDS, "fp16": EngineBound(tolerance=5e-3)}
 _Owner = TypeVar("_Owner")
 
 
@@ -62,7 +74,8 @@ class TorchBackend:
         return PLAIN_LAYOUT  # channels-last is how tensors lie in memory; their values are in NCHW order
 
     def build(self, part: PartSpec, model: bytes, *, layout: str) -> BuiltEngine:
-        return BuiltEngine(data=model, layout=layout, error=check_engine(part, model, self._open(part, model)))
+        error = check_engine(part, model, self._open(part, model), bounds=_BOUNDS)
+        return BuiltEngine(data=model, layout=layout, error=error)
 
     def load(self, part: PartSpec, data: bytes, *, layout: str) -> Engine:
         if layout != PLAIN_LAYOUT:

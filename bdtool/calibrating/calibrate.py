@@ -144,7 +144,7 @@ def calibrate(
             return _Calibration(bundle, data, evaluation, policy, request, work, Path(staging), on_progress).run()
 
 
-def held_out(evaluation: ImageSource, calibrated_on: ImageSource, *, at_least: int = LEAST_HELD_OUT) -> ImageSource:
+def held_out(evaluation: ImageSource, calibrated_on: ImageSource, *, at_least: int) -> ImageSource:
     """Return the images that were not calibrated on; all of them where fewer than `at_least` are left."""
     shared = evaluation.shared_with(calibrated_on)
     if not shared.any() or (~shared).sum() < at_least:
@@ -189,7 +189,8 @@ class _Calibration:
         self._on_progress = on_progress
         is_mixed = request.precision == "mixed"
         if request.precision not in HALF_DTYPES:
-            evaluation = held_out(evaluation, self._images, at_least=(1 + is_mixed) * LEAST_HELD_OUT)
+            at_least = 2 * LEAST_HELD_OUT if is_mixed else LEAST_HELD_OUT
+            evaluation = held_out(evaluation, self._images, at_least=at_least)
         judged = evaluation.drawn(request.eval_limit)
         if is_mixed:
             judged, self._choosing_images = halves(judged)

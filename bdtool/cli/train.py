@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from bdtool.training.stages import Trained
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
-_RANGES: dict[str, click.IntRange | FiniteRange] = {  # of numbers that may not be 0
+_RANGES: dict[str, click.IntRange | FiniteRange] = {  # where not all numbers from 0 on are allowed
     **dict.fromkeys(("judges", "stage_blocks", "limit"), click.IntRange(min=1)),
     **dict.fromkeys(("epochs", "stage_epochs", "lr", "base_lr"), FiniteRange(min=0, min_open=True)),
     "batch": click.IntRange(min=2),

@@ -278,6 +278,16 @@ def test_engine_that_differs_from_its_onnx_is_not_taken(backend, tiny_bundle, mo
         backend.build(part, tiny_bundle.part_path(part).read_bytes(), layout="NCHW")
 
 
+def test_half_engine_that_is_a_little_off_is_not_taken(backend, tiny_bundle, monkeypatch):
+    from engines import torch_onnx
+
+    monkeypatch.setitem(torch_onnx._OPERATORS, "Relu", lambda *arguments: lambda x: 1.007 * torch.relu(x))
+    part = tiny_bundle.network.part("stem")
+    model = half_from_fp32(tiny_bundle.part_path(part).read_bytes(), part, "fp16")
+    with pytest.raises(EngineError, match=r"by 0\.00[67][0-9]* of the output's range, allowed is 0\.005"):
+        backend.build(part.with_activation("float16"), model, layout="NCHW")
+
+
 def test_wrong_shape_is_an_engine_error(backend, tiny_bundle):
     part = tiny_bundle.network.part("block_00")
     engine = backend.load(part, tiny_bundle.part_path(part).read_bytes(), layout="NCHW")
