@@ -12,6 +12,7 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
+from bdtool import Orchestrator
 from bdtool.cli import main
 from bdtool.data.synthetic import synthetic_images
 
@@ -85,3 +86,33 @@ def blockdrop_checkpoint(tiny: Any, tmp_path_factory: pytest.TempPathFactory) ->
     path = tmp_path_factory.mktemp("checkpoint") / "ckpt_E_730.t7"
     torch.save({**networks, "epoch": 730, "acc": 0.9}, path)
     return path
+
+
+@pytest.fixture(scope="session")
+def save_labelled() -> Callable[[Path, Path, int], Path]:
+    """Return a function that saves pictures, labelled with the class that a bundle's own network sees in them."""
+
+    def save(bundle: Path, path: Path, n_images: int) -> Path:
+        images = synthetic_images(n_images, height=32, width=32)
+        with Orchestrator.open(bundle) as runtime:
+            np.savez(path, x=images, y=runtime.run(images).classes)
+        return path
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def labelled(tiny: Any, save_labelled: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty pictures of which the tiny network has all right, in fp32."""
+    return save_labelled(tiny.bundle, tmp_path_factory.mktemp("labelled") / "data.npz", 40)
+
+
+@pytest.fixture
+def calibrate(bdtool_json: Callable[..., Any], bundle_copy: Path, labelled: Path) -> Callable[..., Any]:
+    """Return a function that calibrates the copied bundle with some more options."""
+
+    def run(*words: object, status: int = 0) -> Any:
+        options = ("--data", labelled, "--max-accuracy-drop", 20, "--at-least", 8)
+        return bdtool_json("calibrate", bundle_copy, *options, *words, status=status)
+
+    return run

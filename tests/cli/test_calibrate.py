@@ -1,13 +1,11 @@
 """`bdtool calibrate`: parts of other precisions beside the fp32 ones, or the bundle as it was."""
 
-import json
 from contextlib import ExitStack
 
 import numpy as np
 import pytest
 
 from bdtool import Orchestrator
-from bdtool.calibrating.calibrate import halves
 from bdtool.calibrating.trial import Trial
 from bdtool.data.sources import open_data
 from bdtool.data.synthetic import synthetic_images
@@ -19,30 +17,6 @@ from engines.registry import identify_backend
 from export.bundle import Bundle
 from export.files import export_lock, sha256_of_file
 from tests.fake_onnxruntime import install_onnxruntime
-
-
-def _labelled(bundle, path, n_images):
-    """Save pictures, labelled with the class that the network itself sees: its fp32 accuracy is 100 %."""
-    images = synthetic_images(n_images, height=32, width=32)
-    with Orchestrator.open(bundle) as runtime:
-        np.savez(path, x=images, y=runtime.run(images).classes)
-    return path
-
-
-@pytest.fixture(scope="module")
-def labelled(tiny, tmp_path_factory):
-    return _labelled(tiny.bundle, tmp_path_factory.mktemp("labelled") / "data.npz", 40)
-
-
-@pytest.fixture
-def calibrate(bdtool_json, bundle_copy, labelled):
-    """Return a function that calibrates the copied bundle with some more options."""
-
-    def run(*words, status=0):
-        options = ("--data", labelled, "--max-accuracy-drop", 20, "--at-least", 8)
-        return bdtool_json("calibrate", bundle_copy, *options, *words, status=status)
-
-    return run
 
 
 def _digests(directory):
@@ -84,8 +58,8 @@ def test_strategies_agree_in_int8(calibrate, bundle_copy):
     assert np.array_equal(logits["chain"], logits["fused"])
 
 
-def test_a_drop_beyond_the_bound_leaves_the_bundle_as_it_was(bdtool, bundle_copy, tmp_path):
-    _labelled(bundle_copy, tmp_path / "data.npz", 40)
+def test_a_drop_beyond_the_bound_leaves_the_bundle_as_it_was(bdtool, bundle_copy, save_labelled, tmp_path):
+    save_labelled(bundle_copy, tmp_path / "data.npz", 40)
     before = _digests(bundle_copy)
     words = ("--data", tmp_path / "data.npz", "--method", "percentile", "--percentile", 60)
     result = bdtool("calibrate", bundle_copy, *words, "--max-accuracy-drop", 0, status=1)
@@ -94,8 +68,8 @@ def test_a_drop_beyond_the_bound_leaves_the_bundle_as_it_was(bdtool, bundle_copy
     assert _digests(bundle_copy) == before
 
 
-def test_gates_leave_the_calibration_images_out(bdtool_json, bundle_copy, tmp_path):
-    data = _labelled(bundle_copy, tmp_path / "data.npz", 130)
+def test_gates_leave_the_calibration_images_out(bdtool_json, bundle_copy, save_labelled, tmp_path):
+    data = save_labelled(bundle_copy, tmp_path / "data.npz", 130)
     words = ("calibrate", bundle_copy, "--data", data, "--max-accuracy-drop", 100)
     found = bdtool_json(*words, "--limit", 30)
     assert found["evaluated_on_calibration_images"] is False
@@ -293,62 +267,6 @@ def test_bfloat16_on_the_cpu_says_what_to_do(bdtool, bundle_copy, labelled):
     assert "were not measured: no engine on this CPU computes in bfloat16" in bdtool(*words).stdout
     words = ("evaluate", bundle_copy, "--data", labelled, "--precision", "bf16")
     assert "has no bfloat16 kernels" in bdtool(*words, status=1).stderr
-
-
-def test_mixed_precision_writes_its_table(calibrate, bundle_copy, bdtool_json, labelled):
-    found = calibrate("--precision", "mixed", "--eval-limit", 10)
-    assert found["ok"] is True
-    assert (found["gates"]["n_images"], found["chosen_on"]["n_images"]) == (5, 5)
-    table = json.loads((bundle_copy / "calibration" / "mixed.json").read_bytes())
-    assert table["input_source"] == found["chosen_on"]["input_source"]
-    assert table["input_source"].endswith(", without the 5 of the gates")
-    assert [row["block"] for row in table["blocks"]] == ["block_00", "block_01", "block_02"]
-    for row in table["blocks"]:
-        assert row["logits_error"] > 0 < row["fp32_ms"]
-        assert row["ratio_to_fp32_iqr"][0] <= row["ratio_to_fp32"] <= row["ratio_to_fp32_iqr"][1]
-        assert (row["block"] in found["not_faster"]) == (not row["is_faster"])
-    assert [row["policy_flips"] for row in table["blocks"]] == [0, 0, 0]  # the policy network reads the image alone
-    chosen = {row["block"]: row["chosen"] for row in table["blocks"]}
-    assert {name: found["obtained"][name] for name in chosen} == chosen
-    assert {name for name, precision in chosen.items() if precision == "fp32"} >= set(found["not_faster"])
-    plot = (bundle_copy / "calibration" / "mixed.svg").read_text()
-    assert plot.startswith("<svg")
-    assert plot.count("not measurably faster") == len(found["not_faster"])
-    words = ("--data", labelled, "--precision", "mixed", "--limit", 5)  # draws the half of the gates
-    assert bdtool_json("evaluate", bundle_copy, *words)["accuracy"] == found["gates"]["accuracy"]
-
-
-def test_mixed_times_anew_what_it_takes_from_an_earlier_run(calibrate, bundle_copy, monkeypatch):
-    """The machine may have been busy then, or asleep."""
-    calibrate("--precision", "mixed")
-    [cached] = bundle_copy.with_name(".bundle.calibration").glob("sensitivity-*.json")
-    assert not any("ms" in figure for row in json.loads(cached.read_bytes()).values() for figure in row)
-    monkeypatch.setattr(
-        "bdtool.calibrating.sensitivity._Bench.sensitivity", lambda bench, name: pytest.fail("measured again")
-    )
-    monkeypatch.setattr(
-        "bdtool.calibrating.sensitivity.times_in_turns", lambda first, second: np.array([[2.0, 1.0]] * 4)
-    )
-    assert calibrate("--precision", "mixed", "--max-accuracy-drop", 100)["not_faster"] == []
-
-
-def test_mixed_that_loses_more_on_other_images_is_refused(bdtool, bundle_copy, labelled, monkeypatch):
-    chosen_on = "without the 5 of the gates"
-    drop = property(lambda gates: 0.0 if gates.input_source.endswith(chosen_on) else 0.7)
-    monkeypatch.setattr("bdtool.calibrating.gates.Gates.accuracy_drop", drop)
-    words = ("calibrate", bundle_copy, "--data", labelled, "--precision", "mixed", "--eval-limit")
-    told = bdtool(*words, 10, status=1)
-    assert "blocks, chosen on 5 other images; of the rest" in told.stdout
-    assert "loses 0.70 percentage points of accuracy, allowed is 0.5. Try more images to choose on" in told.stderr
-    assert "1 image for the gates, but mixed precision is chosen on one half" in bdtool(*words, 1, status=1).stderr
-
-
-@pytest.mark.parametrize("n_images", [2, 5, 40])
-def test_halves_have_no_image_in_common(labelled, tiny, n_images):
-    images = open_data(str(labelled), network=Bundle.open(tiny.bundle).network).drawn(n_images)
-    gates, choosing = halves(images)
-    assert sorted([*gates.names, *choosing.names]) == sorted(images.names)
-    assert gates.n_images - choosing.n_images in (0, 1)
 
 
 def test_policy_network_and_head_are_quantized_when_asked(calibrate, bundle_copy, bdtool_json, labelled):

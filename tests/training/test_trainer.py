@@ -11,13 +11,10 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from bdtool.data.batches import ImageSource
 from bdtool.data.sources import open_data
@@ -27,13 +24,11 @@ from bdtool.models.parts import network_spec
 from bdtool.models.state import meta_model
 from bdtool.models.store import load_model
 from bdtool.training.base_spec import base_spec
-from bdtool.training.distributed import Group
-from bdtool.training.options import CurriculumOptions, FinetuneOptions, PretrainOptions, TrainOptions
+from bdtool.training.options import CurriculumOptions, FinetuneOptions, PretrainOptions
 from bdtool.training.place import TrainingPlace
 from bdtool.training.stages import Trained, curriculum, finetune, pretrain
 from bdtool.training.stopping import Interrupted
-from bdtool.training.tasks import Outcome, Step
-from bdtool.training.trainer import Report, Trainer, schedule_factor
+from bdtool.training.trainer import Report
 from export.files import exclusive_lock
 
 _FAST = {"epochs": 1.5, "batch": 32, "amp": "off"}  # 12 steps; the break comes in the middle of an epoch
@@ -350,148 +345,6 @@ def test_images_to_measure_on_without_labels_are_refused_before_training(place: 
     unlabelled = dataclasses.replace(place().train, labels=None)
     with pytest.raises(DataError, match=r"no labels in .*, by which to measure; give --val"):
         place(val=unlabelled)
-
-
-@pytest.mark.parametrize("schedule", ["constant", "one-cycle", "cosine", "step"])
-def test_schedules_peak_at_one_and_never_rise_again(schedule: str) -> None:
-    factors = [schedule_factor(schedule, 100)(step) for step in range(101)]
-    peak = factors.index(max(factors))
-    assert max(factors) == pytest.approx(1, abs=0.02)
-    assert all(later <= earlier for earlier, later in zip(factors[peak:], factors[peak + 1 :], strict=False))
-    assert (factors[-1] < 0.02) == (schedule != "constant")
-
-
-@pytest.mark.parametrize(
-    ("schedule", "expected"),
-    [
-        ("constant", {0: 1, 50: 1, 99: 1}),
-        ("one-cycle", {0: 0.1, 5: 0.4, 15: 1, 100: 0}),
-        ("cosine", {0: 1, 50: 0.5, 100: 0}),
-        ("step", {0: 1, 49: 1, 50: 0.1, 74: 0.1, 75: 0.01, 99: 0.01}),
-    ],
-)
-def test_schedules_run_as_they_say(schedule: str, expected: dict[int, float]) -> None:
-    factor = schedule_factor(schedule, 100)
-    assert {step: factor(step) for step in expected} == pytest.approx(expected)
-
-
-@pytest.mark.parametrize(
-    "wrong", [{"epochs": value} for value in (0, _NAN, _INF)] + [{"batch": 1}] + [{"lr": v} for v in (0, _NAN, _INF)]
-)
-def test_impossible_options_are_refused(wrong: dict[str, float]) -> None:
-    with pytest.raises(UsageError, match="expected a finite number of epochs above 0, a batch of at least 2 and a fin"):
-        TrainOptions(**{"epochs": 1, "lr": 0.1, **wrong})
-
-
-@pytest.mark.parametrize(
-    ("kind", "name", "values"),
-    [
-        (CurriculumOptions, "stage_epochs", (0, _NAN, _INF)),
-        (CurriculumOptions, "stage_blocks", (0,)),
-        (FinetuneOptions, "base_lr", (0, _NAN, _INF)),
-    ]
-    + [(kind, "gamma", (-1, _NAN, _INF)) for kind in (CurriculumOptions, FinetuneOptions)]
-    + [(kind, "alpha", (0.5, 1, _NAN)) for kind in (CurriculumOptions, FinetuneOptions)],
-)
-def test_impossible_options_of_a_stage_are_refused(
-    kind: type[TrainOptions], name: str, values: tuple[float, ...]
-) -> None:
-    for value in values:
-        with pytest.raises(UsageError, match=f"{name} {value}.*: expected "):
-            kind(**{name: value})
-
-
-def test_run_has_a_step_at_least() -> None:
-    assert PretrainOptions(epochs=0.01).n_steps(8) == 1
-
-
-class _Draws:
-    """Images, and a task, that note what they were drawn with: which images, and the numbers for both, by step."""
-
-    n_images, facts = 48, dict[str, str | int]()
-    module: nn.Module
-
-    def __init__(self, n_uniforms: int) -> None:
-        self.n_uniforms = n_uniforms
-        self.noted: list[torch.Tensor] = []
-        self.index: list[torch.Tensor] = []
-        self.module = nn.Linear(1, 1)
-        self.module.forward = self.outcome  # type: ignore[method-assign]
-
-    def batch(self, index: torch.Tensor, uniforms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        self.index.append(index)
-        self.noted.append(uniforms)
-        return torch.zeros(len(index), 1), index
-
-    def outcome(self, images: torch.Tensor, labels: torch.Tensor, uniforms: torch.Tensor) -> Outcome:
-        self.noted.append(uniforms)
-        return Outcome(self.module.weight.sum(), images, images, images)
-
-    def optimizers(self) -> list[torch.optim.Optimizer]:
-        return [torch.optim.SGD(self.module.parameters(), lr=0.1)]
-
-    def begin_step(self, step: Step) -> str:
-        return ""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Apart(Group):
-    """One of several processes, without the others."""
-
-    def wrap(self, module: nn.Module) -> nn.Module:
-        return module
-
-    def mean(self, values: torch.Tensor) -> torch.Tensor:
-        return values
-
-
-def trainer_of_draws(
-    images: _Draws, task: _Draws, *, rank: int = 0, size: int = 1, epochs: int = 2, batch: int = 12, **options: Any
-) -> Trainer:
-    group = _Apart(rank=rank, size=size, device=torch.device("cpu"))
-    asked = TrainOptions(epochs=epochs, batch=batch, lr=0.1, seed=options.pop("seed", 0))
-    return Trainer(cast(Any, task.module), cast(Any, task), images, asked, group=group, request={}, **options)
-
-
-def drawn(**options: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the images [8, n] and the numbers for both [8, n, n_uniforms] of 2 epochs of 4 steps."""
-    images, task = _Draws(2), _Draws(3)
-    trainer_of_draws(images, task, **options).run()
-    index, augment = (torch.stack(noted[:8]) for noted in (images.index, images.noted))  # the next batch is read ahead
-    return index, augment, torch.stack(task.noted)
-
-
-def test_every_draw_is_new() -> None:
-    index, augment, numbers = drawn()
-    for epoch in (index[:4], index[4:]):
-        assert sorted(epoch.flatten().tolist()) == list(range(48)), "each image once"
-    assert not torch.equal(index[:4], index[4:])
-    others = drawn(seed=1)
-    assert not torch.equal(index, others[0])
-    every = torch.cat([draw.flatten() for draw in (augment, numbers, *others[1:])])
-    assert (augment.shape, numbers.shape) == ((8, 12, 2), (8, 12, 3))
-    assert len(every.unique()) > 0.99 * len(every), "of float32 few meet by chance"
-
-
-def test_processes_share_what_one_draws() -> None:
-    for whole, *shares in zip(drawn(), drawn(rank=0, size=2), drawn(rank=1, size=2), strict=True):
-        assert torch.equal(torch.stack(shares, dim=2).flatten(1, 2), whole)
-
-
-def test_batch_that_processes_cannot_share_is_refused() -> None:
-    with pytest.raises(UsageError, match=r"batch 12: expected .* images of the data, and a multiple of the 5 proc"):
-        trainer_of_draws(_Draws(2), _Draws(3), size=5)
-
-
-def test_little_is_written_between_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 24 steps of 10 seconds each sixth, the first behind 50 seconds, is saved."""
-    steps: list[int] = []
-    monkeypatch.setattr("bdtool.training.trainer.write_progress", lambda path, state: steps.append(state["step"]))
-    clock = SimpleNamespace(monotonic=itertools.count(step=10).__next__, perf_counter=time.perf_counter)
-    monkeypatch.setattr("bdtool.training.trainer.time", clock)
-    asked = {"epochs": 1, "batch": 2, "checkpoint": tmp_path / "m.checkpoint", "save_every_s": 50}
-    trainer_of_draws(_Draws(2), _Draws(3), **asked).run()
-    assert steps == [6, 12, 18, 24]
 
 
 def _spec() -> ModelSpec:
