@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from bdtool.errors import BdtoolError, UsageError
+from bdtool.runtime.chain import ChainStrategy
 from bdtool.runtime.full import FullStrategy
 from bdtool.runtime.one_call import fused_strategy
 from bdtool.runtime.paths import PathOptions, PathStrategy
-from bdtool.runtime.strategies import ChainStrategy, Strategy, WrapCall
+from bdtool.runtime.strategies import Strategy, WrapCall
 from bdtool.specs import NetworkSpec, PartSpec
 from engines.base import Backend, Engine
 from engines.graph_modes import GraphPlan

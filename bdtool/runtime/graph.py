@@ -14,11 +14,12 @@ from dataclasses import replace
 import numpy as np
 
 from bdtool.errors import BackendError, EngineError, UsageError
+from bdtool.runtime.chain import ChainStrategy
 from bdtool.runtime.controllers import Controller, MaskController
 from bdtool.runtime.masks import NOTE_MASKS
 from bdtool.runtime.one_call import BoundNetwork, OneCallStrategy
 from bdtool.runtime.paths import PathOptions
-from bdtool.runtime.strategies import ChainStrategy, Strategy, WrapCall, fill, joined, take
+from bdtool.runtime.strategies import Strategy, WrapCall, fill, joined, take
 from bdtool.specs import NetworkSpec
 from engines.base import Backend, Call, Engine
 from engines.device_array import Images, Logits

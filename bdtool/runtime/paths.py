@@ -21,9 +21,10 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from bdtool.errors import BdtoolError, UsageError
+from bdtool.runtime.chain import ChainStrategy, Lane
 from bdtool.runtime.controllers import Controller, MaskController
 from bdtool.runtime.masks import MaskCount
-from bdtool.runtime.strategies import ChainStrategy, Lane, Strategy, WrapCall, take
+from bdtool.runtime.strategies import Strategy, WrapCall, take
 from bdtool.specs import NetworkSpec, PartSpec
 from engines.base import Backend, Call, Engine, JoinedEngine
 from engines.device_array import DeviceArray, Images, Logits

@@ -7,12 +7,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from bdtool import Orchestrator
-from bdtool.runtime.strategies import Lane
+from bdtool.runtime.rows import RowRunner
 from engines.fake import FakeBackend
 from tests.fake_tensorrt import install_gpu
 
 K = 6
-MEASURED = Lane._everyone_from
+MEASURED = RowRunner._everyone_from
 SHORTCUTS = {2, 4}  # blocks of the hand-made network that have a shortcut
 
 
@@ -24,12 +24,12 @@ def cheaper(request):
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FakeBackend, "plans_by_batch", request.param == "one batch size")
-        patch.setattr(Lane, "_everyone_from", lambda lane, step, side: _everyone_from(request.param, lane, step))
+        patch.setattr(RowRunner, "_everyone_from", lambda rows, step, side: _everyone_from(request.param, rows, step))
         yield request.param
 
 
-def _everyone_from(cheaper, lane, step):
-    return 0 if cheaper == "everyone" and step.shortcut_part is None else lane._n_images
+def _everyone_from(cheaper, rows, step):
+    return 0 if cheaper == "everyone" and step.shortcut_part is None else rows._n_images
 
 
 def _expected_calls(keep, cheaper):
@@ -107,7 +107,7 @@ def test_wrap_sees_the_calls_of_mixed_batches(fake, images_of, cheaper):
 
 def test_measured_cost_model_leaves_the_answers_right(fake, images_of, fake_oracle):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Lane, "_everyone_from", MEASURED)
+        patch.setattr(RowRunner, "_everyone_from", MEASURED)
         runtime, rng = fake(max_batch=64).runtime, np.random.default_rng(2)
         for kept in (0.3, 0.6, 0.9, 0.95):
             keep = rng.random((64, K)) < kept
@@ -120,7 +120,9 @@ def test_costs_on_a_device_are_those_of_the_device(monkeypatch, tmp_path, tiny, 
     driver, thresholds = install_gpu(monkeypatch, tmp_path), []
     driver.copy_ms["DtoD"] = copy_ms
     monkeypatch.setattr(
-        Lane, "_everyone_from", lambda lane, step, side: thresholds.append(MEASURED(lane, step, side)) or thresholds[-1]
+        RowRunner,
+        "_everyone_from",
+        lambda rows, step, side: thresholds.append(MEASURED(rows, step, side)) or thresholds[-1],
     )
     keep = np.ones((8, 3), bool)
     keep[0, 0] = False

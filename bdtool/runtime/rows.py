@@ -1,0 +1,158 @@
+"""Blocks that only some images of a batch keep: those images are the *rows* of its buffers that run.
+
+Either the rows are gathered into scratch memory, run there and scattered back, or everyone runs and the others get
+their rows back, whichever is cheaper.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from bdtool.runtime.binding import Binder
+from bdtool.runtime.controllers import Controller
+from bdtool.specs import PartSpec, TensorSpec
+from engines.base import Buffer, Call
+from engines.device_timer import fastest_ms
+
+MAX_ROW_CALLS = 4096  # bindings of parts to some rows of a batch that are kept; each takes a few kB
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One block with its calls, bound for the activation in buffer 0 and in buffer 1."""
+
+    part: PartSpec
+    shortcut_part: PartSpec | None
+    block: tuple[Call, Call]
+    shortcut: tuple[Call, Call] | None
+    inputs: tuple[Buffer, Buffer]
+    outputs: tuple[Buffer, Buffer]
+    emitted: Mapping[str, Buffer]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _RowCall:
+    """A part bound to scratch memory for some number of rows."""
+
+    gathered: Buffer
+    call: Call
+    result: Buffer
+    emitted: Mapping[str, Buffer]
+
+
+class RowRunner:
+    """Runs steps on some rows of batches of one size."""
+
+    def __init__(self, binder: Binder) -> None:
+        self._binder = binder
+        self._n_images = binder.n_images
+        self._everyone: dict[tuple[int | str, ...], int] = {}
+        self._row_calls: dict[tuple[str, int], _RowCall] = {}
+        self._aside: dict[tuple[str, int], Call] = {}  # shortcuts into scratch memory
+        self._scratches: dict[tuple[str, tuple[int, ...], str], Buffer] = {}
+
+    def run(self, step: Step, side: int, kept: np.ndarray, controller: Controller) -> int:
+        """Run a block on the rows that keep it, its shortcut on the others; return where the activation is now.
+
+        Only rows that change are moved: where the block has no shortcut part, the dropped images stay where they are.
+
+        Args:
+            side: the buffer of the pair, 0 or 1, that holds the activation.
+            kept: the rows that keep the block, int [n]; some, but not all.
+        """
+        if self._takes_everyone(step, side, len(kept)):
+            return self._run_everyone(step, side, kept, controller)
+        in_place = step.shortcut_part is None
+        before, after = step.inputs[side], step.inputs[side] if in_place else step.outputs[side]
+        results = self._run_rows(step.part, before, after, kept)
+        if step.shortcut_part is not None:
+            self._run_rows(step.shortcut_part, before, after, self._others(kept))
+        if results:
+            emitted = {name: self._spread(buffer.read(), kept) for name, buffer in results.items()}
+            controller.observe(step.part.index or 0, emitted)
+        return side if in_place else side ^ 1
+
+    def _takes_everyone(self, step: Step, side: int, n_kept: int) -> bool:
+        if self._binder.backend.plans_by_batch:
+            return True
+        # everyone cannot be cheaper for half of the images or fewer, however quick the block: nothing to measure then
+        return 2 * n_kept > self._n_images and n_kept >= self._everyone_from(step, side)
+
+    def _run_everyone(self, step: Step, side: int, kept: np.ndarray, controller: Controller) -> int:
+        """Run a block on all images; those that drop it get what they had, or what the shortcut makes of it."""
+        step.block[side]()
+        instead = step.inputs[side] if step.shortcut_part is None else self._run_aside(step.shortcut_part, step, side)
+        step.outputs[side].copy_rows(instead, self._others(kept))
+        if step.emitted:
+            emitted = {name: self._spread(buffer.read()[kept], kept) for name, buffer in step.emitted.items()}
+            controller.observe(step.part.index or 0, emitted)
+        return side ^ 1
+
+    def _run_aside(self, shortcut: PartSpec, step: Step, side: int) -> Buffer:
+        """Run a shortcut on all images, into scratch memory."""
+        result = self._scratch(shortcut.outputs[0], "out")
+        if (shortcut.name, side) not in self._aside:
+            self._aside[shortcut.name, side] = self._binder.bind(shortcut, [step.inputs[side]], [result])
+        self._aside[shortcut.name, side]()
+        return result
+
+    def _others(self, rows: np.ndarray) -> np.ndarray:
+        return np.delete(np.arange(self._n_images), rows)
+
+    def _everyone_from(self, step: Step, side: int) -> int:
+        """Return how many images must keep a block for running everyone to be cheaper than gathering.
+
+        With t the time of the block and c the time of moving an activation, for one image: gathering n of N images
+        costs n (t + 2c), running everyone at most N t + 2c (N - n), so everyone wins from n / N = (t + 2c) / (t + 4c).
+        Both times are measured once for each activation shape. Blocks that change the shape or emit something gather.
+        """
+        part, n_images = step.part, self._n_images
+        if step.shortcut_part is not None or step.emitted:
+            return n_images
+        key = part.inputs[0].shape
+        if key not in self._everyone:
+            everyone = np.arange(n_images)
+            scratch = self._scratch(part.inputs[0], "in")
+            move_ms = fastest_ms(self._binder.backend, lambda: scratch.gather(step.inputs[side], everyone))
+            run_ms = fastest_ms(self._binder.backend, step.block[side])  # writes the buffer that is free now
+            self._everyone[key] = math.ceil(n_images * (run_ms + 2 * move_ms) / (run_ms + 4 * move_ms))
+        return self._everyone[key]
+
+    def _run_rows(self, part: PartSpec, before: Buffer, after: Buffer, rows: np.ndarray) -> Mapping[str, Buffer]:
+        """Run a part on some rows of `before`, results into the same rows of `after`; return what it emitted."""
+        bound = self._row_calls.get((part.name, len(rows)))
+        if bound is None:
+            bound = self._bind_rows(part, len(rows))
+        bound.gathered.gather(before, rows)
+        bound.call()
+        after.scatter(bound.result, rows)
+        return bound.emitted
+
+    def _bind_rows(self, part: PartSpec, n_rows: int) -> _RowCall:
+        """Bind a part to scratch memory of `n_rows` rows, and remember it: the same numbers come up again and again."""
+        gathered = self._scratch(part.inputs[0], "in").first(n_rows)
+        results = {tensor.name: self._scratch(tensor, "out").first(n_rows) for tensor in part.outputs}
+        call = self._binder.bind(part, [gathered], list(results.values()))
+        first = part.outputs[0].name
+        emitted = {name: buffer for name, buffer in results.items() if name != first}
+        if len(self._row_calls) >= MAX_ROW_CALLS:
+            self._row_calls.clear()
+        bound = _RowCall(gathered=gathered, call=call, result=results[first], emitted=emitted)
+        self._row_calls[part.name, n_rows] = bound
+        return bound
+
+    def _spread(self, values: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        spread = np.zeros((self._n_images, *values.shape[1:]), values.dtype)
+        spread[rows] = values
+        return spread
+
+    def _scratch(self, tensor: TensorSpec, role: str) -> Buffer:
+        """Return memory for the rows that a mixed step moves; one piece for each shape, made when first needed."""
+        key = (role, tensor.shape_for(self._n_images), tensor.dtype)
+        if key not in self._scratches:
+            self._scratches[key] = self._binder.allocate(tensor)
+        return self._scratches[key]
