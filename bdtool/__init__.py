@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bdtool.errors import BdtoolError
     from bdtool.runtime.orchestrator import Orchestrator
-    from bdtool.runtime.paths import PathOptions
+    from bdtool.runtime.path_cache import PathOptions
     from bdtool.runtime.result import RunResult
 
 # Since 1.29 ONNX Runtime tells Microsoft of each process that imports it, keeps an identity of the machine in ~/.cache,
@@ -19,7 +19,7 @@ __all__ = ["BdtoolError", "Orchestrator", "PathOptions", "RunResult"]
 _MODULES = {
     "BdtoolError": "bdtool.errors",
     "Orchestrator": "bdtool.runtime.orchestrator",
-    "PathOptions": "bdtool.runtime.paths",
+    "PathOptions": "bdtool.runtime.path_cache",
     "RunResult": "bdtool.runtime.result",
 }
 

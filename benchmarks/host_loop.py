@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 from bdtool import Orchestrator
-from bdtool.runtime.paths import PathOptions
+from bdtool.runtime.path_cache import PathOptions
 from benchmarks.latency import make_bundle
 from export.bundle import Bundle
 from tests.fake_tensorrt import install_gpu

@@ -19,7 +19,7 @@ from bdtool.data.synthetic import synthetic_images
 from bdtool.profiling.measure import measure
 from bdtool.profiling.workload import Settings, Workload
 from bdtool.runtime.orchestrator import Orchestrator
-from bdtool.runtime.paths import PathOptions
+from bdtool.runtime.path_cache import PathOptions
 from bdtool.runtime.policies import parse_policy
 from export.bundle import Bundle
 

@@ -13,7 +13,7 @@ import numpy as np
 from bdtool.profiling.device_times import DeviceTimes
 from bdtool.profiling.workload import Workload, runner
 from bdtool.runtime.orchestrator import Orchestrator
-from bdtool.runtime.paths import PathOptions
+from bdtool.runtime.path_cache import PathOptions
 from bdtool.specs import PartSpec
 from engines.base import Call
 

@@ -11,7 +11,7 @@ from bdtool.profiling.measure import Track, alternate, samples_of
 from bdtool.profiling.statistics import Samples
 from bdtool.profiling.workload import BASELINE, Settings, Workload, is_static, runner
 from bdtool.runtime.orchestrator import Orchestrator
-from bdtool.runtime.paths import PathOptions
+from bdtool.runtime.path_cache import PathOptions
 from bdtool.runtime.policies import parse_policy
 
 FROM_WORKLOAD = "the measured requests, whose images run different numbers of blocks"

@@ -14,7 +14,7 @@ from bdtool.profiling.workload import BASELINE, Workload, split_name
 from bdtool.runtime.factory import parts_for, require_strategy, strategies_for
 from bdtool.runtime.masks import NOTE_MASKS, count_masks, read_masks
 from bdtool.runtime.orchestrator import Orchestrator
-from bdtool.runtime.paths import PathOptions
+from bdtool.runtime.path_cache import PathOptions
 from bdtool.runtime.place import Place
 from bdtool.runtime.recommendation import AUTO, CANDIDATES
 from bdtool.specs import NetworkSpec

@@ -8,7 +8,8 @@ from bdtool.errors import BdtoolError, UsageError
 from bdtool.runtime.chain import ChainStrategy
 from bdtool.runtime.full import FullStrategy
 from bdtool.runtime.one_call import fused_strategy
-from bdtool.runtime.paths import PathOptions, PathStrategy
+from bdtool.runtime.path_cache import PathOptions
+from bdtool.runtime.paths import PathStrategy
 from bdtool.runtime.strategies import Strategy, WrapCall
 from bdtool.specs import NetworkSpec, PartSpec
 from engines.base import Backend, Engine

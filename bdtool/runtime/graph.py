@@ -18,7 +18,7 @@ from bdtool.runtime.chain import ChainStrategy
 from bdtool.runtime.controllers import Controller, MaskController
 from bdtool.runtime.masks import NOTE_MASKS
 from bdtool.runtime.one_call import BoundNetwork, OneCallStrategy
-from bdtool.runtime.paths import PathOptions
+from bdtool.runtime.path_cache import PathOptions
 from bdtool.runtime.strategies import Strategy, WrapCall, fill, joined, take
 from bdtool.specs import NetworkSpec
 from engines.base import Backend, Call, Engine

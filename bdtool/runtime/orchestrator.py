@@ -20,7 +20,8 @@ from bdtool.runtime.factory import DEFAULT_STRATEGY, make_strategy, parts_for, r
 from bdtool.runtime.intake import Intake
 from bdtool.runtime.loading import Loaded, Loader
 from bdtool.runtime.masks import read_masks
-from bdtool.runtime.paths import PathOptions, PathStats, PathStrategy
+from bdtool.runtime.path_cache import PathOptions, PathStats
+from bdtool.runtime.paths import PathStrategy
 from bdtool.runtime.recommendation import AUTO, read_recommendation
 from bdtool.runtime.requests import PolicyLike, PolicyReader
 from bdtool.runtime.result import RunResult, joined

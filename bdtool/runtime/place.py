@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from bdtool.runtime.factory import DEFAULT_STRATEGY
 from bdtool.runtime.orchestrator import Orchestrator
-from bdtool.runtime.paths import PathOptions
+from bdtool.runtime.path_cache import PathOptions
 from engines.base import DEFAULT_BACKEND, DEFAULT_DEVICE
 from engines.graph_modes import AUTO as AUTO_GRAPH
 from engines.registry import identify_backend

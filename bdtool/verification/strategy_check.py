@@ -8,7 +8,7 @@ import numpy as np
 
 from bdtool.runtime.factory import strategies_for
 from bdtool.runtime.orchestrator import Orchestrator
-from bdtool.runtime.paths import PathOptions
+from bdtool.runtime.path_cache import PathOptions
 from bdtool.runtime.place import Place
 from bdtool.runtime.result import RunResult, joined
 from export.bundle import Bundle

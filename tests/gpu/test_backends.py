@@ -10,7 +10,7 @@ import torch
 from bdtool import Orchestrator
 from bdtool.errors import BackendError, BdtoolError
 from bdtool.runtime.factory import require_strategy
-from bdtool.runtime.paths import PathOptions
+from bdtool.runtime.path_cache import PathOptions
 from engines.dispatch import runs
 from engines.network_graphs import NetworkGraphs
 from engines.registry import captures, identify_backend

@@ -9,7 +9,7 @@ import pytest
 from bdtool.profiling.instrumented import run_instrumented
 from bdtool.profiling.workload import Workload
 from bdtool.runtime.orchestrator import Orchestrator
-from bdtool.runtime.paths import PathOptions
+from bdtool.runtime.path_cache import PathOptions
 from engines.engine_set import EngineSet
 from engines.fake import FakeBackend
 from export.bundle import Bundle

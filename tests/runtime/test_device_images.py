@@ -10,7 +10,7 @@ import torch
 
 from bdtool import Orchestrator
 from bdtool.errors import DataError
-from bdtool.runtime.paths import PathOptions
+from bdtool.runtime.path_cache import PathOptions
 from engines.cuda_buffer import DeviceBuffer
 from engines.cuda_device import CudaDevice
 from engines.device_array import LEGACY_STREAM, device_array

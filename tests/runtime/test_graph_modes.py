@@ -11,7 +11,7 @@ from bdtool import Orchestrator
 from bdtool.cli import main
 from bdtool.errors import BackendError, EngineError, UsageError
 from bdtool.runtime.factory import strategies_for
-from bdtool.runtime.paths import PathOptions
+from bdtool.runtime.path_cache import PathOptions
 from engines.graph_modes import GRAPH_MODES, GraphPlan, graphs_of_machine, plan_for
 from engines.libcuda import Driver, Gpu
 from tests.fake_tensorrt import FakeTensorRT, install_gpu

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from bdtool.runtime.orchestrator import Orchestrator
-from bdtool.runtime.paths import BUILD_AFTER, PathCache, PathOptions
+from bdtool.runtime.path_cache import BUILD_AFTER, PathCache, PathOptions
 from engines.base import JoinedEngine
 
 REPOSITORY = Path(__file__).parents[2]
@@ -185,7 +185,7 @@ _A_THOUSAND_MASKS = """
 import os, sys
 import numpy as np
 from bdtool.runtime.orchestrator import Orchestrator
-from bdtool.runtime.paths import PathOptions
+from bdtool.runtime.path_cache import PathOptions
 
 def resident_bytes():
     return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -13,7 +13,7 @@ from bdtool.errors import EngineError, UsageError
 from bdtool.runtime.controllers import MaskController
 from bdtool.runtime.factory import make_strategy
 from bdtool.runtime.orchestrator import Orchestrator
-from bdtool.runtime.paths import BUILD_AFTER, PathCache, PathOptions
+from bdtool.runtime.path_cache import BUILD_AFTER, PathCache, PathOptions
 from bdtool.runtime.strategies import MAX_LANES
 from engines.base import JoinedEngine
 from engines.fake import FakeBackend

@@ -13,7 +13,7 @@ from bdtool import Orchestrator
 from bdtool.errors import EngineError
 from bdtool.profiling.instrumented import run_instrumented
 from bdtool.profiling.workload import Workload
-from bdtool.runtime.paths import PathOptions
+from bdtool.runtime.path_cache import PathOptions
 from engines.device_array import LEGACY_STREAM, PER_THREAD_STREAM
 from engines.network_graphs import NetworkGraphs
 from tests.fake_tensorrt import FakeTensorRT, install_gpu

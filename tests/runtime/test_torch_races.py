@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bdtool import Orchestrator
-from bdtool.runtime.paths import PathOptions
+from bdtool.runtime.path_cache import PathOptions
 from engines.engine_set import EngineSet
 from engines.graph_modes import GraphPlan
 from engines.torchrt import TorchBackend
