@@ -22,7 +22,7 @@ from bdtool.words import counted
 
 if TYPE_CHECKING:
     from bdtool.data.batches import ImageSource
-    from bdtool.profiling.profile import Profile
+    from bdtool.profiling.result import Profile
     from bdtool.report.gather import ReportRequest
     from bdtool.runtime.place import Place
     from export.bundle import Bundle

@@ -5,26 +5,26 @@ from __future__ import annotations
 import resource
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from bdtool.data.batches import ImageSource
 from bdtool.errors import UsageError
-from bdtool.profiling.device_times import THRESHOLDS, device_warnings
+from bdtool.profiling.device_times import device_warnings
 from bdtool.profiling.environment import clock_warnings, describe_environment, describe_gpu
-from bdtool.profiling.instrumented import DEVICE_NOTE, PASS_NOTE, InstrumentedPass, run_instrumented
-from bdtool.profiling.line import BlocksLine, fit_lines
+from bdtool.profiling.instrumented import InstrumentedPass, run_instrumented
+from bdtool.profiling.line import fit_lines
 from bdtool.profiling.measure import measure
 from bdtool.profiling.opening import Opened, knows_masks, open_all, require_batch, strategy_names
 from bdtool.profiling.recommending import recommend, record
-from bdtool.profiling.stability import find_instability, stability_warnings
+from bdtool.profiling.result import Profile
+from bdtool.profiling.stability import stability_warnings
 from bdtool.profiling.statistics import Samples
-from bdtool.profiling.workload import BASELINE, BOUNDARY, Settings, Workload, is_static, split_name
+from bdtool.profiling.workload import BASELINE, Settings, Workload, is_static, split_name
 from bdtool.runtime.orchestrator import Orchestrator
 from bdtool.runtime.place import Place
 from bdtool.runtime.policies import parse_policy_for
-from bdtool.runtime.recommendation import AUTO, Recommendation
+from bdtool.runtime.recommendation import AUTO
 from engines.graph_modes import OFF, GraphChoice
 from engines.registry import identify_backend
 from export.bundle import Bundle
@@ -32,87 +32,6 @@ from export.bundle import Bundle
 MAX_IMAGES = 512  # how many different images are cycled through
 SWEEP = (1, 8, 32, 64)
 _CHANGING = ("gpu_sm_mhz", "gpu_memory_mhz", "gpu_temperature_c")  # read before the latency rounds and after them
-MEMORY_NOTE = "largest resident size of the process up to the end of the latency rounds, all strategies open together"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Profile:
-    """One run's figures and everything that names them."""
-
-    bundle: str
-    arch: str
-    policy: str
-    policy_network: str
-    precision: str
-    settings: Settings
-    n_images: int
-    input_source: str
-    is_real_input: bool
-    images_sha256: str  # of the timed images
-    keep_sha256: str | None  # of their keep bits; None where the policy network decides
-    weights_sha256: str  # of the MODEL that the bundle was exported from
-    samples: dict[str, Samples]
-    parts: list[dict[str, Any]]
-    warnings: list[str]
-    environment: dict[str, str | int | float]
-    splits: dict[str, dict[str, Any]] = field(default_factory=dict)
-    lines: dict[str, BlocksLine] = field(default_factory=dict)
-    sweep: dict[int, dict[str, Samples]] = field(default_factory=dict)  # by batch
-    paths: dict[str, Any] = field(default_factory=dict)  # what the path cache held
-    graphs: dict[str, GraphChoice] = field(default_factory=dict)  # how strategies use CUDA graphs, on a GPU
-    peak_memory_mib: float | None = None
-    recommendation: Recommendation | None = None
-    is_recorded: bool = False  # so that strategy `auto` takes it
-
-    @property
-    def unstable(self) -> list[str]:
-        """Why the ratios are not to be trusted; [] where they are."""
-        return find_instability(self.samples)
-
-    @property
-    def pass_note(self) -> str:
-        """How the split and the parts were timed."""
-        on_device = any(part["enqueue_ms"] is not None for part in self.parts)
-        return f"{PASS_NOTE}; {DEVICE_NOTE}" if on_device else PASS_NOTE
-
-    def to_json(self) -> dict[str, Any]:
-        settings = self.settings
-        return {
-            "bundle": self.bundle,
-            "arch": self.arch,
-            "policy": self.policy,
-            "policy_network": self.policy_network,
-            "precision": self.precision,
-            "batch": settings.batch,
-            "warmup_ms": settings.warmup_ms,
-            "duration_s": settings.duration_s,
-            "boundary": BOUNDARY,
-            "n_images": self.n_images,
-            "input_source": self.input_source,
-            "is_real_input": self.is_real_input,
-            "images_sha256": self.images_sha256,
-            "keep_sha256": self.keep_sha256,
-            "weights_sha256": self.weights_sha256,
-            "strategies": _strategies_json(self.samples, settings, self.paths, self.graphs),
-            "split": {
-                "pass": self.pass_note,
-                "unit": "ms an image",
-                "strategies": self.splits,
-                "device_unit": "ms a request",
-                "device_thresholds": THRESHOLDS,
-            },
-            "latency_against_blocks": {name: asdict(line) for name, line in self.lines.items()},
-            "sweep": {str(batch): _strategies_json(found, settings, {}, {}) for batch, found in self.sweep.items()},
-            "parts": self.parts,
-            "parts_pass": f"engine calls of chain at batch {settings.batch}; {self.pass_note}",
-            "peak_memory_mib": self.peak_memory_mib,
-            "peak_memory_boundary": MEMORY_NOTE,
-            "unstable": self.unstable,
-            "recommendation": None if self.recommendation is None else asdict(self.recommendation),
-            "recommendation_recorded": self.is_recorded,
-            "warnings": self.warnings,
-            "environment": self.environment,
-        }
 
 
 def profile(
@@ -245,20 +164,6 @@ def _sweep(
         found[batch] = measure(runtimes, workload, short, on_round=steps.share)
         steps.next()
     return found
-
-
-def _strategies_json(
-    samples: dict[str, Samples], settings: Settings, paths: dict[str, Any], graphs: dict[str, GraphChoice]
-) -> dict[str, Any]:
-    full = samples[BASELINE]
-    rows = {name: one.to_json(full, settings.percentiles) for name, one in samples.items()}
-    if "path" in rows:
-        rows["path"] |= {"hit_rate": samples["path"].hit_rate, **paths}
-    for name, choice in graphs.items():
-        rows[name]["cuda_graph"] = asdict(choice)
-        if samples[name].hits is not None:  # of masks that have a graph
-            rows[name]["hit_rate"] = samples[name].hit_rate
-    return rows
 
 
 def _recommended(result: Profile, bundle: Bundle, directory: Path) -> Profile:

@@ -15,7 +15,7 @@ from bdtool.data.batches import ImageSource
 from bdtool.evaluation import evaluate
 from bdtool.inspection import tuned_for
 from bdtool.profiling.line import BlocksLine, fit_line
-from bdtool.profiling.profile import Profile
+from bdtool.profiling.result import Profile
 from bdtool.profiling.statistics import Samples
 from bdtool.profiling.workload import BOUNDARY, is_static
 from bdtool.report.data import (

@@ -15,7 +15,8 @@ from bdtool.data.sources import open_data
 from bdtool.data.synthetic import synthetic_images
 from bdtool.evaluation import evaluate
 from bdtool.profiling.line import fit_line
-from bdtool.profiling.profile import Profile, profile
+from bdtool.profiling.profile import profile
+from bdtool.profiling.result import Profile
 from bdtool.profiling.statistics import Samples
 from bdtool.profiling.workload import Settings
 from bdtool.report.data import ReportData
