@@ -28,7 +28,8 @@ from bdtool.models.resnet import ResNet
 from bdtool.training import tasks
 from bdtool.training.base_spec import base_spec
 from bdtool.training.options import CurriculumOptions, FinetuneOptions, PretrainOptions
-from bdtool.training.stages import computes_in_bfloat16, with_policy
+from bdtool.training.policy_network import with_policy
+from bdtool.training.stages import computes_in_bfloat16
 
 _FLIPPED = 0.2  # share of the sampled bits that differ from the greedy ones: alpha = 0.8
 

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import platform
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
-from bdtool.data.batches import ImageSource
 from bdtool.errors import EngineError, PolicyError, UsageError
 from bdtool.evaluation import evaluate
 from bdtool.models.difference import listing
@@ -20,7 +16,7 @@ from bdtool.models.model import BlockDropModel, build_model
 from bdtool.models.model_spec import ModelSpec
 from bdtool.models.state import non_finite_names
 from bdtool.models.store import save_model
-from bdtool.runtime.policies import PolicyRequest, bits_of, names_file, parse_policy
+from bdtool.runtime.policies import PolicyRequest, bits_of, parse_policy
 from bdtool.torch_classifier import TorchClassifier
 from bdtool.training.budget import shift_policy
 from bdtool.training.distributed import synchronize_batch_norms
@@ -38,15 +34,12 @@ from bdtool.training.options import (
 from bdtool.training.paths import deployed_paths, heuristic_paths
 from bdtool.training.pieces import run_pieces
 from bdtool.training.place import TrainingPlace
+from bdtool.training.policy_network import with_policy, without_policy
 from bdtool.training.progress_file import diverged
+from bdtool.training.provenance import finished_model, origin_of, run_request
 from bdtool.training.tasks import CurriculumTask, FinetuneTask, Paths, PretrainTask, Task
 from bdtool.training.teacher import Teacher
 from bdtool.training.trainer import Epoch, Trainer
-from bdtool.training.trunk import start_from_trunk
-from bdtool.version import version
-from export.files import sha256_of_file
-
-_FIRST_LOGIT = 1.5  # of a new policy network: P(keep) = 0.82
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +85,7 @@ def curriculum(
             options,
             place,
             lambda m, amp: CurriculumTask(m, options, amp=amp),
-            origins=_origin("policy_trunk", trunk),
+            origins=origin_of("policy_trunk", trunk),
         )
 
 
@@ -125,12 +118,12 @@ def _imitate(
     figures = run_pieces(
         imitation,
         place,
-        request=_request(model.spec, "imitate", options, place, data, amp=False),
+        request=run_request(model.spec, "imitate", options, place, data, amp=False),
         measure=lambda: _measure(model, options, place),
     )
     masks = {str(int(mask.sum())): bits_of(mask.numpy()) for mask in imitation.masks}
-    origins = {"masks": masks, **_origin("policy_trunk", trunk)}
-    finished = _finished(model, "imitate", options, data, place.val, figures, origins)
+    origins = {"masks": masks, **origin_of("policy_trunk", trunk)}
+    finished = finished_model(model, "imitate", options, data, place.val, figures, origins)
     if bad := non_finite_names(finished.state_dict()):
         raise diverged(f"NaN or infinite weights in {listing(bad)}", place.checkpoint)
     save_model(finished, place.output)
@@ -174,7 +167,7 @@ def finetune(
             options,
             place,
             lambda m, amp: FinetuneTask(m, options, paths, teacher=taught_by, amp=amp),
-            origins=_origin("teacher", teacher),
+            origins=origin_of("teacher", teacher),
         )
 
 
@@ -188,44 +181,6 @@ def _fixed_paths(
         return None
     model.to(device=place.group.device)
     return deployed_paths(model, place.train, group=place.group)
-
-
-def with_policy(
-    model: BlockDropModel, *, seed: int, n_hidden: int = 0, trunk: BlockDropModel | None = None
-) -> BlockDropModel:
-    """Return a model with the base of `model` and a policy network: its own, or a new one that keeps most blocks.
-
-    With a `trunk`, of which a new one starts, it is always new.
-
-    A new one starts at P(keep) of about 0.8, where the authors' starts at 0.5: a block that the curriculum reaches then
-    starts from what it did before, kept, instead of being dropped for half of the images.
-
-    Raises:
-        UsageError: as `start_from_trunk`.
-    """
-    if model.policy is not None and trunk is None:
-        return model
-    spec = dataclasses.replace(model.spec, has_policy=True, policy_hidden=n_hidden)
-    if trunk is not None:
-        spec = dataclasses.replace(spec, policy_downscale=trunk.spec.downscale)
-    grown = build_model(spec, seed=seed)
-    grown.base.load_state_dict(model.base.state_dict())
-    assert grown.policy is not None
-    nn.init.constant_(grown.policy.logit.bias, _FIRST_LOGIT)
-    if trunk is not None:
-        start_from_trunk(grown, trunk)
-    return grown
-
-
-def without_policy(model: BlockDropModel) -> BlockDropModel:
-    bare = build_model(dataclasses.replace(model.spec, has_policy=False, policy_hidden=0, policy_downscale=0))
-    bare.base.load_state_dict(model.base.state_dict())
-    return bare
-
-
-def _origin(name: str, other: BlockDropModel | None) -> dict[str, Any]:
-    """Return what a MODEL's provenance says of another that it learned from, where there is one."""
-    return {} if other is None else {name: dict(other.spec.provenance)}
 
 
 def computes_in_bfloat16(amp: Amp, device: torch.device) -> bool:
@@ -263,7 +218,7 @@ def _train(
         images,
         options,
         group=group,
-        request=_request(model.spec, stage, options, place, images.facts, amp=amp),
+        request=run_request(model.spec, stage, options, place, images.facts, amp=amp),
         checkpoint=place.checkpoint,
         save_every_s=place.save_every_s,
         on_step=place.on_step,
@@ -274,42 +229,11 @@ def _train(
         place.on_resume(trainer.where)
     epochs = trainer.run()
     figures = epochs[-1].validation  # of the model as it is: a run ends with an epoch
-    finished = _finished(model, stage, options, images.facts, place.val, figures, origins or {})
+    finished = finished_model(model, stage, options, images.facts, place.val, figures, origins or {})
     if group.is_first:
         save_model(finished, place.output)
         place.checkpoint.unlink(missing_ok=True)
     return Trained(model=finished, figures=figures, epochs=epochs)
-
-
-def _request(
-    spec: ModelSpec,
-    stage: str,
-    options: StageOptions,
-    place: TrainingPlace,
-    data: Mapping[str, str | int],
-    *,
-    amp: bool,
-) -> dict[str, Any]:
-    """Return all that a run's result depends on, as JSON values: a checkpoint of another request is refused."""
-    return {
-        "stage": stage,
-        "arch": spec.arch,
-        "classes": list(spec.labels or ()) or spec.n_classes,
-        "preprocessing": asdict(spec.preprocessing),
-        "downscale": spec.downscale,
-        "policy_file": _digest_of_policy(options),
-        "data": dict(data),
-        "start": place.start,
-        "options": asdict(options),
-        "amp": amp,
-        "processes": place.group.size,
-    }
-
-
-def _digest_of_policy(options: StageOptions) -> str | None:
-    """Return the digest of a POLICY that is a file; its name alone would let a run go on along other paths."""
-    policy = options.policy if isinstance(options, FinetuneOptions) else None
-    return sha256_of_file(Path(policy.strip())) if policy is not None and names_file(policy) else None
 
 
 def _measure(model: BlockDropModel, options: StageOptions, place: TrainingPlace) -> dict[str, float]:
@@ -333,31 +257,3 @@ def _measure(model: BlockDropModel, options: StageOptions, place: TrainingPlace)
         "unique_policies": result.unique_policies,
         "n_images": result.n_images,
     }
-
-
-def _finished(
-    model: BlockDropModel,
-    stage: str,
-    options: StageOptions,
-    data: Mapping[str, str | int],
-    val: ImageSource | None,
-    figures: Mapping[str, float],
-    origins: Mapping[str, Any],
-) -> BlockDropModel:
-    """Return the model on the CPU, in NCHW, with its provenance: how it was made, from what, and how good it is."""
-    provenance: dict[str, Any] = {
-        "created_by": f"bdtool train {stage}",
-        "data": dict(data),
-        "options": asdict(options),
-        "seed": options.seed,
-        "versions": {"bdtool": version(), "torch": torch.__version__, "python": platform.python_version()},
-        **origins,
-    }
-    if val is not None:
-        provenance |= {"val": val.name, "figures": dict(figures)}
-    if model.spec.provenance:
-        provenance["start"] = dict(model.spec.provenance)
-    spec = dataclasses.replace(model.spec, provenance=provenance)
-    finished = build_model(spec)
-    finished.load_state_dict(model.state_dict())
-    return finished

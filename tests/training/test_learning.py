@@ -14,7 +14,8 @@ from bdtool.training.base_spec import base_spec
 from bdtool.training.distributed import Group
 from bdtool.training.options import CurriculumOptions, FinetuneOptions, PretrainOptions
 from bdtool.training.place import TrainingPlace
-from bdtool.training.stages import curriculum, finetune, pretrain, with_policy, without_policy
+from bdtool.training.policy_network import with_policy, without_policy
+from bdtool.training.stages import curriculum, finetune, pretrain
 
 
 @pytest.fixture

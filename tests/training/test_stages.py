@@ -20,16 +20,8 @@ from bdtool.training.budget import shift_policy
 from bdtool.training.options import CurriculumOptions, FinetuneOptions, ImitateOptions, PretrainOptions
 from bdtool.training.paths import deployed_paths, heuristic_paths
 from bdtool.training.place import TrainingPlace
-from bdtool.training.stages import (
-    Trained,
-    computes_in_bfloat16,
-    curriculum,
-    finetune,
-    imitate,
-    pretrain,
-    with_policy,
-    without_policy,
-)
+from bdtool.training.policy_network import with_policy, without_policy
+from bdtool.training.stages import Trained, computes_in_bfloat16, curriculum, finetune, imitate, pretrain
 from bdtool.training.tasks import FinetuneTask, PretrainTask, Step
 from bdtool.training.trunk import start_from_trunk
 from tests.command_line import parse
