@@ -43,7 +43,7 @@ from bdtool.runtime.preprocess import preprocess
 from benchmarks.graph_bench import BEGUN, DEVICE, SHARE_KEPT, GraphBench, kept_policy
 from benchmarks.latency import make_bundle
 from engines.libcuda import driver_from_libcuda
-from engines.registry import identify_backend
+from engines.registry import batch_options, identify_backend, open_backend
 from export.bundle import Bundle
 from export.check import compare
 from export.files import write_json
@@ -107,6 +107,7 @@ def measure_backend(
     try:
         identify_backend(name, DEVICE)
         bundle = Bundle.open(path)
+        open_backend(name, DEVICE, tensorrt=batch_options(name, bundle.manifest.max_batch))  # it may be for CPUs alone
         strategies = strategies_for(name, DEVICE)
     except Exception as exc:  # of any library: the other backends are measured all the same
         yield "error", _reason(exc)

@@ -15,6 +15,7 @@ from engines.device_timer import DeviceTimer
 from engines.libcuda import Driver
 from engines.store import EngineStore, PartStatus
 from export.bundle import Bundle
+from tests.fake_onnxruntime import install_onnxruntime
 from tests.fake_tensorrt import FakeTensorRT, install_gpu
 
 
@@ -199,6 +200,16 @@ def test_backend_that_does_not_work_is_named_with_the_reason(bundle_copy, monkey
     [(what, error)] = gpu.measure_backend("tensorrt", bundle_copy, **options)
     assert what == "error"
     assert error.startswith("BackendError: backend 'tensorrt', device 'cuda:0': no driver")
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "onnxruntime-tensorrt"])
+def test_package_for_cpus_alone_is_no_failed_measurement(bundle_copy, monkeypatch, tmp_path, backend):
+    install_onnxruntime(monkeypatch, tmp_path, available=("CPUExecutionProvider",))
+    options = {"data": "synthetic:4", "n_masks": 1, "n_images": 1, "duration_s": 0.01}
+    found = dict(gpu.measure_backend(backend, bundle_copy, **options))
+    assert set(found) == {"error"}
+    assert "install it with: pip uninstall onnxruntime; pip install onnxruntime-gpu" in found["error"]
+    assert gpu.failures({"torch": {"parity": {}}, backend: found}) == []
 
 
 def test_measurement_that_fails_does_not_stop_the_others(bundle_copy, monkeypatch, tmp_path):
