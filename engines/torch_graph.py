@@ -37,10 +37,12 @@ class TorchCapturer:
     ) -> Captured:
         call = engine.bind(inputs, outputs)
         graph = torch.cuda.CUDAGraph(keep_graph=True)
+        current = torch.cuda.current_stream(self.device.index)
         try:
-            with torch.cuda.device(self.device.index):
+            # the outer `stream` is for captures that fail: PyTorch 2.11 leaves theirs the thread's current one
+            with torch.cuda.device(self.device.index), torch.cuda.stream(current):
                 # what was enqueued before may be filling the buffers, or making the weights
-                self._stream.wait_stream(torch.cuda.current_stream(self.device.index))
+                self._stream.wait_stream(current)
                 with torch.cuda.stream(self._stream):
                     for _ in range(_WARM_UP_CALLS):
                         call()

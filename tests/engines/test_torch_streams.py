@@ -1,12 +1,13 @@
 """Who waits for whom on a GPU with backend `torch`: PyTorch's streams are stood in for."""
 
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from bdtool.errors import EngineError
 from engines import torchrt
 from engines.cuda_device import CudaDevice
 from engines.device_timer import CopyWatch
@@ -108,6 +109,42 @@ def test_calls_before_a_capture_wait_for_what_was_enqueued(monkeypatch):
     engine = SimpleNamespace(bind=lambda inputs, outputs: lambda: log.append("call"))
     TorchCapturer(CudaDevice(FakeDriver(), 0)).capture(engine, {}, {}, beside=False)
     assert log == ["wait for the current one of 0", *["call"] * 4]
+
+
+def test_capture_that_fails_leaves_the_current_stream(monkeypatch):
+    """PyTorch 2.11 does not put it back: `torch.cuda.graph.__exit__` ends the capture first, and that raises."""
+    now = ["the caller's"]
+
+    @contextmanager
+    def stream(name):
+        before, now[0] = now[0], name
+        try:
+            yield
+        finally:
+            now[0] = before
+
+    class Capturing:
+        def __init__(self, graph, *, stream, **options):
+            self._stream = stream
+
+        def __enter__(self):
+            now[0] = self._stream
+
+        def __exit__(self, *error):
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    of_capture = SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda index: of_capture)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: now[0])
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda keep_graph: None)
+    for name, value in {"stream": stream, "graph": Capturing, "device": nullcontext}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    for name in ("graph_pool_handle", "synchronize"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    engine = SimpleNamespace(bind=lambda inputs, outputs: lambda: None)
+    with pytest.raises(EngineError, match="previous error during capture"):
+        TorchCapturer(CudaDevice(FakeDriver(), 0)).capture(engine, {}, {}, beside=False)
+    assert now == ["the caller's"]
 
 
 def test_staging_memory_is_filled_when_what_it_held_has_arrived(monkeypatch):
