@@ -17,7 +17,7 @@ from bdtool.errors import BackendError, EngineError, UsageError
 from bdtool.runtime.chain import ChainStrategy
 from bdtool.runtime.controllers import Controller, MaskController
 from bdtool.runtime.masks import NOTE_MASKS
-from bdtool.runtime.one_call import BoundNetwork, OneCallStrategy
+from bdtool.runtime.one_call import BoundNetwork, Force, OneCallStrategy
 from bdtool.runtime.path_cache import PathOptions
 from bdtool.runtime.strategies import Strategy, WrapCall, fill, joined, take
 from bdtool.specs import NetworkSpec
@@ -94,6 +94,7 @@ class _Makers:
         self._options = options
         self._wrap = wrap
         self._graphs: NetworkGraphs | None = None
+        self._force: Force | None = None  # of the graphs
         self.speculation = speculation  # of `policy-cache`; None: it is yet to be found
 
     def make(self, mode: str) -> GraphStrategy:
@@ -119,7 +120,9 @@ class _Makers:
         return self._one_call(graphs, graphs.deciding(masks, self.speculation), known=known)
 
     def _one_call(self, graphs: NetworkGraphs, call: Call, *, known: frozenset[bytes] | None = None) -> OneCallStrategy:
-        bound = BoundNetwork(image=graphs.image, force=graphs.force, logits=graphs.logits, keep=graphs.kept, call=call)
+        if self._force is None:
+            self._force = Force(graphs.force, self._network.n_blocks)
+        bound = BoundNetwork(image=graphs.image, force=self._force, logits=graphs.logits, keep=graphs.kept, call=call)
         return OneCallStrategy(graph_spec(self._network), bound, wrap=self._wrap, known=known)
 
 
@@ -225,6 +228,8 @@ def _begun(speculation: Speculation) -> str:
 class _Comparison:
     """What an image takes in each mode, by events, with the policy network. Images are blank, and their bits given.
 
+    The graphs that decide have these bits beforehand: they are copied for no image whose policy is learned.
+
     An image has a frequent mask as often as was noted, or else one that no mode was prepared for: where no masks were
     noted, nothing is known of those to come, and each is a new one.
     """
@@ -285,6 +290,8 @@ def _time_one(
     times_ms: list[float],
 ) -> None:
     controller = MaskController(mask, threshold=network.threshold, run_policy=network.has_policy)
+    if isinstance(strategy, OneCallStrategy):
+        strategy.give(mask[0])
 
     def run() -> None:
         strategy.run(image, controller)

@@ -18,12 +18,32 @@ from engines.engine_set import EngineSet
 from export.fused_spec import FORCE_DROP, FORCE_KEEP, fused_spec
 
 
+class Force:
+    """The buffer, uint8 [K], that says whether the policy decides on a block (0), or it is kept (1) or dropped (2).
+
+    It is written when that changes: on a GPU each copy costs as much as a small kernel. All who write it share this.
+    """
+
+    def __init__(self, buffer: Buffer, n_blocks: int) -> None:
+        self._buffer = buffer
+        self._free = np.zeros(n_blocks, dtype=np.uint8)
+        self._written: bytes | None = None
+
+    def give(self, keep: np.ndarray | None) -> None:
+        """Let the next calls keep what a mask bool [K] keeps; None: what the policy does."""
+        force = self._free if keep is None else np.where(keep, FORCE_KEEP, FORCE_DROP).astype(np.uint8)
+        if (wanted := force.tobytes()) != self._written:
+            self._written = None  # until it is there
+            self._buffer.write(force)
+            self._written = wanted
+
+
 @dataclass(frozen=True, kw_only=True)
 class BoundNetwork:
     """A whole network bound to buffers for one image; `call` runs it, policy included."""
 
     image: Buffer
-    force: Buffer  # uint8 [K]; 0: the policy decides, 1: keep, 2: drop
+    force: Force
     logits: Buffer
     keep: Buffer  # what was kept, [K]
     call: Call
@@ -44,7 +64,8 @@ def _bound(spec: PartSpec, engine: Engine, backend: Backend) -> BoundNetwork:
     image, force, logits, keep = buffers
     inputs = {tensor.name: buffer for tensor, buffer in zip(spec.inputs, (image, force), strict=True)}
     outputs = {tensor.name: buffer for tensor, buffer in zip(spec.outputs, (logits, keep), strict=True)}
-    return BoundNetwork(image=image, force=force, logits=logits, keep=keep, call=engine.bind(inputs, outputs))
+    forced = Force(force, *spec.inputs[1].shape_for(1))
+    return BoundNetwork(image=image, force=forced, logits=logits, keep=keep, call=engine.bind(inputs, outputs))
 
 
 class OneCallStrategy(Strategy):
@@ -64,8 +85,6 @@ class OneCallStrategy(Strategy):
         self._bound = bound
         self._call = wrap(spec, bound.call)
         self._known = known
-        self._free = np.zeros(spec.inputs[1].shape_for(1), dtype=np.uint8)
-        self._written: np.ndarray | None = None  # what `force` holds
 
     def run(self, images: Images, controller: Controller) -> Logits:
         if not isinstance(controller, MaskController):
@@ -79,15 +98,16 @@ class OneCallStrategy(Strategy):
             self.hits = np.array([keep.tobytes() in self._known for keep in kept])
         return joined([logits for logits, _ in rows])
 
+    def give(self, keep: np.ndarray | None) -> None:
+        """Put the bits of the next image, bool [K] or None, where its call reads them; `run` does so, too."""
+        self._bound.force.give(keep)
+
     def close(self) -> None:
         """Nothing runs in the background."""
 
     def _run_one(self, image: Images, given: np.ndarray | None, row: int) -> tuple[Logits, np.ndarray]:
         fill(self._bound.image, image)
-        force = self._free if given is None else _forced(given[row])
-        if force is not self._written:  # on a GPU each copy costs as much as a small kernel
-            self._bound.force.write(force)
-            self._written = force
+        self.give(None if given is None else given[row])
         self._call()
         logits = take_behind(self._bound.logits, image)
         keep = self._bound.keep.read()
@@ -97,7 +117,3 @@ class OneCallStrategy(Strategy):
                 "on the bundle, and check the input"
             )
         return logits(), keep.astype(bool)
-
-
-def _forced(keep: np.ndarray) -> np.ndarray:
-    return np.where(keep, FORCE_KEEP, FORCE_DROP).astype(np.uint8)

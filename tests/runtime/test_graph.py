@@ -75,6 +75,20 @@ def test_image_is_one_launch_and_no_engine_call_of_the_host(opened, tiny, pixels
     assert driver.copies == ["HtoD", "DtoH", "DtoH"]  # image in, keep bits and logits out
 
 
+def test_given_bits_are_copied_when_they_change(opened, tiny, pixels, preprocessed, torch_logits):
+    driver, runtime = opened
+    image = pixels(tiny.model, 1)
+    learned, counts = runtime.run(image).logits, []
+    for keep in ("101", "101", "100", None, None, "100"):
+        driver.copies.clear()
+        logits = runtime.run(image, policy=keep).logits
+        counts.append(driver.copies.count("HtoD"))
+        bits = None if keep is None else np.array([[bit == "1" for bit in keep]])
+        expected = learned if bits is None else torch_logits(tiny.model, preprocessed(tiny.model, 1), bits)
+        np.testing.assert_allclose(logits, expected, atol=1e-4)
+    assert counts == [2, 1, 2, 2, 1, 2]  # with the image's
+
+
 def test_captured_graphs_are_given_back_and_the_whole_one_is_kept(opened):
     driver, _ = opened
     [whole] = driver.instantiated

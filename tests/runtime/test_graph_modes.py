@@ -160,6 +160,14 @@ def test_modes_are_compared_on_masks_as_frequent_as_noted(driver, tiny):
     assert measured["policy-cache"] == pytest.approx(4 + 0.9 * begun + 0.1 * other)
 
 
+def test_modes_are_compared_without_a_copy_of_given_bits(driver, tiny):
+    """An image whose policy is learned has none: to the device goes the image alone, in every mode."""
+    driver.copy_ms["HtoD"] = 1000
+    with _open(tiny.bundle, paths=SOME) as runtime:
+        measured = runtime.graph_choice.measured_ms
+    assert {mode: ms // 1000 for mode, ms in measured.items()} == dict.fromkeys(MODES, 1)
+
+
 def test_masks_never_seen_count_as_often_as_they_come(driver, tiny):
     """Of the tiny network's eight masks three are known, so the others are soon seen, too."""
     driver.instantiate_ms = 1000
