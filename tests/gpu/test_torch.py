@@ -8,11 +8,23 @@ import pytest
 import torch
 
 from bdtool import Orchestrator
+from bdtool.doctor.gpu import driver_detail
+from engines.libcuda import driver_from_libcuda
+from engines.registry import open_backend
 
 _HAS_GPU = torch.cuda.is_available()
 _needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not _HAS_GPU, reason="needs an NVIDIA GPU that PyTorch can use")]
 DEVICES = [pytest.param("cpu", 20, id="cpu"), pytest.param("cuda:0", 1000, id="cuda", marks=_needs_gpu)]
 TOLERANCES = {"cpu": 1e-4, "cuda:0": 1e-3}  # float32 in another summing order; the weights are random
+
+
+@pytest.mark.gpu
+def test_gpu_of_this_machine_is_used():
+    """All other tests of GPUs skip where no backend opens, as on a machine without one."""
+    driver = driver_from_libcuda()
+    if not driver.gpus:
+        pytest.skip(f"no NVIDIA GPU: {driver_detail(driver)}")
+    open_backend("torch", "cuda:0")
 
 
 @pytest.mark.parametrize(("device", "n_masks"), DEVICES)
