@@ -10,7 +10,7 @@ import re
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -100,15 +100,22 @@ class NetworkGraphs:
             return NO_SPECULATION
         stem = self._parts.stem
 
-        def alone_ms(begun: Sequence[Run]) -> float:
-            return self._ms(self._flat([stem, *self._graphs_of(begun)]))
+        @cache  # the graphs, not their times: those without blocks are timed beside each of the others
+        def alone(begun: tuple[Run, ...]) -> Call:
+            return self._flat([stem, *self._graphs_of(begun)])
 
-        def beside_ms(begun: Sequence[Run]) -> float:
-            return self._ms(self._call(lambda: self._builder.begun_graph(self._parts, self._graphs_of(begun))))
+        @cache
+        def beside(begun: tuple[Run, ...]) -> Call:
+            return self._call(lambda: self._builder.begun_graph(self._parts, self._graphs_of(begun)))
 
-        again_ms = self._ms(self._flat([stem, stem])) - alone_ms(())
-        paths = [tuple(self._runs(mask)[0]) for mask in masks]
-        return best_speculation(paths, shares, beside_ms=beside_ms, alone_ms=alone_ms, again_ms=again_ms)
+        again_ms = self._ms(self._flat([stem, stem])) - self._ms(alone(()))
+        return best_speculation(
+            [tuple(self._runs(mask)[0]) for mask in masks],
+            shares,
+            beside_ms=lambda begun: self._ms(beside(begun)),
+            alone_ms=lambda begun: self._ms(alone(begun)),
+            again_ms=again_ms,
+        )
 
     def deciding(self, masks: Sequence[np.ndarray] = (), speculation: Speculation = NO_SPECULATION) -> Call:
         """Return a call that runs `image` as one launch and reads nothing back: the policy decides, or `force`.

@@ -58,10 +58,11 @@ def best_speculation(
         again_ms: what a wrong guess adds: the stem once more.
     """
     best, best_ms = NO_SPECULATION, 0.0
-    decided_ms, begun_ms = beside_ms(()), alone_ms(())
     for found in speculations(paths, shares):
+        # anew beside each: a clock that still rises would make all that is timed later look cheap
+        decided_ms = beside_ms(())
         later_ms = beside_ms(found.runs) - decided_ms
-        saved_ms = alone_ms(found.runs) - begun_ms
+        saved_ms = alone_ms(found.runs) - alone_ms(())
         mean_ms = later_ms - found.share * saved_ms + (1 - found.share) * again_ms
         if mean_ms < best_ms:
             best, best_ms = found, mean_ms

@@ -1,5 +1,7 @@
 """Which blocks run beside the policy network: by shares of paths, and times that a device might have."""
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -60,6 +62,22 @@ def test_device_that_runs_one_thing_at_a_time_speculates_on_nothing():
         [0.9],
         beside_ms=lambda begun: 3 + 1 + len(begun),
         alone_ms=lambda begun: 1 + len(begun),
+        again_ms=1,
+    )
+    assert found == NO_SPECULATION
+
+
+def test_clock_that_rises_meanwhile_makes_no_block_look_cheap():
+    timed = itertools.count()
+
+    def faster(ms):
+        return ms * (1 - 0.018 * next(timed))
+
+    found = best_speculation(
+        [_path("111111")],
+        [1.0],
+        beside_ms=lambda begun: faster(4 + len(begun)),  # nothing is hidden
+        alone_ms=lambda begun: faster(1 + 0.9 * len(begun)),
         again_ms=1,
     )
     assert found == NO_SPECULATION
