@@ -12,10 +12,10 @@ from bdtool.errors import UsageError
 from bdtool.runtime.binding import Binder
 from bdtool.runtime.controllers import Controller, Decision
 from bdtool.runtime.rows import RowRunner, Step
-from bdtool.runtime.strategies import MAX_LANES, Strategy, WrapCall, fill, take
+from bdtool.runtime.strategies import MAX_LANES, Outcome, Strategy, WrapCall, fill, take
 from bdtool.specs import NetworkSpec, PartSpec, TensorSpec
 from engines.base import Backend, Buffer, Call, Engine
-from engines.device_array import Images, Logits
+from engines.device_array import Images
 
 
 class ChainStrategy(Strategy):
@@ -36,11 +36,11 @@ class ChainStrategy(Strategy):
     def close(self) -> None:
         """Nothing runs in the background."""
 
-    def run(self, images: Images, controller: Controller) -> Logits:
+    def run(self, images: Images, controller: Controller) -> Outcome:
         lane = self.lane(len(images))
         lane.begin(images, controller)
         lane.finish(controller)
-        return take(lane.logits, images)
+        return Outcome(take(lane.logits, images))
 
     def lane(self, n_images: int) -> Lane:
         """Return what is bound for batches of that size."""

@@ -9,10 +9,10 @@ import numpy as np
 
 from bdtool.errors import EngineError, UsageError
 from bdtool.runtime.controllers import Controller
-from bdtool.runtime.strategies import MAX_LANES, Strategy, WrapCall, fill, take
+from bdtool.runtime.strategies import MAX_LANES, Outcome, Strategy, WrapCall, fill, take
 from bdtool.specs import NetworkSpec
 from engines.base import Backend, Buffer, Call, Engine
-from engines.device_array import Images, Logits
+from engines.device_array import Images
 from engines.graph_modes import OFF, PATH_CACHE, REPLAY, GraphChoice, GraphPlan
 
 
@@ -44,7 +44,7 @@ class FullStrategy(Strategy):
     def close(self) -> None:
         self._bound.clear()
 
-    def run(self, images: Images, controller: Controller) -> Logits:
+    def run(self, images: Images, controller: Controller) -> Outcome:
         if len(images) not in self._bound:
             self._bound[len(images)] = self._bind(len(images))
             if len(self._bound) > MAX_LANES:
@@ -54,7 +54,7 @@ class FullStrategy(Strategy):
         controller.begin(len(images), _no_policy)
         fill(image, images)
         call()
-        return take(logits, images)
+        return Outcome(take(logits, images))
 
     def _bind(self, n_images: int) -> tuple[Buffer, Call, Buffer]:
         source, result = self._part.inputs[0], self._part.outputs[0]

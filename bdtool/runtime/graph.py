@@ -19,7 +19,7 @@ from bdtool.runtime.controllers import Controller, MaskController
 from bdtool.runtime.masks import NOTE_MASKS
 from bdtool.runtime.one_call import BoundNetwork, Force, OneCallStrategy
 from bdtool.runtime.path_cache import PathOptions
-from bdtool.runtime.strategies import Strategy, WrapCall, fill, joined, take
+from bdtool.runtime.strategies import Outcome, Strategy, WrapCall, fill, joined, take
 from bdtool.specs import NetworkSpec
 from engines.base import Backend, Call, Engine
 from engines.device_array import Images, Logits
@@ -148,7 +148,7 @@ class PathCacheStrategy(Strategy):
         for mask, _ in reversed(self._frequent):  # the most frequent one is dropped last
             self._path(mask)
 
-    def run(self, images: Images, controller: Controller) -> Logits:
+    def run(self, images: Images, controller: Controller) -> Outcome:
         if not isinstance(controller, MaskController):
             raise UsageError(
                 "strategy 'graph' needs every keep bit before block 0; this controller finds them on the way"
@@ -156,8 +156,8 @@ class PathCacheStrategy(Strategy):
         rows = [self._run_one(images[i : i + 1], controller.for_image(i)) for i in range(len(images))]
         probabilities = [probability for probability, _, _ in rows]
         controller.begin(len(images), lambda: np.concatenate([p for p in probabilities if p is not None]))
-        self.hits = np.array([hit for _, hit, _ in rows])
-        return joined([logits for _, _, logits in rows])
+        hits = np.array([hit for _, hit, _ in rows])
+        return Outcome(joined([logits for _, _, logits in rows]), hits)
 
     def close(self) -> None:
         self._paths.clear()

@@ -9,7 +9,7 @@ import numpy as np
 
 from bdtool.errors import EngineError, UsageError
 from bdtool.runtime.controllers import Controller, MaskController
-from bdtool.runtime.strategies import Strategy, WrapCall, fill, joined, take_behind
+from bdtool.runtime.strategies import Outcome, Strategy, WrapCall, fill, joined, take_behind
 from bdtool.specs import NetworkSpec, PartSpec
 from engines.base import Backend, Buffer, Call, Engine
 from engines.device_array import Images, Logits
@@ -86,7 +86,7 @@ class OneCallStrategy(Strategy):
         self._call = wrap(spec, bound.call)
         self._known = known
 
-    def run(self, images: Images, controller: Controller) -> Logits:
+    def run(self, images: Images, controller: Controller) -> Outcome:
         if not isinstance(controller, MaskController):
             raise UsageError(
                 f"strategy {self._name!r} decides inside its engine: it takes the learned policy or given bits only"
@@ -94,9 +94,8 @@ class OneCallStrategy(Strategy):
         rows = [self._run_one(images[i : i + 1], controller.given, i) for i in range(len(images))]
         kept = np.stack([keep for _, keep in rows])
         controller.begin(len(images), lambda: kept.astype(np.float32))
-        if self._known is not None:
-            self.hits = np.array([keep.tobytes() in self._known for keep in kept])
-        return joined([logits for logits, _ in rows])
+        hits = None if self._known is None else np.array([keep.tobytes() in self._known for keep in kept])
+        return Outcome(joined([logits for logits, _ in rows]), hits)
 
     def give(self, keep: np.ndarray | None) -> None:
         """Put the bits of the next image, bool [K] or None, where its call reads them; `run` does so, too."""

@@ -201,8 +201,7 @@ class Orchestrator:
         with self._lock, self._current():
             taken = images if isinstance(images, DeviceArray) else self.prepare(images)
             strategy = self._strategy_for(taken)
-            logits = strategy.run(taken, controller)
-            hits = strategy.hits
+            logits, hits = strategy.run(taken, controller)
         if isinstance(logits, np.ndarray) and not all_finite(logits):
             bad = np.flatnonzero(~np.isfinite(logits).all(axis=1))
             raise EngineError(

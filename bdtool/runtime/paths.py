@@ -17,10 +17,10 @@ from bdtool.errors import UsageError
 from bdtool.runtime.chain import ChainStrategy, Lane
 from bdtool.runtime.controllers import Controller, MaskController
 from bdtool.runtime.path_cache import PathCache, PathEngine, PathOptions
-from bdtool.runtime.strategies import Strategy, WrapCall, take
+from bdtool.runtime.strategies import Outcome, Strategy, WrapCall, take
 from bdtool.specs import NetworkSpec, PartSpec
 from engines.base import Backend, Call, Engine, JoinedEngine
-from engines.device_array import DeviceArray, Images, Logits
+from engines.device_array import DeviceArray, Images
 from engines.engine_set import EngineSet
 
 
@@ -46,7 +46,7 @@ class PathStrategy(Strategy):
         self._part = network.whole("path", flops=0)  # its FLOPs depend on the mask
         self.cache = PathCache(self._join, options or PathOptions())
 
-    def run(self, images: Images, controller: Controller) -> Logits:
+    def run(self, images: Images, controller: Controller) -> Outcome:
         lane = self._chain.lane(len(images))
         lane.begin(images, controller)
         mask = controller.mask
@@ -55,24 +55,23 @@ class PathStrategy(Strategy):
                 "strategy 'path' needs every keep bit before block 0; this controller finds them on the way"
             )
         if len(mask) > 1 and (mask != mask[0]).any():
-            return self._run_groups(images, mask, controller)
+            return self._run_groups(images, mask)
         path = self.cache.get(mask[0], len(mask))
-        self.hits = _all_alike(len(mask), path is not None)
         if path is None:
             lane.finish(controller)
         else:
             self._call(path, lane)()
-        return take(lane.logits, images)
+        return Outcome(take(lane.logits, images), _all_alike(len(mask), path is not None))
 
     def close(self) -> None:
         self.cache.close()
 
-    def _run_groups(self, images: Images, mask: np.ndarray, controller: Controller) -> Logits:
+    def _run_groups(self, images: Images, mask: np.ndarray) -> Outcome:
         """Run the images of each mask that has an engine together, and the others as one batch of the chain."""
         # rows on a device could not be picked, and groups have a size of their own each
         if isinstance(images, DeviceArray) or self._plans_by_batch:
-            self.hits = _all_alike(len(mask), False)
-            return self._chain.run(images, MaskController(mask, threshold=self._network.threshold))
+            ran = self._chain.run(images, MaskController(mask, threshold=self._network.threshold))
+            return Outcome(ran.logits, _all_alike(len(mask), False))
         groups, group_of = np.unique(mask, axis=0, return_inverse=True)
         logits = np.empty((len(images), self._network.n_classes), dtype=np.float32)
         hits = np.zeros(len(images), dtype=bool)
@@ -84,9 +83,8 @@ class PathStrategy(Strategy):
                 logits[rows] = self._run_once(path, images[rows])
         if not hits.all():
             rest = MaskController(mask[~hits], threshold=self._network.threshold)
-            logits[~hits] = cast(np.ndarray, self._chain.run(images[~hits], rest))  # as the images are
-        self.hits = hits
-        return logits
+            logits[~hits] = cast(np.ndarray, self._chain.run(images[~hits], rest).logits)  # as the images are
+        return Outcome(logits, hits)
 
     def _run_once(self, path: PathEngine, images: np.ndarray) -> np.ndarray:
         """Run a path engine without bound buffers: groups have too many sizes to keep some for each."""

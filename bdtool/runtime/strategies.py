@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol, cast
+from typing import NamedTuple, Protocol, cast
 
 import numpy as np
 
@@ -17,17 +17,22 @@ MAX_LANES = 8  # batch sizes whose buffers are kept; a choice that bounds memory
 WrapCall = Callable[[PartSpec, Call], Call]  # lets a profiler time each engine call
 
 
-class Strategy(Protocol):
-    """Runs batches: images in, as the engines take them; logits float32 [N, classes] out, where the images are."""
+class Outcome(NamedTuple):
+    """What a strategy gives for a batch of N images."""
 
-    # Which images of the last batch ran as one specialised engine, bool [N]; None where there are none such.
-    hits: np.ndarray | None = None
+    logits: Logits  # float32 [N, classes], where the images are
+    hits: np.ndarray | None = None  # bool [N], which ran as one specialised engine; None where there are none such
+
+
+class Strategy(Protocol):
+    """Runs batches of images, as the engines take them."""
+
     # How CUDA graphs are used; None where the strategy has none.
     graph: GraphChoice | None = None
     # Images on a device that one `run` takes; None: any number.
     max_device_images: int | None = None
 
-    def run(self, images: Images, controller: Controller) -> Logits: ...
+    def run(self, images: Images, controller: Controller) -> Outcome: ...
 
     def close(self) -> None:
         """Stop what runs in the background."""
