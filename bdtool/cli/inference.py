@@ -209,7 +209,7 @@ def profile_cmd(
     emit(figures, json_file, lambda: print_profile(figures))
     if html_file is not None:
         from bdtool.cli.report import write_page
-        from bdtool.report.gather import ReportRequest
+        from bdtool.report.request import ReportRequest
 
         request = ReportRequest(
             made_by=command_line(),

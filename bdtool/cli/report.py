@@ -23,7 +23,7 @@ from bdtool.words import counted
 if TYPE_CHECKING:
     from bdtool.data.batches import ImageSource
     from bdtool.profiling.result import Profile
-    from bdtool.report.gather import ReportRequest
+    from bdtool.report.request import ReportRequest
     from bdtool.runtime.place import Place
     from export.bundle import Bundle
 
@@ -67,8 +67,9 @@ def report_cmd(
     from bdtool.data.sources import open_data
     from bdtool.profiling.profile import profile
     from bdtool.profiling.workload import Settings
-    from bdtool.report.gather import PERCENTILES, ReportRequest
+    from bdtool.report.gather import PERCENTILES
     from bdtool.report.page import require_extra
+    from bdtool.report.request import ReportRequest
     from export.bundle import Bundle
 
     require_extra()
@@ -101,10 +102,11 @@ def report_cmd(
 
 def write_page(profiled: Profile, bundle: Bundle, source: ImageSource, request: ReportRequest) -> str:
     """Gather what the page shows beside a profile's figures and write it; return a line that says so."""
-    from bdtool.report.gather import gather_report, n_steps
+    from bdtool.report.classified import n_steps
+    from bdtool.report.gather import gather_report
     from bdtool.report.page import write_report
 
-    with progress("walking", n_steps(source)) as advance:
+    with progress("classifying", n_steps(source)) as advance:
         gathered = gather_report(profiled, bundle, source, request, on_images=advance)
     write_report(request.output, gathered)
     size = request.output.stat().st_size / 1e6

@@ -1,23 +1,20 @@
-"""Measure what a report shows: one walk over the images, a few policies to compare with, and a profile's figures."""
+"""Put a report together: what its images were classified as, a few policies to compare with, a profile's figures."""
 
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bdtool.data.batches import ImageSource
-from bdtool.evaluation import evaluate
 from bdtool.inspection import tuned_for
 from bdtool.profiling.line import BlocksLine, fit_line
 from bdtool.profiling.result import Profile
 from bdtool.profiling.statistics import Samples
 from bdtool.profiling.workload import BOUNDARY, is_static
+from bdtool.report.classified import Classified, classify_images, operating_points
 from bdtool.report.data import (
     ClassFigures,
     OperatingPoint,
@@ -29,69 +26,15 @@ from bdtool.report.data import (
 )
 from bdtool.report.paper import paper_points
 from bdtool.report.pictures import uri_from_pixels
-from bdtool.runtime.orchestrator import Orchestrator
-from bdtool.runtime.place import Place
+from bdtool.report.request import ReportRequest
 from bdtool.runtime.policies import PolicyRequest, bits_of, parse_policy_for
 from bdtool.specs import NetworkSpec
 from export.bundle import Bundle
 
 PERCENTILES = (90.0, 95.0, 99.0)
-_BATCH = 64
 _N_DOMINANT = 3  # policies shown for each class
 _N_PICTURES = 4  # pictures shown for each policy, and of the easiest and hardest
 _MAX_PICTURED_CLASSES = 12  # the page grows by some 50 kB with each
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReportRequest:
-    """What the user asked for; the page repeats it as commands.
-
-    Attributes:
-        made_by: the command that makes the page, without bdtool's own options.
-        by_profile: it is `bdtool profile`, which measures the page's latency alone, too.
-    """
-
-    made_by: str
-    by_profile: bool = False
-    bundle: Path
-    data: str
-    output: Path
-    policy: str | None = None
-    limit: int = 2000
-    duration_s: float = 3
-    resize: bool = False
-    place: Place = field(default_factory=Place)
-
-    def commands(self) -> tuple[str, ...]:
-        """Return the command that makes this page, and what measures its accuracy and its latency alone."""
-        place = self.place
-        shared = ["--data", self.data, *(["--policy", self.policy] if self.policy else [])]
-        shared += ["--resize"] if self.resize else []
-        shared += ["--backend", place.backend, "--device", place.device, "--precision", place.precision]
-        shared += ["--threads", str(place.threads)] if place.threads else []
-        bundle = str(self.bundle)
-        alone = [["evaluate", bundle, *shared, "--limit", str(self.limit)]]
-        if not self.by_profile:
-            alone.append(["profile", bundle, *shared, "--duration", f"{self.duration_s:g}"])
-        return (self.made_by, *(shlex.join(["bdtool", *words]) for words in alone))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Walk:
-    """What `walk_images` saw, one row for each image."""
-
-    keep: np.ndarray  # bool [N, K]
-    predicted: np.ndarray  # int [N]
-    labels: np.ndarray | None  # int [N]
-
-    @property
-    def blocks_run(self) -> np.ndarray:
-        blocks: np.ndarray = self.keep.sum(axis=1)
-        return blocks
-
-    @property
-    def correct(self) -> np.ndarray | None:
-        return None if self.labels is None else self.predicted == self.labels
 
 
 def gather_report(
@@ -118,70 +61,9 @@ def gather_report(
     network = bundle.network
     policy = parse_policy_for(network, request.policy)
     with request.place.open(bundle) as runtime:
-        walk = walk_images(runtime, source, policy, on_images=on_images)
-        points = _operating_points(runtime, source, policy, walk, on_images=on_images)
-    return report_from(profile, bundle, source, request, policy=policy, walk=walk, points=points)
-
-
-def n_steps(source: ImageSource) -> int:
-    """Return about how many images `gather_report` will classify."""
-    return source.n_images * (1 + (len(_COMPARED) if source.has_labels else 0))
-
-
-def walk_images(
-    runtime: Orchestrator,
-    source: ImageSource,
-    policy: PolicyRequest,
-    *,
-    on_images: Callable[[int], None] = lambda n_images: None,
-) -> Walk:
-    """Classify the images, without a clock: in folders a class is a stretch of time, and machines change with time."""
-    keep, predicted = [], []
-    for batch in source.batches(_BATCH):
-        result = runtime.run(batch.images, policy=policy.given_at(batch.rows))
-        keep.append(result.policy)
-        predicted.append(result.classes)
-        on_images(len(batch.images))
-    return Walk(keep=np.concatenate(keep), predicted=np.concatenate(predicted), labels=source.labels)
-
-
-_COMPARED = ("all", "distribute", "random", "first")
-
-
-def _operating_points(
-    runtime: Orchestrator,
-    source: ImageSource,
-    policy: PolicyRequest,
-    walk: Walk,
-    *,
-    on_images: Callable[[int], None],
-) -> tuple[OperatingPoint, ...]:
-    """Return the policy's own accuracy and cost beside every block and the paper's heuristics at equally many blocks.
-
-    Where the policy keeps all blocks or none, the heuristics keep half of them.
-    """
-    correct, network = walk.correct, runtime.network
-    if correct is None:
-        return ()
-    flops = network.flops_per_image(walk.keep, with_policy=policy.is_learned)
-    mine = f"this policy: {policy.name}"
-    points = [_point(mine, float(correct.mean()), float(walk.blocks_run.mean()), float(flops.mean()))]
-    n_kept = round(float(walk.blocks_run.mean()))
-    n_kept = n_kept if 0 < n_kept < network.n_blocks else network.n_blocks // 2
-    for form in _COMPARED:
-        text = form if form == "all" else f"{form}:{n_kept}"
-        named = parse_policy_for(network, text)
-        if named.name == policy.name:
-            continue
-        result = evaluate(runtime, source, policy=text, on_batch=on_images)
-        points.append(_point(text, result.accuracy, result.blocks_mean, result.flops_mean))
-    return tuple(points)
-
-
-def _point(name: str, accuracy: float, blocks_mean: float, flops_mean: float) -> OperatingPoint:
-    return OperatingPoint(
-        name=name, accuracy=accuracy, blocks_mean=blocks_mean, flops_mean=flops_mean, source="measured here"
-    )
+        classified = classify_images(runtime, source, policy, on_images=on_images)
+        points = operating_points(runtime, source, policy, classified, on_images=on_images)
+    return report_from(profile, bundle, source, request, policy=policy, classified=classified, points=points)
 
 
 def report_from(
@@ -191,13 +73,13 @@ def report_from(
     request: ReportRequest,
     *,
     policy: PolicyRequest,
-    walk: Walk,
+    classified: Classified,
     points: tuple[OperatingPoint, ...],
 ) -> ReportData:
     """Put everything that was measured together; nothing runs any more, only the pictures shown are read again."""
     network = bundle.network
-    flops = network.flops_per_image(walk.keep, with_policy=policy.is_learned)
-    vectors = np.unique(walk.keep, axis=0)
+    flops = network.flops_per_image(classified.keep, with_policy=policy.is_learned)
+    vectors = np.unique(classified.keep, axis=0)
     strategies = tuple(_strategy(name, samples, profile.samples["full"]) for name, samples in profile.samples.items())
     dynamic = next((samples for name, samples in profile.samples.items() if not is_static(name)), None)
     line = None if dynamic is None else fit_line(dynamic, profile.samples["full"].median_ms)
@@ -209,11 +91,11 @@ def report_from(
         policy_network=profile.policy_network,
         input_source=source.description,
         is_real_input=source.is_real,
-        n_images=len(walk.keep),
-        accuracy=None if walk.correct is None else float(walk.correct.mean()),
+        n_images=len(classified.keep),
+        accuracy=None if classified.correct is None else float(classified.correct.mean()),
         tuned_for=tuned_for(bundle.manifest.provenance),
-        blocks_mean=float(walk.blocks_run.mean()),
-        blocks_std=float(walk.blocks_run.std()),
+        blocks_mean=float(classified.blocks_run.mean()),
+        blocks_std=float(classified.blocks_run.std()),
         flops_mean=float(flops.mean()),
         flops_std=float(flops.std()),
         full_flops=network.full_flops,
@@ -225,9 +107,9 @@ def report_from(
         line=line,
         points=points,
         paper_points=paper_points(network) if points else (),
-        usage=tuple(walk.keep.mean(axis=0).tolist()),
-        classes=_classes(network, source, walk, line),
-        parts=_parts(network, profile.parts, walk.keep),
+        usage=tuple(classified.keep.mean(axis=0).tolist()),
+        classes=_classes(network, source, classified, line),
+        parts=_parts(network, profile.parts, classified.keep),
         warnings=tuple(profile.warnings),
         environment=_environment(profile, bundle),
         commands=request.commands(),
@@ -246,21 +128,21 @@ def _strategy(name: str, samples: Samples, full: Samples) -> StrategyLatency:
 
 
 def _classes(
-    network: NetworkSpec, source: ImageSource, walk: Walk, line: BlocksLine | None
+    network: NetworkSpec, source: ImageSource, classified: Classified, line: BlocksLine | None
 ) -> tuple[ClassFigures, ...]:
-    if walk.labels is None:
+    if classified.labels is None:
         return ()
-    present = np.unique(walk.labels).tolist()
-    pictured = set(_pictured(present, walk))
-    return tuple(_class_figures(network, source, walk, line, k, with_pictures=k in pictured) for k in present)
+    present = np.unique(classified.labels).tolist()
+    pictured = set(_pictured(present, classified))
+    return tuple(_class_figures(network, source, classified, line, k, with_pictures=k in pictured) for k in present)
 
 
-def _pictured(present: list[int], walk: Walk) -> list[int]:
+def _pictured(present: list[int], classified: Classified) -> list[int]:
     """Return the classes that get pictures: all, or where they are many those that run the fewest and most blocks."""
-    assert walk.labels is not None
+    assert classified.labels is not None
     if len(present) <= _MAX_PICTURED_CLASSES:
         return present
-    means = [float(walk.blocks_run[walk.labels == k].mean()) for k in present]
+    means = [float(classified.blocks_run[classified.labels == k].mean()) for k in present]
     order = [present[i] for i in np.argsort(means, kind="stable")]
     half = _MAX_PICTURED_CLASSES // 2
     return order[:half] + order[-half:]
@@ -269,26 +151,26 @@ def _pictured(present: list[int], walk: Walk) -> list[int]:
 def _class_figures(
     network: NetworkSpec,
     source: ImageSource,
-    walk: Walk,
+    classified: Classified,
     line: BlocksLine | None,
     class_index: int,
     *,
     with_pictures: bool,
 ) -> ClassFigures:
-    assert walk.correct is not None
-    rows = np.flatnonzero(walk.labels == class_index)
-    keep, blocks = walk.keep[rows], walk.blocks_run[rows]
+    assert classified.correct is not None
+    rows = np.flatnonzero(classified.labels == class_index)
+    keep, blocks = classified.keep[rows], classified.blocks_run[rows]
     by_cost = rows[np.argsort(blocks, kind="stable")]
     by_cost_down = rows[np.argsort(-blocks, kind="stable")]
     shows_extremes = with_pictures and blocks.min() < blocks.max()
 
     def pictures(indices: np.ndarray) -> tuple[Picture, ...]:
-        return tuple(_picture(network, source, walk, int(index)) for index in indices[:_N_PICTURES])
+        return tuple(_picture(network, source, classified, int(index)) for index in indices[:_N_PICTURES])
 
     return ClassFigures(
         label=network.label(class_index),
         n_images=len(rows),
-        accuracy=float(walk.correct[rows].mean()),
+        accuracy=float(classified.correct[rows].mean()),
         blocks_mean=float(blocks.mean()),
         blocks_std=float(blocks.std()),
         n_policies=len(np.unique(keep, axis=0)),
@@ -316,19 +198,19 @@ def _dominant(
     )
 
 
-def _picture(network: NetworkSpec, source: ImageSource, walk: Walk, index: int) -> Picture:
-    assert walk.correct is not None
+def _picture(network: NetworkSpec, source: ImageSource, classified: Classified, index: int) -> Picture:
+    assert classified.correct is not None
     return Picture(
         uri=uri_from_pixels(source.image_at(index)),
         name=source.names[index],
-        predicted=network.label(int(walk.predicted[index])),
-        is_correct=bool(walk.correct[index]),
-        blocks_run=int(walk.blocks_run[index]),
+        predicted=network.label(int(classified.predicted[index])),
+        is_correct=bool(classified.correct[index]),
+        blocks_run=int(classified.blocks_run[index]),
     )
 
 
 def _parts(network: NetworkSpec, timed: list[dict[str, Any]], keep: np.ndarray) -> tuple[PartCost, ...]:
-    """Return a row for each part, times from the profile, usage from the walk."""
+    """Return a row for each part, times from the profile, usage from the images."""
     by_name = {row["name"]: row for row in timed}
     usage = keep.mean(axis=0)
     shares = {"block": usage, "shortcut": 1 - usage}

@@ -20,8 +20,9 @@ from bdtool.profiling.result import Profile
 from bdtool.profiling.statistics import Samples
 from bdtool.profiling.workload import Settings
 from bdtool.report.data import ReportData
-from bdtool.report.gather import ReportRequest, gather_report
+from bdtool.report.gather import gather_report
 from bdtool.report.paper import CIFAR10_POINTS, paper_points
+from bdtool.report.request import ReportRequest
 from bdtool.runtime.orchestrator import Orchestrator
 from bdtool.runtime.place import Place
 from export.bundle import Bundle
