@@ -4,6 +4,8 @@ import json
 import math
 
 import pytest
+import torch
+import torchvision
 
 from bdtool.models.checkpoint_formats import CIFAR10_LABELS
 
@@ -30,6 +32,20 @@ def test_import_says_what_it_found(line):
     assert "resnet8, 10 classes, 3 blocks, with a policy network" in line[2].stdout
     assert "shortcut average-pool, mean 0.5,0.4,0.45, std 0.2,0.25,0.22" in line[2].stdout
     assert line[2].stderr == ""
+
+
+def test_import_says_what_it_took_by_default(line, bdtool, blockdrop_checkpoint, tmp_path):
+    assert "the file does not say shortcut: taken as in format blockdrop" in line[2].stdout
+    words = ("import", blockdrop_checkpoint, "--arch", "resnet8", "-o", tmp_path / "model.safetensors")
+    assert "does not say shortcut, mean, std: " in bdtool(*words).stdout
+    told = ("--shortcut", "average-pool", "--mean", "0.5,0.4,0.45", "--std", "0.2,0.25,0.22")
+    assert "does not say" not in bdtool(*words, *told).stdout
+
+
+def test_import_of_an_imagenet_network_assumes_nothing(bdtool, tmp_path):
+    torch.save(torchvision.models.resnet18(num_classes=7).state_dict(), tmp_path / "net.pth")
+    words = ("import", tmp_path / "net.pth", "--arch", "resnet18", "-o", tmp_path / "model.safetensors")
+    assert "does not say" not in bdtool(*words).stdout
 
 
 def test_export_says_how_close_the_parts_are(line):
