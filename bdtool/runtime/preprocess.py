@@ -106,6 +106,8 @@ class Preprocessor:
             return "This is NHWC: preprocessed images are NCHW; pass images.transpose(0, 3, 1, 2), or pixels as uint8"
         if images.shape[1:] in (self._nhwc_tail, self._nchw_tail):
             return "Convert pixels 0 to 255 with astype(np.uint8), preprocessed images with astype(np.float32)"
+        if images.shape[1:-1] == self._nhwc_tail[:2]:
+            return f"The size is right, but not the {images.shape[-1]} channels: expected red, green and blue"
         return "Scale and crop pixels with bdtool.data.images.fit_image first"
 
 
