@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +124,8 @@ _LINES: dict[str, Callable[[str, Any, dict[str, Any]], Iterator[tuple[str, str]]
 
 def _fact(value: Any) -> str:
     if isinstance(value, dict):
-        facts = ((k, f"({_fact(v)})" if isinstance(v, dict) else _fact(v)) for k, v in value.items())
+        items = sorted(value.items(), key=lambda item: int(item[0])) if _are_numbers(value) else value.items()
+        facts = ((k, f"({_fact(v)})" if isinstance(v, dict) else _fact(v)) for k, v in items)
         return ", ".join(f"{k} {text}" for k, text in facts) or "-"
     if isinstance(value, list):
         shown = ", ".join(map(str, value[:_N_SHOWN]))
@@ -132,6 +133,11 @@ def _fact(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     return "-" if value is None else str(value)
+
+
+def _are_numbers(keys: Iterable[str]) -> bool:
+    """Say whether these are numbers of blocks, as of masks: JSON has only texts as keys, and a MODEL sorts those."""
+    return all(key.isdecimal() for key in keys)
 
 
 def _cell(column: str, value: Any) -> str:

@@ -1,6 +1,7 @@
 """`bdtool inspect`: what a MODEL or a bundle is, and what was made of it."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -26,6 +27,13 @@ def test_each_step_that_a_model_came_from_is_a_line(bdtool):
     assert "limit" not in after  # it was not given
     teachers = [line.split()[1:5] for line in lines if line.startswith("  teacher:")]
     assert teachers == 2 * [["bdtool", "import,", "format", "akamaster,"]]
+
+
+def test_masks_of_a_search_are_listed_by_their_number_of_blocks(bdtool):
+    (masks,) = re.findall(r"masks \((.+?)\)", bdtool("inspect", "r32-cifar10").stdout)
+    counts = [int(entry.split()[0]) for entry in masks.split(", ")]
+    assert counts == sorted(counts)
+    assert {5, 15} <= set(counts)
 
 
 def test_a_base_says_which_policy_it_was_tuned_for():
