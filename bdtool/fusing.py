@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import onnx
 
 from bdtool.data.synthetic import synthetic_images
 from bdtool.errors import BundleError, ExportError
@@ -39,10 +41,18 @@ def write_fused(bundle: Bundle, path: Path) -> float:
     check = _Check(network, OnnxReference(model), pieces)
     error = max(check.error(mask, seed) for seed, mask in enumerate([*_masks(network.n_blocks), None]))
     try:
-        write_output(path, model)
+        write_output(path, _with_metadata(model, network))
     except OSError as exc:
         raise BundleError(f"{path} cannot be written ({exc.strerror or exc}); choose another place") from exc
     return error
+
+
+def _with_metadata(fused: bytes, network: NetworkSpec) -> bytes:
+    model = onnx.ModelProto.FromString(fused)
+    facts = {"preprocessing": asdict(network.preprocessing), "labels": network.labels}
+    onnx.helper.set_model_props(model, {name: json.dumps(fact) for name, fact in facts.items()})
+    written: bytes = model.SerializeToString(deterministic=True)
+    return written
 
 
 def _masks(n_blocks: int) -> list[np.ndarray]:

@@ -120,7 +120,8 @@ def fuse_cmd(bundle: Path, model: Path) -> None:
 
     For deployments that can hold only one file. It takes one preprocessed image, float32 [1, 3, H, W], and gives the
     logits and which blocks ran; its optional input `force` (uint8 [K]: 0 policy, 1 keep, 2 drop) overrides the policy.
-    It is compared with the parts of the bundle before it is written.
+    Its ONNX metadata hold `preprocessing` and `labels`, as JSON. It is compared with the parts of the bundle before it
+    is written.
 
     \b
     Example:

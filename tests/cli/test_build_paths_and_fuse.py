@@ -69,6 +69,13 @@ def test_fuse_writes_one_file_that_runs_alone(bdtool, bundle_copy, tmp_path):
     np.testing.assert_allclose(logits, expected.logits, atol=1e-4)
 
 
+def test_fused_file_names_preprocessing_and_classes(bdtool, bdtool_json, bundle_copy, tmp_path):
+    bdtool("fuse", bundle_copy, "-o", tmp_path / "model.onnx")
+    facts = {entry.key: json.loads(entry.value) for entry in onnx.load(tmp_path / "model.onnx").metadata_props}
+    bundle = bdtool_json("inspect", bundle_copy)
+    assert facts == {name: bundle[name] for name in ("preprocessing", "labels")}
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
