@@ -131,6 +131,10 @@ def read_manifest(directory: Path) -> Manifest:
     try:
         data = _parsed(path)
     except FileNotFoundError as exc:
+        if not directory.exists():
+            raise BundleError(
+                f"{directory}: no such directory. `bdtool export MODEL -o BUNDLE` makes a bundle"
+            ) from exc
         raise BundleError(f"{directory} is not a bundle: it has no {MANIFEST_NAME}. Make one: bdtool export") from exc
     except NotADirectoryError as exc:
         raise BundleError(f"{directory} is a file, not a bundle. Make one of a MODEL: bdtool export") from exc

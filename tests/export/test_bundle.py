@@ -89,9 +89,13 @@ def test_symbolic_links_in_a_circle_are_a_missing_file(bundle_copy):
 
 
 def test_directory_without_manifest_is_no_bundle(tmp_path):
-    for path in (tmp_path, tmp_path / "absent"):
-        with pytest.raises(BundleError, match=r"is not a bundle: it has no manifest.json. Make one: bdtool export"):
-            Bundle.open(path)
+    with pytest.raises(BundleError, match=r"is not a bundle: it has no manifest.json. Make one: bdtool export"):
+        Bundle.open(tmp_path)
+
+
+def test_directory_that_is_not_there_is_said_to_be_missing(tmp_path):
+    with pytest.raises(BundleError, match=r"absent: no such directory. `bdtool export MODEL -o BUNDLE` makes a bundle"):
+        Bundle.open(tmp_path / "absent")
 
 
 def test_newer_format_asks_for_an_upgrade(bundle_copy):
