@@ -11,7 +11,7 @@ import click
 from bdtool.cli.command import Command
 from bdtool.cli.options import EXISTING_FILE, FiniteRange, json_option
 from bdtool.cli.output import emit, print_table, warn
-from bdtool.words import percent
+from bdtool.words import counted, percent
 
 if TYPE_CHECKING:
     from bdtool.profiling.compare import Change, Comparison
@@ -33,11 +33,12 @@ _DIGEST = re.compile("[0-9a-f]{64}")
 def compare_cmd(a: Path, b: Path, max_slowdown: float, json_file: str | None) -> None:
     """Show two profiles side by side, and fail where B became slower than A.
 
-    A regression is a median or a ratio to `full` that grew by more than the bound and beyond its spread over rounds.
-    The exit status is then 1. Profiles of different machines, threads, batches or policies are not comparable: what
-    differs is listed, there is no verdict, and the exit status is 1 as well. Weights, images and given keep bits are
-    compared by their digests, not by their names. The exit status is 1, too, where one of them is of a run
-    that `profile` found UNSTABLE: nothing was shown to be as fast as before. Measure that one again.
+    A regression is a median or a ratio to `full` that grew by more than the bound and beyond its spread over rounds;
+    of two precisions only a median, as each has a `full` of its own. The exit status is then 1. Profiles of different
+    machines, threads, batches or policies are not comparable: what differs is listed, there is no verdict, and the exit
+    status is 1 as well. Weights, images and given keep bits are compared by their digests, not by their names. The exit
+    status is 1, too, where one of them is of a run that `profile` found UNSTABLE: nothing was shown to be as fast as
+    before. Measure that one again.
 
     \b
     Example:
@@ -77,7 +78,7 @@ def _print_comparison(a: Path, b: Path, result: Comparison) -> None:
     count = sum(map(len, result.regressions.values()))
     bound = f"more than {percent(result.max_slowdown)} slower and beyond the spread"
     if count:
-        click.echo(f"\n{count} regressions ({bound})")
+        click.echo(f"\n{counted(count, 'regression')} ({bound})")
     elif result.incomparable:
         click.echo(f"\nno verdict: the profiles are not comparable ({', '.join(result.incomparable)})")
     elif result.unstable:

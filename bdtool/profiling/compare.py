@@ -134,14 +134,16 @@ def compare_profiles(a: Mapping[str, Any], b: Mapping[str, Any], *, max_slowdown
     """Compare two profiles as `read_profile` gives them; b is the newer one.
 
     A figure is a regression when b is more than `max_slowdown` (0.05: 5 %) above a, and b's lower quartile over rounds
-    lies above a's upper one; without quartiles the bound alone decides. Profiles that do not say whether their run was
-    stable are taken to be.
+    lies above a's upper one; without quartiles the bound alone decides. Ratios of two precisions are not judged: each
+    is to a `full` of its own. Profiles that do not say whether their run was stable are taken to be.
     """
     both = [name for name in a["strategies"] if name in b["strategies"]]
     rows = {name: (a["strategies"][name], b["strategies"][name]) for name in both}
     differences = _differences(a, b)
     unstable = {side: reasons for side, profile in (("a", a), ("b", b)) if (reasons := _reasons(profile))}
-    is_judged = not _beside(differences) and not unstable
+    judged = [figure for figure in _JUDGED if figure != "ratio_to_full" or "precision" not in differences]
+    if _beside(differences) or unstable:
+        judged = []
     return Comparison(
         strategies={
             name: {figure: _change(figure, mine, other) for figure in _FIGURES} for name, (mine, other) in rows.items()
@@ -151,7 +153,7 @@ def compare_profiles(a: Mapping[str, Any], b: Mapping[str, Any], *, max_slowdown
         differences=differences,
         unstable=unstable,
         regressions={
-            name: tuple(figure for figure in _JUDGED if is_judged and _is_slower(figure, mine, other, max_slowdown))
+            name: tuple(figure for figure in judged if _is_slower(figure, mine, other, max_slowdown))
             for name, (mine, other) in rows.items()
         },
         max_slowdown=max_slowdown,
