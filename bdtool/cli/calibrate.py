@@ -140,6 +140,11 @@ def calibrate_cmd(
     opened = Bundle.open(bundle)
     images = open_data(data, network=opened.network, resize=resize, split="train" if split == "train" else "test")
     judged = open_data(evaluation or data, network=opened.network, resize=resize)
+    if not judged.has_labels and _was_given("max_accuracy_drop"):
+        raise click.UsageError(
+            f"--max-accuracy-drop needs labels, and {judged.description} has none: give labelled images with --eval, "
+            "or leave it out"
+        )
     shares: dict[str, float] = {}  # of steps, begun or done
     with tell_when_stopped(lambda: _finished(shares)), progress("calibrating", None) as advance:
 
@@ -190,9 +195,12 @@ def _failure(result: Calibrated) -> str:
 
 def _refuse_idle_percentile(method: str) -> None:
     """Refuse what somebody asked for and would not get."""
-    source = click.get_current_context().get_parameter_source("percentile")
-    if source == ParameterSource.COMMANDLINE and method != "percentile":
+    if _was_given("percentile") and method != "percentile":
         raise click.UsageError("--percentile is for --method percentile: give that, too, or leave it out")
+
+
+def _was_given(option: str) -> bool:
+    return click.get_current_context().get_parameter_source(option) == ParameterSource.COMMANDLINE
 
 
 def _print(result: Calibrated) -> None:

@@ -68,6 +68,16 @@ def test_a_drop_beyond_the_bound_leaves_the_bundle_as_it_was(bdtool, bundle_copy
     assert _digests(bundle_copy) == before
 
 
+def test_a_bound_on_the_accuracy_needs_labels(bdtool, bundle_copy, tmp_path):
+    np.savez(tmp_path / "data.npz", x=synthetic_images(8, height=32, width=32))
+    before = _digests(bundle_copy)
+    words = ("calibrate", bundle_copy, "--data", tmp_path / "data.npz", "--limit", 8)
+    message = bdtool(*words, "--max-accuracy-drop", 0.5, status=2).stderr
+    assert "--max-accuracy-drop needs labels, and " in message
+    assert _digests(bundle_copy) == before
+    assert "the accuracy was not measured" in bdtool(*words).stderr
+
+
 def test_gates_leave_the_calibration_images_out(bdtool_json, bundle_copy, save_labelled, tmp_path):
     data = save_labelled(bundle_copy, tmp_path / "data.npz", 130)
     words = ("calibrate", bundle_copy, "--data", data, "--max-accuracy-drop", 100)
