@@ -120,7 +120,8 @@ def evaluate_cmd(
     show_default=True,
     metavar="S,...",
     help="Strategies to measure: chain, path, fused, graph; auto measures all that are there and records the fastest. "
-    "full@MODE and graph@MODE measure one CUDA graph mode (see --cuda-graph) beside others.",
+    "chain@int8, full@fp16 and the like measure one in another precision, full@MODE and graph@MODE in one CUDA graph "
+    "mode (see --cuda-graph), beside the others.",
 )
 @click.option("--baseline", type=BUNDLE, help="Another bundle, whose static ResNet is measured as full:<arch>.")
 @click.option("--sweep", is_flag=True, help="Measure throughput at batch 1, 8, 32 and 64 as well.")
@@ -177,6 +178,7 @@ def profile_cmd(
     Example:
       bdtool profile bundle --data cifar10:data --policy distribute:7 --threads 1
       bdtool profile bundle --data cifar10:data --strategy auto --sweep --json profile.json
+      bdtool profile bundle --data cifar10:data --strategy full@int8,chain,chain@int8
       bdtool profile bundle --backend torch --device cuda:0 --strategy full@off,chain,graph,graph@path-cache
     """
     from bdtool.cli.profile_tables import print_profile

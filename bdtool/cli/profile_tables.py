@@ -27,8 +27,9 @@ def print_profile(data: dict[str, Any]) -> None:
         if "cuda_graph" in row:
             hits = f"; {percent(row['hit_rate'])} of the images hit" if "hit_rate" in row else ""
             click.echo(f"{name}: CUDA graph {row['cuda_graph']['mode']} ({row['cuda_graph']['reason']}){hits}")
-    if "path" in data["strategies"]:
-        _print_paths(data["strategies"]["path"])
+    for name, row in data["strategies"].items():
+        if "paths" in row:
+            _print_paths(name, row)
     if data["split"]["strategies"]:
         _print_split(data["split"])
     if data["latency_against_blocks"]:
@@ -114,9 +115,9 @@ def print_parts(parts: list[dict[str, Any]], *, batch: int = 1) -> None:
     print_table(columns, rows, title=title)
 
 
-def _print_paths(path: dict[str, Any]) -> None:
+def _print_paths(name: str, path: dict[str, Any]) -> None:
     click.echo(
-        f"path: {percent(path['hit_rate'])} of the images hit; {counted(path['paths'], 'engine')}, "
+        f"{name}: {percent(path['hit_rate'])} of the images hit; {counted(path['paths'], 'engine')}, "
         f"{path['path_bytes'] / _MIB:.1f} of at most {path['path_bytes_bound'] / _MIB:.0f} MiB; "
         f"masks {path['path_masks']}"
     )

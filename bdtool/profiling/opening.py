@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
 
 from bdtool.errors import UsageError
-from bdtool.profiling.workload import BASELINE, Workload, split_name
+from bdtool.profiling.workload import BASELINE, PRECISIONS, Variant, Workload, variant_of
 from bdtool.runtime.factory import parts_for, require_strategy, strategies_for
 from bdtool.runtime.masks import NOTE_MASKS, count_masks, read_masks
 from bdtool.runtime.orchestrator import Orchestrator
@@ -18,13 +19,22 @@ from bdtool.runtime.path_cache import PathOptions
 from bdtool.runtime.place import Place
 from bdtool.runtime.recommendation import AUTO, CANDIDATES
 from bdtool.specs import NetworkSpec
-from engines.graph_modes import GraphChoice
+from engines.graph_modes import GRAPH_MODES, GraphChoice
 from engines.registry import plan_graphs
 from export.bundle import Bundle
 
 STORED = "noted by `bdtool build --paths` or `--coverage`"
 COUNTED = "counted on the measured images before the clock started"
 HAVE_GRAPHS = (BASELINE, "graph")  # strategies that use CUDA graphs on a GPU
+_KNOW_MASKS = ("path", "graph")  # strategies that prepare for frequent masks
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The frequent masks that a strategy is prepared for, and where they come from."""
+
+    options: PathOptions
+    source: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +42,7 @@ class Opened:
     """Everything that takes turns: `full` first, the strategies, then another bundle's `full:<arch>`."""
 
     runtimes: dict[str, Orchestrator]
-    paths: PathOptions | None  # of `path` and `graph`, where they are among them
-    path_masks: str  # where its masks come from
+    paths: dict[str, Prepared]  # of those that prepare for frequent masks
 
     @property
     def of_bundle(self) -> dict[str, Orchestrator]:
@@ -50,27 +59,30 @@ class Opened:
         choices = {name: runtime.graph_choice for name, runtime in self.runtimes.items()}
         return {name: choice for name, choice in choices.items() if choice is not None}
 
-    def path_figures(self) -> dict[str, Any]:
-        """Return what the path cache holds; nothing without a `path` strategy."""
-        stats = self.runtimes["path"].path_stats if "path" in self.runtimes else None
-        if stats is None:
-            return {}
+    def path_figures(self) -> dict[str, dict[str, Any]]:
+        """Return what the path cache of each `path` strategy holds."""
+        stats = {name: runtime.path_stats for name, runtime in self.runtimes.items()}
         return {
-            "paths": stats.n_paths,
-            "path_bytes": stats.n_bytes,
-            "path_bytes_bound": stats.max_bytes,
-            "path_masks": self.path_masks,
+            name: {
+                "paths": held.n_paths,
+                "path_bytes": held.n_bytes,
+                "path_bytes_bound": held.max_bytes,
+                "path_masks": self.paths[name].source,
+            }
+            for name, held in stats.items()
+            if held is not None
         }
 
     def mask_warnings(self) -> list[str]:
         """Say where strategies were prepared for the very masks that they were timed on."""
-        n_masks = 0 if self.paths is None else len(self.paths.ahead)
-        if n_masks < 2 or self.path_masks != COUNTED:
+        counted = {name: len(one.options.ahead) for name, one in self.paths.items() if one.source == COUNTED}
+        names = [name for name, n_masks in counted.items() if n_masks > 1]
+        if not names:
             return []
-        names = " and ".join(f"`{name}`" for name in self.runtimes if knows_masks(name))
         return [
-            f"no frequent masks are noted, so {names} knew the {n_masks} masks of the timed images beforehand; other "
-            f"images may have others, and take longer. Note some with {NOTE_MASKS}"
+            f"no frequent masks are noted, so {' and '.join(f'`{name}`' for name in names)} knew the "
+            f"{counted[names[0]]} masks of the timed images beforehand; other images may have others, and take longer. "
+            f"Note some with {NOTE_MASKS}"
         ]
 
 
@@ -92,27 +104,36 @@ def require_batch(batch: int, bundles: Sequence[Bundle]) -> None:
 def strategy_names(asked: Sequence[str], network: NetworkSpec, place: Place) -> list[str]:
     """Return the strategies to measure, the baseline first; `auto` stands for all there that take a policy.
 
-    `full@MODE` and `graph@MODE` stand for a strategy in one CUDA graph mode, beside the same one in others.
+    A name may go on with a precision (`chain@int8`), or with a CUDA graph mode (`full@off`, `graph@switch`): the same
+    strategy beside itself in another.
 
     Raises:
-        UsageError: no such strategy or mode, or the backend has none such.
+        UsageError: no such strategy, precision or mode, or the backend has none such.
         BackendError: what a strategy needs is not installed, or too old.
     """
     there = [name for name in strategies_for(place.backend, place.device) if name in CANDIDATES]
     named = [name for word in asked for name in (there if word == AUTO else (word,))]
     names = [BASELINE, *(name for name in dict.fromkeys(named) if name != BASELINE)]
     for name in names:  # refuse one now, not after building engines
-        strategy, mode = split_name(name)
-        parts_for(strategy, network)
-        require_strategy(strategy, place.backend, place.device)
-        if mode is None:
-            continue
-        if strategy not in HAVE_GRAPHS:
-            raise UsageError(
-                f"strategy {name!r}: CUDA graph modes are of {' and '.join(HAVE_GRAPHS)}, not of {strategy!r}"
-            )
-        plan_graphs(place.backend, place.device, mode)
+        variant = variant_of(name)
+        parts_for(variant.strategy, network)
+        require_strategy(variant.strategy, place.backend, place.device)
+        if variant.cuda_graph is not None:
+            _require_mode(name, variant, place)
     return names
+
+
+def _require_mode(name: str, variant: Variant, place: Place) -> None:
+    if variant.cuda_graph not in GRAPH_MODES:
+        raise UsageError(
+            f"strategy {name!r}: {variant.cuda_graph!r} is neither a precision ({', '.join(PRECISIONS)}) nor a CUDA "
+            f"graph mode ({', '.join(GRAPH_MODES)})"
+        )
+    if variant.strategy not in HAVE_GRAPHS:
+        raise UsageError(
+            f"strategy {name!r}: CUDA graph modes are of {' and '.join(HAVE_GRAPHS)}, not of {variant.strategy!r}"
+        )
+    plan_graphs(place.backend, place.device, variant.cuda_graph)
 
 
 def open_all(
@@ -131,35 +152,35 @@ def open_all(
 
     Raises:
         UsageError: the other bundle takes images of another size.
+        BundleError: the bundle has no parts of a precision that a name asks for, and the backend makes none.
         BackendError: engines cannot be built, or backend, device or threads are not to be had.
     """
     if baseline is not None:
         _check_size(bundle, baseline)
-    paths, source = path_options(bundle, workload, place) if any(map(knows_masks, names)) else (None, "")
-    runtimes = {}
-    for name in names:
-        strategy, mode = split_name(name)
-        there = place if mode is None else replace(place, cuda_graph=mode)
-        opened = there.open(bundle, strategy, paths=paths if knows_masks(name) else None)
-        runtimes[name] = stack.enter_context(opened)
+    variants = {name: variant_of(name) for name in names}
+    places = {name: variant.place(place) for name, variant in variants.items()}
+    for there in places.values():
+        there.store(bundle)  # refuses a precision that is not there before any engine is built
+    prepare = cache(lambda there: prepared(bundle, workload, there))  # of variants that differ in the strategy alone
+    runtimes, paths = {}, {}
+    for name, variant in variants.items():
+        if variant.strategy in _KNOW_MASKS:
+            paths[name] = prepare(replace(places[name], cuda_graph=place.cuda_graph))
+        options = paths[name].options if name in paths else None
+        runtimes[name] = stack.enter_context(places[name].open(bundle, variant.strategy, paths=options))
     if baseline is not None:
         runtimes[f"{BASELINE}:{baseline.network.arch}"] = stack.enter_context(place.open(baseline, BASELINE))
-    return Opened(runtimes=runtimes, paths=paths, path_masks=source)
+    return Opened(runtimes=runtimes, paths=paths)
 
 
-def knows_masks(name: str) -> bool:
-    """Say whether what is measured under that name prepares for frequent masks."""
-    return split_name(name)[0] in ("path", "graph")
-
-
-def path_options(bundle: Bundle, workload: Workload, place: Place) -> tuple[PathOptions, str]:
-    """Return the masks to join ahead and where they come from: those stored with the engines, else the workload's."""
+def prepared(bundle: Bundle, workload: Workload, place: Place) -> Prepared:
+    """Return the masks to join ahead: those stored with the engines, else the workload's."""
     store = place.store(bundle)
     stored = read_masks(store.nearest(parts_for("path", store.network)).directory, bundle.network.n_blocks)
     if stored:
-        return PathOptions.of_counts(stored, background=False), STORED
+        return Prepared(PathOptions.of_counts(stored, background=False), STORED)
     keep = workload.keep if workload.keep is not None else learned_bits(bundle, workload.images, place)
-    return PathOptions.of_counts(count_masks([keep]), background=False), COUNTED
+    return Prepared(PathOptions.of_counts(count_masks([keep]), background=False), COUNTED)
 
 
 def learned_bits(bundle: Bundle, images: np.ndarray, place: Place) -> np.ndarray:

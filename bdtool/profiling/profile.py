@@ -15,12 +15,12 @@ from bdtool.profiling.environment import clock_warnings, describe_environment, d
 from bdtool.profiling.instrumented import InstrumentedPass, run_instrumented
 from bdtool.profiling.line import fit_lines
 from bdtool.profiling.measure import measure
-from bdtool.profiling.opening import Opened, knows_masks, open_all, require_batch, strategy_names
+from bdtool.profiling.opening import Opened, open_all, require_batch, strategy_names
 from bdtool.profiling.recommending import recommend, record
 from bdtool.profiling.result import Profile
 from bdtool.profiling.stability import stability_warnings
 from bdtool.profiling.statistics import Samples
-from bdtool.profiling.workload import BASELINE, Settings, Workload, is_static, split_name
+from bdtool.profiling.workload import BASELINE, Settings, Workload, is_static, variant_of
 from bdtool.runtime.orchestrator import Orchestrator
 from bdtool.runtime.place import Place
 from bdtool.runtime.policies import parse_policy_for
@@ -50,7 +50,7 @@ def profile(
 
     Args:
         strategies: names; "auto" stands for all that take a policy, and records the fastest beside the engines;
-            "full@off", "graph@switch" and the like are one CUDA graph mode, beside the same strategy in others.
+            "chain@int8", "full@off" and the like are the same strategy in another precision or CUDA graph mode.
         baseline: another static ResNet, whose `full` engine takes turns under the name `full:<arch>`.
         sweep: batch sizes whose throughput is measured as well.
 
@@ -146,10 +146,9 @@ class _Steps:
 
 
 def _instrumented(opened: Opened, workload: Workload, settings: Settings) -> dict[str, InstrumentedPass]:
+    options = {name: one.options for name, one in opened.paths.items()}
     return {
-        name: run_instrumented(
-            name, runtime, workload, batch=settings.batch, paths=opened.paths if knows_masks(name) else None
-        )
+        name: run_instrumented(name, runtime, workload, batch=settings.batch, paths=options.get(name))
         for name, runtime in opened.of_bundle.items()
     }
 
@@ -202,7 +201,9 @@ def _baseline_warnings(graphs: dict[str, GraphChoice]) -> list[str]:
     return [
         f"{name} runs without a CUDA graph ({choice.reason}): a weaker baseline than a user would take"
         for name, choice in graphs.items()
-        if is_static(name) and choice.mode == OFF and split_name(name)[1] is None  # else it was asked for by name
+        if is_static(name)
+        and choice.mode == OFF
+        and variant_of(name).cuda_graph is None  # else it was asked for by name
     ]
 
 

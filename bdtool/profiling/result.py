@@ -40,7 +40,7 @@ class Profile:
     splits: dict[str, dict[str, Any]] = field(default_factory=dict)
     lines: dict[str, BlocksLine] = field(default_factory=dict)
     sweep: dict[int, dict[str, Samples]] = field(default_factory=dict)  # by batch
-    paths: dict[str, Any] = field(default_factory=dict)  # what the path cache held
+    paths: dict[str, dict[str, Any]] = field(default_factory=dict)  # what path caches held, by strategy
     graphs: dict[str, GraphChoice] = field(default_factory=dict)  # how strategies use CUDA graphs, on a GPU
     peak_memory_mib: float | None = None
     recommendation: Recommendation | None = None
@@ -98,12 +98,12 @@ class Profile:
 
 
 def _strategies_json(
-    samples: dict[str, Samples], settings: Settings, paths: dict[str, Any], graphs: dict[str, GraphChoice]
+    samples: dict[str, Samples], settings: Settings, paths: dict[str, dict[str, Any]], graphs: dict[str, GraphChoice]
 ) -> dict[str, Any]:
     full = samples[BASELINE]
     rows = {name: one.to_json(full, settings.percentiles) for name, one in samples.items()}
-    if "path" in rows:
-        rows["path"] |= {"hit_rate": samples["path"].hit_rate, **paths}
+    for name, held in paths.items():
+        rows[name] |= {"hit_rate": samples[name].hit_rate, **held}
     for name, choice in graphs.items():
         rows[name]["cuda_graph"] = asdict(choice)
         if samples[name].hits is not None:  # of masks that have a graph

@@ -5,14 +5,18 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from bdtool.errors import UsageError
 from bdtool.runtime.orchestrator import Orchestrator
+from bdtool.runtime.place import Place
 from bdtool.runtime.result import RunResult
+from export.manifest import CALIBRATED, EXPORTED
 
 BASELINE = "full"
+PRECISIONS = (EXPORTED, *CALIBRATED)
 BOUNDARY = (
     "uint8 images in host memory to logits in host memory: preprocessing, policy network, kept blocks, head; "
     "reading and decoding files is outside"
@@ -67,15 +71,42 @@ def _sha256(array: np.ndarray) -> str:
     return digest.hexdigest()
 
 
-def split_name(name: str) -> tuple[str, str | None]:
-    """Return the strategy that is measured under that name, and the CUDA graph mode of `STRATEGY@MODE`."""
-    strategy, at, mode = name.partition("@")
-    return strategy, mode if at else None
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """What is measured under a name `STRATEGY[@PRECISION][@MODE]`; None: as all others of the profile."""
+
+    strategy: str
+    precision: str | None = None
+    cuda_graph: str | None = None
+
+    def place(self, place: Place) -> Place:
+        """Return where it runs, in a profile of `place`."""
+        return replace(
+            place, precision=self.precision or place.precision, cuda_graph=self.cuda_graph or place.cuda_graph
+        )
+
+
+def variant_of(name: str) -> Variant:
+    """Return what is measured under that name.
+
+    Raises:
+        UsageError: two precisions, or two CUDA graph modes.
+    """
+    strategy, *words = name.split("@")
+    precisions = [word for word in words if word in PRECISIONS]
+    modes = [word for word in words if word not in PRECISIONS]
+    if len(precisions) > 1 or len(modes) > 1:
+        raise UsageError(f"strategy {name!r}: expected at most one precision and one CUDA graph mode behind it")
+    return Variant(
+        strategy=strategy,
+        precision=precisions[0] if precisions else None,
+        cuda_graph=modes[0] if modes else None,
+    )
 
 
 def is_static(name: str) -> bool:
     """Say whether what is measured under that name is a static ResNet: `full`, or `full:<arch>` of another bundle."""
-    return split_name(name)[0] == BASELINE or name.startswith(f"{BASELINE}:")
+    return variant_of(name).strategy == BASELINE or name.startswith(f"{BASELINE}:")
 
 
 def runner(name: str, runtime: Orchestrator) -> Run:

@@ -87,6 +87,34 @@ def test_masks_stored_by_build_are_taken(fresh, bdtool_json, npz):
     assert "bdtool build --paths" in path["path_masks"]
 
 
+def test_precisions_are_measured_side_by_side(calibrate, bdtool_json, bundle_copy, npz, monkeypatch):
+    calibrate()
+    opened, real = [], Orchestrator.open
+
+    def open_noting(bundle, **options):
+        opened.append((options["strategy"], options["precision"]))
+        return real(bundle, **options)
+
+    monkeypatch.setattr(Orchestrator, "open", open_noting)
+    names = ["full@int8", "chain", "chain@int8", "path@int8"]
+    result = bdtool_json("profile", bundle_copy, "--data", npz, "--strategy", ",".join(names), *QUICK)
+    rows = result["strategies"]
+    assert list(rows) == ["full", *names]
+    expected = [("full", "fp32"), ("full", "int8"), ("chain", "fp32"), ("chain", "int8"), ("path", "int8")]
+    assert [one for one in dict.fromkeys(opened)] == expected
+    assert rows["path@int8"]["hit_rate"] == 1
+    assert rows["full@int8"]["blocks_mean"] == 3
+    assert set(result["latency_against_blocks"]) == {"chain", "chain@int8", "path@int8"}
+    assert "so `path@int8` knew the" in " ".join(result["warnings"])
+
+
+def test_precision_that_is_not_there_is_refused_before_engines_are_built(fresh, bdtool):
+    shutil.rmtree(fresh / "engines")
+    text = bdtool("profile", fresh, "--strategy", "chain,chain@int8", *QUICK, status=1).stderr
+    assert "no int8 parts" in text
+    assert not (fresh / "engines").exists()
+
+
 def test_sweep_measures_each_batch(built, npz, bdtool, tmp_path):
     words = ("profile", built, "--data", npz, "--policy", "random:2", "--sweep", *QUICK)
     assert "Throughput by batch" in bdtool(*words, "--json", tmp_path / "profile.json").stdout

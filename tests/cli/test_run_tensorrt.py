@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from bdtool.data.synthetic import synthetic_images
-from bdtool.profiling.opening import STORED, path_options
+from bdtool.profiling.opening import STORED, prepared
 from bdtool.profiling.workload import Workload
 from bdtool.runtime.orchestrator import Orchestrator
 from bdtool.runtime.place import Place
@@ -130,9 +130,9 @@ def test_profile_takes_masks_from_where_the_engines_are(monkeypatch, tmp_path, b
     bdtool("build", bundle_copy, *TENSORRT, *wide, "--coverage", 1, "--data", npz, "--policy", "random:2")
     place = Place(backend="tensorrt", device="cuda:0")
     workload = Workload(images=np.zeros((1, 32, 32, 3), np.uint8), keep=np.ones((1, 3), bool))
-    paths, source = path_options(Bundle.open(bundle_copy), workload, place)
-    assert source == STORED
-    assert len(paths.ahead) > 1
+    found = prepared(Bundle.open(bundle_copy), workload, place)
+    assert found.source == STORED
+    assert len(found.options.ahead) > 1
     options = {"backend": "tensorrt", "device": "cuda:0", "strategy": "graph", "cuda_graph": "policy-cache"}
     Orchestrator.open(bundle_copy, **options).close()  # it would refuse a mode that knows no masks
 
@@ -163,8 +163,9 @@ def test_profile_measures_graph_modes_side_by_side(monkeypatch, tmp_path, bdtool
     ("strategy", "message"),
     [
         ("chain@off", "strategy 'chain@off': CUDA graph modes are of full and graph, not of 'chain'"),
-        ("full@fast", "unknown CUDA graph mode 'fast'; this version has auto,"),
-        ("full@", "unknown CUDA graph mode ''; this version has auto,"),
+        ("full@fast", "strategy 'full@fast': 'fast' is neither a precision (fp32, int8, fp16, bf16, mixed) nor a CUDA"),
+        ("full@", "strategy 'full@': '' is neither a precision (fp32, int8, fp16, bf16, mixed) nor a CUDA graph mode"),
+        ("full@off@switch", "expected at most one precision and one CUDA graph mode behind it"),
     ],
 )
 def test_profile_refuses_a_graph_mode_that_there_is_not(monkeypatch, tmp_path, bdtool, bundle_copy, strategy, message):
