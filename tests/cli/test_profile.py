@@ -101,7 +101,7 @@ def test_precisions_are_measured_side_by_side(calibrate, bdtool_json, bundle_cop
     rows = result["strategies"]
     assert list(rows) == ["full", *names]
     expected = [("full", "fp32"), ("full", "int8"), ("chain", "fp32"), ("chain", "int8"), ("path", "int8")]
-    assert [one for one in dict.fromkeys(opened)] == expected
+    assert list(dict.fromkeys(opened)) == expected
     assert rows["path@int8"]["hit_rate"] == 1
     assert rows["full@int8"]["blocks_mean"] == 3
     assert set(result["latency_against_blocks"]) == {"chain", "chain@int8", "path@int8"}
