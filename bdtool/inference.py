@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 
 from bdtool.data.images import fit_image, read_image
+from bdtool.errors import DataError
 from bdtool.runtime.orchestrator import Orchestrator
 from bdtool.runtime.policies import bits_of, parse_policy_for
+from bdtool.specs import Preprocessing
 
 
 def classify_files(
@@ -21,12 +23,12 @@ def classify_files(
     `policy` in an answer is a string of K bits, 1 = kept; `probability` is the softmax of the label.
 
     Raises:
-        DataError: a file is not an image, or does not have the network's input size (and `resize` is False).
+        DataError: files are no images, or do not have the network's input size (and `resize` is False); all are named.
         PolicyError: the policy does not fit the network.
     """
     network = runtime.network
     request = parse_policy_for(network, policy)
-    images = [fit_image(read_image(file), network.preprocessing, source=str(file), resize=resize) for file in files]
+    images = _read_all(files, network.preprocessing, resize=resize)
     rows = []
     for i, (file, image) in enumerate(zip(files, images, strict=True)):
         result = runtime.run(image[None], policy=request.given_at(np.array([i])))
@@ -42,6 +44,18 @@ def classify_files(
             }
         )
     return rows
+
+
+def _read_all(files: Sequence[Path], preprocessing: Preprocessing, *, resize: bool) -> list[np.ndarray]:
+    images, problems = [], []
+    for file in files:
+        try:
+            images.append(fit_image(read_image(file), preprocessing, source=str(file), resize=resize))
+        except DataError as exc:
+            problems.append(str(exc))
+    if problems:
+        raise DataError("\n".join(problems))
+    return images
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

@@ -214,6 +214,15 @@ def test_other_modes_are_named(bdtool, tiny, tmp_path, picture, name, mode, colo
     assert result.stdout == ""  # not half of the answers
 
 
+def test_every_unreadable_image_is_named(bdtool, tiny, tmp_path, picture):
+    files = [tmp_path / "a.png", tmp_path / "b.png"]
+    for file in files:
+        file.write_text("no picture")
+    result = bdtool("run", tiny.bundle, files[0], picture, files[1], status=1)
+    assert [file.name in result.stderr for file in files] == [True, True]
+    assert result.stdout == ""
+
+
 def test_unreadable_image_is_named(bdtool, tiny, tmp_path):
     (tmp_path / "i.png").write_text("no picture")
     assert "i.png: not a picture in a known format" in bdtool("run", tiny.bundle, tmp_path / "i.png", status=1).stderr
