@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,11 @@ from bdtool.errors import DataError
 from bdtool.runtime.preprocess import Preprocessor
 from bdtool.specs import PIXELS, NetworkSpec
 from engines.base import Backend
-from engines.device_array import DeviceArray, DeviceArrayBackend, Images, device_array
+from engines.device_array import DeviceArrayBackend, Images, device_array
+
+logger = logging.getLogger(__name__)
+_FAR = 5  # times the largest value of a pixel: more than any augmentation gives
+_DLPACK_CPU = 1
 
 
 class Intake:
@@ -19,6 +24,7 @@ class Intake:
     def __init__(self, network: NetworkSpec) -> None:
         self._preprocess = Preprocessor(network.preprocessing)
         self._takes_pixels = network.takes_pixels  # once: it is asked for each image
+        self._has_looked = False  # at values of preprocessed images
         self._input = np.empty((0, 3, network.preprocessing.height, network.preprocessing.width), dtype=np.float32)
 
     def check(self, images: np.ndarray) -> None:
@@ -35,22 +41,24 @@ class Intake:
             DataError: the images have another shape or type.
         """
         if self._takes_pixels:
-            return self._preprocess.checked(images)
+            return self._warned_of(self._preprocess.checked(images))
         if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.ndim != 4:
-            return self._preprocess(images)
+            return self._warned_of(self._preprocess(images))
         # The same memory each time: new memory costs page faults, for one 32 x 32 image five times the arithmetic.
         if len(images) > len(self._input):
             self._input = np.empty((len(images), *self._input.shape[1:]), dtype=np.float32)
         return self._preprocess(images, out=self._input[: len(images)])
 
-    def from_device(self, images: Any, backend: Backend) -> DeviceArray:
-        """Return a batch that is on the GPU of a backend, uncopied.
+    def taken(self, images: Any, backend: Backend) -> Images:
+        """Return a batch where it is, on the host or on the GPU of a backend, uncopied.
 
         Raises:
-            TypeError: it is no array on a GPU.
-            DataError: the backend or its GPU cannot read it, or it has another shape or type.
+            TypeError: it is no array.
+            DataError: the backend or its GPU cannot read it; or, of one on a GPU, it has another shape or type.
         """
         found = device_array(images)
+        if found is None and (on_host := _from_host_dlpack(images)) is not None:
+            return on_host
         if found is None:
             raise TypeError(
                 f"images must be a numpy array, or one on a GPU; got {type(images).__name__}. Pass np.asarray(images)"
@@ -64,6 +72,34 @@ class Intake:
         backend.check_device_array(found)
         return found
 
+    def _warned_of(self, taken: np.ndarray) -> np.ndarray:
+        """Return a batch; of the first preprocessed one, warn where its values can only be pixels."""
+        if not self._has_looked and taken.dtype != PIXELS:
+            self._has_looked = True  # once: it takes as long as preprocessing
+            if (largest := float(np.abs(taken).max())) > _FAR * self._preprocess.largest:
+                logger.warning(
+                    "images: float32 values up to %.0f are no preprocessed ones, which lie within %.1f of 0. Pass "
+                    "pixels as uint8 [N, H, W, 3], or (pixels / 255 - mean) / std",
+                    largest,
+                    self._preprocess.largest,
+                )
+        return taken
+
     def needs_preprocessed_parts(self, taken: Images) -> bool:
         """Say whether images are preprocessed and the network's parts take pixels."""
         return self._takes_pixels and taken.dtype != PIXELS
+
+
+def _from_host_dlpack(images: Any) -> np.ndarray | None:
+    """Return an array of another library that is on the host (a CPU tensor of PyTorch), uncopied; None: it is none.
+
+    Raises:
+        DataError: a tensor that takes part in a gradient.
+    """
+    place = getattr(images, "__dlpack_device__", None)
+    if place is None or place()[0] != _DLPACK_CPU:
+        return None
+    try:
+        return np.from_dlpack(images)
+    except (BufferError, RuntimeError, TypeError) as exc:
+        raise DataError(f"images: the {type(images).__name__} cannot be read ({exc}). Pass a numpy array") from exc

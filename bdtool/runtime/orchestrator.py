@@ -166,12 +166,12 @@ class Orchestrator:
         """Classify a batch.
 
         Args:
-            images: uint8 [N, H, W, 3], or float32 [N, 3, H, W] already preprocessed. A batch larger than the bundle's
-                `max_batch` runs in slices. On a GPU backend they may be on its device: any array with
-                `__cuda_array_interface__` or DLPack (PyCUDA, CuPy, PyTorch). Nothing of it passes through the host,
-                and the logits come back likewise: as an array on the device with `__cuda_array_interface__`, the
-                caller's to keep, whose values nobody has looked at. Engines of a GPU take uint8; the parts that read
-                images are built again when the first float32 ones come.
+            images: uint8 [N, H, W, 3], or float32 [N, 3, H, W] already preprocessed: a numpy array, or one on the host
+                with DLPack (a CPU tensor of PyTorch). A batch larger than the bundle's `max_batch` runs in slices. On a
+                GPU backend they may be on its device: any array with `__cuda_array_interface__` or DLPack (PyCUDA,
+                CuPy, PyTorch). Nothing of it passes through the host, and the logits come back likewise: as an array on
+                the device with `__cuda_array_interface__`, the caller's to keep, whose values nobody has looked at.
+                Engines of a GPU take uint8; parts that read images are built again when the first float32 ones come.
             policy: None for the policy network's own decision (every block, where the bundle has none), a POLICY text,
                 or zeros and ones [K] or [N, K].
             first: number of the first image in its data set, from which POLICY texts that draw bits for each image
@@ -183,7 +183,7 @@ class Orchestrator:
             PolicyError: the policy does not fit.
             EngineError: an engine fails, or a result on the host is not finite.
         """
-        taken = images if isinstance(images, np.ndarray) else self._intake.from_device(images, self._backend)
+        taken = images if isinstance(images, np.ndarray) else self._intake.taken(images, self._backend)
         keep = self._policies.keep_matrix(policy, len(taken), first=first)
         return self._run_slices(taken, keep, run_policy=False)
 

@@ -1,7 +1,10 @@
 """Batches are checked and prepared before any engine sees them."""
 
+import re
+
 import numpy as np
 import pytest
+import torch
 
 from bdtool.errors import DataError
 from bdtool.runtime.preprocess import preprocess
@@ -43,6 +46,24 @@ def test_what_is_no_array_is_refused(fake, images):
         fake().runtime.run(images)
     with pytest.raises(TypeError, match=r"images must be a numpy array; got .*Pass np.asarray"):
         fake().runtime.prepare(images)
+
+
+def test_tensor_on_the_host_is_taken_without_a_copy(fake, images_of):
+    images, runtime = images_of([1, 2]), fake().runtime
+    np.testing.assert_array_equal(runtime.run(torch.from_numpy(images)).logits, runtime.run(images).logits)
+    with pytest.raises(DataError, match=r"images: the Tensor cannot be read \(.*grad.*Pass a numpy array"):
+        runtime.run(torch.from_numpy(images).requires_grad_())
+
+
+@pytest.mark.parametrize(("scale", "warned"), [(1, False), (255, True)])
+def test_pixels_as_floats_are_warned_of_once(fake, scale, warned, caplog):
+    runtime = fake().runtime
+    images = np.random.default_rng(0).random((2, 3, 4, 4)).astype(np.float32) * scale
+    for _ in range(2):
+        runtime.prepare(images)
+    texts = [record.getMessage() for record in caplog.records]
+    expected = r"images: float32 values up to 25\d are no preprocessed ones, which lie within .* of 0. Pass pixels"
+    assert [bool(re.match(expected, text)) for text in texts] == [True] * warned
 
 
 def test_decide_checks_a_batch_before_it_is_cut(fake, images_of):
