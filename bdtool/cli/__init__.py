@@ -16,6 +16,7 @@ from bdtool.errors import BdtoolError
 from bdtool.runtime.read_only import one_warning
 
 logger = logging.getLogger(__name__)
+_SPARED = ("torch", "torchvision", "onnxscript")  # where bundles are only run, they may be left out
 
 
 class _WrongUsage(click.ClickException):
@@ -33,6 +34,12 @@ class _Group(click.Group):
                 return super().invoke(context)
         except BdtoolError as exc:
             raise _failure(exc) from exc
+        except ModuleNotFoundError as exc:
+            if exc.name not in _SPARED:
+                raise
+            raise click.ClickException(
+                f"this needs {exc.name}, which is not installed; add it with: pip install {exc.name}"
+            ) from exc
         except OSError as exc:  # a full disk, a directory without permission: the user's to mend, not a bug
             if exc.errno == errno.EPIPE:
                 raise  # click ends quietly when `head` has seen enough
