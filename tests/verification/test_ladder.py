@@ -251,8 +251,8 @@ def test_path_engine_of_other_parts_fails_the_logits_rung(tiny: Any, monkeypatch
 
 
 def test_fused_engine_that_runs_other_blocks_fails_the_logits_rung(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = one_call._forced
-    monkeypatch.setattr(one_call, "_forced", lambda keep: real(~keep))
+    real = one_call.Force.give
+    monkeypatch.setattr(one_call.Force, "give", lambda force, keep: real(force, None if keep is None else ~keep))
     rung = _rung(_verify(tiny.bundle), "logits")
     assert not rung.ok
     assert rung.detail.endswith("by fused")
