@@ -9,6 +9,7 @@ import numpy as np
 
 from bdtool.errors import DataError
 from bdtool.specs import Preprocessing
+from bdtool.words import counted
 
 _SMALL_PLANE_PIXELS = 64 * 64
 
@@ -109,7 +110,7 @@ class Preprocessor:
         if images.shape[1:] in (self._nhwc_tail, self._nchw_tail):
             return "Convert pixels 0 to 255 with astype(np.uint8), preprocessed images with astype(np.float32)"
         if images.shape[1:-1] == self._nhwc_tail[:2]:
-            return f"The size is right, but not the {images.shape[-1]} channels: expected red, green and blue"
+            return f"The size is right, with {counted(images.shape[-1], 'channel')}: expected red, green and blue"
         return "Scale and crop pixels with bdtool.data.images.fit_image first"
 
 
