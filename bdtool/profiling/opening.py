@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from bdtool.errors import UsageError
-from bdtool.profiling.workload import BASELINE, PRECISIONS, Variant, Workload, variant_of
+from bdtool.profiling.workload import BASELINE, PRECISIONS, Contender, Workload, contender_of
 from bdtool.runtime.factory import parts_for, require_strategy, strategies_for
 from bdtool.runtime.masks import NOTE_MASKS, count_masks, read_masks
 from bdtool.runtime.orchestrator import Orchestrator
@@ -115,25 +115,25 @@ def strategy_names(asked: Sequence[str], network: NetworkSpec, place: Place) -> 
     named = [name for word in asked for name in (there if word == AUTO else (word,))]
     names = [BASELINE, *(name for name in dict.fromkeys(named) if name != BASELINE)]
     for name in names:  # refuse one now, not after building engines
-        variant = variant_of(name)
-        parts_for(variant.strategy, network)
-        require_strategy(variant.strategy, place.backend, place.device)
-        if variant.cuda_graph is not None:
-            _require_mode(name, variant, place)
+        contender = contender_of(name)
+        parts_for(contender.strategy, network)
+        require_strategy(contender.strategy, place.backend, place.device)
+        if contender.cuda_graph is not None:
+            _require_mode(name, contender, place)
     return names
 
 
-def _require_mode(name: str, variant: Variant, place: Place) -> None:
-    if variant.cuda_graph not in GRAPH_MODES:
+def _require_mode(name: str, contender: Contender, place: Place) -> None:
+    if contender.cuda_graph not in GRAPH_MODES:
         raise UsageError(
-            f"strategy {name!r}: {variant.cuda_graph!r} is neither a precision ({', '.join(PRECISIONS)}) nor a CUDA "
+            f"strategy {name!r}: {contender.cuda_graph!r} is neither a precision ({', '.join(PRECISIONS)}) nor a CUDA "
             f"graph mode ({', '.join(GRAPH_MODES)})"
         )
-    if variant.strategy not in HAVE_GRAPHS:
+    if contender.strategy not in HAVE_GRAPHS:
         raise UsageError(
-            f"strategy {name!r}: CUDA graph modes are of {' and '.join(HAVE_GRAPHS)}, not of {variant.strategy!r}"
+            f"strategy {name!r}: CUDA graph modes are of {' and '.join(HAVE_GRAPHS)}, not of {contender.strategy!r}"
         )
-    plan_graphs(place.backend, place.device, variant.cuda_graph)
+    plan_graphs(place.backend, place.device, contender.cuda_graph)
 
 
 def open_all(
@@ -157,17 +157,17 @@ def open_all(
     """
     if baseline is not None:
         _check_size(bundle, baseline)
-    variants = {name: variant_of(name) for name in names}
-    places = {name: variant.place(place) for name, variant in variants.items()}
+    contenders = {name: contender_of(name) for name in names}
+    places = {name: contender.place(place) for name, contender in contenders.items()}
     for there in places.values():
         there.store(bundle)  # refuses a precision that is not there before any engine is built
-    prepare = cache(lambda there: prepared(bundle, workload, there))  # of variants that differ in the strategy alone
+    prepare = cache(lambda there: prepared(bundle, workload, there))  # of contenders that differ in the strategy alone
     runtimes, paths = {}, {}
-    for name, variant in variants.items():
-        if variant.strategy in _KNOW_MASKS:
+    for name, contender in contenders.items():
+        if contender.strategy in _KNOW_MASKS:
             paths[name] = prepare(replace(places[name], cuda_graph=place.cuda_graph))
         options = paths[name].options if name in paths else None
-        runtimes[name] = stack.enter_context(places[name].open(bundle, variant.strategy, paths=options))
+        runtimes[name] = stack.enter_context(places[name].open(bundle, contender.strategy, paths=options))
     if baseline is not None:
         runtimes[f"{BASELINE}:{baseline.network.arch}"] = stack.enter_context(place.open(baseline, BASELINE))
     return Opened(runtimes=runtimes, paths=paths)

@@ -20,7 +20,7 @@ from bdtool.profiling.recommending import recommend, record
 from bdtool.profiling.result import Profile
 from bdtool.profiling.stability import stability_warnings
 from bdtool.profiling.statistics import Samples
-from bdtool.profiling.workload import BASELINE, Settings, Workload, is_static, variant_of
+from bdtool.profiling.workload import BASELINE, Settings, Workload, contender_of, is_static
 from bdtool.runtime.orchestrator import Orchestrator
 from bdtool.runtime.place import Place
 from bdtool.runtime.policies import parse_policy_for
@@ -203,7 +203,7 @@ def _baseline_warnings(graphs: dict[str, GraphChoice]) -> list[str]:
         for name, choice in graphs.items()
         if is_static(name)
         and choice.mode == OFF
-        and variant_of(name).cuda_graph is None  # else it was asked for by name
+        and contender_of(name).cuda_graph is None  # else it was asked for by name
     ]
 
 

@@ -72,7 +72,7 @@ def _sha256(array: np.ndarray) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Variant:
+class Contender:
     """What is measured under a name `STRATEGY[@PRECISION][@MODE]`; None: as all others of the profile."""
 
     strategy: str
@@ -86,7 +86,7 @@ class Variant:
         )
 
 
-def variant_of(name: str) -> Variant:
+def contender_of(name: str) -> Contender:
     """Return what is measured under that name.
 
     Raises:
@@ -97,7 +97,7 @@ def variant_of(name: str) -> Variant:
     modes = [word for word in words if word not in PRECISIONS]
     if len(precisions) > 1 or len(modes) > 1:
         raise UsageError(f"strategy {name!r}: expected at most one precision and one CUDA graph mode behind it")
-    return Variant(
+    return Contender(
         strategy=strategy,
         precision=precisions[0] if precisions else None,
         cuda_graph=modes[0] if modes else None,
@@ -106,7 +106,7 @@ def variant_of(name: str) -> Variant:
 
 def is_static(name: str) -> bool:
     """Say whether what is measured under that name is a static ResNet: `full`, or `full:<arch>` of another bundle."""
-    return variant_of(name).strategy == BASELINE or name.startswith(f"{BASELINE}:")
+    return contender_of(name).strategy == BASELINE or name.startswith(f"{BASELINE}:")
 
 
 def runner(name: str, runtime: Orchestrator) -> Run:
