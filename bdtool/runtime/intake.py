@@ -15,7 +15,7 @@ from engines.device_array import DeviceArrayBackend, Images, device_array
 
 logger = logging.getLogger(__name__)
 _FAR = 5  # times the largest value of a pixel: more than any augmentation gives
-_DLPACK_CPU = 1
+_DLPACK_HOST = (1, 3)  # kDLCPU, and kDLCUDAHost: page-locked, as `DataLoader(pin_memory=True)` gives
 
 
 class Intake:
@@ -97,7 +97,7 @@ def _from_host_dlpack(images: Any) -> np.ndarray | None:
         DataError: a tensor that takes part in a gradient.
     """
     place = getattr(images, "__dlpack_device__", None)
-    if place is None or place()[0] != _DLPACK_CPU:
+    if place is None or place()[0] not in _DLPACK_HOST:
         return None
     try:
         return np.from_dlpack(images)

@@ -55,6 +55,13 @@ def test_tensor_on_the_host_is_taken_without_a_copy(fake, images_of):
         runtime.run(torch.from_numpy(images).requires_grad_())
 
 
+def test_page_locked_tensor_is_taken_likewise(fake, images_of, monkeypatch):
+    """`is_pinned` of a tensor is true only where there is a GPU; what it says by DLPack follows from that."""
+    images, runtime = images_of([1, 2]), fake().runtime
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tensor: True)
+    np.testing.assert_array_equal(runtime.run(torch.from_numpy(images)).logits, runtime.run(images).logits)
+
+
 @pytest.mark.parametrize(("scale", "warned"), [(1, False), (255, True)])
 def test_pixels_as_floats_are_warned_of_once(fake, scale, warned, caplog):
     runtime = fake().runtime
