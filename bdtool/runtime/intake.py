@@ -27,9 +27,17 @@ class Intake:
         self._has_looked = False  # at values of preprocessed images
         self._input = np.empty((0, 3, network.preprocessing.height, network.preprocessing.width), dtype=np.float32)
 
-    def check(self, images: np.ndarray) -> None:
-        """Raise TypeError or DataError unless a batch on the host can be prepared."""
-        self._preprocess.are_pixels(images)
+    def checked(self, images: Any) -> np.ndarray:
+        """Return a batch on the host, which can be prepared.
+
+        Raises:
+            TypeError: it is no array, or none on the host.
+            DataError: it cannot be read, or has another shape or type.
+        """
+        found = images if isinstance(images, np.ndarray) else _from_host_dlpack(images)
+        taken: np.ndarray = images if found is None else found
+        self._preprocess.are_pixels(taken)
+        return taken
 
     def prepare(self, images: np.ndarray) -> np.ndarray:
         """Return the network's input for a batch on the host; valid until the next call.
@@ -96,8 +104,11 @@ def _from_host_dlpack(images: Any) -> np.ndarray | None:
     Raises:
         DataError: a tensor that takes part in a gradient.
     """
-    place = getattr(images, "__dlpack_device__", None)
-    if place is None or place()[0] not in _DLPACK_HOST:
+    ask = getattr(images, "__dlpack_device__", None)
+    try:
+        if ask is None or ask()[0] not in _DLPACK_HOST:
+            return None
+    except BufferError:  # an array on some GPU, which does not know on which
         return None
     try:
         return np.from_dlpack(images)

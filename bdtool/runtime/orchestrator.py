@@ -221,8 +221,11 @@ class Orchestrator:
         """
         return self._intake.prepare(images)
 
-    def keep_probability(self, images: np.ndarray) -> np.ndarray:
+    def keep_probability(self, images: Any) -> np.ndarray:
         """Return the policy network's P(keep), float32 [N, K], without running anything else.
+
+        Args:
+            images: as `run` takes them, but on the host.
 
         Raises:
             TypeError: the images are no array on the host.
@@ -239,9 +242,9 @@ class Orchestrator:
             if part.name not in self._engines:
                 name = self.strategy_name
                 raise PolicyError(f"strategy {name!r} loads no policy network; open the bundle with 'chain'")
-            self._intake.check(images)
-            starts = range(0, len(images), self.max_batch)
-            pieces = [self._probability(part, images[start : start + self.max_batch]) for start in starts]
+            taken = self._intake.checked(images)
+            starts = range(0, len(taken), self.max_batch)
+            pieces = [self._probability(part, taken[start : start + self.max_batch]) for start in starts]
         return finite_probabilities(np.concatenate(pieces))
 
     def _probability(self, part: PartSpec, images: np.ndarray) -> np.ndarray:
@@ -250,7 +253,7 @@ class Orchestrator:
         engines = self._preprocessed().engines if self._intake.needs_preprocessed_parts(taken) else self._engines
         return engines[part.name].run({part.inputs[0].name: taken})[part.outputs[0].name]
 
-    def decide(self, images: np.ndarray) -> np.ndarray:
+    def decide(self, images: Any) -> np.ndarray:
         """Return what the policy network keeps, bool [N, K], without running anything else; see `keep_probability`."""
         keep: np.ndarray = self.keep_probability(images) >= self.network.threshold
         return keep

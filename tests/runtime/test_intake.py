@@ -55,6 +55,11 @@ def test_tensor_on_the_host_is_taken_without_a_copy(fake, images_of):
         runtime.run(torch.from_numpy(images).requires_grad_())
 
 
+def test_policy_network_is_asked_about_tensors_on_the_host(fake, images_of):
+    images, runtime = images_of([1, 2]), fake().runtime
+    np.testing.assert_array_equal(runtime.decide(torch.from_numpy(images)), runtime.decide(images))
+
+
 def test_page_locked_tensor_is_taken_likewise(fake, images_of, monkeypatch):
     """`is_pinned` of a tensor is true only where there is a GPU; what it says by DLPack follows from that."""
     images, runtime = images_of([1, 2]), fake().runtime
