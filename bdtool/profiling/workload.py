@@ -109,6 +109,11 @@ def is_static(name: str) -> bool:
     return contender_of(name).strategy == BASELINE or name.startswith(f"{BASELINE}:")
 
 
+def heads_page(name: str) -> bool:
+    """Say whether a page whose accuracy is of the profile's own precision may show this latency beside it."""
+    return not is_static(name) and contender_of(name).precision is None
+
+
 def runner(name: str, runtime: Orchestrator) -> Run:
     """Return what answers a request. Given bits still pay for the policy network, whose cost belongs to the answer."""
     if is_static(name):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bdtool.profiling.line import BlocksLine
-from bdtool.profiling.workload import is_static
+from bdtool.profiling.workload import heads_page
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,8 +135,8 @@ class ReportData:
 
     @property
     def dynamic(self) -> StrategyLatency:
-        """The strategy of the headline: the first that is not a static network."""
-        return next((strategy for strategy in self.strategies if not is_static(strategy.name)), self.full)
+        """The strategy of the headline: the first that is neither a static network nor in another precision."""
+        return next((strategy for strategy in self.strategies if heads_page(strategy.name)), self.full)
 
     @property
     def has_equal_policies(self) -> bool:

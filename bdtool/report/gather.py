@@ -13,7 +13,7 @@ from bdtool.inspection import tuned_for
 from bdtool.profiling.line import BlocksLine, fit_line
 from bdtool.profiling.result import Profile
 from bdtool.profiling.statistics import Samples
-from bdtool.profiling.workload import BOUNDARY, is_static
+from bdtool.profiling.workload import BOUNDARY, heads_page
 from bdtool.report.classified import Classified, classify_images, operating_points
 from bdtool.report.data import (
     ClassFigures,
@@ -81,7 +81,7 @@ def report_from(
     flops = network.flops_per_image(classified.keep, with_policy=policy.is_learned)
     vectors = np.unique(classified.keep, axis=0)
     strategies = tuple(_strategy(name, samples, profile.samples["full"]) for name, samples in profile.samples.items())
-    dynamic = next((samples for name, samples in profile.samples.items() if not is_static(name)), None)
+    dynamic = next((samples for name, samples in profile.samples.items() if heads_page(name)), None)
     line = None if dynamic is None else fit_line(dynamic, profile.samples["full"].median_ms)
     return ReportData(
         bundle=bundle.path.resolve().name,

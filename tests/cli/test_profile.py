@@ -246,6 +246,16 @@ def test_html_writes_the_report_page(bdtool, bundle_copy, npz, tmp_path, monkeyp
     assert told.stderr.count("warning: so it is") == 1
 
 
+def test_html_is_headed_by_the_precision_whose_accuracy_it_shows(calibrate, bdtool, bundle_copy, npz, tmp_path):
+    pytest.importorskip("plotly", reason="plotly, the charts of the report, is not installed")
+    calibrate()
+    page = tmp_path / "profile.html"
+    bdtool("profile", bundle_copy, "--data", npz, *QUICK, "--strategy", "chain@int8,chain", "--html", page)
+    text = page.read_text(encoding="utf-8")
+    assert "with chain, " in text
+    assert "with chain@int8, " not in text
+
+
 def test_html_is_refused_for_batches_before_measuring(bdtool, bundle_copy, tmp_path):
     pytest.importorskip("plotly", reason="plotly, the charts of the report, is not installed")
     words = ["profile", bundle_copy, "--batch", "8", "--html", tmp_path / "profile.html"]
