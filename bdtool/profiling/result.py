@@ -102,10 +102,11 @@ def _strategies_json(
 ) -> dict[str, Any]:
     full = samples[BASELINE]
     rows = {name: one.to_json(full, settings.percentiles) for name, one in samples.items()}
+    for name, one in samples.items():
+        if one.hits is not None:  # of masks that have an engine, or a graph
+            rows[name]["hit_rate"] = one.hit_rate
     for name, held in paths.items():
-        rows[name] |= {"hit_rate": samples[name].hit_rate, **held}
+        rows[name] |= held
     for name, choice in graphs.items():
         rows[name]["cuda_graph"] = asdict(choice)
-        if samples[name].hits is not None:  # of masks that have a graph
-            rows[name]["hit_rate"] = samples[name].hit_rate
     return rows

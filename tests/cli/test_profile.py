@@ -116,12 +116,13 @@ def test_precision_that_is_not_there_is_refused_before_engines_are_built(fresh, 
 
 
 def test_sweep_measures_each_batch(built, npz, bdtool, tmp_path):
-    words = ("profile", built, "--data", npz, "--policy", "random:2", "--sweep", *QUICK)
+    words = ("profile", built, "--data", npz, "--policy", "random:2", "--strategy", "chain,path", "--sweep", *QUICK)
     assert "Throughput by batch" in bdtool(*words, "--json", tmp_path / "profile.json").stdout
     sweep = json.loads((tmp_path / "profile.json").read_text())["sweep"]
     assert list(sweep) == ["1", "8", "32", "64"]
     for batch, strategies in sweep.items():
-        assert set(strategies) == {"full", "chain"}
+        assert set(strategies) == {"full", "chain", "path"}
+        assert [name for name, row in strategies.items() if "hit_rate" in row] == ["path"]
         for row in strategies.values():
             assert row["throughput_ips"] == pytest.approx(int(batch) * 1000 / row["latency_ms"]["mean"])
             assert row["ratio_to_full_iqr"][0] > 0
