@@ -35,6 +35,7 @@ class Prepared:
 
     options: PathOptions
     source: str
+    precision: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,15 +75,16 @@ class Opened:
         }
 
     def mask_warnings(self) -> list[str]:
-        """Say where strategies were prepared for the very masks that they were timed on."""
-        counted = {name: len(one.options.ahead) for name, one in self.paths.items() if one.source == COUNTED}
-        names = [name for name, n_masks in counted.items() if n_masks > 1]
-        if not names:
-            return []
+        """Say where strategies were prepared for the very masks that they were timed on, for each precision."""
+        counted = {name: one for name, one in self.paths.items() if one.source == COUNTED}
+        knew: dict[tuple[str, int], list[str]] = {}
+        for name, one in counted.items():
+            knew.setdefault((one.precision, len(one.options.ahead)), []).append(f"`{name}`")
         return [
-            f"no frequent masks are noted, so {' and '.join(f'`{name}`' for name in names)} knew the "
-            f"{counted[names[0]]} masks of the timed images beforehand; other images may have others, and take longer. "
-            f"Note some with {NOTE_MASKS}"
+            f"no frequent masks are noted for {precision}, so {' and '.join(names)} knew the {n_masks} masks of the "
+            f"timed images beforehand; other images may have others, and take longer. Note some with {NOTE_MASKS}"
+            for (precision, n_masks), names in knew.items()
+            if n_masks > 1
         ]
 
 
@@ -178,9 +180,9 @@ def prepared(bundle: Bundle, workload: Workload, place: Place) -> Prepared:
     store = place.store(bundle)
     stored = read_masks(store.nearest(parts_for("path", store.network)).directory, bundle.network.n_blocks)
     if stored:
-        return Prepared(PathOptions.of_counts(stored, background=False), STORED)
+        return Prepared(PathOptions.of_counts(stored, background=False), STORED, place.precision)
     keep = workload.keep if workload.keep is not None else learned_bits(bundle, workload.images, place)
-    return Prepared(PathOptions.of_counts(count_masks([keep]), background=False), COUNTED)
+    return Prepared(PathOptions.of_counts(count_masks([keep]), background=False), COUNTED, place.precision)
 
 
 def learned_bits(bundle: Bundle, images: np.ndarray, place: Place) -> np.ndarray:

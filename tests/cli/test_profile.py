@@ -96,16 +96,20 @@ def test_precisions_are_measured_side_by_side(calibrate, bdtool_json, bundle_cop
         return real(bundle, **options)
 
     monkeypatch.setattr(Orchestrator, "open", open_noting)
-    names = ["full@int8", "chain", "chain@int8", "path@int8"]
+    write_masks(_engines(bundle_copy), [MaskCount(mask="111", share=1.0)], source="a test", policy="all")
+    names = ["full@int8", "chain", "chain@int8", "path", "path@int8"]
     result = bdtool_json("profile", bundle_copy, "--data", npz, "--strategy", ",".join(names), *QUICK)
     rows = result["strategies"]
     assert list(rows) == ["full", *names]
-    expected = [("full", "fp32"), ("full", "int8"), ("chain", "fp32"), ("chain", "int8"), ("path", "int8")]
-    assert list(dict.fromkeys(opened)) == expected
-    assert rows["path@int8"]["hit_rate"] == 1
+    expected = [("full", "fp32"), ("full", "int8"), ("chain", "fp32"), ("chain", "int8")]
+    assert list(dict.fromkeys(opened)) == [*expected, ("path", "fp32"), ("path", "int8")]
+    assert rows["path"]["hit_rate"] == 1
+    assert rows["path@int8"]["paths"] == 1  # of the mask noted for INT8, whose engines calibrating has built
     assert rows["full@int8"]["blocks_mean"] == 3
-    assert set(result["latency_against_blocks"]) == {"chain", "chain@int8", "path@int8"}
-    assert "so `path@int8` knew the" in " ".join(result["warnings"])
+    assert set(result["latency_against_blocks"]) == {"chain", "chain@int8", "path", "path@int8"}
+    [of_masks] = [text for text in result["warnings"] if "masks of the timed images" in text]
+    n_masks = rows["path"]["paths"]
+    assert of_masks.startswith(f"no frequent masks are noted for fp32, so `path` knew the {n_masks} masks of")
 
 
 def test_precision_that_is_not_there_is_refused_before_engines_are_built(fresh, bdtool):
