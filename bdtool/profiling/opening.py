@@ -118,6 +118,11 @@ def strategy_names(asked: Sequence[str], network: NetworkSpec, place: Place) -> 
     names = [BASELINE, *(name for name in dict.fromkeys(named) if name != BASELINE)]
     for name in names:  # refuse one now, not after building engines
         contender = contender_of(name)
+        if contender.strategy == AUTO:
+            raise UsageError(
+                f"strategy {name!r}: {AUTO!r} takes no precision or CUDA graph mode. Give --precision or --cuda-graph, "
+                f"or name strategies ({', '.join(there)})"
+            )
         parts_for(contender.strategy, network)
         require_strategy(contender.strategy, place.backend, place.device)
         if contender.cuda_graph is not None:

@@ -112,6 +112,18 @@ def test_precisions_are_measured_side_by_side(calibrate, bdtool_json, bundle_cop
     assert of_masks.startswith(f"no frequent masks are noted for fp32, so `path` knew the {n_masks} masks of")
 
 
+@pytest.mark.parametrize(
+    ("strategy", "message"),
+    [
+        ("auto@int8", "'auto' takes no precision or CUDA graph mode. Give --precision or --cuda-graph, or name"),
+        ("chain@fp32@int8", "expected at most one precision and one CUDA graph mode"),
+        ("full:resnet20@int8", "unknown strategy 'full:resnet20'"),
+    ],
+)
+def test_odd_name_of_a_strategy_is_wrong_usage(built, bdtool, strategy, message):
+    assert message in bdtool("profile", built, "--strategy", strategy, *QUICK, status=2).stderr
+
+
 def test_precision_that_is_not_there_is_refused_before_engines_are_built(fresh, bdtool):
     shutil.rmtree(fresh / "engines")
     text = bdtool("profile", fresh, "--strategy", "chain,chain@int8", *QUICK, status=1).stderr
