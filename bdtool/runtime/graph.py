@@ -19,6 +19,7 @@ from bdtool.runtime.path_cache import PathOptions
 from bdtool.runtime.path_graphs import PathCacheStrategy
 from bdtool.runtime.strategies import Strategy, WrapCall
 from bdtool.specs import NetworkSpec
+from bdtool.words import counted, percent
 from engines.base import Backend, Call, Engine
 from engines.dispatch import MAX_BLOCKS
 from engines.graph_modes import OFF, PATH_CACHE, POLICY_CACHE, SWITCH, GraphChoice, GraphPlan
@@ -147,5 +148,5 @@ def _begun(speculation: Speculation) -> str:
     """Say what runs beside the policy network, if anything does."""
     if not speculation.runs:
         return ""
-    n_parts, share = len(speculation.runs), speculation.share
-    return f"; the {n_parts} part(s) that {100 * share:.0f} % of the images begin with run beside the policy network"
+    begun = f"{counted(len(speculation.runs), 'part')} that {percent(speculation.share, 0)} of the images begin with"
+    return f"; beside the policy network: the {begun}"

@@ -11,6 +11,7 @@ from bdtool import Orchestrator
 from bdtool.errors import BdtoolError
 from bdtool.runtime.factory import require_strategy
 from bdtool.runtime.path_cache import PathOptions
+from bdtool.words import counted
 from engines.dispatch import runs
 from engines.network_graphs import NetworkGraphs
 from engines.registry import captures, identify_backend, plan_graphs
@@ -120,7 +121,7 @@ def test_blocks_beside_the_policy_network_change_nothing(
         learned = runtime.run(images)
         _check_learned(learned, tiny.model, images, torch_logits, place.tolerance)
         assert len(np.unique(learned.policy, axis=0)) > 1
-        assert f"the {n_begun} part(s)" in runtime.graph_choice.reason
+        assert f"the {counted(n_begun, 'part')} that" in runtime.graph_choice.reason
 
 
 def test_replayed_baseline_equals_plain_launches(place, tiny, bundle_copy, preprocessed):
