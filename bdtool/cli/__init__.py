@@ -37,6 +37,7 @@ class _Group(click.Group):
         except ModuleNotFoundError as exc:
             if exc.name not in _SPARED:
                 raise
+            logger.info("where it happened:", exc_info=True)
             raise click.ClickException(
                 f"this needs {exc.name}, which is not installed; add it with: pip install {exc.name}"
             ) from exc

@@ -16,7 +16,8 @@ def print_profile(data: dict[str, Any]) -> None:
     """Print a profile's JSON for people."""
     environment = data["environment"]
     machine = f"{environment['backend']}, {counted(environment['threads'], 'thread')}, {environment['cpu']}"
-    click.echo(f"{data['bundle']}: {data['arch']}, {machine}, CPU affinity {environment['cpu_affinity']}")
+    named = f"{data['arch']}, {data['precision']}"
+    click.echo(f"{data['bundle']}: {named}, {machine}, CPU affinity {environment['cpu_affinity']}")
     if "gpu" in environment:
         click.echo(_gpu_line(environment))
     click.echo(f"policy {data['policy']}; policy network: {data['policy_network']}")

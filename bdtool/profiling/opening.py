@@ -127,7 +127,18 @@ def strategy_names(asked: Sequence[str], network: NetworkSpec, place: Place) -> 
         require_strategy(contender.strategy, place.backend, place.device)
         if contender.cuda_graph is not None:
             _require_mode(name, contender, place)
+    _refuse_twins(names, place)
     return names
+
+
+def _refuse_twins(names: Sequence[str], place: Place) -> None:
+    """Refuse what would be measured twice, under two names."""
+    seen: dict[tuple[str, Place], str] = {}
+    for name in names:
+        contender = contender_of(name)
+        first = seen.setdefault((contender.strategy, contender.place(place)), name)
+        if first != name:
+            raise UsageError(f"strategies {first!r} and {name!r} are the same here; leave one of them out")
 
 
 def _require_mode(name: str, contender: Contender, place: Place) -> None:

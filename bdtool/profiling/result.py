@@ -10,7 +10,7 @@ from bdtool.profiling.instrumented import DEVICE_NOTE, PASS_NOTE
 from bdtool.profiling.line import BlocksLine
 from bdtool.profiling.stability import find_instability
 from bdtool.profiling.statistics import Samples
-from bdtool.profiling.workload import BASELINE, BOUNDARY, Settings
+from bdtool.profiling.workload import BASELINE, BOUNDARY, Settings, contender_of
 from bdtool.runtime.recommendation import Recommendation
 from engines.graph_modes import GraphChoice
 
@@ -75,7 +75,7 @@ class Profile:
             "images_sha256": self.images_sha256,
             "keep_sha256": self.keep_sha256,
             "weights_sha256": self.weights_sha256,
-            "strategies": _strategies_json(self.samples, settings, self.paths, self.graphs),
+            "strategies": self._with_precisions(_strategies_json(self.samples, settings, self.paths, self.graphs)),
             "split": {
                 "pass": self.pass_note,
                 "unit": "ms an image",
@@ -95,6 +95,9 @@ class Profile:
             "warnings": self.warnings,
             "environment": self.environment,
         }
+
+    def _with_precisions(self, rows: dict[str, Any]) -> dict[str, Any]:
+        return {name: row | {"precision": contender_of(name).precision or self.precision} for name, row in rows.items()}
 
 
 def _strategies_json(

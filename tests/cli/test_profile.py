@@ -103,6 +103,7 @@ def test_precisions_are_measured_side_by_side(calibrate, bdtool_json, bundle_cop
     assert list(rows) == ["full", *names]
     expected = [("full", "fp32"), ("full", "int8"), ("chain", "fp32"), ("chain", "int8")]
     assert list(dict.fromkeys(opened)) == [*expected, ("path", "fp32"), ("path", "int8")]
+    assert [row["precision"] for row in rows.values()] == ["fp32", "int8", "fp32", "int8", "fp32", "int8"]
     assert rows["path"]["hit_rate"] == 1
     assert rows["path@int8"]["paths"] == 1  # of the mask noted for INT8, whose engines calibrating has built
     assert rows["full@int8"]["blocks_mean"] == 3
@@ -118,6 +119,7 @@ def test_precisions_are_measured_side_by_side(calibrate, bdtool_json, bundle_cop
         ("auto@int8", "'auto' takes no precision or CUDA graph mode. Give --precision or --cuda-graph, or name"),
         ("chain@fp32@int8", "expected at most one precision and one CUDA graph mode"),
         ("full:resnet20@int8", "unknown strategy 'full:resnet20'"),
+        ("chain,chain@fp32", "strategies 'chain' and 'chain@fp32' are the same here; leave one of them out"),
     ],
 )
 def test_odd_name_of_a_strategy_is_wrong_usage(built, bdtool, strategy, message):
