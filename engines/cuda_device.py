@@ -22,8 +22,8 @@ import numpy as np
 
 from bdtool.errors import BackendError, EngineError
 from engines.device_timer import CopyWatch, DeviceTimer
+from export.packages import install_command
 
-_INSTALL = 'pip install "bdtool[cuda]"'
 _TIMING_OF_13 = 12080  # cuEventElapsedTime_v2, which cuda-bindings 13 call, is in drivers since CUDA 12.8
 
 
@@ -328,8 +328,8 @@ def _require_timing(driver: Any, device: str) -> None:
     if supported < _TIMING_OF_13 and int(version("cuda-bindings").partition(".")[0]) >= 13:
         raise BackendError(
             f"device {device!r}: cuda-bindings {version('cuda-bindings')} need a driver of CUDA 12.8, this one "
-            f"supports CUDA {supported // 1000}.{supported % 1000 // 10}. Install the older ones: pip install "
-            '"bdtool[cuda12]"'
+            f"supports CUDA {supported // 1000}.{supported % 1000 // 10}. Install the older ones: "
+            f"{install_command('cuda12')}"
         )
 
 
@@ -342,7 +342,9 @@ def open_device(device: str, *, stream: Callable[[], int] | None = None) -> Cuda
     try:
         from cuda.bindings import driver
     except ImportError as exc:
-        raise BackendError(f"device {device!r}: needs cuda-bindings ({exc}); add it with: {_INSTALL}") from exc
+        raise BackendError(
+            f"device {device!r}: needs cuda-bindings ({exc}); add it with: {install_command('cuda')}"
+        ) from exc
     try:
         if stream is None:
             _require_timing(driver, device)

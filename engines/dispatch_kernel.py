@@ -12,10 +12,10 @@ from typing import Any
 
 from bdtool.errors import BackendError
 from engines.dispatch import MAX_BLOCKS
+from export.packages import install_command
 
 KERNEL_NAME, LOOKUP_NAME = "bd_dispatch", "bd_lookup"
 N_THREADS = MAX_BLOCKS  # of each kernel: each reads what is known of one block, the first then works out the rest
-_INSTALL = 'pip install "bdtool[cuda]"'
 
 # Declared by hand: including cuda_device_runtime_api.h would need the toolkit's headers and relocatable device code.
 # One thread sets all: doing so from several at once is undefined. It would wait for each of its reads in turn, so that
@@ -102,11 +102,13 @@ def cubin_from_source(source: str, sm: int) -> bytes:
     try:
         from cuda.bindings import nvrtc
     except ImportError as exc:
-        raise BackendError(f"compiling GPU kernels needs cuda-bindings and NVRTC ({exc}): {_INSTALL}") from exc
+        raise BackendError(
+            f"compiling GPU kernels needs cuda-bindings and NVRTC ({exc}): {install_command('cuda')}"
+        ) from exc
     try:
         return _compile(nvrtc, source, sm)
     except RuntimeError as exc:  # the bindings look for the library at the first call
-        raise BackendError(f"NVRTC's library cannot be loaded ({exc}): {_INSTALL}") from exc
+        raise BackendError(f"NVRTC's library cannot be loaded ({exc}): {install_command('cuda')}") from exc
 
 
 def _compile(nvrtc: Any, source: str, sm: int) -> bytes:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from bdtool.errors import BackendError, UsageError
 from engines.libcuda import Driver
 from engines.speculation import Speculation
+from export.packages import install_command
 
 AUTO = "auto"
 POLICY_CACHE = "policy-cache"  # on the device: one SWITCH over the paths of frequent masks, `switch` for others
@@ -109,7 +110,7 @@ class _Need:
         if driver.cuda_version < self.since:
             needed = ".".join(map(str, self.since))
             return f"the driver supports CUDA up to {driver.cuda_text}, {self.what} needs {needed}; update the driver"
-        install = f'add it with: pip install "bdtool[{cuda_extra(driver)}]"'
+        install = f"add it with: {install_command(cuda_extra(driver))}"
         bindings = version_of(_BINDINGS)
         if bindings is None:
             return f"{self.what} needs {_BINDINGS}; {install}"

@@ -22,7 +22,7 @@ DISTRIBUTIONS = {  # any of these provides the module
     TENSORRT: ("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt-cu13-bindings", "tensorrt-cu12-bindings"),
     TENSORRT_RTX: ("tensorrt-rtx-cu13-bindings", "tensorrt-rtx-cu12-bindings", "tensorrt-rtx"),
 }
-_INSTALL = {TENSORRT: 'pip install "bdtool[tensorrt]"', TENSORRT_RTX: 'pip install "bdtool[rtx]"'}
+_EXTRA = {TENSORRT: "tensorrt", TENSORRT_RTX: "rtx"}
 _NEEDS = {
     TENSORRT: "it needs an NVIDIA GPU and its driver, for building too",
     TENSORRT_RTX: "it builds without a GPU",
@@ -43,8 +43,8 @@ def installed_version(backend: str) -> str:
         if (version := packages.installed_version(distribution)) is not None:
             return version
     raise BackendError(
-        f"backend {backend!r} is not installed; add it with: {_INSTALL[backend]} ({_NEEDS[backend]}). "
-        "`bdtool doctor` says what works here"
+        f"backend {backend!r} is not installed; add it with: {packages.install_command(_EXTRA[backend])} "
+        f"({_NEEDS[backend]}). `bdtool doctor` says what works here"
     )
 
 
@@ -114,7 +114,8 @@ def load_library(backend: str) -> TensorRTLibrary:
         return library_from_module(backend, _import_rtx() if backend == TENSORRT_RTX else _import_tensorrt())
     except (ImportError, OSError) as exc:
         raise BackendError(
-            f"backend {backend!r} is installed but cannot be imported ({exc}); install it again: {_INSTALL[backend]}"
+            f"backend {backend!r} is installed but cannot be imported ({exc}); install it again: "
+            f"{packages.install_command(_EXTRA[backend])}"
         ) from exc
 
 

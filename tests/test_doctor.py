@@ -17,6 +17,7 @@ from bdtool.doctor.examination import examine, render
 from bdtool.doctor.finding import Finding
 from engines import onnxrt_providers  # noqa: F401  # before a stand-in takes the place of ONNX Runtime for a test
 from engines.libcuda import Driver, Gpu, driver_from_calls
+from export.packages import install_command
 from export.processors import n_processors
 
 NO_DRIVER = Driver(installed=False, error="no NVIDIA driver (libcuda not found)")
@@ -77,7 +78,7 @@ def test_a_missing_extra_shows_its_pip_line(versions: dict[str, str], importable
     finding = packages.extra_package("TensorRT-RTX", NO_DRIVER)
     assert finding.status == "missing"
     assert finding.remedy is not None
-    assert 'pip install "bdtool[rtx]"' in finding.remedy
+    assert install_command("rtx") in finding.remedy
     assert "works without it" in finding.detail
 
 
@@ -86,7 +87,7 @@ def test_a_driver_of_cuda_12_takes_packages_of_cuda_12(importable: Any, versions
     for cuda, extra in (((12, 9), "cuda12"), ((13, 0), "cuda")):
         finding = packages.extra_package("cuda-bindings", Driver(cuda, ONE_GPU.gpus))
         assert finding.remedy is not None
-        assert f'pip install "bdtool[{extra}]"' in finding.remedy
+        assert install_command(extra) in finding.remedy
 
 
 def test_a_broken_package_is_a_problem_with_its_words(versions: dict[str, str], importable: Any) -> None:
@@ -128,7 +129,7 @@ def test_a_gpu_that_tensorrt_rtx_refuses_is_named() -> None:
 
 def test_a_gpu_for_tensorrt_rtx_is_not_known_without_its_library(versions: dict[str, str]) -> None:
     finding = gpu.rtx_gpu(ONE_GPU)
-    assert (finding.status, finding.remedy) == ("missing", 'pip install "bdtool[rtx]"')
+    assert (finding.status, finding.remedy) == ("missing", install_command("rtx"))
     assert "is not installed" in finding.detail
 
 
@@ -268,8 +269,8 @@ def test_a_container_quota_limits_the_cores(tmp_path: Path) -> None:
 
 def test_render_puts_the_remedy_below_and_says_what_works() -> None:
     findings = [Finding("numpy", "ok", "2.4"), Finding("Pillow", "ok", "13"), Finding("onnxruntime", "ok", "1.31")]
-    text = render([*findings, Finding("plotly", "missing", "not installed", 'pip install "bdtool[report]"')])
-    assert '-> pip install "bdtool[report]"' in text
+    text = render([*findings, Finding("plotly", "missing", "not installed", "pip install plotly")])
+    assert "-> pip install plotly" in text
     assert "yes  build and run on the CPU" in text
     assert "no   demo (needs torch, onnx, onnxscript, plotly)" in text
 
@@ -285,7 +286,7 @@ def test_cuda_graphs_say_how_strategy_graph_runs(versions: dict[str, str]) -> No
     assert other_major.status == "problem"
     assert other_major.detail.startswith("a SWITCH in a CUDA graph needs a kernel compiled for the driver's CUDA 12.8")
     assert other_major.detail.endswith("reads the policy back for each image (mode path-cache)")
-    assert other_major.remedy == 'pip install "bdtool[cuda12]"'
+    assert other_major.remedy == install_command("cuda12")
     versions.update({"cuda-bindings": "12.9.4", "nvidia-cuda-nvrtc-cu12": "12.9"})
     assert gpu.cuda_graphs(Driver((12, 8), ONE_GPU.gpus)).status == "ok"
     old = gpu.cuda_graphs(Driver((12, 4), ONE_GPU.gpus))
@@ -294,5 +295,5 @@ def test_cuda_graphs_say_how_strategy_graph_runs(versions: dict[str, str]) -> No
     versions.clear()
     bare = gpu.cuda_graphs(ONE_GPU)
     assert bare.detail.endswith("launches each part (mode off)")
-    assert bare.remedy == 'pip install "bdtool[cuda]"'
+    assert bare.remedy == install_command("cuda")
     assert gpu.cuda_graphs(NO_DRIVER).status == "missing"

@@ -58,7 +58,7 @@ def report_cmd(
     """Measure a BUNDLE and write one self-contained page: latency, accuracy, and the policies with pictures.
 
     The page loads nothing from the network. Without labels in the data the sections that need them are left out. Needs
-    the extra `report` (pip install 'bdtool[report]').
+    the extra `report`; `bdtool doctor` says what adds it.
 
     \b
     Example:

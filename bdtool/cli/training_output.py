@@ -13,6 +13,7 @@ import click
 
 from bdtool.cli.output import progress_of_share
 from bdtool.words import counted, percent
+from export.packages import install_command
 
 if TYPE_CHECKING:
     from bdtool.training.stages import Trained
@@ -57,7 +58,7 @@ def logs(directory: Path | None) -> Iterator[Callable[[Epoch], None]]:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as exc:
-        raise click.UsageError("--tensorboard needs the package tensorboard: pip install 'bdtool[train]'") from exc
+        raise click.UsageError(f"--tensorboard needs the package tensorboard: {install_command('train')}") from exc
     with SummaryWriter(os.fspath(directory)) as writer:
 
         def log(epoch: Epoch) -> None:

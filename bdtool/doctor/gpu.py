@@ -8,7 +8,7 @@ from engines.graph_modes import OFF, PATH_CACHE, SWITCH, graphs_of_machine
 from engines.libcuda import Driver
 from engines.trt_library import load_library
 from engines.trt_options import TENSORRT_RTX
-from export.packages import installed_version
+from export.packages import install_command, installed_version
 
 
 def nvidia_driver(driver: Driver) -> Finding:
@@ -56,7 +56,7 @@ def rtx_gpu(driver: Driver) -> Finding:
     try:
         library = load_library(TENSORRT_RTX)
     except BackendError as exc:
-        return Finding(name, "missing", f"not known: {exc}", 'pip install "bdtool[rtx]"')
+        return Finding(name, "missing", f"not known: {exc}", install_command("rtx"))
     known = library.targets()
     fitting = [gpu.name for gpu in driver.gpus if gpu.sm in known]
     if fitting:

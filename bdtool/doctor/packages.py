@@ -12,7 +12,7 @@ from engines.graph_modes import cuda_extra
 from engines.libcuda import Driver
 from engines.trt_library import DISTRIBUTIONS
 from engines.trt_options import TENSORRT, TENSORRT_RTX
-from export.packages import installed_version
+from export.packages import install_command, installed_version
 
 CORE_MODULES = {
     "torchvision": "torchvision",
@@ -127,8 +127,7 @@ def _torch_remedy(built_for: str | None, driver: Driver) -> str:
 def extra_package(name: str, driver: Driver) -> Finding:
     extra = EXTRAS[name]
     which = cuda_extra(driver) if extra.extra == "cuda" else extra.extra
-    command = f'pip install "bdtool[{which}]"'
-    remedy = f"{command} ({extra.adds}{f'; needs {extra.note}' if extra.note else ''})"
+    remedy = f"{install_command(which)} ({extra.adds}{f'; needs {extra.note}' if extra.note else ''})"
     module = imported(name, extra.module, distributions=extra.distributions, remedy=remedy)
     if not isinstance(module, Finding):
         return Finding(name, "ok", version(module, *extra.distributions))

@@ -11,11 +11,10 @@ from bdtool import words
 from bdtool.errors import UsageError
 from bdtool.report.data import ReportData
 from export.files import write_output
+from export.packages import install_command
 
 if TYPE_CHECKING:
     import jinja2
-
-_EXTRA = "the report needs {}, which is not installed. Add it: pip install 'bdtool[report]'"
 
 
 def write_report(path: Path, data: ReportData) -> None:
@@ -33,7 +32,9 @@ def require_extra() -> None:
         import jinja2  # noqa: F401
         import plotly  # noqa: F401
     except ModuleNotFoundError as exc:
-        raise UsageError(_EXTRA.format(exc.name)) from exc
+        raise UsageError(
+            f"the report needs {exc.name}, which is not installed; add it with: {install_command('report')}"
+        ) from exc
 
 
 def render(data: ReportData) -> str:

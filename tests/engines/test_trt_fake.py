@@ -318,5 +318,5 @@ def test_impossible_profile_is_refused(least, best, most):
 
 def test_absent_library_shows_its_install_line(monkeypatch):
     monkeypatch.setattr("engines.trt_library.DISTRIBUTIONS", {"tensorrt": ("no-such-distribution",)})
-    with pytest.raises(BackendError, match=r'pip install "bdtool\[tensorrt\]" \(it needs an NVIDIA GPU'):
+    with pytest.raises(BackendError, match=r'pip install "tensorrt>=10\.13" \(it needs an NVIDIA GPU'):
         identify_backend("tensorrt", "cuda:0")

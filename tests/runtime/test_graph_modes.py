@@ -323,7 +323,11 @@ NEW = Driver((13, 0), (Gpu("NVIDIA H200", (9, 0)),))
         (CUDA_12, MODES, None),  # machine code of an older major version loads
         ({"cuda-bindings": "13.5.0"}, ("path-cache", "off"), "a SWITCH in a CUDA graph needs nvidia-cuda-nvrtc; add"),
         ({"cuda-bindings": "12.9.4"}, ("path-cache", "off"), "a SWITCH in a CUDA graph needs nvidia-cuda-nvrtc-cu12"),
-        ({}, ("off",), 'a SWITCH in a CUDA graph needs cuda-bindings; add it with: pip install "bdtool[cuda]"'),
+        (
+            {},
+            ("off",),
+            'a SWITCH in a CUDA graph needs cuda-bindings; add it with: pip install "cuda-b',
+        ),
     ],
 )
 def test_missing_packages_leave_less(packages, modes, words):
