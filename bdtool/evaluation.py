@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,9 @@ from bdtool.errors import DataError, UsageError
 from bdtool.runtime.place import Place
 from bdtool.runtime.policies import PolicyRequest, parse_policy_for
 from bdtool.runtime.result import RunResult
+from bdtool.runtime.thresholds import threshold_of
 from bdtool.specs import NetworkSpec
+from export.bundle import Bundle
 
 
 class Classifier(Protocol):
@@ -97,15 +99,26 @@ def _figures(
     )
 
 
+def require_policies(network: NetworkSpec, policies: Iterable[str | None]) -> None:
+    """Raise PolicyError unless each POLICY fits the network: before the first of them has taken minutes."""
+    for policy in policies:
+        parse_policy_for(network.with_threshold(threshold_of(policy)), policy)
+
+
 @contextmanager
-def open_classifier(path: Path, place: Place) -> Iterator[Classifier]:
+def open_classifier(path: Path, place: Place, *, policy: str | None = None) -> Iterator[Classifier]:
     """Open a bundle directory through its engines, or a MODEL file through PyTorch on the CPU.
+
+    Args:
+        policy: the POLICY to come, which may name another threshold of the policy network.
 
     Raises:
         UsageError: a MODEL was asked to run on something else than PyTorch's CPU in fp32.
+        PolicyError: the threshold is no probability.
     """
+    threshold = threshold_of(policy)
     if path.is_dir():
-        with place.open(path) as runtime:
+        with place.open(Bundle.open(path).with_threshold(threshold)) as runtime:
             yield runtime
         return
     from bdtool.models.store import load_model
@@ -120,7 +133,7 @@ def open_classifier(path: Path, place: Place) -> Iterator[Classifier]:
                 "Make one: bdtool export"
             )
     with _torch_threads(place.threads):
-        yield TorchClassifier(load_model(path))
+        yield TorchClassifier(load_model(path), threshold=threshold)
 
 
 @contextmanager

@@ -49,7 +49,7 @@ def write_fused(bundle: Bundle, path: Path) -> float:
 
 def _with_metadata(fused: bytes, network: NetworkSpec) -> bytes:
     model = onnx.ModelProto.FromString(fused)
-    facts = {"preprocessing": asdict(network.preprocessing), "labels": network.labels}
+    facts = {"preprocessing": asdict(network.preprocessing), "labels": network.labels, "threshold": network.threshold}
     onnx.helper.set_model_props(model, {name: json.dumps(fact) for name, fact in facts.items()})
     written: bytes = model.SerializeToString(deterministic=True)
     return written

@@ -196,6 +196,10 @@ class NetworkSpec:
         """Return the same network with `x`, the activation between its parts, in another dtype."""
         return replace(self, parts=tuple(part.with_activation(dtype) for part in self.parts))
 
+    def with_threshold(self, threshold: float | None) -> NetworkSpec:
+        """Return the same network with another threshold of its policy network, 0 to 1; None leaves it."""
+        return self if threshold is None else replace(self, threshold=threshold)
+
     def with_pixels(self) -> NetworkSpec:
         """Return the same network with images as uint8 [N, height, width, 3] instead of preprocessed ones."""
         return replace(self, parts=tuple(part.with_pixels() for part in self.parts))

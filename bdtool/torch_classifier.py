@@ -18,10 +18,11 @@ class TorchClassifier:
 
     Args:
         max_batch: images that run at once, which bounds the memory; more of them run in slices. None: all.
+        threshold: of the policy network; None takes the model's.
     """
 
-    def __init__(self, model: BlockDropModel, *, max_batch: int | None = None) -> None:
-        self.network = network_spec(model)
+    def __init__(self, model: BlockDropModel, *, max_batch: int | None = None, threshold: float | None = None) -> None:
+        self.network = network_spec(model).with_threshold(threshold)
         self._model = model.eval()
         self._preprocess = Preprocessor(self.network.preprocessing)
         self._max_batch = max_batch

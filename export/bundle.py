@@ -6,6 +6,7 @@ import os
 import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from bdtool.errors import BundleError, UsageError
@@ -49,6 +50,11 @@ class Bundle:
     @property
     def network(self) -> NetworkSpec:
         return self.manifest.network
+
+    def with_threshold(self, threshold: float | None) -> Bundle:
+        """Return the bundle, as it is on disk, with another threshold of its policy network; None leaves it."""
+        network = self.network.with_threshold(threshold)
+        return Bundle(self.path, replace(self.manifest, network=network), staging=self._staging)
 
     @property
     def weights_path(self) -> Path:

@@ -20,6 +20,7 @@ from bdtool.data.batches import ImageSource
 from bdtool.errors import BundleError, CalibrationError, PolicyError, UsageError
 from bdtool.runtime.policies import PolicyRequest, parse_policy_for
 from bdtool.runtime.read_only import is_read_only
+from bdtool.runtime.thresholds import threshold_of
 from bdtool.specs import PartSpec
 from bdtool.version import version
 from bdtool.words import counted
@@ -122,6 +123,7 @@ def calibrate(
             f"--include {sorted(request.include)[0]} adds a part to --precision int8, and {request.precision} was "
             "asked for. Leave it out"
         )
+    bundle = bundle.with_threshold(threshold_of(request.policy))
     network = bundle.network
     policy = parse_policy_for(network, request.policy)
     if policy.n_rows is not None:

@@ -13,6 +13,7 @@ from bdtool.cli.command import Command
 from bdtool.cli.options import (
     BUNDLE,
     NEW_FILE,
+    FiniteRange,
     backend_option,
     data_option,
     device_option,
@@ -115,22 +116,29 @@ def build_cmd(
 @click.command("fuse", cls=Command)
 @click.argument("bundle", type=BUNDLE)
 @click.option("-o", "--output", "model", type=NEW_FILE, required=True, metavar="FILE.onnx", help="The file to write.")
-def fuse_cmd(bundle: Path, model: Path) -> None:
+@click.option(
+    "--threshold",
+    type=FiniteRange(min=0, max=1),
+    help="Keep the blocks whose probability is at least this. Default: the bundle's threshold.",
+)
+def fuse_cmd(bundle: Path, model: Path, threshold: float | None) -> None:
     """Write a BUNDLE as one ONNX file, policy included, with an If for each block.
 
     For deployments that can hold only one file. It takes one preprocessed image, float32 [1, 3, H, W], and gives the
     logits and which blocks ran; its optional input `force` (uint8 [K]: 0 policy, 1 keep, 2 drop) overrides the policy.
-    Its ONNX metadata hold `preprocessing` and `labels`, as JSON. It is compared with the parts of the bundle before it
-    is written.
+    Its ONNX metadata hold `preprocessing`, `labels` and `threshold`, as JSON. It is compared with the parts of the
+    bundle before it is written.
 
     \b
     Example:
       bdtool fuse bundle -o model.onnx
+      bdtool fuse bundle -o model.onnx --threshold 0.7
     """
     from bdtool.fusing import write_fused
+    from bdtool.runtime.thresholds import bundle_at
     from export.bundle import Bundle
 
-    error = write_fused(Bundle.open(bundle), model)
+    error = write_fused(bundle_at(threshold, Bundle.open(bundle)), model)
     click.echo(
         f"{model}: {model.stat().st_size / 1e6:.1f} MB; worst difference from the parts: {error:.1e} of the range"
     )
@@ -210,9 +218,11 @@ def _note_masks(bundle: Bundle, store: EngineStore, device: str, options: _MaskO
     from bdtool.runtime.masks import choose_masks, write_masks
     from bdtool.runtime.place import Place
     from bdtool.runtime.policies import parse_policy_for
+    from bdtool.runtime.thresholds import threshold_of
     from engines.trt_options import TENSORRT_RTX
     from export.manifest import EXPORTED
 
+    bundle = bundle.with_threshold(threshold_of(options.policy))
     network = bundle.network
     images = open_data(options.data or "", network=network, resize=options.resize, split="train")
     source = images.drawn(options.limit)

@@ -19,6 +19,7 @@ from bdtool.cli.options import (
     data_option,
     json_option,
     place_options,
+    policies_option,
     policy_option,
     resize_option,
 )
@@ -59,8 +60,11 @@ def run_cmd(
       bdtool run bundle cat.png dog.png
     """
     from bdtool.inference import classify_files
+    from bdtool.runtime.thresholds import threshold_of
+    from export.bundle import Bundle
 
-    with place.open(bundle, strategy) as runtime:
+    opened = Bundle.open(bundle).with_threshold(threshold_of(policy))
+    with place.open(opened, strategy) as runtime:
         rows = classify_files(runtime, images, policy=policy, resize=resize)
         choice = runtime.graph_choice
 
@@ -78,7 +82,7 @@ def run_cmd(
 @click.command("evaluate", cls=Command)
 @click.argument("model_or_bundle", type=MODEL_OR_BUNDLE)
 @data_option()
-@policy_option
+@policies_option
 @click.option("--limit", type=click.IntRange(min=1), help="Only N images, drawn with seed 0. Default: all.")
 @click.option("--batch", type=click.IntRange(min=1), default=64, show_default=True, help="Images at a time.")
 @resize_option
@@ -87,7 +91,7 @@ def run_cmd(
 def evaluate_cmd(
     model_or_bundle: Path,
     data: str,
-    policy: str | None,
+    policies: tuple[str, ...],
     limit: int | None,
     batch: int,
     resize: bool,
@@ -99,15 +103,25 @@ def evaluate_cmd(
     \b
     Example:
       bdtool evaluate bundle --data cifar10:data --policy distribute:7
+      bdtool evaluate bundle --data cifar10:data --policy learned:0.3 --policy learned --policy learned:0.7
     """
     from bdtool.data.sources import open_data
-    from bdtool.evaluation import evaluate, open_classifier
+    from bdtool.evaluation import evaluate, open_classifier, require_policies
 
-    with open_classifier(model_or_bundle, place) as classifier:
-        source = open_data(data, network=classifier.network, resize=resize).drawn(limit)
-        with progress("evaluating", source.n_images) as advance:
-            result = evaluate(classifier, source, policy=policy, batch_size=batch, on_batch=advance)
-    emit(asdict(result), json_file, lambda: _print_evaluation(result))
+    asked = policies or (None,)
+    results: list[Evaluation] = []
+    source = None
+    for policy in asked:
+        with open_classifier(model_or_bundle, place, policy=policy) as classifier:
+            if source is None:
+                require_policies(classifier.network, asked)
+                source = open_data(data, network=classifier.network, resize=resize).drawn(limit)
+            with progress("evaluating", source.n_images) as advance:
+                results.append(evaluate(classifier, source, policy=policy, batch_size=batch, on_batch=advance))
+    if len(results) == 1:
+        emit(asdict(results[0]), json_file, lambda: _print_evaluation(results[0]))
+    else:
+        emit({"policies": [asdict(one) for one in results]}, json_file, lambda: _print_evaluations(results))
 
 
 @click.command("profile", cls=Command)
@@ -235,6 +249,22 @@ def _require_page(batch: int, strategies: list[str]) -> None:
     require_extra()
     if batch != 1 or not {"chain", "auto"} & set(strategies):
         raise click.UsageError("--html shows single images through the chain: use --batch 1, and chain in --strategy")
+
+
+def _print_evaluations(results: list[Evaluation]) -> None:
+    rows = [
+        [
+            one.policy,
+            percent(one.accuracy, 2),
+            f"{one.blocks_mean:.2f} ± {one.blocks_std:.2f}",
+            f"{mega(one.flops_mean)} ± {mega(one.flops_std)}",
+            percent(one.flops_mean / one.full_flops),
+            str(one.unique_policies),
+        ]
+        for one in results
+    ]
+    columns = ["policy", "accuracy", "blocks", "FLOPs an image", "of the full network", "unique policies"]
+    print_table(columns, rows, title=f"{counted(results[0].n_images, 'image')} of {results[0].input_source}")
 
 
 def _print_evaluation(result: Evaluation) -> None:

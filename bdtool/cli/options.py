@@ -255,12 +255,20 @@ def json_option(command: _Command) -> _Command:
     return click.option("--json", "json_file", type=JSON_FILE, metavar="FILE", help=help_text)(command)
 
 
+_POLICY_HELP = (
+    "learned[:THRESHOLD], all, none, first:K, random:K[:SEED], random:LOW-HIGH[:SEED], distribute:K, a string of 0 and "
+    "1, or FILE.npy. Default: learned where the model has a policy network, else all."
+)
+
+
 def policy_option(command: _Command) -> _Command:
-    help_text = (
-        "learned, all, none, first:K, random:K[:SEED], random:LOW-HIGH[:SEED], distribute:K, a string of 0 and 1, or "
-        "FILE.npy. Default: learned where the model has a policy network, else all."
-    )
-    return click.option("--policy", type=POLICY, metavar="POLICY", help=help_text)(command)
+    return click.option("--policy", type=POLICY, metavar="POLICY", help=_POLICY_HELP)(command)
+
+
+def policies_option(command: _Command) -> _Command:
+    """--policy, as often as wanted; the command gets a tuple `policies`."""
+    help_text = f"{_POLICY_HELP} Given several times: one after the other, as a table."
+    return click.option("--policy", "policies", type=POLICY, multiple=True, metavar="POLICY", help=help_text)(command)
 
 
 def data_option(*, default: str | None = None) -> Callable[[_Command], _Command]:

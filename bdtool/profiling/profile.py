@@ -25,6 +25,7 @@ from bdtool.runtime.orchestrator import Orchestrator
 from bdtool.runtime.place import Place
 from bdtool.runtime.policies import parse_policy_for
 from bdtool.runtime.recommendation import AUTO
+from bdtool.runtime.thresholds import threshold_of
 from engines.graph_modes import OFF, GraphChoice
 from engines.registry import identify_backend
 from export.bundle import Bundle
@@ -61,6 +62,7 @@ def profile(
         BackendError: the engines cannot be built, or backend, device or threads are not to be had.
     """
     require_batch(settings.batch, [bundle] if baseline is None else [bundle, baseline])
+    bundle = bundle.with_threshold(threshold_of(policy))
     network = bundle.network
     request = parse_policy_for(network, policy)
     data = data.drawn(MAX_IMAGES)

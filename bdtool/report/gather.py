@@ -28,6 +28,7 @@ from bdtool.report.paper import paper_points
 from bdtool.report.pictures import uri_from_pixels
 from bdtool.report.request import ReportRequest
 from bdtool.runtime.policies import PolicyRequest, bits_of, parse_policy_for
+from bdtool.runtime.thresholds import threshold_of
 from bdtool.specs import NetworkSpec
 from export.bundle import Bundle
 
@@ -58,8 +59,8 @@ def gather_report(
     """
     if profile.settings.batch != 1:
         raise ValueError(f"a report shows one image at a time; got a profile of batch {profile.settings.batch}")
-    network = bundle.network
-    policy = parse_policy_for(network, request.policy)
+    bundle = bundle.with_threshold(threshold_of(request.policy))
+    policy = parse_policy_for(bundle.network, request.policy)
     with request.place.open(bundle) as runtime:
         classified = classify_images(runtime, source, policy, on_images=on_images)
         points = operating_points(runtime, source, policy, classified, on_images=on_images)

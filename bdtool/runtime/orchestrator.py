@@ -26,6 +26,7 @@ from bdtool.runtime.recommendation import AUTO, read_recommendation
 from bdtool.runtime.requests import PolicyLike, PolicyReader
 from bdtool.runtime.result import RunResult, joined
 from bdtool.runtime.strategies import Strategy, WrapCall
+from bdtool.runtime.thresholds import bundle_at
 from bdtool.specs import NetworkSpec, PartSpec
 from engines.base import DEFAULT_BACKEND, DEFAULT_DEVICE, Backend, ContextBackend, Engine
 from engines.device_array import DeviceArray, DeviceArrayBackend, Images
@@ -101,6 +102,7 @@ class Orchestrator:
         precision: str = "fp32",
         paths: PathOptions | None = None,
         cuda_graph: str = AUTO_GRAPH,
+        threshold: float | None = None,
     ) -> Orchestrator:
         """Open a bundle. Engines that it lacks for this machine are built first, as `bdtool build` does.
 
@@ -123,13 +125,17 @@ class Orchestrator:
                 (the decision stays on the device: one SWITCH over the paths of the frequent masks in `paths`),
                 "switch" (likewise with a SWITCH for every few blocks), "path-cache" (the policy is read back, a graph
                 for each mask), or "off" (plain launches, for "full", too). `graph_choice` says which, and why.
+            threshold: the policy network's decision keeps blocks whose probability is at least this; None takes the
+                bundle's, 0.5. A higher one trades accuracy for time.
 
         Raises:
             BundleError: the bundle is damaged, incomplete or too new, or has no recommendation for "auto".
             BackendError: backend, device or threads are not to be had here, or an engine does not build.
             UsageError: an unknown backend, device or strategy, or no number of threads.
+            PolicyError: a threshold that is no probability, or for a bundle without policy network.
         """
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(Path(bundle))
+        opened = bundle_at(threshold, opened)
         if strategy != AUTO:
             parts_for(strategy, opened.network)  # refuse an unknown one before the backend is opened
             require_strategy(strategy, backend, device)

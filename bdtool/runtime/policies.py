@@ -12,11 +12,12 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from bdtool.errors import PolicyError
-from bdtool.specs import NetworkSpec
+from bdtool.runtime.thresholds import threshold_of
+from bdtool.specs import DEFAULT_THRESHOLD, NetworkSpec
 
 POLICY_FORMS = (
-    "learned, all, none, first:K, random:K[:SEED], random:LOW-HIGH[:SEED], distribute:K, a string of 0 and 1 with one "
-    "bit for each block, FILE.npy with [K] or [N, K] zeros and ones"
+    "learned[:THRESHOLD], all, none, first:K, random:K[:SEED], random:LOW-HIGH[:SEED], distribute:K, a string of 0 and "
+    "1 with one bit for each block, FILE.npy with [K] or [N, K] zeros and ones"
 )
 _COUNTED = re.compile(r"(?P<form>first|distribute):(?P<count>[0-9]{1,9})")
 _RANDOM = re.compile(r"random:(?P<low>[0-9]{1,9})(?:-(?P<high>[0-9]{1,9}))?(?::(?P<seed>[0-9]{1,18}))?")
@@ -70,11 +71,17 @@ class PolicyRequest:
 
 def parse_policy_for(network: NetworkSpec, text: str | None) -> PolicyRequest:
     """Read a POLICY for a network; see `parse_policy`."""
-    return parse_policy(text, n_blocks=network.n_blocks, has_policy_network=network.has_policy)
+    return parse_policy(
+        text, n_blocks=network.n_blocks, has_policy_network=network.has_policy, threshold=network.threshold
+    )
 
 
-def parse_policy(text: str | None, *, n_blocks: int, has_policy_network: bool) -> PolicyRequest:
+def parse_policy(
+    text: str | None, *, n_blocks: int, has_policy_network: bool, threshold: float = DEFAULT_THRESHOLD
+) -> PolicyRequest:
     """Read one of `POLICY_FORMS`; None is `learned` where the model has a policy network, else `all`.
+
+    `learned` keeps the blocks whose probability is at least `threshold`; `learned:THRESHOLD` has to name the same.
 
     `first:K`, `random:K` and `distribute:K` keep K of the `n_blocks` blocks: the first ones, K drawn for each image,
     or K spread evenly (see `_distributed`). Source: BlockDrop, section 4.2, FirstK, RandomK and DistributeK.
@@ -86,8 +93,8 @@ def parse_policy(text: str | None, *, n_blocks: int, has_policy_network: bool) -
     if text is None:
         text = "learned" if has_policy_network else "all"
     text = text.strip()
-    if text == "learned":
-        return _learned(has_policy_network=has_policy_network)
+    if text == "learned" or text.startswith("learned:"):
+        return _learned(text, has_policy_network=has_policy_network, threshold=threshold)
     if text in ("all", "none"):
         return _fixed(text, np.full(n_blocks, text == "all"))
     if names_file(text):
@@ -132,13 +139,18 @@ def keep_matrix_from(policy: ArrayLike, n_images: int, n_blocks: int) -> np.ndar
     return np.broadcast_to(keep, (n_images, n_blocks)).copy()
 
 
-def _learned(*, has_policy_network: bool) -> PolicyRequest:
+def _learned(text: str, *, has_policy_network: bool, threshold: float) -> PolicyRequest:
     if not has_policy_network:
         raise PolicyError(
-            "policy 'learned': the model has no policy network. Train one (`bdtool train imitate` or `curriculum`), or "
+            f"policy {text!r}: the model has no policy network. Train one (`bdtool train imitate` or `curriculum`), or "
             f"use another POLICY, for instance all. POLICY is one of: {POLICY_FORMS}"
         )
-    return PolicyRequest(name="learned", draw=None)
+    if (asked := threshold_of(text)) not in (None, threshold):
+        raise PolicyError(
+            f"policy {text!r}: this network was opened with the threshold {threshold!r}. Open the bundle with "
+            f"threshold={asked!r}, or give the bits: runtime.keep_probability(images) >= {asked!r}"
+        )
+    return PolicyRequest(name="learned" if threshold == DEFAULT_THRESHOLD else f"learned:{threshold!r}", draw=None)
 
 
 def _fixed(name: str, keep: np.ndarray) -> PolicyRequest:

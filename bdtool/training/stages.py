@@ -17,6 +17,7 @@ from bdtool.models.model_spec import ModelSpec
 from bdtool.models.state import non_finite_names
 from bdtool.models.store import save_model
 from bdtool.runtime.policies import PolicyRequest, bits_of, parse_policy
+from bdtool.runtime.thresholds import threshold_of
 from bdtool.torch_classifier import TorchClassifier
 from bdtool.training.budget import shift_policy
 from bdtool.training.distributed import synchronize_batch_norms
@@ -145,6 +146,11 @@ def finetune(
         UsageError: `freeze_policy` beside a heuristic; or `teacher` has a policy network, other classes, or takes
             pictures of another size.
     """
+    if threshold_of(options.policy) is not None:
+        raise UsageError(
+            f"policy {options.policy}: a threshold is for deployment. Train with learned, and --blocks for the number "
+            "of blocks that the policy network shall keep"
+        )
     place = place.with_sample(options.limit)
     request = parse_policy(options.policy, n_blocks=start.n_blocks, has_policy_network=start.policy is not None)
     if options.freeze_policy and not request.is_learned:

@@ -35,6 +35,7 @@ from bdtool.runtime.place import Place
 from bdtool.runtime.policies import parse_policy, parse_policy_for
 from bdtool.runtime.preprocess import preprocess
 from bdtool.runtime.result import RunResult
+from bdtool.runtime.thresholds import threshold_of
 from bdtool.torch_classifier import TorchClassifier
 from bdtool.verification.lower_precision import flips_bound, logits_error, lower_outputs, path_probes, terms_of
 from bdtool.verification.manifest_check import compare_with_model
@@ -120,7 +121,8 @@ class _Subject:
         return min(_N_PROBES, self.chain.max_batch, self.full.max_batch)
 
     def oracle(self) -> TorchClassifier:
-        return TorchClassifier(self.model, max_batch=_ORACLE_BATCH)
+        threshold = self.bundle.network.threshold
+        return TorchClassifier(self.model, max_batch=_ORACLE_BATCH, threshold=threshold)
 
 
 def verify(
@@ -159,6 +161,8 @@ def verify(
     model = load_model(bundle.weights_path)
     if not add(_manifest(bundle, model)):
         return ladder(0)
+    if source.precision != EXPORTED:  # ranges hold for the paths at the threshold that they were calibrated for
+        bundle = bundle.with_threshold(threshold_of(terms_of(bundle, source).policy))
     data = data.drawn(limit)
     batch = data.take(limit)
     with ExitStack() as stack:

@@ -73,7 +73,7 @@ def test_fused_file_names_preprocessing_and_classes(bdtool, bdtool_json, bundle_
     bdtool("fuse", bundle_copy, "-o", tmp_path / "model.onnx")
     facts = {entry.key: json.loads(entry.value) for entry in onnx.load(tmp_path / "model.onnx").metadata_props}
     bundle = bdtool_json("inspect", bundle_copy)
-    assert facts == {name: bundle[name] for name in ("preprocessing", "labels")}
+    assert facts == {"threshold": 0.5, **{name: bundle[name] for name in ("preprocessing", "labels")}}
 
 
 @pytest.mark.parametrize(

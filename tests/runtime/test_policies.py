@@ -152,7 +152,7 @@ def test_name_is_canonical(text: str, name: str) -> None:
     ],
 )
 def test_unknown_policy_lists_the_forms(text: str) -> None:
-    with pytest.raises(PolicyError, match=r"POLICY is one of: learned, all, none, first:K, random:K\[:SEED\]"):
+    with pytest.raises(PolicyError, match=r"one of: learned\[:THRESHOLD\], all, none, first:K, random:K\[:SEED\]"):
         parse(text)
 
 
