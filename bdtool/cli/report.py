@@ -106,7 +106,8 @@ def write_page(profiled: Profile, bundle: Bundle, source: ImageSource, request: 
     from bdtool.report.gather import gather_report
     from bdtool.report.page import write_report
 
-    with progress("classifying", n_steps(source)) as advance:
+    is_learned = profiled.policy.partition(":")[0] == "learned"
+    with progress("classifying", n_steps(source, is_learned=is_learned)) as advance:
         gathered = gather_report(profiled, bundle, source, request, on_images=advance)
     write_report(request.output, gathered)
     size = request.output.stat().st_size / 1e6

@@ -120,7 +120,20 @@ def _break_even(n_blocks: int, break_even_blocks: float | None) -> str:
 def accuracy_against_flops(data: ReportData) -> Chart:
     """Return each policy's accuracy and FLOPs, the paper's results beside ours."""
     figure = go.Figure(layout={"height": 460})  # its legend is long
-    drawn = [point for point in (*data.points, *data.paper_points) if point.flops_mean is not None]
+    curve = sorted((point for point in data.points if point.threshold is not None), key=_threshold)
+    if len(curve) > 1:
+        figure.add_scatter(
+            x=[(point.flops_mean or 0) / 1e6 for point in curve],
+            y=[100 * point.accuracy for point in curve],
+            text=[f"threshold {point.threshold:g}" for point in curve],
+            mode="lines+markers",
+            name="other thresholds",
+            line={"color": _COLOURS[0], "width": 2},
+            marker={"size": 7},
+            hovertemplate="%{text}: %{y:.2f} % at %{x:.1f} MFLOPs",
+        )
+    others = [point for point in data.points[1:] if point.threshold is None]
+    drawn = [point for point in (*data.points[:1], *others, *data.paper_points) if point.flops_mean is not None]
     for i, point in enumerate(drawn):
         is_paper = point in data.paper_points
         figure.add_scatter(
@@ -144,6 +157,10 @@ def accuracy_against_flops(data: ReportData) -> Chart:
             "only where the data set is the same."
         )
     return _chart("accuracy-flops", "Accuracy against FLOPs", text, figure)
+
+
+def _threshold(point: OperatingPoint) -> float:
+    return point.threshold or 0.0
 
 
 def _short(name: str) -> str:

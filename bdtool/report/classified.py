@@ -11,10 +11,13 @@ from bdtool.data.batches import ImageSource
 from bdtool.evaluation import evaluate
 from bdtool.report.data import OperatingPoint
 from bdtool.runtime.orchestrator import Orchestrator
+from bdtool.runtime.place import Place
 from bdtool.runtime.policies import PolicyRequest, parse_policy_for
+from export.bundle import Bundle
 
 _BATCH = 64
 _COMPARED = ("all", "distribute", "random", "first")
+_THRESHOLDS = (0.3, 0.7, 0.9)  # of the policy network, beside its own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +38,10 @@ class Classified:
         return None if self.labels is None else self.predicted == self.labels
 
 
-def n_steps(source: ImageSource) -> int:
+def n_steps(source: ImageSource, *, is_learned: bool) -> int:
     """Return about how many images `gather_report` will classify."""
-    return source.n_images * (1 + (len(_COMPARED) if source.has_labels else 0))
+    n_compared = len(_COMPARED) + (len(_THRESHOLDS) if is_learned else 0)
+    return source.n_images * (1 + (n_compared if source.has_labels else 0))
 
 
 def classify_images(
@@ -74,7 +78,8 @@ def operating_points(
         return ()
     flops = network.flops_per_image(classified.keep, with_policy=policy.is_learned)
     mine = f"this policy: {policy.name}"
-    points = [_point(mine, float(correct.mean()), float(classified.blocks_run.mean()), float(flops.mean()))]
+    own = network.threshold if policy.is_learned else None
+    points = [_point(mine, float(correct.mean()), float(classified.blocks_run.mean()), float(flops.mean()), own)]
     n_kept = round(float(classified.blocks_run.mean()))
     n_kept = n_kept if 0 < n_kept < network.n_blocks else network.n_blocks // 2
     for form in _COMPARED:
@@ -87,7 +92,28 @@ def operating_points(
     return tuple(points)
 
 
-def _point(name: str, accuracy: float, blocks_mean: float, flops_mean: float) -> OperatingPoint:
+def points_at_other_thresholds(
+    bundle: Bundle, place: Place, source: ImageSource, *, on_images: Callable[[int], None]
+) -> tuple[OperatingPoint, ...]:
+    """Return what the policy network's decisions at other thresholds get right, and what they cost."""
+    points = []
+    for threshold in _THRESHOLDS if source.has_labels else ():
+        if threshold == bundle.network.threshold:
+            continue
+        with place.open(bundle.with_threshold(threshold)) as runtime:
+            result = evaluate(runtime, source, on_batch=on_images)
+        points.append(_point(result.policy, result.accuracy, result.blocks_mean, result.flops_mean, threshold))
+    return tuple(points)
+
+
+def _point(
+    name: str, accuracy: float, blocks_mean: float, flops_mean: float, threshold: float | None = None
+) -> OperatingPoint:
     return OperatingPoint(
-        name=name, accuracy=accuracy, blocks_mean=blocks_mean, flops_mean=flops_mean, source="measured here"
+        name=name,
+        accuracy=accuracy,
+        blocks_mean=blocks_mean,
+        flops_mean=flops_mean,
+        source="measured here",
+        threshold=threshold,
     )

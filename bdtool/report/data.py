@@ -77,6 +77,7 @@ class OperatingPoint:
     blocks_mean: float
     flops_mean: float | None  # None where the source prints none
     source: str
+    threshold: float | None = None  # of the policy network, where it decides
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +117,7 @@ class ReportData:
     n_timed_images: int
     strategies: tuple[StrategyLatency, ...]
     line: BlocksLine | None  # None where all images run equally many blocks
-    points: tuple[OperatingPoint, ...]
+    points: tuple[OperatingPoint, ...]  # the policy's own is the first
     paper_points: tuple[OperatingPoint, ...]
     usage: tuple[float, ...]  # share of images that keep each block
     classes: tuple[ClassFigures, ...]

@@ -14,7 +14,7 @@ from bdtool.profiling.line import BlocksLine, fit_line
 from bdtool.profiling.result import Profile
 from bdtool.profiling.statistics import Samples
 from bdtool.profiling.workload import BOUNDARY, heads_page
-from bdtool.report.classified import Classified, classify_images, operating_points
+from bdtool.report.classified import Classified, classify_images, operating_points, points_at_other_thresholds
 from bdtool.report.data import (
     ClassFigures,
     OperatingPoint,
@@ -64,6 +64,8 @@ def gather_report(
     with request.place.open(bundle) as runtime:
         classified = classify_images(runtime, source, policy, on_images=on_images)
         points = operating_points(runtime, source, policy, classified, on_images=on_images)
+    if policy.is_learned:
+        points += points_at_other_thresholds(bundle, request.place, source, on_images=on_images)
     return report_from(profile, bundle, source, request, policy=policy, classified=classified, points=points)
 
 

@@ -115,7 +115,21 @@ def test_the_dominant_policies_are_the_most_frequent(learned: ReportData) -> Non
 def test_heuristics_keep_as_many_blocks_as_the_policy(learned: ReportData) -> None:
     count = round(learned.blocks_mean)
     names = [point.name for point in learned.points]
-    assert names == ["this policy: learned", "all", f"distribute:{count}", f"random:{count}", f"first:{count}"]
+    heuristics = ["all", f"distribute:{count}", f"random:{count}", f"first:{count}"]
+    assert names == ["this policy: learned", *heuristics, "learned:0.3", "learned:0.7", "learned:0.9"]
+
+
+def test_other_thresholds_are_those_of_evaluate(
+    gathered: Callable[[str | None], ReportData], tiny: Any, data: Path
+) -> None:
+    report = gathered("learned:0.7")
+    with Orchestrator.open(tiny.bundle, threshold=0.3) as runtime:
+        expected = evaluate(runtime, open_data(str(data), network=runtime.network))
+    points = {point.name: point for point in report.points}
+    assert [name for name in points if "learned" in name] == ["this policy: learned:0.7", "learned:0.3", "learned:0.9"]
+    found = points["learned:0.3"]
+    assert (found.accuracy, found.blocks_mean) == (expected.accuracy, expected.blocks_mean)
+    assert [point.threshold for point in report.points if point.threshold is not None] == [0.7, 0.3, 0.9]
 
 
 def test_a_fixed_policy_is_recognised(gathered: Callable[[str | None], ReportData]) -> None:
