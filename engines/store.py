@@ -31,6 +31,7 @@ from engines.trt_options import has_host_code, largest_batch
 from export.bundle import Bundle, UnfitPartError
 from export.files import (
     advice_on,
+    exclusive_lock,
     json_from_bytes,
     remove_leftovers,
     sha256_of_bytes,
@@ -43,7 +44,8 @@ from export.pixels_spec import pixels_key
 
 logger = logging.getLogger(__name__)
 
-_ABANDONED_S = 3600  # other builds may be writing engines, which takes each of them seconds
+_ABANDONED_S = 3600  # masks and recommendations are written beside the engines without the lock of a build
+_LOCK = ".build.lock"
 
 
 class ChangedEngineError(BundleError):
@@ -143,6 +145,9 @@ class EngineStore:
     ) -> list[PartStatus]:
         """Build whatever has no fitting engine; return each part's status. A part that fails does not stop the others.
 
+        One build at a time works on a directory: libraries do not build a part to the same bytes twice, so that of two
+        at once the record of one would lie beside the engine of the other. Whoever waits finds what the other built.
+
         Args:
             open_backend: called only when there is something to build.
             resume: take up engines that fit; False builds every part again.
@@ -161,8 +166,9 @@ class EngineStore:
         backend = open_backend()  # first: one that is not to be had leaves no empty directory behind
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            remove_leftovers(self.directory, min_age_s=_ABANDONED_S)
-            return self._build_missing(backend, wanted, records, on_part)
+            with exclusive_lock(self.directory / _LOCK, purpose=f"a build of {self.directory.name}", wait=True):
+                remove_leftovers(self.directory, min_age_s=_ABANDONED_S)
+                return self._build_missing(backend, wanted, self.find(wanted) if resume else {}, on_part)
         except OSError as exc:
             raise BundleError(
                 f"{self.directory}: engines cannot be written ({exc.strerror or exc}). The bundle and the finished "

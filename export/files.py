@@ -7,6 +7,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import logging
 import math
 import os
 import re
@@ -21,6 +22,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from bdtool.errors import BundleError
+
+logger = logging.getLogger(__name__)
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2  # linux/fs.h
@@ -165,20 +168,26 @@ def swap_directory(new: Path, target: Path) -> None:
 
 
 @contextmanager
-def exclusive_lock(path: Path, *, purpose: str) -> Iterator[None]:
+def exclusive_lock(path: Path, *, purpose: str, wait: bool = False) -> Iterator[None]:
     """Hold an advisory lock on the file `path`, which goes with it; the system frees it when the process dies.
 
+    Args:
+        wait: until whoever holds it, another thread or process, has let go.
+
     Raises:
-        BundleError: another process holds it.
+        BundleError: another process holds it, and `wait` is False.
     """
     while True:
         with path.open("w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as exc:
-                raise BundleError(
-                    f"{purpose} is already running in another process (lock {path}); wait for it"
-                ) from exc
+                if not wait:
+                    raise BundleError(
+                        f"{purpose} is already running in another process (lock {path}); wait for it"
+                    ) from exc
+                logger.info("%s is already running (lock %s); waiting for it", purpose, path)
+                fcntl.flock(file, fcntl.LOCK_EX)
             if not _is_at(file, path):  # its holder has removed it since we opened it
                 continue
             try:

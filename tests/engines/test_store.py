@@ -3,6 +3,8 @@
 import json
 import logging
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -156,6 +158,27 @@ def test_build_removes_what_a_killed_one_left(built):
     (directory / "head.json").unlink()
     assert _rebuilt(built) == {"head"}
     assert list(directory.glob(".*")) == [written], "another build may be at work"
+
+
+class _Unrepeatable(FakeBackend):
+    """Builds no part to the same bytes twice, as ONNX Runtime does not, and waits between part and part."""
+
+    def build(self, part, model, *, layout):
+        time.sleep(0.005)
+        built = super().build(part, model, layout=layout)
+        return replace(built, data=json.dumps({**json.loads(built.data), "salt": os.urandom(4).hex()}).encode())
+
+
+def test_builds_at_the_same_time_share_their_engines(bundle_copy):
+    with ThreadPoolExecutor(4) as pool:  # a lock of a file holds between threads as between processes
+        found = list(pool.map(lambda _: _store(bundle_copy).build(_Unrepeatable), range(4)))
+    kinds = [set(_statuses(statuses).values()) for statuses in found]
+    assert kinds.count({"built"}) == 1
+    assert kinds.count({"cached"}) == 3
+    store = _store(bundle_copy)
+    records = store.find()  # looks at digests
+    assert set(records) == {part.name for part in store.network.parts}
+    assert not list(store.directory.glob(".*"))
 
 
 def test_stopped_build_goes_on_where_it_stopped(bundle_copy):

@@ -1,9 +1,11 @@
 """Files and directories are whole or absent."""
 
 import fcntl
+import logging
 import os
 import re
 import stat
+import threading
 import time
 from pathlib import Path
 
@@ -144,6 +146,25 @@ def test_second_holder_of_a_lock_is_refused(tmp_path):
         pytest.fail("two hold the lock")
     with exclusive_lock(tmp_path / "lock", purpose="x"):
         pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_second_holder_of_a_lock_may_wait(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    order = []
+
+    def second():
+        with exclusive_lock(tmp_path / "lock", purpose="a build", wait=True):
+            order.append("second")
+
+    with exclusive_lock(tmp_path / "lock", purpose="x"):
+        thread = threading.Thread(target=second)
+        thread.start()
+        while "a build is already running" not in caplog.text:  # it waits
+            time.sleep(0.01)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "second"]
     assert not list(tmp_path.iterdir())
 
 
