@@ -7,7 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
-from bdtool.errors import EngineError
+from bdtool.errors import EngineError, PolicyError
 
 # What a controller says of one block for a batch: all images keep it, none does, or who does (bool [N]).
 Decision = bool | np.ndarray
@@ -59,6 +59,8 @@ class MaskController:
         learned = self._learned(probabilities()) if self._run_policy else None
         keep = learned if self.given is None else self.given
         assert keep is not None
+        if len(keep) != n_images:
+            raise PolicyError(f"controller: has keep bits for {len(keep)} images, {n_images} run. Give a row for each")
         self._matrix = keep
         self._decisions = None
 

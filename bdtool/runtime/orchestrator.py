@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
@@ -22,11 +21,13 @@ from bdtool.runtime.loading import Loaded, Loader
 from bdtool.runtime.masks import read_masks
 from bdtool.runtime.path_cache import PathOptions, PathStats
 from bdtool.runtime.paths import PathStrategy
+from bdtool.runtime.policies import keep_matrix_from
 from bdtool.runtime.recommendation import AUTO, read_recommendation
 from bdtool.runtime.requests import PolicyLike, PolicyReader
 from bdtool.runtime.result import RunResult, joined
 from bdtool.runtime.strategies import Strategy, WrapCall
 from bdtool.runtime.thresholds import bundle_at
+from bdtool.runtime.turns import Turns
 from bdtool.specs import NetworkSpec, PartSpec
 from engines.base import DEFAULT_BACKEND, DEFAULT_DEVICE, Backend, ContextBackend, Engine
 from engines.device_array import DeviceArray, DeviceArrayBackend, Images
@@ -74,14 +75,12 @@ class Orchestrator:
         self.strategy_name = strategy
         self.threads = backend.threads
         self._library: Backend | None = backend  # None once it is closed
-        # threads of engines, and all of a GPU, stay behind where a process forks; a call on them would wait for ever
-        needs_own_process = backend.threads > 1 or strategy == "path" or timer_of(backend) is not None
-        self._process = os.getpid() if needs_own_process else None
+        has_threads = backend.threads > 1 or strategy == "path"  # which joins engines in the background
+        self._turns = Turns(needs_own_process=has_threads or timer_of(backend) is not None)
         self._engines = engines
         self.max_batch = max_batch
         self._graphs, self._paths = graphs, paths
         self._wrap = wrap
-        self._lock = threading.RLock()  # a controller may ask for P(keep) while it runs
         self._current = backend.current if isinstance(backend, ContextBackend) else nullcontext
         self._strategy: Strategy | None = self._make_strategy(Loaded(network, engines))
         self._load_preprocessed = preprocessed
@@ -189,25 +188,51 @@ class Orchestrator:
             PolicyError: the policy does not fit.
             EngineError: an engine fails, or a result on the host is not finite.
         """
-        taken = images if isinstance(images, np.ndarray) else self._intake.taken(images, self._backend)
+        intake = self._intake
+        taken = intake.checked(images) if isinstance(images, np.ndarray) else intake.taken(images, self._backend)
         keep = self._policies.keep_matrix(policy, len(taken), first=first)
         return self._run_slices(taken, keep, run_policy=False)
 
     def run_with_policy_cost(self, images: Images, policy: np.ndarray) -> RunResult:
-        """Classify with given bits, but run the policy network too: what a learned policy of these bits would cost."""
+        """Classify with given bits [N, K], but run the policy network too: what a learned policy of these would cost.
+
+        Raises:
+            As `run` does.
+        """
+        if policy.dtype != bool or policy.shape != (len(images), self.network.n_blocks):  # a benchmark's are
+            policy = keep_matrix_from(policy, len(images), self.network.n_blocks)
         return self._run_slices(images, policy, run_policy=self.network.has_policy)
 
     def run_with(self, images: Images, controller: Controller) -> RunResult:
-        """Classify with a controller of one's own; at most `max_batch` images."""
+        """Classify with a controller of one's own; at most `max_batch` images.
+
+        Raises:
+            DataError: there are more, or they have another shape or type.
+            PolicyError: the controller decides for another number of images.
+            EngineError: an engine fails; or a controller runs images on the runtime that is asking it.
+        """
+        if len(images) > self.max_batch:
+            raise DataError(
+                f"images: got {len(images)}, one controller decides for at most {self.max_batch}. Pass fewer"
+            )
         return self._run_slice(images, controller, first=0)
 
     def _run_slice(self, images: Images, controller: Controller, *, first: int) -> RunResult:
         """Run at most `max_batch` images, of which the first is number `first` of the caller's batch."""
         self._require_open()  # before the lock, as in `keep_probability`
-        with self._lock, self._current():
+        turns = self._turns
+        with turns.lock, self._current():
+            if turns.is_running:
+                raise EngineError(
+                    "a controller ran images on the runtime that was asking it; open another one for that"
+                )
             taken = images if isinstance(images, DeviceArray) else self.prepare(images)
             strategy = self._strategy_for(taken)
-            logits, hits = strategy.run(taken, controller)
+            turns.is_running = True
+            try:
+                logits, hits = strategy.run(taken, controller)
+            finally:
+                turns.is_running = False
         if isinstance(logits, np.ndarray) and not all_finite(logits):
             bad = np.flatnonzero(~np.isfinite(logits).all(axis=1))
             raise EngineError(
@@ -243,7 +268,7 @@ class Orchestrator:
         if part is None:
             raise PolicyError("the bundle has no policy network; give a POLICY")
         self._require_open()  # before the lock, which a thread of the parent may have held as it forked
-        with self._lock, self._current():
+        with self._turns.lock, self._current():
             self._require_open()
             if part.name not in self._engines:
                 name = self.strategy_name
@@ -315,9 +340,9 @@ class Orchestrator:
 
     def close(self) -> None:
         """Let go of engines and buffers, and stop what runs in the background; after what runs in other threads."""
-        if self._is_inherited:
-            return  # they are the parent's, and so are the threads that may hold the lock
-        with self._lock:
+        if self._turns.are_inherited:
+            return  # they are the parent's
+        with self._turns.lock:
             for strategy in (self._strategy, self._preprocessed_strategy):
                 if strategy is not None:
                     strategy.close()
@@ -373,19 +398,10 @@ class Orchestrator:
             raise ValueError(_CLOSED)
         return self._library
 
-    @property
-    def _is_inherited(self) -> bool:
-        """Whether this process is a fork of the one that opened the bundle, and cannot use it."""
-        return self._process is not None and self._process != os.getpid()
-
     def _require_open(self) -> Strategy:
         if self._strategy is None:
             raise ValueError(_CLOSED)
-        if self._is_inherited:
-            raise EngineError(
-                "this orchestrator was opened before the process forked, and what its engines run on stayed behind. "
-                "Open the bundle in each process after it forked, or with threads=1 on the CPU, but for strategy 'path'"
-            )
+        self._turns.require_own_process()
         return self._strategy
 
     def _strategy_for(self, taken: Images) -> Strategy:

@@ -5,11 +5,13 @@ import json
 import os
 import shutil
 import signal
+import threading
 
 import numpy as np
 import pytest
 
 from bdtool.errors import BundleError, EngineError, UsageError
+from bdtool.runtime.controllers import MaskController
 from bdtool.runtime.loading import Loader
 from bdtool.runtime.orchestrator import Orchestrator
 from engines.registry import identify_backend, open_backend
@@ -144,7 +146,7 @@ def _in_a_fork(call):
 def test_fork_is_told_to_open_the_bundle_itself(tiny, backend, strategy):
     with Orchestrator.open(tiny.bundle, backend=backend, strategy=strategy) as runtime:
         expected = runtime.run(_pixels(2)).classes
-        with runtime._lock:  # as if another thread were running an image
+        with runtime._turns.lock:  # as if another thread were running an image
             for use in (runtime.run, runtime.decide):
                 assert "Open the bundle in each process" in _in_a_fork(lambda use=use: use(_pixels(2)))
             assert _in_a_fork(runtime.close) == "None"
@@ -153,5 +155,29 @@ def test_fork_is_told_to_open_the_bundle_itself(tiny, backend, strategy):
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_fork_uses_an_orchestrator_that_has_no_threads(fake, images_of):
+    """Whatever another thread of the parent, which stays behind, was doing with it."""
     runtime = fake().runtime
-    assert _in_a_fork(lambda: runtime.run(images_of([1, 2])).classes) == str(runtime.run(images_of([1, 2])).classes)
+    expected = str(runtime.run(images_of([1, 2])).classes)
+    assert _in_a_fork(lambda: runtime.run(images_of([1, 2])).classes) == expected
+    begun, done = threading.Event(), threading.Event()
+    busy = threading.Thread(target=lambda: runtime.run_with(images_of([1]), _Waiting(begun, done)))
+    busy.start()
+    begun.wait()
+    assert _in_a_fork(lambda: runtime.run(images_of([1, 2])).classes) == expected
+    assert _in_a_fork(runtime.close) == "None"
+    done.set()
+    busy.join()
+    assert str(runtime.run(images_of([1, 2])).classes) == expected
+
+
+class _Waiting(MaskController):
+    """Keeps every block, once it is told to go on."""
+
+    def __init__(self, begun, done):
+        super().__init__(np.ones((1, 6), bool), threshold=0.5)
+        self._begun, self._done = begun, done
+
+    def begin(self, n_images, probabilities):
+        super().begin(n_images, probabilities)
+        self._begun.set()
+        self._done.wait()

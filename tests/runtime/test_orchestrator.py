@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from bdtool.errors import EngineError, PolicyError
+from bdtool.errors import DataError, EngineError, PolicyError
+from bdtool.runtime.controllers import MaskController
 from bdtool.runtime.orchestrator import Orchestrator
 
 K = 6
@@ -215,6 +216,53 @@ def test_controller_that_learns_as_it_goes_hears_what_blocks_emit(values, limit,
     np.testing.assert_array_equal(result.policy, matrix)
     assert controller.seen == seen
     np.testing.assert_array_equal(result.logits[:, 0], v)
+
+
+def _every_block(n):
+    return MaskController(np.ones((n, K), bool), threshold=0.5)
+
+
+def test_controller_decides_for_the_images_that_run(fake, images_of):
+    runtime = fake(max_batch=4).runtime
+    with pytest.raises(DataError, match=r"got 5, one controller decides for at most 4"):
+        runtime.run_with(images_of(range(5)), _every_block(5))
+    with pytest.raises(PolicyError, match=r"has keep bits for 3 images, 4 run"):
+        runtime.run_with(images_of(range(4)), _every_block(3))
+
+
+def test_controller_may_ask_the_policy_network_but_run_nothing(fake, images_of):
+    runtime, images = fake().runtime, images_of([1, 2])
+    expected = runtime.run_with(images, _every_block(2)).logits
+
+    class Asks(MaskController):
+        def keep(self, k):
+            runtime.decide(images_of([3, 4]))
+            if k == 3:
+                with pytest.raises(EngineError, match="a controller ran images on the runtime that was asking it"):
+                    runtime.run(images_of([5, 6]))
+            return super().keep(k)
+
+    asks = Asks(np.ones((2, K), bool), threshold=0.5)
+    np.testing.assert_array_equal(runtime.run_with(images, asks).logits, expected)
+    np.testing.assert_array_equal(runtime.run(images, policy="all").logits, expected)  # the next turn is free
+
+
+def test_missing_batch_axis_is_no_error_of_the_policy(tiny, pixels):
+    with Orchestrator.open(tiny.bundle) as runtime:
+        with pytest.raises(DataError, match=r"One image needs a batch axis"):
+            runtime.run(pixels(tiny.model, 2)[0], policy=np.ones((1, 3)))
+        with pytest.raises(DataError, match="expected at least one image"):
+            runtime.run(pixels(tiny.model, 2)[:0], policy=np.ones((0, 3)))
+        with pytest.raises(DataError, match=r"got uint8 \[\], expected"):
+            runtime.run(np.array(5, np.uint8))
+
+
+@pytest.mark.parametrize(("policy", "message"), [(np.ones((2, 4)), r"\[2, 4\]"), (np.ones((1, 3)), "got 1 rows for 2")])
+def test_policy_of_another_shape_costs_nothing(tiny, pixels, policy, message):
+    with Orchestrator.open(tiny.bundle) as runtime:
+        with pytest.raises(PolicyError, match=message):
+            runtime.run_with_policy_cost(pixels(tiny.model, 2), policy)
+        assert runtime.run_with_policy_cost(pixels(tiny.model, 2), np.array([1, 0, 1])).blocks_run.tolist() == [2, 2]
 
 
 def test_block_that_nobody_keeps_is_not_called_whatever_form_the_answer_has(fake, images_of):

@@ -79,7 +79,7 @@ def test_call_that_waits_while_another_thread_closes_says_closed(fake, images_of
             errors.append(error)
 
     asking = threading.Thread(target=ask)
-    with runtime._lock:  # so that it asks before, and runs after
+    with runtime._turns.lock:  # so that it asks before, and runs after
         asking.start()
         asking.join(0.05)
         runtime.close()
