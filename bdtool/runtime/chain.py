@@ -11,7 +11,7 @@ import numpy as np
 from bdtool.errors import UsageError
 from bdtool.runtime.binding import Binder
 from bdtool.runtime.controllers import Controller, Decision
-from bdtool.runtime.rows import RowRunner, Step
+from bdtool.runtime.rows import RowRunner, Shares, Step
 from bdtool.runtime.strategies import MAX_LANES, Outcome, Strategy, WrapCall, fill, take
 from bdtool.specs import NetworkSpec, PartSpec, TensorSpec
 from engines.base import Backend, Buffer, Call, Engine
@@ -32,6 +32,7 @@ class ChainStrategy(Strategy):
         self._network = network
         self._binder_for = partial(Binder, backend=backend, engines=engines, wrap=wrap)
         self._lanes: OrderedDict[int, Lane] = OrderedDict()
+        self._shares: Shares = {}  # outlive lanes: to measure takes longer than a batch
 
     def close(self) -> None:
         """Nothing runs in the background."""
@@ -46,7 +47,7 @@ class ChainStrategy(Strategy):
         """Return what is bound for batches of that size."""
         lane = self._lanes.get(n_images)
         if lane is None:
-            lane = self._lanes[n_images] = Lane(self._network, self._binder_for(n_images=n_images))
+            lane = self._lanes[n_images] = Lane(self._network, self._binder_for(n_images=n_images), self._shares)
             if len(self._lanes) > MAX_LANES:
                 self._lanes.popitem(last=False)
         self._lanes.move_to_end(n_images)
@@ -67,10 +68,10 @@ class Lane:
     An engine never reads and writes the same buffer, so each is bound twice: from buffer 0 to 1, and from 1 to 0.
     """
 
-    def __init__(self, network: NetworkSpec, binder: Binder) -> None:
+    def __init__(self, network: NetworkSpec, binder: Binder, shares: Shares) -> None:
         self._n_images = binder.n_images
         self._binder = binder
-        self._rows = RowRunner(binder)
+        self._rows = RowRunner(binder, shares)
         self._pairs: dict[tuple[tuple[int, ...], str], tuple[Buffer, Buffer]] = {}
         stem, head = network.require("stem"), network.require("head")
         self.image = binder.allocate(stem.inputs[0])

@@ -44,13 +44,21 @@ class _RowCall:
     emitted: Mapping[str, Buffer]
 
 
-class RowRunner:
-    """Runs steps on some rows of batches of one size."""
+Shares = dict[tuple[tuple[int | str, ...], int], float]  # by activation shape, and the bit length of the batch size
 
-    def __init__(self, binder: Binder) -> None:
+
+class RowRunner:
+    """Runs steps on some rows of batches of one size.
+
+    Args:
+        shares: from which share of its images on a batch runs everyone. Measured where it is not known, and shared with
+            the runners of other sizes: up to twice as many images take about as long each.
+    """
+
+    def __init__(self, binder: Binder, shares: Shares) -> None:
         self._binder = binder
         self._n_images = binder.n_images
-        self._everyone: dict[tuple[int | str, ...], int] = {}
+        self._shares = shares
         self._row_calls: dict[tuple[str, int], _RowCall] = {}
         self._aside: dict[tuple[str, int], Call] = {}  # shortcuts into scratch memory
         self._scratches: dict[tuple[str, tuple[int, ...], str], Buffer] = {}
@@ -108,19 +116,20 @@ class RowRunner:
 
         With t the time of the block and c the time of moving an activation, for one image: gathering n of N images
         costs n (t + 2c), running everyone at most N t + 2c (N - n), so everyone wins from n / N = (t + 2c) / (t + 4c).
-        Both times are measured once for each activation shape. Blocks that change the shape or emit something gather.
+        Both times are measured once for each activation shape, see `Shares`. Blocks that change the shape or emit
+        something gather.
         """
         part, n_images = step.part, self._n_images
         if step.shortcut_part is not None or step.emitted:
             return n_images
-        key = part.inputs[0].shape
-        if key not in self._everyone:
+        key = part.inputs[0].shape, n_images.bit_length()
+        if key not in self._shares:
             everyone = np.arange(n_images)
             scratch = self._scratch(part.inputs[0], "in")
             move_ms = fastest_ms(self._binder.backend, lambda: scratch.gather(step.inputs[side], everyone))
             run_ms = fastest_ms(self._binder.backend, step.block[side])  # writes the buffer that is free now
-            self._everyone[key] = math.ceil(n_images * (run_ms + 2 * move_ms) / (run_ms + 4 * move_ms))
-        return self._everyone[key]
+            self._shares[key] = (run_ms + 2 * move_ms) / (run_ms + 4 * move_ms)
+        return math.ceil(n_images * self._shares[key])
 
     def _run_rows(self, part: PartSpec, before: Buffer, after: Buffer, rows: np.ndarray) -> Mapping[str, Buffer]:
         """Run a part on some rows of `before`, results into the same rows of `after`; return what it emitted."""
@@ -135,9 +144,10 @@ class RowRunner:
     def _bind_rows(self, part: PartSpec, n_rows: int) -> _RowCall:
         """Bind a part to scratch memory of `n_rows` rows, and remember it: the same numbers come up again and again."""
         gathered = self._scratch(part.inputs[0], "in").first(n_rows)
-        results = {tensor.name: self._scratch(tensor, "out").first(n_rows) for tensor in part.outputs}
-        call = self._binder.bind(part, [gathered], list(results.values()))
         first = part.outputs[0].name
+        roles = {first: "out"}  # what is emitted beside it needs memory of its own, though the shape be the same
+        results = {t.name: self._scratch(t, roles.get(t.name, t.name)).first(n_rows) for t in part.outputs}
+        call = self._binder.bind(part, [gathered], list(results.values()))
         emitted = {name: buffer for name, buffer in results.items() if name != first}
         if len(self._row_calls) >= MAX_ROW_CALLS:
             self._row_calls.clear()

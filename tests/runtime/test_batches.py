@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from bdtool import Orchestrator
+from bdtool.runtime import rows as rows_module
+from bdtool.runtime.controllers import MaskController
 from bdtool.runtime.rows import RowRunner
 from engines.fake import FakeBackend
 from tests.fake_tensorrt import install_gpu
@@ -113,6 +115,38 @@ def test_measured_cost_model_leaves_the_answers_right(fake, images_of, fake_orac
             keep = rng.random((64, K)) < kept
             logits = runtime.run(images_of(range(64)), policy=keep).logits[:, 0]
             assert logits.tolist() == [fake_oracle(value, row) for value, row in enumerate(keep)]
+
+
+def test_costs_are_measured_once_for_sizes_that_are_alike(fake, images_of, monkeypatch):
+    """Also for more sizes than there are buffers kept for."""
+    measured = []
+    monkeypatch.setattr(RowRunner, "_everyone_from", MEASURED)
+    monkeypatch.setattr(FakeBackend, "plans_by_batch", False)
+    monkeypatch.setattr(rows_module, "fastest_ms", lambda backend, call: measured.append(call) or 1.0)
+    runtime = fake(max_batch=64).runtime
+    for _ in range(2):
+        for n in range(20, 40):
+            keep = np.ones((n, K), bool)
+            keep[0] = False
+            runtime.run(images_of(range(n)), policy=keep)
+    n_shapes, n_kinds = 3, 2  # 16 to 31 images, and 32 to 63
+    assert len(measured) == 2 * n_shapes * n_kinds  # to move the activation, and to run the block
+
+
+def test_what_a_block_emits_has_memory_of_its_own(fake, images_of, cheaper):
+    """Though all of it has one shape: each row keeps its own score and cost."""
+    opened, heard = fake(emits=["score", "cost"]), []
+
+    class Listens(MaskController):
+        def observe(self, k, emitted):
+            heard.append({name: values.copy() for name, values in emitted.items()})
+
+    keep = np.ones((4, K), bool)
+    keep[1] = False
+    opened.runtime.run_with(images_of(range(4)), Listens(keep, threshold=0.5))
+    assert {tuple(emitted) for emitted in heard} == {("score", "cost")}
+    assert all((emitted["cost"] == 2 * emitted["score"]).all() for emitted in heard)
+    assert all(emitted["score"][1] == 0 for emitted in heard)
 
 
 @pytest.mark.parametrize(("copy_ms", "expected"), [(0, 8), (100, 5)])  # a block takes 1 ms there: 8 x 201 / 401
