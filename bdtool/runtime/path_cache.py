@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 BUILD_AFTER = 2  # times that a mask is seen before its engine is joined: a mask seen once may never come again
 _MAX_COUNTED = 4096  # masks whose sightings are counted
+HALVE_AFTER = 4096  # images, after which all counts are halved: what comes now counts more than what came once
+_TIMES_MORE = 2  # how often a mask has to be seen for each sighting of the one that would go for it
 _MAX_WAITING = 8  # engines that wait to be joined in the background
 
 
@@ -30,7 +32,7 @@ class PathOptions:
     """What the path cache holds.
 
     Attributes:
-        max_paths: engines kept; the least recently used one goes first.
+        max_paths: engines kept; the least recently used one goes, for a mask that comes twice as often.
         max_bytes: memory of all engines kept, as the backend estimates it; weights that they share count once.
         ahead: masks, bool [K] each, joined when the bundle is opened; the first are the most frequent.
         shares: of the images that take each of `ahead`, 0 to 1. None: as many take each, and none takes another.
@@ -117,26 +119,30 @@ class PathCache:
         self._options = options
         self._paths: OrderedDict[bytes, PathEngine] = OrderedDict()
         self._seen: OrderedDict[bytes, float] = OrderedDict()  # images; -inf: its engine is not to be had
+        self._n_counted = 0  # images, since counts were halved
         self._waiting: set[bytes] = set()
         self._lock = threading.Lock()
         self._own_bytes = self._shared_bytes = self._hits = self._misses = self._joined = self._dropped = 0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="bdtool-paths") if options.background else None
         ahead = {mask.tobytes(): mask for mask in (np.asarray(mask, dtype=bool) for mask in options.ahead)}
-        for mask in list(ahead.values())[: options.max_paths]:
+        for key, mask in list(ahead.items())[: options.max_paths]:
             if not self._add(mask, ahead=True):
                 break
+            self._seen[key] = BUILD_AFTER
 
     def get(self, mask: np.ndarray, n_images: int = 1) -> PathEngine | None:
         """Return the engine of a mask bool [K], or None; a mask seen often enough is then joined in the background."""
         key = mask.tobytes()
         with self._lock:
             path = self._paths.get(key)
+            self._count(key, n_images)
             if path is not None:
                 self._paths.move_to_end(key)
                 self._hits += n_images
                 return path
             self._misses += n_images
-            wanted = self._count(key, n_images)
+            if wanted := self._is_wanted(key):
+                self._waiting.add(key)
         if wanted and self._thread is not None:
             self._thread.submit(self._add_in_background, mask.copy())
         return None
@@ -167,15 +173,35 @@ class PathCache:
             self._paths.clear()
             self._own_bytes = self._shared_bytes = 0
 
-    def _count(self, key: bytes, n_images: int) -> bool:
-        """Count a sighting; say whether the mask's engine should be joined now."""
+    def _count(self, key: bytes, n_images: int) -> None:
         self._seen[key] = self._seen.pop(key, 0) + n_images
         if len(self._seen) > _MAX_COUNTED:
             self._seen.popitem(last=False)
+        self._n_counted += n_images
+        if self._n_counted >= HALVE_AFTER:
+            self._n_counted = 0
+            self._seen = OrderedDict((mask, count / 2) for mask, count in self._seen.items())
+
+    def _is_wanted(self, key: bytes) -> bool:
+        """Say whether the engine of a mask that has none should be joined now.
+
+        Where another would go for it, only if it comes more often: of more masks than fit, which all come alike often,
+        engines would be joined without end, for nothing.
+        """
         if self._seen[key] < BUILD_AFTER or key in self._waiting or len(self._waiting) >= _MAX_WAITING:
             return False
-        self._waiting.add(key)
-        return True
+        if self._shared_bytes >= self._options.max_bytes:
+            return False  # no engine is ever kept
+        return not self._is_full() or self._seen[key] >= _TIMES_MORE * self._seen.get(next(iter(self._paths)), 0)
+
+    def _is_full(self) -> bool:
+        """Whether there is no room for one more engine, of the mean size of those that there are."""
+        n_paths = len(self._paths)
+        if n_paths == 0:
+            return False
+        return n_paths >= self._options.max_paths or (
+            self._n_bytes() + self._own_bytes / n_paths > self._options.max_bytes
+        )
 
     def _n_bytes(self) -> int:
         return self._own_bytes + self._shared_bytes
@@ -207,8 +233,7 @@ class PathCache:
         return len(self._paths) <= self._options.max_paths and self._n_bytes() <= self._options.max_bytes
 
     def _drop_oldest(self) -> None:
-        key, dropped = self._paths.popitem(last=False)
-        self._seen.pop(key, None)  # it has to be seen often again, or more masks than fit would be joined without end
+        _, dropped = self._paths.popitem(last=False)
         self._own_bytes -= dropped.n_bytes
         self._dropped += 1
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bdtool.runtime import path_cache
 from bdtool.runtime.orchestrator import Orchestrator
 from bdtool.runtime.path_cache import BUILD_AFTER, PathCache, PathOptions
 from engines.base import JoinedEngine
@@ -82,8 +83,8 @@ def test_mask_given_ahead_twice_counts_once(cache):
 
 def test_most_frequent_ahead_mask_is_dropped_last(cache):
     held, _ = cache(max_paths=3, ahead=[_mask(1), _mask(2), _mask(3)])
-    _see(held, _mask(4))
-    _see(held, _mask(5))
+    _see(held, _mask(4), 2 * BUILD_AFTER)
+    _see(held, _mask(5), 2 * BUILD_AFTER)
     assert held.get(_mask(1)) is not None
     assert held.get(_mask(2)) is held.get(_mask(3)) is None
 
@@ -116,28 +117,61 @@ def test_least_recently_used_mask_is_dropped_first(cache):
     _see(held, _mask(1))
     _see(held, _mask(2))
     assert held.get(_mask(1)) is not None
-    _see(held, _mask(3))
+    _see(held, _mask(3), 2 * BUILD_AFTER)
     assert held.get(_mask(2)) is None
     assert held.get(_mask(1)) is not None
     assert held.get(_mask(3)) is not None
     assert held.stats.dropped == 1
 
 
-def test_dropped_mask_has_to_be_seen_often_again(cache):
+def test_engine_goes_for_a_mask_that_comes_twice_as_often(cache):
     held, joined = cache(max_paths=1)
-    _see(held, _mask(1))
-    _see(held, _mask(2))
-    _see(held, _mask(1), BUILD_AFTER - 1)
+    _see(held, _mask(1), 10)
+    _see(held, _mask(2), 19)
+    assert len(joined) == 1
+    _see(held, _mask(2), 1)
+    assert len(joined) == 2
+    _see(held, _mask(1), 29)  # its 10 are not forgotten
     assert len(joined) == 2
     _see(held, _mask(1), 1)
     assert len(joined) == 3
 
 
+def test_more_masks_than_fit_that_come_alike_often_are_not_joined_without_end(cache):
+    held, joined = cache(max_paths=8)
+    for seed in range(100):
+        for number in np.random.default_rng(seed).permutation(20):
+            held.get(_mask(number))
+        held.settle()
+    assert len(joined) == 8
+    assert held.stats.hit_rate > 0.35  # 8 of 20, but for the first round
+
+
+def test_masks_of_long_ago_make_room(cache, monkeypatch):
+    monkeypatch.setattr(path_cache, "HALVE_AFTER", 50)
+    held, _ = cache(max_paths=4)
+    for number in range(4):
+        _see(held, _mask(number), 100)
+    for _ in range(50):
+        for number in range(4, 8):
+            _see(held, _mask(number), 1)
+    assert all(held.get(_mask(number)) is not None for number in range(4, 8))
+
+
+def test_weights_larger_than_the_bound_keep_everything_in_the_chain(cache):
+    held, joined = cache(max_bytes=100, shared=lambda mask: 200 if len(joined) == 1 else 0)
+    for number in range(9):
+        _see(held, _mask(number), 5)
+    assert len(joined) == 1
+    assert held.stats.n_paths == 0
+
+
 @pytest.mark.parametrize("bounds", [{"max_paths": 7}, {"max_bytes": 100}, {"max_paths": 50, "max_bytes": 333}])
-def test_bounds_hold_for_a_thousand_masks_each_seen_twice(cache, bounds):
+def test_bounds_hold_for_a_thousand_masks_one_after_the_other(cache, bounds, monkeypatch):
+    monkeypatch.setattr(path_cache, "HALVE_AFTER", 2)
     held, joined = cache(sizes=lambda mask: 1 + int(mask.sum()), **bounds)
     for number in range(1000):
-        _see(held, _mask(number))
+        _see(held, _mask(number), 5)
         stats = held.stats
         assert stats.n_paths <= bounds.get("max_paths", 64)
         assert stats.n_bytes <= bounds.get("max_bytes", 768 * 2**20)
@@ -158,7 +192,7 @@ def test_path_larger_than_the_bound_is_not_kept_and_not_joined_again(cache):
 def test_shared_weights_count_once_and_stay_when_an_engine_goes(cache):
     held, _ = cache(max_paths=1, shared=lambda mask: 100 if mask.sum() == 1 else 0)
     _see(held, _mask(1))
-    _see(held, _mask(3))
+    _see(held, _mask(3), 2 * BUILD_AFTER)
     assert (held.stats.n_paths, held.stats.n_bytes, held.stats.dropped) == (1, 110, 1)
 
 
@@ -184,8 +218,11 @@ def test_weights_that_leave_no_room_drop_the_rarest_mask_ahead(cache):
 _A_THOUSAND_MASKS = """
 import os, sys
 import numpy as np
+from bdtool.runtime import path_cache
 from bdtool.runtime.orchestrator import Orchestrator
 from bdtool.runtime.path_cache import PathOptions
+
+path_cache.HALVE_AFTER = 2  # so that each mask takes the place of one before
 
 def resident_bytes():
     return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -198,7 +235,7 @@ with Orchestrator.open(sys.argv[1], strategy="path", threads=1, paths=options) a
     before = resident_bytes()
     for number in range(1000):
         mask = [int(bit) for bit in format(number * 4 + 3, f"0{n_blocks}b")]
-        for _ in range(2):
+        for _ in range(5):
             runtime.run(image, policy=mask)
         runtime._strategy.cache.settle()
         assert runtime.run(image, policy=mask).hits.all()
