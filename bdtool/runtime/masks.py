@@ -13,6 +13,7 @@ from bdtool.errors import BundleError
 from bdtool.runtime.policies import bits_of, keep_of
 from export.files import advice_on, json_from_bytes, write_json
 
+SHARES_SLACK = 1e-6  # of sums of rounded shares
 _FILE = "paths.json"
 NOTE_MASKS = "`bdtool build BUNDLE --coverage 0.95 --data DATA`, with this --backend, --device and --precision"
 _AGAIN = f"note them again with {NOTE_MASKS}"
@@ -88,4 +89,6 @@ def read_masks(directory: Path, n_blocks: int) -> list[MaskCount]:
             raise BundleError(f"{path}: {found.mask!r} is not a mask of {n_blocks} bits; {_AGAIN}")
         if not 0 <= found.share <= 1:
             raise BundleError(f"{path}: {found.share} is not a share of the images, 0 to 1; {_AGAIN}")
+    if (together := sum(found.share for found in masks)) > 1 + SHARES_SLACK:
+        raise BundleError(f"{path}: its shares are {together:g} of the images together, expected at most 1; {_AGAIN}")
     return masks

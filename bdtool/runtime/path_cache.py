@@ -15,7 +15,7 @@ import numpy as np
 
 from bdtool.errors import BdtoolError
 from bdtool.runtime.chain import Lane
-from bdtool.runtime.masks import MaskCount
+from bdtool.runtime.masks import SHARES_SLACK, MaskCount
 from engines.base import Call, Engine, JoinedEngine
 
 logger = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ class PathOptions:
 
 
 def _are_shares(values: Sequence[float]) -> bool:
-    return all(value >= 0 for value in values) and sum(values) <= 1 + 1e-6
+    return all(value >= 0 for value in values) and sum(values) <= 1 + SHARES_SLACK
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,8 @@ _COMMAND: ContextVar[_Command | None] = ContextVar("command", default=None)
 
 
 def is_read_only(bundle: Path) -> bool:
-    return not os.access(bundle, os.W_OK)
+    """Whether nothing can be added to the bundle, or to the engines in it."""
+    return not all(os.access(place, os.W_OK) for place in (bundle, bundle / "engines") if place.exists())
 
 
 @contextmanager

@@ -25,6 +25,15 @@ def test_one_warning_names_all_that_a_read_only_bundle_does_not_keep(read_only, 
     assert digests(read_only) == before
 
 
+def test_engines_that_cannot_be_added_to_are_built_elsewhere(bundle_copy, bdtool, npz, monkeypatch, digests):
+    engines = bundle_copy / "engines"
+    engines.mkdir(exist_ok=True)
+    real, before = os.access, digests(bundle_copy)
+    monkeypatch.setattr(os, "access", lambda path, mode: path != engines and real(path, mode))
+    assert "is read-only and does not keep the engines" in bdtool("evaluate", bundle_copy, "--data", npz).stderr
+    assert digests(bundle_copy) == before
+
+
 def test_engines_of_a_read_only_bundle_are_built_once_a_command(read_only, bdtool, npz, monkeypatch):
     built = []
     real = EngineStore._write

@@ -103,6 +103,14 @@ def test_mask_that_does_not_fit_the_network_is_refused_with_advice(tmp_path, mas
         read_masks(tmp_path, 3)
 
 
+def test_shares_of_more_than_all_images_are_refused_with_advice(tmp_path):
+    (tmp_path / "paths.json").write_text('{"masks": [{"mask": "110", "share": 0.9}, {"mask": "111", "share": 0.7}]}')
+    with pytest.raises(
+        BundleError, match=r"paths\.json: its shares are 1\.6 of the images together.*; note them again"
+    ):
+        read_masks(tmp_path, 3)
+
+
 @pytest.mark.parametrize("share", ["-0.1", "1.1", "NaN"])
 def test_share_that_is_none_is_refused_with_advice(tmp_path, share):
     (tmp_path / "paths.json").write_text(f'{{"masks": [{{"mask": "110", "share": {share}}}]}}')
