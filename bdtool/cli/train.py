@@ -282,7 +282,8 @@ def _load_both(start: Path, other: Path | None) -> tuple[BlockDropModel, BlockDr
         "lr": "Highest learning rate of the policy network, by Adam.",
         "base_lr": "Highest learning rate of the base, by SGD.",
         "policy": "learned, or a heuristic that the base is trained for: first:K, random:K, random:LOW-HIGH, "
-        "distribute:K, all, K bits, FILE.npy with one row, or a row for each training image (without --val).",
+        "distribute:K, all, K bits, FILE.npy with one row, or a row for each training image (without --val). "
+        "learned:LOW-HIGH with --freeze-policy: paths at all thresholds between these.",
         "freeze_policy": "Leave the policy network as it is: the base learns along the paths that it takes.",
         "blocks": "First shift the policy network to keep this many blocks on average; 0 leaves it.",
     },

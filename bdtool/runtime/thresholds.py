@@ -6,9 +6,12 @@ A bundle gets it before it is opened: engines and CUDA graphs that decide on the
 from __future__ import annotations
 
 import math
+import re
 
 from bdtool.errors import PolicyError
 from export.bundle import Bundle
+
+_RANGE = re.compile(r"learned:(?P<low>[0-9]*\.?[0-9]+)-(?P<high>[0-9]*\.?[0-9]+)")
 
 
 def threshold_of(policy: str | None) -> float | None:
@@ -25,6 +28,20 @@ def threshold_of(policy: str | None) -> float | None:
     except ValueError:
         threshold = math.nan
     return _checked(threshold, f"policy {policy!r}")
+
+
+def threshold_range_of(policy: str) -> tuple[float, float] | None:
+    """Return the thresholds that a POLICY of training, `learned:LOW-HIGH`, names; None where it names none.
+
+    Raises:
+        PolicyError: they are no probabilities, or LOW is above HIGH.
+    """
+    if (match := _RANGE.fullmatch(policy.strip())) is None:
+        return None
+    low, high = (_checked(float(match[name]), f"policy {policy!r}") for name in ("low", "high"))
+    if low > high:
+        raise PolicyError(f"policy {policy!r}: got LOW {low:g} above HIGH {high:g}. Write learned:{high:g}-{low:g}")
+    return low, high
 
 
 def bundle_at(threshold: float | None, bundle: Bundle) -> Bundle:

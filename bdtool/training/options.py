@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from bdtool.errors import UsageError
+from bdtool.runtime.thresholds import threshold_range_of
 
 Schedule = Literal["constant", "one-cycle", "cosine", "step"]
 Amp = Literal["auto", "bf16", "off"]
@@ -178,7 +179,8 @@ class FinetuneOptions(TrainOptions):
 
     Attributes:
         lr: of the policy network, by Adam; the authors' 1e-4.
-        policy: learned, or a heuristic whose base alone is trained, by cross-entropy.
+        policy: learned, or a heuristic whose base alone is trained, by cross-entropy; or "learned:0.1-0.95" beside
+            `freeze_policy`: the base learns the paths at all thresholds between these.
         base_lr: of the base, by SGD with Nesterov momentum. The authors use Adam with `lr` for both, for 2,000 epochs.
         gamma, alpha, entropy: as in the curriculum; the authors' 5, 0.8 and 0.
         freeze_policy: the policy network stays as it is, and the base learns along the paths that it takes when
@@ -198,6 +200,16 @@ class FinetuneOptions(TrainOptions):
     entropy: float = 0.0
     freeze_policy: bool = False
     blocks: float = 0.0
+
+    @property
+    def thresholds(self) -> tuple[float, float] | None:
+        """The thresholds of a `policy` learned:LOW-HIGH."""
+        return threshold_range_of(self.policy)
+
+    @property
+    def single_policy(self) -> str:
+        """The POLICY that it is measured with: of all the thresholds the policy network's own."""
+        return self.policy if self.thresholds is None else "learned"
 
     def __post_init__(self) -> None:
         super().__post_init__()

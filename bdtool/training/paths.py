@@ -33,22 +33,39 @@ def heuristic_paths(request: PolicyRequest, images: ImageSource) -> Paths:
     return _rows_of_images(torch.from_numpy(request.matrix_at(rows)))
 
 
-def deployed_paths(model: BlockDropModel, images: ImageSource, *, group: Group) -> Paths:
+def deployed_paths(
+    model: BlockDropModel, images: ImageSource, *, group: Group, thresholds: tuple[float, float] | None = None
+) -> Paths:
     """Return the paths that the policy network of `model` takes now for each image as it is, without augmentation.
 
     So it decides in training as it will decide when deployed: of a picture that was cropped, black moving in, it would
     keep more blocks. Reads the data set once, on the first process.
+
+    Args:
+        thresholds: draw one between these for each image of each step, in place of the model's own: the base then
+            learns the paths that it will be deployed with at all of them.
     """
-    keep = torch.empty(images.n_images, model.n_blocks, dtype=torch.bool, device=group.device)
+    probability = torch.empty(images.n_images, model.n_blocks, device=group.device)
+    classifier = TorchClassifier(model)
     if group.is_first:
-        classifier = TorchClassifier(model)
-        rows = [classifier.decide(batch.images) for batch in images.batches(500)]
-        keep = torch.from_numpy(np.concatenate(rows)).to(group.device)
-    return _rows_of_images(group.from_first(keep).cpu())
+        rows = [classifier.keep_probability(batch.images) for batch in images.batches(500)]
+        probability = torch.from_numpy(np.concatenate(rows)).to(group.device)
+    probability = group.from_first(probability).cpu()
+    if thresholds is None:
+        return _rows_of_images(probability >= classifier.network.threshold)
+    return lambda step: probability[step.images] >= torch.from_numpy(_thresholds(step, *thresholds))
 
 
 def _rows_of_images(keep: Tensor) -> Paths:
     return lambda step: keep[step.images]
+
+
+def _thresholds(step: Step, low: float, high: float) -> np.ndarray:
+    """Return a threshold for each image of a process, float32 [n, 1]; all processes together draw what one would."""
+    n_batch = len(step.images) * step.n_ranks
+    numbers = np.random.Generator(np.random.Philox(key=0, counter=step.number << 64))  # far from those of other steps
+    drawn: np.ndarray = numbers.uniform(low, high, (n_batch, 1)).astype(np.float32)
+    return drawn[step.rank :: step.n_ranks]
 
 
 def _drawn(request: PolicyRequest, step: Step) -> np.ndarray:

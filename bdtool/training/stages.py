@@ -146,13 +146,15 @@ def finetune(
         UsageError: `freeze_policy` beside a heuristic; or `teacher` has a policy network, other classes, or takes
             pictures of another size.
     """
-    if threshold_of(options.policy) is not None:
+    if options.thresholds is None and threshold_of(options.policy) is not None:
         raise UsageError(
-            f"policy {options.policy}: a threshold is for deployment. Train with learned, and --blocks for the number "
-            "of blocks that the policy network shall keep"
+            f"policy {options.policy}: one threshold is for deployment. Train with learned, and --blocks for the "
+            "number of blocks that the policy network shall keep, or with learned:LOW-HIGH"
         )
+    if options.thresholds is not None and not options.freeze_policy:
+        raise UsageError(f"policy {options.policy}: the policy network does not learn; add --freeze-policy")
     place = place.with_sample(options.limit)
-    request = parse_policy(options.policy, n_blocks=start.n_blocks, has_policy_network=start.policy is not None)
+    request = parse_policy(options.single_policy, n_blocks=start.n_blocks, has_policy_network=start.policy is not None)
     if options.freeze_policy and not request.is_learned:
         raise UsageError(f"policy {request.name}: has no policy network to freeze; use freeze_policy with learned")
     if request.n_rows is not None and place.val is not None:
@@ -178,7 +180,10 @@ def finetune(
 
 
 def _fixed_paths(
-    model: BlockDropModel, request: PolicyRequest, options: FinetuneOptions, place: TrainingPlace
+    model: BlockDropModel,
+    request: PolicyRequest,
+    options: FinetuneOptions,
+    place: TrainingPlace,
 ) -> Paths | None:
     """Return the paths that the base alone learns along, or None where the policy network learns, too."""
     if not request.is_learned:
@@ -186,7 +191,7 @@ def _fixed_paths(
     if not options.freeze_policy:
         return None
     model.to(device=place.group.device)
-    return deployed_paths(model, place.train, group=place.group)
+    return deployed_paths(model, place.train, group=place.group, thresholds=options.thresholds)
 
 
 def computes_in_bfloat16(amp: Amp, device: torch.device) -> bool:
@@ -250,7 +255,7 @@ def _measure(model: BlockDropModel, options: StageOptions, place: TrainingPlace)
     """
     if place.val is None:
         return {}
-    policy = options.policy if isinstance(options, FinetuneOptions) else None
+    policy = options.single_policy if isinstance(options, FinetuneOptions) else None
     try:
         result = evaluate(TorchClassifier(model), place.val, policy=policy, batch_size=500)
     except EngineError as exc:

@@ -97,6 +97,6 @@ def test_fused_file_decides_by_it(bdtool, tiny, preprocessed, tmp_path):
 
 def test_training_takes_blocks_in_its_place(bdtool, tiny, npz, tmp_path):
     words = ["train", "finetune", tiny.path, "--data", npz, "--policy", POLICY, "-o", tmp_path / "model.safetensors"]
-    assert f"policy {POLICY}: a threshold is for deployment. Train with learned, and --blocks" in (
+    assert f"policy {POLICY}: one threshold is for deployment. Train with learned, and --blocks" in (
         bdtool(*words, status=2).output
     )

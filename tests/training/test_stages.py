@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from bdtool.errors import PolicyError, UsageError
+from bdtool.inspection import tuned_for
 from bdtool.models.model import BlockDropModel
 from bdtool.models.parts import network_spec
 from bdtool.runtime.policies import parse_policy
@@ -187,6 +188,39 @@ def test_frozen_policy_decides_on_pictures_as_they_are(
     assert len(np.unique(expected, axis=0)) > 1
     index = torch.tensor([199, 3, 3, 60])
     assert np.array_equal(paths(Step(7, 10, index)).numpy(), expected[index])
+
+
+def test_base_learns_the_paths_at_all_thresholds_between_two(
+    random_model: Callable[..., BlockDropModel], place: Callable[..., TrainingPlace]
+) -> None:
+    model, where = random_model("resnet8", has_policy=True), place()
+    paths = deployed_paths(model, where.train, group=where.group, thresholds=(0.2, 0.9))
+    probability = torch.from_numpy(TorchClassifier(model).keep_probability(where.train.take(256).images))
+    index = torch.arange(256)
+    steps = [paths(Step(number, 10, index)) for number in range(20)]
+    for keep in steps:
+        assert (keep >= (probability >= 0.9)).all()
+        assert (keep <= (probability >= 0.2)).all()
+    drawn = torch.stack(steps).float().mean(dim=0)  # a block of probability p runs at (p - 0.2) / 0.7 of the thresholds
+    assert (drawn - ((probability - 0.2) / 0.7).clamp(0, 1)).abs().mean() < 0.1
+    assert torch.equal(steps[3], paths(Step(3, 10, index))), "a resumed run draws the same"
+    shares = [paths(Step(3, 10, index[rank::2], rank=rank, n_ranks=2)) for rank in (0, 1)]
+    assert torch.equal(torch.stack(shares, dim=1).flatten(0, 1), steps[3]), "processes draw what one would"
+
+
+def test_thresholds_are_drawn_for_a_policy_network_that_stays(
+    random_model: Callable[..., BlockDropModel], place: Callable[..., TrainingPlace]
+) -> None:
+    start = random_model("resnet8", has_policy=True)
+    options = FinetuneOptions(epochs=1, batch=32, policy="learned:0.2-0.9", freeze_policy=True)
+    trained = finetune(start, options, place())
+    assert trained.model.policy is not None
+    assert tuned_for(trained.model.spec.provenance) == "learned:0.2-0.9"
+    with pytest.raises(UsageError, match=r"learned:0\.2-0\.9: the policy network does not learn; add --freeze-policy"):
+        finetune(start, FinetuneOptions(policy="learned:0.2-0.9"), place())
+    for policy, says in (("learned:0.9-0.2", "Write learned:0.2-0.9"), ("learned:0.2-2", "expected a threshold from")):
+        with pytest.raises(PolicyError, match=says):
+            finetune(start, FinetuneOptions(policy=policy, freeze_policy=True), place())
 
 
 def test_base_learns_along_the_row_of_each_image(
