@@ -133,6 +133,25 @@ def test_costs_are_measured_once_for_sizes_that_are_alike(fake, images_of, monke
     assert len(measured) == 2 * n_shapes * n_kinds  # to move the activation, and to run the block
 
 
+def test_bindings_of_rows_are_bounded(fake, images_of, fake_oracle, monkeypatch):
+    monkeypatch.setattr(rows_module, "MAX_ROW_CALLS", 5)
+    runtime, sizes = fake(max_batch=8).runtime, []
+    real = RowRunner._bind_rows
+
+    def bind(rows, part, n_rows):
+        bound = real(rows, part, n_rows)
+        sizes.append(len(rows._row_calls))
+        return bound
+
+    monkeypatch.setattr(RowRunner, "_bind_rows", bind)
+    keeps = np.random.default_rng(3).random((10, 8, K)) < 0.5
+    for keep in keeps:
+        logits = runtime.run(images_of(range(8)), policy=keep).logits[:, 0]
+        assert logits.tolist() == [fake_oracle(value, row) for value, row in enumerate(keep)]
+    if sizes:  # engines that plan by batch run on all images
+        assert max(sizes) == 5
+
+
 def test_what_a_block_emits_has_memory_of_its_own(fake, images_of, cheaper):
     """Though all of it has one shape: each row keeps its own score and cost."""
     opened, heard = fake(emits=["score", "cost"]), []

@@ -302,6 +302,14 @@ def test_policy_network_that_gives_nan_decides_nothing(fake, images_of, monkeypa
             use(images_of([1]))
 
 
+def test_probability_at_the_threshold_keeps_a_block_wherever_it_is_asked_for(fake, images_of):
+    runtime, images = fake().runtime, images_of([1, 2, 3])
+    probability = runtime.keep_probability(images)
+    assert {0, 0.5, 1} == set(probability.ravel())
+    for keep in (runtime.decide(images), runtime.run(images).policy):
+        np.testing.assert_array_equal(keep, probability >= 0.5)
+
+
 def test_probabilities_of_many_images_come_in_slices(fake, images_of):
     opened = fake(max_batch=4)
     together = opened.runtime.keep_probability(images_of(range(10)))
