@@ -20,7 +20,7 @@ from bdtool.cli.options import (
     resize_option,
     threads_option,
 )
-from bdtool.cli.output import emit, print_table, progress, tell_when_stopped, warn
+from bdtool.cli.output import emit, print_table, progress_of_steps, tell_when_stopped, warn
 from bdtool.words import counted, percent
 from calibration.methods import METHODS
 from export.manifest import CALIBRATED
@@ -146,11 +146,11 @@ def calibrate_cmd(
             "or leave it out"
         )
     shares: dict[str, float] = {}  # of steps, begun or done
-    with tell_when_stopped(lambda: _finished(shares)), progress("calibrating", None) as advance:
+    with tell_when_stopped(lambda: _finished(shares)), progress_of_steps("calibrating") as show:
 
         def on_progress(step: str, share: float) -> None:
             shares[step] = share
-            advance(0, f"{step} {percent(share, 0)}")
+            show(step, share)
 
         result = calibrate(opened, images, judged, request, on_progress=on_progress)
     if not judged.has_labels:

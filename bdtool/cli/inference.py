@@ -116,7 +116,8 @@ def evaluate_cmd(
             if source is None:
                 require_policies(classifier.network, asked)
                 source = open_data(data, network=classifier.network, resize=resize).drawn(limit)
-            with progress("evaluating", source.n_images) as advance:
+            step = f"evaluating {policy}" if len(asked) > 1 else "evaluating"
+            with progress(step, source.n_images) as advance:
                 results.append(evaluate(classifier, source, policy=policy, batch_size=batch, on_batch=advance))
     if len(results) == 1:
         emit(asdict(results[0]), json_file, lambda: _print_evaluation(results[0]))

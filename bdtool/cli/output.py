@@ -1,4 +1,4 @@
-"""Results on stdout, as text or JSON; progress on stderr, silent where that is not a terminal."""
+"""Results on stdout, as text or JSON; progress on stderr: a bar on a terminal, else a dated line now and then."""
 
 from __future__ import annotations
 
@@ -6,12 +6,18 @@ import errno
 import json
 import math
 import sys
+import time
 from collections.abc import Callable, Container, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import click
+
+from bdtool.words import percent
+
+_LOG = "bdtool.progress"  # in click's `meta`
+_QUIET_S = 30.0  # seconds without a line: those before the first, and between two
 
 
 def emit(result: Any, json_file: str | None, text: Callable[[], None]) -> None:
@@ -74,12 +80,68 @@ def warn(message: str) -> None:
     click.echo(f"warning: {message}", err=True)
 
 
+def say_dated(message: str) -> None:
+    """Print a line on stderr that says when it was."""
+    click.echo(f"{time.strftime('%H:%M:%S')} {message}", err=True)
+
+
+class ProgressLog:
+    """What a command says of its progress where stderr is no terminal: dated lines, for whoever reads the log.
+
+    Nothing in the first 30 s, so that short commands stay silent; then a line at the latest 30 s after the one before,
+    as far as news come in, and one for each step of work that begins.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock, self._due, self._speaks = clock, clock() + _QUIET_S, False
+        self._steps: set[str] = set()
+
+    def say(self, step: str, share: float, detail: str = "") -> None:
+        """Say that `share` of a step is done, 0 to 1, where it is time to."""
+        begins = step not in self._steps
+        self._steps.add(step)
+        now = self._clock()
+        if now < self._due and not (begins and self._speaks):
+            return
+        self._due, self._speaks = now + _QUIET_S, True
+        with suppress(OSError):  # nobody reads the log any more, which is no reason to end the work
+            say_dated(f"{step} {detail}".rstrip() + f", {percent(share, 0)}")
+
+
+def _log() -> ProgressLog:
+    """Return the log of the command that runs: its steps share one."""
+    context = click.get_current_context(silent=True)
+    log: ProgressLog = ProgressLog() if context is None else context.meta.setdefault(_LOG, ProgressLog())
+    return log
+
+
+def is_on_terminal() -> bool:
+    return sys.stderr is not None and sys.stderr.isatty()  # a daemon may have closed it
+
+
 @contextmanager
-def progress(description: str, total: float | None) -> Iterator[Callable[..., None]]:
-    """Show a progress bar on stderr; the yielded function takes what was done since the last call (default 1)."""
-    if sys.stderr is None or not sys.stderr.isatty():  # a daemon may have closed it
-        yield lambda advance=1, name="": None
+def progress(description: str, total: float) -> Iterator[Callable[..., None]]:
+    """Show progress on stderr; the yielded function takes what was done since the last call (default 1), and its name.
+
+    A bar on a terminal, else lines of a `ProgressLog`.
+    """
+    if is_on_terminal():
+        with _bar(description, total) as advance_bar:
+            yield advance_bar
         return
+    log, done = _log(), 0.0
+    log.say(description, done)
+
+    def advance(advance: float = 1, name: str = "") -> None:
+        nonlocal done
+        done += advance
+        log.say(description, done / total, name)
+
+    yield advance
+
+
+@contextmanager
+def _bar(description: str, total: float | None) -> Iterator[Callable[..., None]]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
@@ -95,7 +157,7 @@ def progress(description: str, total: float | None) -> Iterator[Callable[..., No
 
 @contextmanager
 def progress_of_share(description: str) -> Iterator[Callable[..., None]]:
-    """Show a progress bar on stderr; the yielded function takes the share of the whole done by now, and a text."""
+    """Show progress on stderr; the yielded function takes the share of the whole done by now, and a text."""
     done = 0.0
     with progress(description, 1) as advance:
 
@@ -105,6 +167,16 @@ def progress_of_share(description: str) -> Iterator[Callable[..., None]]:
             done = share
 
         yield on_share
+
+
+@contextmanager
+def progress_of_steps(description: str) -> Iterator[Callable[[str, float], None]]:
+    """Show progress on stderr; the yielded function takes the name of a step, and the share of it done by now."""
+    if is_on_terminal():
+        with _bar(description, None) as advance:
+            yield lambda step, share: advance(0, f"{step} {percent(share, 0)}")
+        return
+    yield _log().say
 
 
 @contextmanager

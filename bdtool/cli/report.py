@@ -17,7 +17,7 @@ from bdtool.cli.options import (
     policy_option,
     resize_option,
 )
-from bdtool.cli.output import progress, warn
+from bdtool.cli.output import progress, progress_of_share, warn
 from bdtool.words import counted
 
 if TYPE_CHECKING:
@@ -87,14 +87,16 @@ def report_cmd(
         resize=resize,
         place=place,
     )
-    profiled = profile(
-        opened,
-        source,
-        policy=policy,
-        strategies=["chain"],
-        settings=Settings(duration_s=duration, percentiles=PERCENTILES),
-        place=place,
-    )
+    with progress_of_share("profiling") as on_progress:
+        profiled = profile(
+            opened,
+            source,
+            policy=policy,
+            strategies=["chain"],
+            settings=Settings(duration_s=duration, percentiles=PERCENTILES),
+            place=place,
+            on_progress=on_progress,
+        )
     for message in profiled.warnings:
         warn(message)
     click.echo(write_page(profiled, opened, source, request))

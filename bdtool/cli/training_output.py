@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from bdtool.cli.output import progress_of_share
+from bdtool.cli.output import is_on_terminal, progress_of_share, say_dated
 from bdtool.words import counted, percent
 from export.packages import install_command
 
@@ -24,12 +23,12 @@ if TYPE_CHECKING:
 def show(*, enabled: bool) -> Iterator[tuple[Callable[[Report], None], Callable[[float, str], None]]]:
     """Show a progress bar for steps, with accuracy, mean blocks, reward and the time left, or for named parts.
 
-    The beginning of each part is a line as well, which a log keeps.
+    The beginning of each part is a line as well, which a log keeps; as each epoch is one, too, a log gets no others.
     """
     if not enabled:
         yield lambda report: None, lambda share, text: None
         return
-    with progress_of_share("training") as on_progress:
+    with progress_of_share("training") if is_on_terminal() else nullcontext(_nothing) as on_progress:
 
         def on_step(report: Report) -> None:
             figures = (
@@ -43,10 +42,14 @@ def show(*, enabled: bool) -> Iterator[tuple[Callable[[Report], None], Callable[
             nonlocal part
             if name != part:
                 part = name
-                click.echo(f"{time.strftime('%H:%M:%S')} {name}", err=True)
+                say_dated(name)
             on_progress(share, name)
 
         yield on_step, on_part
+
+
+def _nothing(share: float, text: str) -> None:
+    pass
 
 
 @contextmanager
@@ -84,11 +87,11 @@ def _print_epoch(epoch: Epoch) -> None:
             f"val accuracy {percent(epoch.validation['accuracy'], 2)} with {epoch.validation['blocks_mean']:.2f} blocks"
         )
     text = ", ".join(filter(None, [*figures, epoch.note]))
-    click.echo(f"{time.strftime('%H:%M:%S')} epoch {epoch.epoch} ({epoch.seconds:.0f} s): {text}", err=True)
+    say_dated(f"epoch {epoch.epoch} ({epoch.seconds:.0f} s): {text}")
 
 
 def print_resumed(where: str) -> None:
-    click.echo(f"{time.strftime('%H:%M:%S')} going on from {where}", err=True)
+    say_dated(f"going on from {where}")
 
 
 def print_figures(output: Path, trained: Trained) -> None:

@@ -4,13 +4,12 @@ import errno
 import json
 import os
 import re
-from contextlib import contextmanager
 from pathlib import Path
 
 import click
 import pytest
 
-from bdtool.cli import main, output
+from bdtool.cli import main
 from bdtool.cli.output import emit
 from bdtool.cli.profile_tables import _print_lines
 
@@ -149,17 +148,6 @@ def test_current_directory_that_was_deleted_is_named(bdtool, tiny, tmp_path, mon
     assert bdtool("export", tiny.path, "-o", "bundle", status=1).stderr == message
 
 
-def test_terminal_gets_a_progress_bar_on_stderr(monkeypatch, capsys):
-    from bdtool.cli.output import progress
-
-    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
-    with progress("working", 2) as advance:
-        advance(1, "block_00")
-    captured = capsys.readouterr()
-    assert "working" in captured.err
-    assert captured.out == ""
-
-
 def test_doctor_and_models_give_json(bdtool_json):
     assert {"resnet32", "resnet110", "resnet101"} <= {row["name"] for row in bdtool_json("models")["architectures"]}
     assert {"name", "status", "remedy"} <= set(bdtool_json("doctor")["findings"][0])
@@ -176,20 +164,6 @@ def test_json_has_null_where_a_number_is_not_finite(tmp_path, capsys, to_file):
     emit(result, str(tmp_path / "out.json") if to_file else "-", lambda: None)
     text = (tmp_path / "out.json").read_text() if to_file else capsys.readouterr().out
     assert json.loads(text) == {"error": None, "rows": [[1.5, None]], "ok": False}
-
-
-def test_progress_by_share_moves_the_bar_by_what_came_since(monkeypatch):
-    moves = []
-
-    @contextmanager
-    def bar(description, total):
-        yield lambda advance, name: moves.append((advance, name))
-
-    monkeypatch.setattr(output, "progress", bar)
-    with output.progress_of_share("training") as on_share:
-        on_share(0.25, "step 1")
-        on_share(1.0)
-    assert moves == [(0.25, "step 1"), (0.75, "")]
 
 
 def test_a_cost_below_nothing_is_called_noise(capsys):
