@@ -96,6 +96,7 @@ def calibrate(
     evaluation: ImageSource,
     request: CalibrationRequest,
     *,
+    on_start: Callable[[bool], None] = lambda evaluates_on_calibration_images: None,
     on_progress: Callable[[str, float], None] = lambda step, share: None,
 ) -> Calibrated:
     """Add parts of another precision to the bundle, unless they miss a gate.
@@ -105,6 +106,8 @@ def calibrate(
         evaluation: images for the gates, labelled where the accuracy is to be bounded. Where it is the set of `data`,
             those calibrated on are left out, if `LEAST_HELD_OUT` others remain; of mixed precision twice as many, which
             are halved: one half is to choose on.
+        on_start: called once, before the first image is read, with whether gates are to be measured on images that
+            are calibrated on, for want of others.
         on_progress: called with the name of a step and the share of it that is done, 0 to 1.
 
     Raises:
@@ -143,7 +146,9 @@ def calibrate(
             shutil.rmtree(left, ignore_errors=True)
         remove_leftovers(work)
         with tempfile.TemporaryDirectory(prefix=_STAGING, dir=work) as staging:
-            return _Calibration(bundle, data, evaluation, policy, request, work, Path(staging), on_progress).run()
+            calibration = _Calibration(bundle, data, evaluation, policy, request, work, Path(staging), on_progress)
+            on_start(calibration.learns_from_judged())
+            return calibration.run()
 
 
 def held_out(evaluation: ImageSource, calibrated_on: ImageSource, *, at_least: int) -> ImageSource:
@@ -204,6 +209,11 @@ class _Calibration:
             engines=staging / "engines",
             on_share=lambda share: on_progress("measuring", share),
         )
+
+    def learns_from_judged(self) -> bool:
+        """Say whether images of the gates give ranges or biases; FP16 and BF16 parts learn from none."""
+        shared = self._trial.evaluation.shared_with(self._images)
+        return self._request.precision not in HALF_DTYPES and bool(shared.any())
 
     def run(self) -> Calibrated:
         with self._trial.open(self._bundle, "fp32") as fp32:
@@ -304,7 +314,7 @@ class _Calibration:
             input_source=self._images.description,
             obtained={name: file.precision for name, file in candidate.files_at(precision).items()},
             extra=made.extra,
-            evaluated_on_calibration_images=gates.n_images > 0 and self._learned_from_judged(),
+            evaluated_on_calibration_images=gates.n_images > 0 and self.learns_from_judged(),
             replaced=None if earlier is None else str(earlier.calibration.get("policy", "unknown")),
         )
         if result.ok:
@@ -313,11 +323,6 @@ class _Calibration:
             commit_candidate(finished, precision, made.sidecars)
             self._keep_engines(precision)
         return result
-
-    def _learned_from_judged(self) -> bool:
-        """Say whether images of the gates gave ranges or biases; FP16 and BF16 parts learn from none."""
-        shared = self._trial.evaluation.shared_with(self._images)
-        return self._request.precision not in HALF_DTYPES and bool(shared.any())
 
     def _keep_engines(self, precision: str) -> None:
         """Put the engines of the measurement into the bundle, whose parts are there by now: they can be built again."""

@@ -146,20 +146,24 @@ def calibrate_cmd(
             "or leave it out"
         )
     shares: dict[str, float] = {}  # of steps, begun or done
+
+    def on_start(shares_images: bool) -> None:
+        if not judged.has_labels:
+            warn(f"no labels in {judged.description}: the accuracy is not measured; give labelled images with --eval")
+        if shares_images:
+            warn(
+                f"the gates are measured on images that {request.precision} is calibrated on, as {judged.description} "
+                "has too few others: on new ones it may lose more. Give others with --eval, or calibrate on fewer "
+                "(--limit)"
+            )
+
     with tell_when_stopped(lambda: _finished(shares)), progress_of_steps("calibrating") as show:
 
         def on_progress(step: str, share: float) -> None:
             shares[step] = share
             show(step, share)
 
-        result = calibrate(opened, images, judged, request, on_progress=on_progress)
-    if not judged.has_labels:
-        warn(f"no labels in {judged.description}: the accuracy was not measured; give labelled images with --eval")
-    if result.evaluated_on_calibration_images:
-        warn(
-            f"the gates were measured on images that {result.precision} was calibrated on, as {judged.description} has "
-            "too few others: on new ones it may lose more. Give others with --eval, or calibrate on fewer (--limit)"
-        )
+        result = calibrate(opened, images, judged, request, on_start=on_start, on_progress=on_progress)
     emit(result.to_json(), json_file, lambda: _print(result))
     if not result.ok:
         click.echo(f"Error: {_failure(result)}; {bundle} is as it was", err=True)

@@ -75,7 +75,20 @@ def test_a_bound_on_the_accuracy_needs_labels(bdtool, bundle_copy, tmp_path):
     message = bdtool(*words, "--max-accuracy-drop", 0.5, status=2).stderr
     assert "--max-accuracy-drop needs labels, and " in message
     assert _digests(bundle_copy) == before
-    assert "the accuracy was not measured" in bdtool(*words).stderr
+    assert "the accuracy is not measured" in bdtool(*words).stderr
+
+
+def test_what_the_gates_lack_is_said_before_the_first_image_is_read(bdtool, bundle_copy, tmp_path, monkeypatch):
+    np.savez(tmp_path / "data.npz", x=synthetic_images(8, height=32, width=32))
+
+    def stop(*_):
+        raise EngineError("no image was read")
+
+    monkeypatch.setattr("bdtool.data.batches.ImageSource.batches", stop)
+    told = bdtool("calibrate", bundle_copy, "--data", tmp_path / "data.npz", status=1).stderr.splitlines()
+    assert told[0].startswith(f"warning: no labels in {tmp_path / 'data.npz'}: the accuracy is not measured")
+    assert told[1].startswith("warning: the gates are measured on images that int8 is calibrated on")
+    assert told[2:] == ["Error: no image was read"]
 
 
 def test_gates_leave_the_calibration_images_out(bdtool_json, bundle_copy, save_labelled, tmp_path):
@@ -93,7 +106,7 @@ def test_gates_on_calibration_images_are_named_so(bdtool, bundle_copy, labelled)
     words = ("calibrate", bundle_copy, "--data", labelled, "--max-accuracy-drop", 100)
     told = bdtool(*words)
     assert f"40 images of {labelled}, calibration images among them" in told.stdout
-    assert f"on images that int8 was calibrated on, as {labelled} has too few others" in told.stderr
+    assert f"on images that int8 is calibrated on, as {labelled} has too few others" in told.stderr
     assert Bundle.open(bundle_copy).manifest.variants["int8"].calibration["evaluated_on_calibration_images"] is True
     assert f"on 40 images of {labelled}, calibration images among them" in bdtool("inspect", bundle_copy).stdout
     assert "calibrated on" not in bdtool(*words, "--precision", "fp16").stderr  # which learns nothing from images
