@@ -224,7 +224,7 @@ def _note_masks(bundle: Bundle, store: EngineStore, device: str, options: _MaskO
 
     bundle = bundle.with_threshold(threshold_of(options.policy))
     network = bundle.network
-    images = open_data(options.data or "", network=network, resize=options.resize, split="train")
+    images = open_data(options.data or "", network=network, resize=options.resize, split="train", labels="optional")
     source = images.drawn(options.limit)
     request = parse_policy_for(network, options.policy)
     place = Place(backend=store.identity.name, device=device, precision=store.precision)

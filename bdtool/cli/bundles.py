@@ -114,7 +114,7 @@ def verify_cmd(
 
     opened = Bundle.open(bundle, check_digests=False)  # the first rung does
     place.store(opened)  # refuse a precision that is not to be had before the data is looked at
-    source = open_data(data or "synthetic", network=opened.network, resize=resize)
+    source = open_data(data or "synthetic", network=opened.network, resize=resize, labels="optional")
     if not source.is_real:
         warn(f"the images are {source.description}; give real ones with --data")
     with progress("verifying", 7) as advance:

@@ -27,6 +27,9 @@ from export.manifest import CALIBRATED
 
 if TYPE_CHECKING:
     from bdtool.calibrating.calibrate import Calibrated
+    from bdtool.data.batches import ImageSource
+    from bdtool.data.layouts import Split
+    from bdtool.specs import NetworkSpec
 
 
 @click.command("calibrate", cls=Command)
@@ -113,7 +116,7 @@ if TYPE_CHECKING:
 def calibrate_cmd(
     bundle: Path,
     data: str,
-    split: str,
+    split: Split,
     evaluation: str | None,
     resize: bool,
     json_file: str | None,
@@ -132,14 +135,12 @@ def calibrate_cmd(
       bdtool calibrate bundle --data train.npz --eval test.npz --precision mixed --max-accuracy-drop 0.2
     """
     from bdtool.calibrating.calibrate import calibrate
-    from bdtool.data.sources import open_data
     from export.bundle import Bundle
 
     request = CalibrationRequest(include=frozenset(include), **asked)
     _refuse_idle_percentile(request.method)
     opened = Bundle.open(bundle)
-    images = open_data(data, network=opened.network, resize=resize, split="train" if split == "train" else "test")
-    judged = open_data(evaluation or data, network=opened.network, resize=resize)
+    images, judged = _open(data, evaluation, opened.network, split=split, resize=resize)
     if not judged.has_labels and _was_given("max_accuracy_drop"):
         raise click.UsageError(
             f"--max-accuracy-drop needs labels, and {judged.description} has none: give labelled images with --eval, "
@@ -168,6 +169,18 @@ def calibrate_cmd(
     if not result.ok:
         click.echo(f"Error: {_failure(result)}; {bundle} is as it was", err=True)
         raise click.exceptions.Exit(1)
+
+
+def _open(
+    data: str, evaluation: str | None, network: NetworkSpec, *, split: Split, resize: bool
+) -> tuple[ImageSource, ImageSource]:
+    """Open the images to calibrate on and those for the gates, of which alone labels are asked where they are given."""
+    from bdtool.data.sources import has_splits, open_data
+
+    images = open_data(data, network=network, resize=resize, split=split, labels="optional")
+    if evaluation is not None:
+        return images, open_data(evaluation, network=network, resize=resize)
+    return images, open_data(data, network=network, resize=resize) if has_splits(data) else images
 
 
 def _finished(shares: dict[str, float]) -> str:

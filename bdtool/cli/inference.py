@@ -206,7 +206,7 @@ def profile_cmd(
     if html_file is not None:
         _require_page(batch, strategies)
     opened = Bundle.open(bundle)
-    source = open_data(data or "synthetic", network=opened.network, resize=resize)
+    source = open_data(data or "synthetic", network=opened.network, resize=resize, labels="optional")
     settings = Settings(batch=batch, warmup_ms=warmup, duration_s=duration, percentiles=percentile)
     with progress_of_share("profiling") as on_progress:
         result = profile(

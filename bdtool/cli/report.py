@@ -75,7 +75,7 @@ def report_cmd(
     require_extra()
     opened = Bundle.open(bundle)
     # so that the profile sees no other images than the walk
-    source = open_data(data, network=opened.network, resize=resize).drawn(limit)
+    source = open_data(data, network=opened.network, resize=resize, labels="optional").drawn(limit)
     request = ReportRequest(
         made_by=command_line(),
         bundle=bundle,

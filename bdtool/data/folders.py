@@ -14,7 +14,7 @@ import numpy as np
 
 from bdtool.data.batches import ImageSource
 from bdtool.data.images import IMAGE_SUFFIXES, fit_image, read_image
-from bdtool.data.layouts import Split
+from bdtool.data.layouts import Labels, Split
 from bdtool.data.other_forms import other_form
 from bdtool.errors import DataError, UsageError
 from bdtool.specs import NetworkSpec, Preprocessing
@@ -27,10 +27,19 @@ _WORDNET_ID = re.compile(r"n[0-9]{8}")
 _N_SHOWN = 3
 
 
-def folder_source(root: Path, *, network: NetworkSpec, resize: bool, split: Split) -> ImageSource:
+class _OtherClasses(DataError):
+    """Folders that are not the model's classes; `problem` says in which way, the message also what to do."""
+
+    def __init__(self, problem: str, remedy: str) -> None:
+        super().__init__(f"{problem}. {remedy}; or classify the images without labels: `bdtool run BUNDLE IMAGE...`")
+        self.problem = problem
+
+
+def folder_source(root: Path, *, network: NetworkSpec, resize: bool, split: Split, labels: Labels) -> ImageSource:
     """Open a directory: with images in its folders these are the classes, otherwise its own images have no labels.
 
-    `split` is what is wanted of a data set that a directory turns out to be, to say how to name it.
+    `split` is what is wanted of a data set that a directory turns out to be, to say how to name it. Where `labels` are
+    optional, images in folders that are not the model's classes have none, either, and a warning says so.
 
     Raises:
         DataError: no images, images at both levels, or class folders that do not match the model's classes.
@@ -47,10 +56,16 @@ def folder_source(root: Path, *, network: NetworkSpec, resize: bool, split: Spli
             f"{root}: has {len(loose)} images beside folders with images, expected one or the other. "
             "Move them into their class folders, or pass a directory that holds images only"
         )
-    classes = _class_numbers(tuple(files), network=network, root=root)
     paths = [path for name in files for path in files[name]]
-    labels = np.repeat([classes[name] for name in files], [len(files[name]) for name in files]).astype(np.int64)
-    return file_source(paths, labels, root=root, preprocessing=network.preprocessing, resize=resize)
+    numbers = None
+    try:
+        classes = _class_numbers(tuple(files), network=network, root=root)
+        numbers = np.repeat([classes[name] for name in files], [len(files[name]) for name in files]).astype(np.int64)
+    except _OtherClasses as exc:
+        if labels == "strict":
+            raise
+        logger.warning("%s. Its images are taken without labels", exc.problem)
+    return file_source(paths, numbers, root=root, preprocessing=network.preprocessing, resize=resize)
 
 
 def class_folders(root: Path) -> tuple[str, ...] | None:
@@ -100,18 +115,18 @@ def _class_numbers(folders: tuple[str, ...], *, network: NetworkSpec, root: Path
         return _one_for_each(named, labels=labels, root=root)
     if named:
         unknown = ", ".join(name for name in folders if name not in named)
-        raise DataError(
-            f"{root}: class folders {unknown} are not among the model's labels, while others are. "
-            "Name every folder after one label (`bdtool inspect MODEL` lists them)"
+        raise _OtherClasses(
+            f"{root}: class folders {unknown} are not among the model's labels, while others are",
+            "Name every folder after one label (`bdtool inspect MODEL` lists them)",
         )
     if set(folders) <= _SPLIT_FOLDERS:
         raise DataError(f"{root}: folders {', '.join(folders)} look like splits, expected classes. Pass one of them")
     if labels:
         return _classes_by_id(folders, labels=labels, root=root)
     if len(folders) != network.n_classes:
-        raise DataError(
-            f"{root}: got {len(folders)} class folders, the model has {network.n_classes} classes without names. Give "
-            "one folder for every class, in alphabetical order"
+        raise _OtherClasses(
+            f"{root}: got {len(folders)} class folders, the model has {network.n_classes} classes without names",
+            "Give one folder for every class, in alphabetical order",
         )
     return {name: number for number, name in enumerate(folders)}
 
@@ -144,9 +159,10 @@ def _one_for_each(classes: dict[str, int], *, labels: Sequence[str], root: Path)
     times = Counter(classes.values())
     if twice := [name for name, number in classes.items() if times[number] > 1]:
         label = labels[classes[twice[0]]]
-        raise DataError(
+        raise _OtherClasses(
             f"{root}: class folders {', '.join(name for name in twice if labels[classes[name]] == label)} are all the "
-            f"label {label}, expected one folder for each. Put their images together"
+            f"label {label}, expected one folder for each",
+            "Put their images together",
         )
     return classes
 
@@ -160,10 +176,10 @@ def _classes_by_id(folders: Sequence[str], *, labels: Sequence[str], root: Path)
         ids, ordered = "WordNet ids in order", sorted(folders)
         is_whole = len(labels) == _N_IMAGENET and are_imagenet_ids(folders)
     if not is_whole:
-        raise DataError(
-            f"{root}: no class folder ({_some(folders)}) has the name of a label of the model ({_some(labels)}). "
+        raise _OtherClasses(
+            f"{root}: no class folder ({_some(folders)}) has the name of a label of the model ({_some(labels)})",
             "Rename the folders (`bdtool inspect MODEL` lists the labels), or use a MODEL of these classes: "
-            "`bdtool train pretrain` takes their names, `bdtool import` those of --labels FILE"
+            "`bdtool train pretrain` takes their names, `bdtool import` those of --labels FILE",
         )
     shown = ", ".join(f"{ordered[k]} is {labels[k]}" for k in (*range(min(_N_SHOWN, len(labels) - 1)), -1))
     logger.warning("%s: class folders are not named after the model's labels, and taken as %s: %s", root, ids, shown)

@@ -3,6 +3,7 @@
 from typing import Literal
 
 Split = Literal["train", "test"]
+Labels = Literal["strict", "optional"]  # of class folders that are not the model's: refused, or left out
 CIFAR_FOLDERS = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
 CIFAR_ARCHIVES = {"cifar10": "cifar-10-python.tar.gz", "cifar100": "cifar-100-python.tar.gz"}
 # of the files in these folders, enough to tell them by

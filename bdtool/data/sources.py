@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bdtool.data.batches import ImageBatch, ImageSource
 from bdtool.data.folders import class_folders, folder_source
-from bdtool.data.layouts import Split
+from bdtool.data.layouts import Labels, Split
 from bdtool.data.npz import npz_source
 from bdtool.data.synthetic import synthetic_image
 from bdtool.data.torchvision_sets import N_CLASSES, directory_of_set, torchvision_source
@@ -26,7 +26,9 @@ _SYNTHETIC = re.compile(r"synthetic(?::(?P<n>[0-9]{1,7})(?::(?P<seed>[0-9]{1,18}
 _TORCHVISION = re.compile(r"(?P<name>cifar10|cifar100|imagenet):(?P<root>.+)", re.DOTALL)
 
 
-def open_data(data: str, *, network: NetworkSpec, resize: bool = False, split: Split = "test") -> ImageSource:
+def open_data(
+    data: str, *, network: NetworkSpec, resize: bool = False, split: Split = "test", labels: Labels = "strict"
+) -> ImageSource:
     """Open a data set and check that its first image fits the network.
 
     Args:
@@ -34,12 +36,14 @@ def open_data(data: str, *, network: NetworkSpec, resize: bool = False, split: S
         network: gives the input size, the classes and their labels.
         resize: scale and crop images of another size instead of refusing them.
         split: which part of a torchvision data set; files and directories have one part only.
+        labels: "strict" refuses class folders that are not the model's classes; "optional" takes their images without
+            labels, and logs a warning that says why.
 
     Raises:
         UsageError: no such form, or nothing there.
         DataError: no images, or images and labels that do not fit the network.
     """
-    source = _open_form(data, network=network, resize=resize, split=split)
+    source = _open_form(data, network=network, resize=resize, split=split, labels=labels)
     source.image_at(0)  # refuse what cannot fit now, not after minutes of building
     place = path_from_data(data)
     return source if place is None else replace(source, origin=f"{source.name} {place.resolve()}")
@@ -51,6 +55,11 @@ def class_names(data: str) -> tuple[str, ...] | None:
     return class_folders(Path(data)) if is_folder else None
 
 
+def has_splits(data: str) -> bool:
+    """Say whether a DATA has a part to train on and one to test on."""
+    return _TORCHVISION.fullmatch(data) is not None
+
+
 def path_from_data(data: str) -> Path | None:
     """Return the file or directory that a DATA reads, whether it is there or not; None where it reads none."""
     if data.split(":", 1)[0] == "synthetic":
@@ -60,7 +69,7 @@ def path_from_data(data: str) -> Path | None:
     return Path(data) if data else None
 
 
-def _open_form(data: str, *, network: NetworkSpec, resize: bool, split: Split) -> ImageSource:
+def _open_form(data: str, *, network: NetworkSpec, resize: bool, split: Split, labels: Labels) -> ImageSource:
     if data.split(":", 1)[0] == "synthetic":
         return _synthetic_source(data, network=network)
     if match := _TORCHVISION.fullmatch(data):
@@ -68,7 +77,7 @@ def _open_form(data: str, *, network: NetworkSpec, resize: bool, split: Split) -
         return torchvision_source(match["name"], root, network=network, resize=resize, split=split)
     path = Path(data)
     if data and path.is_dir():
-        return folder_source(path, network=network, resize=resize, split=split)
+        return folder_source(path, network=network, resize=resize, split=split, labels=labels)
     if path.suffix.lower() == ".npz" and path.is_file():
         return npz_source(path, network=network, resize=resize)
     if data.rstrip(":") in N_CLASSES:

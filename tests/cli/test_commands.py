@@ -8,10 +8,12 @@ from pathlib import Path
 
 import click
 import pytest
+from PIL import Image
 
 from bdtool.cli import main
 from bdtool.cli.output import emit
 from bdtool.cli.profile_tables import _print_lines
+from bdtool.data.synthetic import synthetic_images
 
 COMMANDS = sorted(main.commands)
 
@@ -176,3 +178,26 @@ def test_warnings_of_the_log_look_like_those_of_a_command(start_bdtool, tiny, pi
     n_threads = len(os.sched_getaffinity(0)) + 1
     _, stderr = start_bdtool("run", tiny.bundle, picture, "--threads", n_threads).communicate(timeout=120)
     assert stderr.splitlines()[0].startswith(f"warning: {n_threads} threads share ")
+
+
+def test_commands_that_need_no_labels_take_folders_of_other_classes(bdtool, bundle_copy, tmp_path, caplog):
+    for i, image in enumerate(synthetic_images(6, height=32, width=32)):
+        path = tmp_path / "photos" / "xyz"[i % 3] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    data = ("--data", tmp_path / "photos")
+    told = "got 3 class folders, the model has 10 classes without names"
+    for words in (
+        ("profile", bundle_copy, *data, "--duration", 0.01, "--warmup", 0),
+        ("verify", bundle_copy, *data),
+        ("calibrate", bundle_copy, *data),
+        ("build", bundle_copy, *data, "--coverage", 0.9),
+    ):
+        caplog.clear()
+        bdtool(*words)
+        assert [said for said in caplog.messages if "labels" in said] == [
+            f"{tmp_path / 'photos'}: {told}. Its images are taken without labels"
+        ]
+    refused = bdtool("evaluate", bundle_copy, *data, status=1).stderr
+    assert f"{told}. Give one folder for every class" in refused
+    assert told in bdtool("calibrate", bundle_copy, *data, "--eval", tmp_path / "photos", status=1).stderr

@@ -13,6 +13,7 @@ from torchvision import datasets
 
 from bdtool.data.sources import class_names, open_data
 from bdtool.errors import DataError, UsageError
+from bdtool.specs import NetworkSpec
 from tests.data.sets import NETWORK, UNNAMED, X, folders
 
 
@@ -126,6 +127,37 @@ def test_no_folder_named_after_a_label_is_refused(tmp_path: Path, names: tuple[s
         open_data(folders(tmp_path, *(f"{name}/a.png" for name in names)), network=NETWORK)
     shown = f"no class folder ({', '.join(names)}) has the name of a label of the model (cat, ant, dog). Rename"
     assert shown in str(said.value)
+
+
+@pytest.mark.parametrize(
+    ("names", "network", "why"),
+    [
+        (("bird", "car", "plane"), NETWORK, "no class folder (bird, car, plane) has the name of a label of the model"),
+        (("ant", "dgo"), NETWORK, "class folders dgo are not among the model's labels, while others are."),
+        (("Cat", "cat"), NETWORK, "class folders Cat, cat are all the label cat, expected one folder for each."),
+        (("a", "b"), UNNAMED, "got 2 class folders, the model has 3 classes without names."),
+    ],
+)
+def test_images_of_other_folders_have_no_labels_where_these_are_optional(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, names: tuple[str, ...], network: NetworkSpec, why: str
+) -> None:
+    root = folders(tmp_path, *(f"{name}/a.png" for name in names))
+    source = open_data(root, network=network, labels="optional")
+    assert not source.has_labels
+    assert source.names == tuple(f"{name}/a.png" for name in names)
+    (said,) = caplog.messages
+    assert said.startswith(f"{tmp_path}: {why}")
+    assert said.endswith(". Its images are taken without labels")
+    with pytest.raises(DataError, match=r"; or classify the images without labels: `bdtool run BUNDLE IMAGE\.\.\.`"):
+        open_data(root, network=network)
+
+
+def test_optional_labels_are_taken_where_they_fit(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = open_data(folders(tmp_path / "set", "dog/a.png"), network=NETWORK, labels="optional")
+    np.testing.assert_array_equal(source.labels, [2])
+    assert not caplog.messages
+    with pytest.raises(DataError, match="folders test, train look like splits"):
+        open_data(folders(tmp_path / "splits", "train/a.png", "test/b.png"), network=NETWORK, labels="optional")
 
 
 def test_folders_agree_with_torchvision(tmp_path: Path) -> None:
