@@ -19,6 +19,8 @@ from bdtool.runtime.thresholds import threshold_of
 from bdtool.specs import NetworkSpec
 from export.bundle import Bundle
 
+_TOP = 5  # classes of `accuracy_top5`
+
 
 class Classifier(Protocol):
     """What can be evaluated: an `Orchestrator`, or a `TorchClassifier`."""
@@ -39,6 +41,7 @@ class Evaluation:
     policy: str
     n_images: int
     accuracy: float  # share of images whose top-1 class is the label, 0 to 1
+    accuracy_top5: float | None  # share whose label is among the 5 most probable; None: the model has no more classes
     blocks_mean: float
     blocks_std: float
     flops_mean: float
@@ -70,25 +73,32 @@ def evaluate(
         raise DataError(f"no labels in {data.description}; evaluate needs them: an .npz with y, or one folder a class")
     network = classifier.network
     request = parse_policy_for(network, policy)
-    correct, kept = [], []
+    ranks, kept = [], []
     for batch in data.batches(batch_size):
         assert batch.labels is not None
         result = classifier.run(batch.images, policy=request.given_at(batch.rows))
-        correct.append(result.classes == batch.labels)
+        ranks.append(_ranks(result.logits, batch.labels))
         kept.append(result.policy)
         on_batch(len(batch.images))
-    return _figures(network, request, np.concatenate(correct), np.concatenate(kept), data.description)
+    return _figures(network, request, np.concatenate(ranks), np.concatenate(kept), data.description)
+
+
+def _ranks(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Return the place of each image's label among its classes, int [N]: 0 is the most probable, as in `argmax`."""
+    order = np.argsort(-logits, axis=1, kind="stable")
+    return np.asarray((order == labels[:, None]).argmax(axis=1))
 
 
 def _figures(
-    network: NetworkSpec, request: PolicyRequest, correct: np.ndarray, keep: np.ndarray, source: str
+    network: NetworkSpec, request: PolicyRequest, ranks: np.ndarray, keep: np.ndarray, source: str
 ) -> Evaluation:
     blocks = keep.sum(axis=1)
     flops = network.flops_per_image(keep, with_policy=request.is_learned)
     return Evaluation(
         policy=request.name,
-        n_images=len(correct),
-        accuracy=float(correct.mean()),
+        n_images=len(ranks),
+        accuracy=float((ranks == 0).mean()),
+        accuracy_top5=float((ranks < _TOP).mean()) if network.n_classes > _TOP else None,
         blocks_mean=float(blocks.mean()),
         blocks_std=float(blocks.std()),
         flops_mean=float(flops.mean()),

@@ -12,15 +12,16 @@ from bdtool.data.images import fit_image, read_image
 from bdtool.errors import DataError
 from bdtool.runtime.orchestrator import Orchestrator
 from bdtool.runtime.policies import bits_of, parse_policy_for
-from bdtool.specs import Preprocessing
+from bdtool.specs import NetworkSpec, Preprocessing
 
 
 def classify_files(
-    runtime: Orchestrator, files: Sequence[Path], *, policy: str | None = None, resize: bool = False
+    runtime: Orchestrator, files: Sequence[Path], *, policy: str | None = None, resize: bool = False, top: int = 1
 ) -> list[dict[str, Any]]:
     """Classify image files one by one; each answer has image, class, label, probability, blocks_run and policy.
 
-    `policy` in an answer is a string of K bits, 1 = kept; `probability` is the softmax of the label.
+    `policy` in an answer is a string of K bits, 1 = kept; `probability` is the softmax of the label. With `top` above 1
+    an answer has `top`, too: class, label and probability of as many classes, or all, the most probable first.
 
     Raises:
         DataError: files are no images, or do not have the network's input size (and `resize` is False); all are named.
@@ -32,18 +33,24 @@ def classify_files(
     rows = []
     for i, (file, image) in enumerate(zip(files, images, strict=True)):
         result = runtime.run(image[None], policy=request.given_at(np.array([i])))
-        winner = int(result.classes[0])
+        best = _best(network, result.logits[0], top)
         rows.append(
             {
                 "image": str(file),
-                "class": winner,
-                "label": network.label(winner),
-                "probability": float(softmax(result.logits)[0, winner]),
+                **best[0],
                 "blocks_run": int(result.blocks_run[0]),
                 "policy": bits_of(result.policy[0]),
             }
+            | ({"top": best} if top > 1 else {})
         )
     return rows
+
+
+def _best(network: NetworkSpec, logits: np.ndarray, n: int) -> list[dict[str, Any]]:
+    """Return the `n` most probable classes of logits [classes], the most probable first."""
+    probabilities = softmax(logits)
+    order = np.argsort(-logits, kind="stable")[:n]  # equal ones as `argmax` takes them
+    return [{"class": int(k), "label": network.label(int(k)), "probability": float(probabilities[k])} for k in order]
 
 
 def _read_all(files: Sequence[Path], preprocessing: Preprocessing, *, resize: bool) -> list[np.ndarray]:

@@ -1,5 +1,6 @@
 """Accuracy and cost: the same through PyTorch and through engines, and equal to a count by hand."""
 
+import dataclasses
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,7 @@ def test_figures_equal_a_count_by_hand(tiny: Any, data: ImageSource) -> None:
 
     learned = evaluate(_Answers(network), data.drawn(20), batch_size=10)
     assert learned.accuracy == 2 / 20
+    assert learned.accuracy_top5 == 11 / 20  # 3, then 0, 1, 2, 4: of equal logits lower classes go first
     assert (learned.n_images, learned.unique_policies) == (20, 2)
     assert (learned.blocks_mean, learned.blocks_std) == (2.5, 0.5)
     assert learned.flops_mean == (dropped + kept) / 2 + cost["policy"]  # the policy network's cost belongs to it
@@ -101,6 +103,11 @@ def test_figures_equal_a_count_by_hand(tiny: Any, data: ImageSource) -> None:
     given = evaluate(_Answers(network), data, policy="101")
     assert (given.flops_mean, given.flops_std) == (dropped, 0)
     assert given.full_flops == kept == cost["full"]
+
+
+def test_five_classes_have_no_top_5(tiny: Any, data: ImageSource) -> None:
+    network = dataclasses.replace(Bundle.open(tiny.bundle).network, n_classes=5)
+    assert evaluate(_Answers(network), data).accuracy_top5 is None
 
 
 def test_row_of_a_policy_file_goes_with_its_image(tiny: Any, data: ImageSource, tmp_path: Path) -> None:

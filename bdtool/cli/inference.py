@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -41,6 +42,14 @@ if TYPE_CHECKING:
     show_default=True,
     help="How blocks run: chain, path, fused, graph, full, or auto (what `bdtool profile --strategy auto` recorded).",
 )
+@click.option(
+    "--top",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    metavar="K",
+    help="Show the K most probable labels.",
+)
 @resize_option
 @place_options(graphs=True)
 @json_option
@@ -49,6 +58,7 @@ def run_cmd(
     images: tuple[Path, ...],
     policy: str | None,
     strategy: str,
+    top: int,
     resize: bool,
     place: Place,
     json_file: str | None,
@@ -58,6 +68,7 @@ def run_cmd(
     \b
     Example:
       bdtool run bundle cat.png dog.png
+      bdtool run bundle cat.png --top 5
     """
     from bdtool.inference import classify_files
     from bdtool.runtime.thresholds import threshold_of
@@ -65,18 +76,23 @@ def run_cmd(
 
     opened = Bundle.open(bundle).with_threshold(threshold_of(policy))
     with place.open(opened, strategy) as runtime:
-        rows = classify_files(runtime, images, policy=policy, resize=resize)
+        rows = classify_files(runtime, images, policy=policy, resize=resize, top=top)
         choice = runtime.graph_choice
 
     def text() -> None:
         columns = ["image", "label", "probability", "blocks_run", "policy"]
-        shown = [[r["image"], r["label"], percent(r["probability"]), str(r["blocks_run"]), r["policy"]] for r in rows]
-        print_table(columns, shown)
-
+        print_table(columns, [line for row in rows for line in _lines_of(row)])
         if choice is not None:
             click.echo(f"CUDA graph: {choice.mode} ({choice.reason})")
 
     emit({"images": rows} if choice is None else {"images": rows, "cuda_graph": asdict(choice)}, json_file, text)
+
+
+def _lines_of(row: dict[str, Any]) -> Iterator[list[str]]:
+    """Yield an image's line of the table, and one for each further label."""
+    yield [row["image"], row["label"], percent(row["probability"]), str(row["blocks_run"]), row["policy"]]
+    for other in row.get("top", ())[1:]:
+        yield ["", other["label"], percent(other["probability"]), "", ""]
 
 
 @click.command("evaluate", cls=Command)
@@ -257,6 +273,7 @@ def _print_evaluations(results: list[Evaluation]) -> None:
         [
             one.policy,
             percent(one.accuracy, 2),
+            *([] if one.accuracy_top5 is None else [percent(one.accuracy_top5, 2)]),
             f"{one.blocks_mean:.2f} ± {one.blocks_std:.2f}",
             f"{mega(one.flops_mean)} ± {mega(one.flops_std)}",
             percent(one.flops_mean / one.full_flops),
@@ -264,13 +281,16 @@ def _print_evaluations(results: list[Evaluation]) -> None:
         ]
         for one in results
     ]
-    columns = ["policy", "accuracy", "blocks", "FLOPs an image", "of the full network", "unique policies"]
+    top5 = [] if results[0].accuracy_top5 is None else ["top-5"]
+    columns = ["policy", "accuracy", *top5, "blocks", "FLOPs an image", "of the full network", "unique policies"]
     print_table(columns, rows, title=f"{counted(results[0].n_images, 'image')} of {results[0].input_source}")
 
 
 def _print_evaluation(result: Evaluation) -> None:
     click.echo(f"{counted(result.n_images, 'image')} of {result.input_source}, policy {result.policy}")
     click.echo(f"accuracy         {percent(result.accuracy, 2)}")
+    if result.accuracy_top5 is not None:
+        click.echo(f"top-5 accuracy   {percent(result.accuracy_top5, 2)}")
     click.echo(f"blocks           {result.blocks_mean:.2f} ± {result.blocks_std:.2f}")
     share = percent(result.flops_mean / result.full_flops)
     click.echo(f"FLOPs an image   {mega(result.flops_mean)} ± {mega(result.flops_std)} ({share} of the full network)")
