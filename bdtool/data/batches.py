@@ -6,12 +6,15 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
 
 from bdtool.errors import DataError
 
 _DECODERS = 8  # threads at most
+_N_NAMED = 10  # pictures that an error names
+_AT_ONCE = 64  # pictures that are looked through before the next ones
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +82,11 @@ class ImageSource:
         return self.labels is not None
 
     def batches(self, batch_size: int) -> Iterator[ImageBatch]:
-        """Yield the images in order; the last batch may be smaller."""
+        """Yield the images in order; the last batch may be smaller.
+
+        Raises:
+            DataError: a picture cannot be taken; the error names up to 10 such, from that batch on.
+        """
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1; got {batch_size}")
         stop = self.n_images
@@ -142,9 +149,41 @@ class ImageSource:
         )
 
     def _read(self, first: int, stop: int) -> ImageBatch:
+        try:
+            images = self.images_at(range(first, stop))
+        except DataError as exc:
+            raise self._problem_from(first, exc) from exc
         return ImageBatch(
-            images=self.images_at(range(first, stop)),
+            images=images,
             labels=None if self.labels is None else self.labels[first:stop],
             names=tuple(self.names[first:stop]),
             rows=self.numbers[first:stop],
         )
+
+    def _problem_from(self, first: int, found: DataError) -> DataError:
+        """Return an error that names up to 10 pictures that cannot be taken, of those from `first` on.
+
+        Whoever mends a set wants to know them all. The pictures before `first` were read; those after it are read now
+        in place of later, until 10 are found.
+        """
+        if self.picture_at is None:  # in memory all are of one size
+            return found
+        problems = list(islice(self._problems(first), _N_NAMED))
+        if len(problems) < 2:
+            return found
+        more = ", and maybe more," if len(problems) == _N_NAMED else ""
+        lines = "\n".join(f"  {problem}" for problem in problems)
+        return DataError(f"{self.description}: {len(problems)} pictures{more} cannot be taken:\n{lines}")
+
+    def _problems(self, first: int) -> Iterator[str]:
+        def problem_at(index: int) -> str | None:
+            try:
+                self.image_at(index)
+            except DataError as exc:
+                return str(exc)
+            return None
+
+        with ThreadPoolExecutor(max_workers=min(_DECODERS, len(os.sched_getaffinity(0)))) as pool:
+            for start in range(first, self.n_images, _AT_ONCE):
+                indices = range(start, min(start + _AT_ONCE, self.n_images))
+                yield from filter(None, pool.map(problem_at, indices))

@@ -195,6 +195,31 @@ def test_images_are_decoded_only_when_read(tmp_path: Path) -> None:
         next(batches)
 
 
+def test_pictures_that_cannot_be_read_are_named_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"{index:02}.png" for index in range(40)]
+    source = open_data(folders(tmp_path, *names), network=NETWORK)
+    for bad in ("05.png", "30.png"):
+        (tmp_path / bad).write_text("damaged meanwhile")
+    read: list[str] = []
+    real = folder_files.read_image
+    monkeypatch.setattr(folder_files, "read_image", lambda path: read.append(path.name) or real(path))
+    with pytest.raises(DataError) as said:
+        list(source.batches(4))
+    first, *others = str(said.value).splitlines()
+    assert first == f"{tmp_path}: 2 pictures cannot be taken:"
+    assert [line.split(": ")[0] for line in others] == [f"  {tmp_path / bad}" for bad in ("05.png", "30.png")]
+    assert {name for name in read if read.count(name) > 1} <= {"04.png", "05.png", "06.png", "07.png"}  # one batch
+
+
+def test_no_more_than_ten_bad_pictures_are_looked_for(tmp_path: Path) -> None:
+    source = open_data(folders(tmp_path, *(f"{index:02}.png" for index in range(20))), network=NETWORK)
+    for index in range(1, 20):
+        Image.fromarray(X[0, :6]).save(tmp_path / f"{index:02}.png")
+    with pytest.raises(DataError, match="10 pictures, and maybe more, cannot be taken:") as said:
+        source.take(20)
+    assert str(said.value).count("Pass --resize") == 10
+
+
 def test_image_of_another_size_is_refused_when_opening(tmp_path: Path) -> None:
     Image.fromarray(X[0, :6]).save(tmp_path / "small.png")
     with pytest.raises(DataError, match=r"small\.png: got 8 x 6 pixels"):
