@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,29 +13,41 @@ from bdtool.data.images import fit_image, read_image
 from bdtool.errors import DataError
 from bdtool.runtime.orchestrator import Orchestrator
 from bdtool.runtime.policies import bits_of, parse_policy_for
-from bdtool.specs import NetworkSpec, Preprocessing
+from bdtool.specs import NetworkSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classified:
+    """What became of image files: an answer for each that could be read, and why the others could not, by file."""
+
+    answers: list[dict[str, Any]]
+    refused: dict[str, str]
 
 
 def classify_files(
     runtime: Orchestrator, files: Sequence[Path], *, policy: str | None = None, resize: bool = False, top: int = 1
-) -> list[dict[str, Any]]:
+) -> Classified:
     """Classify image files one by one; each answer has image, class, label, probability, blocks_run and policy.
 
     `policy` in an answer is a string of K bits, 1 = kept; `probability` is the softmax of the label. With `top` above 1
-    an answer has `top`, too: class, label and probability of as many classes, or all, the most probable first.
+    an answer has `top`, too: class, label and probability of as many classes, or all, the most probable first. Files
+    are refused that are no images, or do not have the network's input size where `resize` is False.
 
     Raises:
-        DataError: files are no images, or do not have the network's input size (and `resize` is False); all are named.
         PolicyError: the policy does not fit the network.
     """
     network = runtime.network
     request = parse_policy_for(network, policy)
-    images = _read_all(files, network.preprocessing, resize=resize)
-    rows = []
-    for i, (file, image) in enumerate(zip(files, images, strict=True)):
+    answers, refused = [], {}
+    for i, file in enumerate(files):
+        try:
+            image = fit_image(read_image(file), network.preprocessing, source=str(file), resize=resize)
+        except DataError as exc:
+            refused[str(file)] = str(exc)
+            continue
         result = runtime.run(image[None], policy=request.given_at(np.array([i])))
         best = _best(network, result.logits[0], top)
-        rows.append(
+        answers.append(
             {
                 "image": str(file),
                 **best[0],
@@ -43,7 +56,7 @@ def classify_files(
             }
             | ({"top": best} if top > 1 else {})
         )
-    return rows
+    return Classified(answers=answers, refused=refused)
 
 
 def _best(network: NetworkSpec, logits: np.ndarray, n: int) -> list[dict[str, Any]]:
@@ -51,18 +64,6 @@ def _best(network: NetworkSpec, logits: np.ndarray, n: int) -> list[dict[str, An
     probabilities = softmax(logits)
     order = np.argsort(-logits, kind="stable")[:n]  # equal ones as `argmax` takes them
     return [{"class": int(k), "label": network.label(int(k)), "probability": float(probabilities[k])} for k in order]
-
-
-def _read_all(files: Sequence[Path], preprocessing: Preprocessing, *, resize: bool) -> list[np.ndarray]:
-    images, problems = [], []
-    for file in files:
-        try:
-            images.append(fit_image(read_image(file), preprocessing, source=str(file), resize=resize))
-        except DataError as exc:
-            problems.append(str(exc))
-    if problems:
-        raise DataError("\n".join(problems))
-    return images
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

@@ -65,6 +65,8 @@ def run_cmd(
 ) -> None:
     """Classify image files with a BUNDLE, and show which blocks each of them ran.
 
+    Files that cannot be read are named on stderr, and the exit status is then 1; the others are classified.
+
     \b
     Example:
       bdtool run bundle cat.png dog.png
@@ -76,16 +78,26 @@ def run_cmd(
 
     opened = Bundle.open(bundle).with_threshold(threshold_of(policy))
     with place.open(opened, strategy) as runtime:
-        rows = classify_files(runtime, images, policy=policy, resize=resize, top=top)
+        found = classify_files(runtime, images, policy=policy, resize=resize, top=top)
         choice = runtime.graph_choice
 
     def text() -> None:
         columns = ["image", "label", "probability", "blocks_run", "policy"]
-        print_table(columns, [line for row in rows for line in _lines_of(row)])
+        if found.answers:
+            print_table(columns, [line for row in found.answers for line in _lines_of(row)])
         if choice is not None:
             click.echo(f"CUDA graph: {choice.mode} ({choice.reason})")
 
-    emit({"images": rows} if choice is None else {"images": rows, "cuda_graph": asdict(choice)}, json_file, text)
+    result: dict[str, Any] = {"images": found.answers}
+    if found.refused:
+        result["refused"] = [{"image": file, "message": message} for file, message in found.refused.items()]
+    if choice is not None:
+        result["cuda_graph"] = asdict(choice)
+    emit(result, json_file, text)
+    for message in found.refused.values():
+        click.echo(f"Error: {message}", err=True)
+    if found.refused:
+        raise click.exceptions.Exit(1)
 
 
 def _lines_of(row: dict[str, Any]) -> Iterator[list[str]]:
