@@ -58,6 +58,7 @@ class Calibrated:
     obtained: Mapping[str, str]  # precision by part name
     extra: Mapping[str, Any]
     evaluated_on_calibration_images: bool = False  # the gates were measured on some of them, for want of others
+    has_one_path: bool = False  # the policy keeps the same blocks of every image
     replaced: str | None = None  # the policy of earlier parts of this precision, whose place these take where `ok`
 
     @property
@@ -315,6 +316,7 @@ class _Calibration:
             obtained={name: file.precision for name, file in candidate.files_at(precision).items()},
             extra=made.extra,
             evaluated_on_calibration_images=gates.n_images > 0 and self.learns_from_judged(),
+            has_one_path=not self._policy.is_learned and bool((source.keep == source.keep[0]).all()),
             replaced=None if earlier is None else str(earlier.calibration.get("policy", "unknown")),
         )
         if result.ok:

@@ -226,8 +226,9 @@ def _print(result: Calibrated) -> None:
     click.echo(f"{result.precision} from {drawn} of {result.input_source}, policy {gates.policy}")
     if result.ok and result.replaced is not None:
         click.echo(f"replaces the {result.precision} parts that were calibrated for policy {result.replaced}")
-    for name, n_images in result.topped_up.items():
-        click.echo(f"  {name}: too few images run it; {n_images} that do not were added for its ranges")
+    if not result.has_one_path:  # else nothing is rare: a part runs for every image or for none
+        for name, n_images in result.topped_up.items():
+            click.echo(f"  {name}: too few images run it; {n_images} that do not were added for its ranges")
     worst = max(result.part_errors, key=lambda name: result.part_errors[name].share_of_bound, default=None)
     rows = []
     if worst is not None:
@@ -237,7 +238,7 @@ def _print(result: Calibrated) -> None:
         rows.append(["policy bits", "", f"{percent(gates.policy_flips, 2)} flipped", "-"])
     if gates.logits_error is not None:
         rows.append(["logits", "", f"{percent(gates.logits_error, 2)} error, worst {gates.logits_worst:.2g}", "-"])
-        rows.append(["classes", "", f"{percent(gates.changed_classes or 0, 2)} changed", "-"])
+        rows.append(["predictions", "", f"{percent(gates.changed_classes or 0, 2)} changed", "-"])
     if gates.accuracy is not None and gates.accuracy_fp32 is not None:
         figures = f"{percent(gates.accuracy, 2)}, fp32 {percent(gates.accuracy_fp32, 2)}"
         rows.append(["accuracy", _state(gates.ok), figures, f"-{gates.max_accuracy_drop:g} points"])

@@ -331,9 +331,14 @@ def _run(given: dict[str, Any], spec: ModelSpec, start: str, stage: Callable[[Tr
 
         torch.set_num_threads(given["threads"])
     going_on = {name: given[name] for name in ("resume", "save_every_s") if name in given}
-    with open_group(device) as group, logs(given.get("tensorboard") if group.is_first else None) as log:
+    # only stages that train or follow a policy network have a penalty; of a heuristic the reward says nothing
+    rewarded = "gamma" in given and given.get("policy", "learned").startswith("learned")
+    with (
+        open_group(device) as group,
+        logs(given.get("tensorboard") if group.is_first else None, rewarded=rewarded) as log,
+    ):
         train, val = _open(given, network)
-        with show(enabled=group.is_first) as (on_step, on_progress):
+        with show(enabled=group.is_first, rewarded=rewarded) as (on_step, on_progress):
             trained = stage(
                 TrainingPlace(
                     train=train,

@@ -20,8 +20,10 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def show(*, enabled: bool) -> Iterator[tuple[Callable[[Report], None], Callable[[float, str], None]]]:
+def show(*, enabled: bool, rewarded: bool) -> Iterator[tuple[Callable[[Report], None], Callable[[float, str], None]]]:
     """Show a progress bar for steps, with accuracy, mean blocks, reward and the time left, or for named parts.
+
+    `rewarded` says whether there is a policy network that the reward is of.
 
     The beginning of each part is a line as well, which a log keeps; as each epoch is one, too, a log gets no others.
     """
@@ -31,10 +33,9 @@ def show(*, enabled: bool) -> Iterator[tuple[Callable[[Report], None], Callable[
     with progress_of_share("training") if is_on_terminal() else nullcontext(_nothing) as on_progress:
 
         def on_step(report: Report) -> None:
-            figures = (
-                f"accuracy {percent(report.accuracy)}, blocks {report.blocks_mean:.2f}, reward {report.reward:.3f}"
-            )
-            on_progress(report.step / report.n_steps, ", ".join(filter(None, [figures, report.note])))
+            figures = [f"accuracy {percent(report.accuracy)}", f"blocks {report.blocks_mean:.2f}"]
+            figures += [f"reward {report.reward:.3f}"] if rewarded else []
+            on_progress(report.step / report.n_steps, ", ".join(filter(None, [*figures, report.note])))
 
         part = ""
 
@@ -53,11 +54,12 @@ def _nothing(share: float, text: str) -> None:
 
 
 @contextmanager
-def logs(directory: Path | None) -> Iterator[Callable[[Epoch], None]]:
+def logs(directory: Path | None, *, rewarded: bool) -> Iterator[Callable[[Epoch], None]]:
     """Print each epoch's figures, and write them as TensorBoard events where a directory is given."""
     if directory is None:
-        yield _print_epoch
+        yield lambda epoch: _print_epoch(epoch, rewarded=rewarded)
         return
+    names = ["loss", "accuracy", "blocks_mean", *(["reward"] if rewarded else []), "seconds"]
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as exc:
@@ -65,8 +67,8 @@ def logs(directory: Path | None) -> Iterator[Callable[[Epoch], None]]:
     with SummaryWriter(os.fspath(directory)) as writer:
 
         def log(epoch: Epoch) -> None:
-            _print_epoch(epoch)
-            for name in ("loss", "accuracy", "blocks_mean", "reward", "seconds"):
+            _print_epoch(epoch, rewarded=rewarded)
+            for name in names:
                 writer.add_scalar(f"train/{name}", getattr(epoch, name), epoch.epoch)
             for name, value in epoch.validation.items():
                 writer.add_scalar(f"val/{name}", value, epoch.epoch)
@@ -75,13 +77,14 @@ def logs(directory: Path | None) -> Iterator[Callable[[Epoch], None]]:
         yield log
 
 
-def _print_epoch(epoch: Epoch) -> None:
+def _print_epoch(epoch: Epoch, *, rewarded: bool) -> None:
     figures = [
         f"loss {epoch.loss:.4f}",
         f"accuracy {percent(epoch.accuracy, 2)}",
         f"blocks {epoch.blocks_mean:.2f}",
-        f"reward {epoch.reward:.3f}",
     ]
+    if rewarded:
+        figures.append(f"reward {epoch.reward:.3f}")
     if epoch.validation:
         figures.append(
             f"val accuracy {percent(epoch.validation['accuracy'], 2)} with {epoch.validation['blocks_mean']:.2f} blocks"

@@ -58,7 +58,7 @@ _UNITS = {
     "engines": "of largest value",
     "policy": "of keep bits",
     "logits": "largest difference",
-    "top1": "of classes",
+    "top1": "of predictions",
     "accuracy": "points",
 }
 _LOWER_UNITS = {**_UNITS, "logits": "rms, of logits"}
@@ -338,7 +338,7 @@ def _compare_answers(answers: list[_Answer], oracle: TorchClassifier, images: np
     logits = f"policies {', '.join(policies)}; {_strategies(others)}; worst {where}"
     return [
         _rung("logits", errors[where], LOGITS_TOLERANCE, logits),
-        _rung("top1", changed / n_answers, 0.0, f"{changed} of {n_answers} classes differ"),
+        _rung("top1", changed / n_answers, 0.0, f"{changed} of {n_answers} predictions differ"),
     ]
 
 

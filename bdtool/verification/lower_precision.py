@@ -103,7 +103,7 @@ def lower_outputs(
             LOGITS_BOUNDS[precision],
             f"largest difference {np.abs(actual - expected).max():.2g}",
         ),
-        ("top1", changed, CHANGED_BOUNDS[precision], f"{percent(changed, 2)} of the classes change"),
+        ("top1", changed, CHANGED_BOUNDS[precision], f"{percent(changed, 2)} of the predictions change"),
     ]
     if labels is None:
         return [*rows, ("accuracy", None, max_accuracy_drop, "the images have no labels")]

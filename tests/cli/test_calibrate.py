@@ -330,6 +330,12 @@ def test_rare_blocks_are_named(calibrate):
     assert "block_00" not in found["topped_up"]
 
 
+def test_no_block_is_rare_where_all_images_take_one_path(bdtool, bundle_copy, labelled):
+    words = ("calibrate", bundle_copy, "--data", labelled, "--max-accuracy-drop", 100, "--at-least", 20)
+    assert "too few images run it" not in bdtool(*words, "--policy", "all").stdout
+    assert "too few images run it" in bdtool(*words, "--policy", "random:1").stdout
+
+
 def test_the_same_seed_gives_the_same_parts_and_uses_the_cache(calibrate, bundle_copy):
     calibrate("--limit", 30, "--seed", 3)
     first = {name: file.sha256 for name, file in Bundle.open(bundle_copy).files_at("int8").items()}

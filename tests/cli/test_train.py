@@ -58,6 +58,18 @@ def test_three_stages_make_a_model_that_exports(
     bdtool("export", model, "-o", tmp_path / "bundle")
 
 
+def test_reward_is_shown_where_there_is_a_policy_network(
+    bdtool: Callable[..., Result], tiny: Any, base: Path, npz: Path, tmp_path: Path
+) -> None:
+    words = ("--data", npz, *_QUICK, "-o", tmp_path / "model.safetensors")
+    assert ", reward " in bdtool("train", "finetune", tiny.path, *words).stderr
+    assert ", reward " in bdtool("train", "curriculum", base, *words).stderr
+    for without in (("finetune", base, "--policy", "random:2"), ("pretrain", "--arch", "resnet8")):
+        told = bdtool("train", *without, *words).stderr
+        assert "epoch 1 (" in told
+        assert "reward" not in told
+
+
 def test_a_policy_network_sees_what_its_trunk_learned_from(
     bdtool: Callable[..., Result], base: Path, npz: Path, tmp_path: Path
 ) -> None:

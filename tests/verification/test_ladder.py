@@ -70,6 +70,7 @@ def test_whole_bundle_passes_every_rung_in_order(tiny: Any) -> None:
     assert [rung.name for rung in result.rungs] == seen == RUNGS
     assert result.n_images == 12
     assert "all, random:1:0, learned" in _rung(result, "logits").detail
+    assert _rung(result, "top1").detail == "0 of 60 predictions differ"  # policies by strategies: 3 x 12, 2 x 3 x 4
 
 
 def test_policy_network_with_a_hidden_layer_passes_every_rung(export_random: Any) -> None:
