@@ -55,21 +55,33 @@ def collect_ranges(
 
 
 class ResultCache:
-    """Figures by name in a JSON file, written as each becomes known."""
+    """Figures by name in a JSON file, written as each becomes known; a file that was changed since is ignored."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
-        try:
-            self._rows: dict[str, Any] = dict(json_from_bytes(file.read_bytes()))
-        except (OSError, ValueError, TypeError):
-            self._rows = {}
+        self._rows = _rows_in(file)
 
     def get(self, name: str, compute: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
         """Return the row of that name, computed and stored where it was not known."""
         if name not in self._rows:
             self._rows[name] = dict(compute())
-            write_json(self._file, self._rows)
+            write_json(self._file, {"sha256": _digest(self._rows), "rows": self._rows})
         return dict(self._rows[name])
+
+
+def _rows_in(file: Path) -> dict[str, Any]:
+    try:
+        content = json_from_bytes(file.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    match content:
+        case {"sha256": digest, "rows": dict(rows)} if digest == _digest(rows):
+            return rows
+    return {}
+
+
+def _digest(rows: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
 
 
 def _load(file: Path) -> tuple[RangeCollector, int]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -140,8 +142,7 @@ def calibrate(
             f"{bundle.path} is read-only, and its {request.precision} parts would have no place. Make it writable, or "
             "calibrate a copy"
         )
-    work = bundle.path.resolve().with_name(f".{bundle.path.resolve().name}.calibration")
-    work.mkdir(exist_ok=True)
+    work = _workplace(bundle)
     with exclusive_lock(work / "lock", purpose=f"a calibration of {bundle.path}"):
         for left in work.glob(f"{_STAGING}*"):  # by calibrations that were killed, as none other is at work
             shutil.rmtree(left, ignore_errors=True)
@@ -150,6 +151,26 @@ def calibrate(
             calibration = _Calibration(bundle, data, evaluation, policy, request, work, Path(staging), on_progress)
             on_start(calibration.learns_from_judged())
             return calibration.run()
+
+
+def _workplace(bundle: Bundle) -> Path:
+    """Make the directory beside the bundle that holds what a calibration has measured, and return it.
+
+    Raises:
+        BundleError: it cannot be made, or nothing be written beside the bundle, as the lock of a change has to be.
+    """
+    place = bundle.path.resolve()
+    work = place.with_name(f".{place.name}.calibration")
+    try:
+        if is_read_only(place.parent):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        work.mkdir(exist_ok=True)
+    except OSError as exc:
+        raise BundleError(
+            f"{place.parent}: a calibration keeps what it has measured there, in {work.name}, which cannot be written "
+            f"({exc.strerror or exc}). Make that directory writable, or calibrate a copy of the bundle in another one"
+        ) from exc
+    return work
 
 
 def held_out(evaluation: ImageSource, calibrated_on: ImageSource, *, at_least: int) -> ImageSource:

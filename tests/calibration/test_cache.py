@@ -1,5 +1,7 @@
 """An interrupted collection goes on where it stopped, and its ranges are those of one that was not."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -90,3 +92,21 @@ def test_results_are_computed_once(tmp_path):
     assert ResultCache(tmp_path / "r.json").get("block_00", compute) == {"ms": 1.5}
     assert ResultCache(tmp_path / "r.json").get("block_00", compute) == {"ms": 1.5}
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text.replace("0.02", "9.02"),
+        lambda text: text.replace("drop", "dorp"),
+        lambda text: text.replace("sha256", "sha1"),
+        lambda text: json.dumps({"block_00": {"drop": 0.02}}),
+        lambda text: "[]",
+    ],
+)
+def test_damaged_results_are_computed_anew(tmp_path, damage):
+    file = tmp_path / "r.json"
+    expected = ResultCache(file).get("block_00", lambda: {"drop": 0.02, "flips": None})
+    file.write_text(damage(file.read_text()))
+    assert ResultCache(file).get("block_00", lambda: expected) == expected
+    assert ResultCache(file).get("block_00", lambda: pytest.fail("computed again")) == expected

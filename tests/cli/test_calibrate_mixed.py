@@ -37,7 +37,7 @@ def test_mixed_times_anew_what_it_takes_from_an_earlier_run(calibrate, bundle_co
     """The machine may have been busy then, or asleep."""
     calibrate("--precision", "mixed")
     [cached] = bundle_copy.with_name(".bundle.calibration").glob("sensitivity-*.json")
-    assert not any("ms" in figure for row in json.loads(cached.read_bytes()).values() for figure in row)
+    assert not any("ms" in figure for row in json.loads(cached.read_bytes())["rows"].values() for figure in row)
     monkeypatch.setattr(
         "bdtool.calibrating.sensitivity._Bench.sensitivity", lambda bench, name: pytest.fail("measured again")
     )

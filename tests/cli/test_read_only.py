@@ -57,6 +57,15 @@ def test_read_only_bundle_is_neither_replaced_nor_calibrated(read_only, bdtool, 
     assert sorted(read_only.parent.iterdir()) == beside
 
 
+def test_directory_of_a_bundle_that_is_read_only_is_named(bundle_copy, bdtool, npz, monkeypatch, digests):
+    parent, before, real = bundle_copy.parent, digests(bundle_copy), os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path != parent and real(path, mode))
+    message = bdtool("calibrate", bundle_copy, "--data", npz, status=1).stderr
+    assert f"Error: {parent}: a calibration keeps what it has measured there, in .bundle.calibration" in message
+    assert "cannot be written (Permission denied). Make that directory writable, or calibrate a copy" in message
+    assert digests(bundle_copy) == before
+
+
 def test_masks_of_a_read_only_bundle_are_not_counted(read_only, bdtool, npz, monkeypatch, digests):
     monkeypatch.setattr("bdtool.frequent_masks.frequent_masks", lambda *_, **__: pytest.fail("counted"))
     before = digests(read_only)
