@@ -35,10 +35,10 @@ def compare_cmd(a: Path, b: Path, max_slowdown: float, json_file: str | None) ->
 
     A regression is a median or a ratio to `full` that grew by more than the bound and beyond its spread over rounds;
     of two precisions only a median, as each has a `full` of its own. The exit status is then 1. Profiles of different
-    machines, threads, batches or policies are not comparable: what differs is listed, there is no verdict, and the exit
-    status is 1 as well. Weights, images and given keep bits are compared by their digests, not by their names. The exit
-    status is 1, too, where one of them is of a run that `profile` found UNSTABLE: nothing was shown to be as fast as
-    before. Measure that one again.
+    machines, threads, batches or policies, or without a strategy in common, are not comparable: what differs is listed,
+    there is no verdict, and the exit status is 1 as well. Weights, images and given keep bits are compared by their
+    digests, not by their names. The exit status is 1, too, where one of them is of a run that `profile` found UNSTABLE:
+    nothing was shown to be as fast as before. Measure that one again.
 
     \b
     Example:

@@ -53,7 +53,8 @@ class Change:
 class Comparison:
     """What came out. `regressions` are figures that grew by more than the bound and more than their spread.
 
-    Where the profiles are not comparable, or one is of an unstable run, there is no verdict, and no regressions.
+    Where the profiles are not comparable, as they have no strategy in common, for instance, or one is of an unstable
+    run, there is no verdict, and no regressions.
     """
 
     strategies: dict[str, dict[str, Change]]
@@ -86,8 +87,8 @@ class Comparison:
 
     @property
     def incomparable(self) -> tuple[str, ...]:
-        """The differences of settings and machine, beside which the figures say little."""
-        return _beside(self.differences)
+        """The differences of settings and machine, beside which the figures say little; "strategies" if all differ."""
+        return (*_beside(self.differences), *(() if self.strategies else ("strategies",)))
 
     def to_json(self) -> dict[str, Any]:
         return {

@@ -67,6 +67,21 @@ def test_other_machine_is_a_loud_warning_and_no_verdict(bdtool, write, median):
     assert "no verdict: the profiles are not comparable (threads)" in result.stdout
 
 
+def test_strategy_that_vanished_is_a_warning_and_none_in_common_no_verdict(bdtool, bdtool_json, write):
+    before, after = _profile(4), _profile(4)
+    a = write("a.json", before)
+    del after["strategies"]["chain"]
+    told = bdtool("compare", a, write("b.json", after))
+    assert f"warning: only {a} has chain, which cannot be compared" in told.stderr
+    del before["strategies"]["full"]
+    words = ("compare", write("a.json", before), write("b.json", after))
+    told = bdtool(*words, status=1)
+    assert "differ in strategies; their figures answer different questions" in told.stderr
+    assert "no verdict: the profiles are not comparable (strategies)" in told.stdout
+    found = bdtool_json(*words, status=1)
+    assert (found["ok"], found["verdict"], found["comparable"]) == (False, "not comparable", False)
+
+
 @pytest.mark.parametrize("median", [4, 5])
 def test_unstable_run_is_said_and_no_verdict(bdtool, write, median):
     noisy = _profile(median) | {"unstable": ["chain: 0.7 of `full` by means, 0.1 by medians of equal work"]}

@@ -38,6 +38,14 @@ def test_equal_profiles_have_no_regression():
     assert result.strategies["chain"]["median_ms"].relative == 0
 
 
+def test_profiles_without_a_common_strategy_have_no_verdict():
+    a, b = profile_json(), profile_json()
+    del a["strategies"]["full"], b["strategies"]["chain"]
+    result = _compare(a, b)
+    assert (result.ok, result.verdict, result.incomparable) == (False, "not comparable", ("strategies",))
+    assert (result.only_in_a, result.only_in_b) == (("chain",), ("full",))
+
+
 def test_slower_strategy_is_a_regression_of_both_figures():
     result = _compare(profile_json(4), profile_json(4.4))
     assert result.regressions == {"full": (), "chain": ("median_ms", "ratio_to_full")}
