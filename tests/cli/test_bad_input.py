@@ -253,7 +253,7 @@ def test_wrong_size_shows_the_option_that_helps(bdtool, bdtool_json, tiny, tmp_p
     [
         ("1010", "got 4 bits, the model has 3 blocks"),
         ("first:4", "got K = 4, the model has 3 blocks"),
-        ("12x", "not a form of POLICY. POLICY is one of: learned, all, none"),
+        ("12x", "not a form of POLICY. POLICY is one of: learned[:THRESHOLD], all, none"),
         ("absent.npy", "no such file"),
     ],
 )
