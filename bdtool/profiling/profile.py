@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -15,6 +14,7 @@ from bdtool.profiling.environment import clock_warnings, describe_environment, d
 from bdtool.profiling.instrumented import InstrumentedPass, run_instrumented
 from bdtool.profiling.line import fit_lines
 from bdtool.profiling.measure import measure
+from bdtool.profiling.memory import peak_memory_mib
 from bdtool.profiling.opening import Opened, open_all, require_batch, strategy_names
 from bdtool.profiling.recommending import recommend, record
 from bdtool.profiling.result import Profile
@@ -77,7 +77,7 @@ def profile(
         before = describe_gpu(place.device)
         samples = measure(opened.runtimes, workload, settings, on_round=steps.share)
         gpu = describe_gpu(place.device)
-        peak_memory_mib, paths, graphs = _peak_memory_mib(), opened.path_figures(), opened.graph_choices()
+        peak_mib, paths, graphs = peak_memory_mib(), opened.path_figures(), opened.graph_choices()
         steps.next()
         passes = _instrumented(opened, workload, settings)
         lines = fit_lines(opened.of_bundle, samples, workload, settings, on_round=steps.share)
@@ -116,7 +116,7 @@ def profile(
         sweep=swept,
         paths=paths,
         graphs=graphs,
-        peak_memory_mib=peak_memory_mib,
+        peak_memory_mib=peak_mib,
     )
     return _recommended(result, bundle, place.store(bundle).directory) if AUTO in strategies else result
 
@@ -180,10 +180,6 @@ def _recommended(result: Profile, bundle: Bundle, directory: Path) -> Profile:
     return replace(
         result, recommendation=recommendation, is_recorded=is_recorded, warnings=[*result.warnings, *warnings]
     )
-
-
-def _peak_memory_mib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # KiB on Linux
 
 
 def _policy_network(has_policy: bool, is_learned: bool) -> str:
