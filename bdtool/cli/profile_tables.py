@@ -34,7 +34,7 @@ def print_profile(data: dict[str, Any]) -> None:
     if data["split"]["strategies"]:
         _print_split(data["split"])
     if data["latency_against_blocks"]:
-        _print_lines(data["latency_against_blocks"])
+        _print_lines(data["latency_against_blocks"], n_blocks=round(data["strategies"]["full"]["blocks_mean"]))
     if data["sweep"]:
         _print_sweep(data["sweep"])
     if data["parts"]:
@@ -154,25 +154,44 @@ def _print_device(rows: dict[str, Any]) -> None:
     print_table(columns, cells, title=title)
 
 
-def _print_lines(lines: dict[str, Any]) -> None:
+def _print_lines(lines: dict[str, Any], *, n_blocks: int) -> None:
     rows = [
         [
             name,
             f"{line['fixed_ms']:.3f}",
             f"{line['per_block_ms']:.4f}",
-            "-" if line["break_even_blocks"] is None else f"{line['break_even_blocks']:.1f}",
+            _break_even(line["break_even_blocks"], n_blocks),
+            line["against"],
             "-" if line["r_squared"] is None else f"{line['r_squared']:.3f}",
             str(line["n_requests"]),
         ]
         for name, line in lines.items()
     ]
-    columns = ["strategy", "fixed ms", "ms a block", "break-even blocks", "R^2", "requests"]
-    print_table(columns, rows, title="Latency of a request against blocks run, against `full`")
+    columns = ["strategy", "fixed ms", "ms a block", "break-even blocks", "against", "R^2", "requests"]
+    print_table(columns, rows, title="Latency of a request against blocks run")
+    click.echo(_break_even_note(lines, n_blocks))
     if odd := [name for name, line in lines.items() if line["fixed_ms"] < 0]:
         click.echo(f"{', '.join(odd)}: no cost is below 0; noise bends the line, so take its break-even with care")
     for points in dict.fromkeys(line["points"] for line in lines.values()):
         names = [name for name, line in lines.items() if line["points"] == points]
         click.echo(f"{', '.join(names)}: {points}")
+
+
+def _break_even(blocks: float | None, n_blocks: int) -> str:
+    if blocks is None:
+        return "-"
+    if 0 < blocks < n_blocks:
+        return f"{blocks:.1f}"
+    return "never" if blocks <= 0 else "always"
+
+
+def _break_even_note(lines: dict[str, Any], n_blocks: int) -> str:
+    """Say which static network each strategy is faster than below its break-even point, and what the words mean."""
+    names: dict[str, list[str]] = {}
+    for name, line in lines.items():
+        names.setdefault(line["against"], []).append(name)
+    compared = "; ".join(f"{', '.join(some)} against `{full}`" for full, some in names.items())
+    return f"break-even: {compared} (always: faster even with all {n_blocks} blocks; never: slower even with none)"
 
 
 def _print_sweep(sweep: dict[str, Any]) -> None:

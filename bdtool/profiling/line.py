@@ -9,7 +9,7 @@ import numpy as np
 
 from bdtool.profiling.measure import Track, alternate, samples_of
 from bdtool.profiling.statistics import Samples
-from bdtool.profiling.workload import BASELINE, Settings, Workload, is_static, runner
+from bdtool.profiling.workload import BASELINE, Settings, Workload, baseline_of, is_static, runner
 from bdtool.runtime.orchestrator import Orchestrator
 from bdtool.runtime.path_cache import PathOptions
 from bdtool.runtime.policies import parse_policy
@@ -27,9 +27,9 @@ _REQUESTS_OF_A_POINT = 10  # of large batches, those that are not counted includ
 
 @dataclass(frozen=True, kw_only=True)
 class BlocksLine:
-    """latency of a request = fixed_ms + per_block_ms x blocks run (mean over its images), and where it meets `full`.
+    """latency of a request = fixed_ms + per_block_ms x blocks run (mean over its images), and where it meets `against`.
 
-    `break_even_blocks` may lie beyond the blocks there are (always faster than `full`) or below 0 (never).
+    `break_even_blocks` may lie beyond the blocks there are (always faster) or below 0 (never).
     """
 
     fixed_ms: float
@@ -39,17 +39,23 @@ class BlocksLine:
     n_counts: int  # different numbers of blocks
     n_requests: int
     points: str  # where they come from
+    against: str = BASELINE  # the static network that `break_even_blocks` is about
 
     def latency_ms(self, blocks: float) -> float:
         return self.fixed_ms + self.per_block_ms * blocks
 
 
-def fit_line(samples: Samples, full_ms: float, *, points: str = FROM_WORKLOAD) -> BlocksLine | None:
+def fit_line(
+    samples: Samples, full_ms: float, *, points: str = FROM_WORKLOAD, against: str = BASELINE
+) -> BlocksLine | None:
     """Fit a line by least squares through the median latency of each number of blocks run.
 
     Medians, weighted by how many requests they stand for: single slow requests must not tilt the line. Numbers of
     blocks with fewer than three requests are left out, and so are requests of `path` that missed: those are the
     chain's. None where fewer than three numbers of blocks are left.
+
+    Args:
+        full_ms: median of a request to the static network `against`.
     """
     hit = np.ones(len(samples.latency_ms), dtype=bool) if samples.hits is None else samples.hits == 1
     latency, blocks = samples.latency_ms[hit], samples.blocks_run[hit]
@@ -68,6 +74,7 @@ def fit_line(samples: Samples, full_ms: float, *, points: str = FROM_WORKLOAD) -
         n_counts=len(counts),
         n_requests=int(weights.sum()),
         points=points,
+        against=against,
     )
 
 
@@ -82,28 +89,31 @@ def fit_lines(
     """Return the line of each strategy, from its samples or, where those run equally many blocks, from extra points.
 
     Args:
-        runtimes: `full` and the strategies; static networks are not fitted.
+        runtimes: `full` and the strategies; static networks are not fitted, but compared with: a strategy with
+            `full@<precision>` where that is there, else with `full`.
     """
-    full_ms = samples[BASELINE].median_ms
-    lines = {name: fit_line(samples[name], full_ms) for name in runtimes if not is_static(name)}
-    missing = [name for name, line in lines.items() if line is None]
+    against = {name: baseline_of(name, runtimes) for name in runtimes if not is_static(name)}
+    lines = {name: fit_line(samples[name], samples[full].median_ms, against=full) for name, full in against.items()}
+    missing = {name: against[name] for name, line in lines.items() if line is None}
     if missing:
-        wanted = {name: runtime for name, runtime in runtimes.items() if name == BASELINE or name in missing}
-        lines |= _lines_through_points(wanted, workload, settings, full_ms, on_round)
+        full_ms = max(samples[full].median_ms for full in missing.values())
+        lines |= _lines_through_points(runtimes, missing, workload, settings, full_ms, on_round)
     return {name: line for name, line in lines.items() if line is not None}
 
 
 def _lines_through_points(
     runtimes: Mapping[str, Orchestrator],
+    against: Mapping[str, str],
     workload: Workload,
     settings: Settings,
     full_ms: float,
     on_round: Callable[[float], None],
 ) -> dict[str, BlocksLine | None]:
-    """Measure a few numbers of blocks and `full` in alternating rounds; with the policy network, as elsewhere.
+    """Measure a few numbers of blocks and static networks in alternating rounds; with the policy network, as elsewhere.
 
     Args:
-        full_ms: median of a request to `full` so far.
+        against: the strategies to fit, and the static network that each is compared with.
+        full_ms: median of a request to the slowest of these networks so far.
     """
     network = runtimes[BASELINE].network
     n_steps = _n_steps(settings, full_ms)
@@ -116,9 +126,12 @@ def _lines_through_points(
     n_rounds = _ROUNDS if settings.batch <= _ROUND_IMAGES else _ROUNDS_OF_LARGE_BATCHES
     text = FROM_POINTS.format(counts=",".join(map(str, counts)))
     short = replace(settings, warmup_ms=settings.warmup_ms / len(counts))
-    others = {name: _with_masks(runtime, keeps) for name, runtime in runtimes.items() if name != BASELINE}
+    others = {name: _with_masks(runtimes[name], keeps) for name in against}
     try:
-        full = Track(run=runner(BASELINE, runtimes[BASELINE]), requests=workload.requests(settings.batch))
+        static = {
+            name: Track(run=runner(name, runtimes[name]), requests=workload.requests(settings.batch))
+            for name in dict.fromkeys(against.values())
+        }
         tracks = {
             f"{name} {count}": Track(
                 run=runner(name, runtime), requests=Workload(images=images, keep=keep).requests(settings.batch)
@@ -126,18 +139,18 @@ def _lines_through_points(
             for name, runtime in others.items()
             for count, keep in zip(counts, keeps, strict=True)
         }
-        alternate({BASELINE: full, **tracks}, short, round_images=_ROUND_IMAGES, max_rounds=n_rounds, on_round=on_round)
+        alternate({**static, **tracks}, short, round_images=_ROUND_IMAGES, max_rounds=n_rounds, on_round=on_round)
     finally:
         for runtime in others.values():
             runtime.close()
-    full_ms = float(np.median(full.latency_ms))  # of the same rounds as the points
     return {
         name: fit_line(
             _joined([samples_of(name, tracks[f"{name} {count}"], network, settings.batch) for count in counts]),
-            full_ms,
+            float(np.median(static[full].latency_ms)),  # of the same rounds as the points
             points=text,
+            against=full,
         )
-        for name in others
+        for name, full in against.items()
     }
 
 

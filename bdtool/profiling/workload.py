@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -107,6 +107,12 @@ def contender_of(name: str) -> Contender:
 def is_static(name: str) -> bool:
     """Say whether what is measured under that name is a static ResNet: `full`, or `full:<arch>` of another bundle."""
     return contender_of(name).strategy == BASELINE or name.startswith(f"{BASELINE}:")
+
+
+def baseline_of(name: str, measured: Container[str]) -> str:
+    """Return the static network to compare a strategy with: `full` in its precision where measured, else `full`."""
+    own = f"{BASELINE}@{contender_of(name).precision}"
+    return own if own in measured else BASELINE
 
 
 def heads_page(name: str) -> bool:

@@ -168,10 +168,31 @@ def test_json_has_null_where_a_number_is_not_finite(tmp_path, capsys, to_file):
     assert json.loads(text) == {"error": None, "rows": [[1.5, None]], "ok": False}
 
 
+LINE = {
+    "fixed_ms": 0.2,
+    "per_block_ms": 0.3,
+    "break_even_blocks": 15.3,
+    "r_squared": 0.96,
+    "n_requests": 36,
+    "points": "extra",
+    "against": "full",
+}
+
+
 def test_a_cost_below_nothing_is_called_noise(capsys):
-    line = {"per_block_ms": 0.3, "break_even_blocks": 15.3, "r_squared": 0.96, "n_requests": 36, "points": "extra"}
-    _print_lines({"path": {**line, "fixed_ms": -0.6}, "chain": {**line, "fixed_ms": 0.2}})
+    _print_lines({"path": {**LINE, "fixed_ms": -0.6}, "chain": LINE}, n_blocks=54)
     assert "\npath: no cost is below 0; noise bends the line" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("blocks", "said"), [(None, "-"), (-0.1, "never"), (0, "never"), (6.26, "6.3"), (8, "always"), (29, "always")]
+)
+def test_break_even_is_a_number_of_blocks_that_there_are(capsys, blocks, said):
+    _print_lines({"chain@int8": {**LINE, "break_even_blocks": blocks, "against": "full@int8"}}, n_blocks=8)
+    text = capsys.readouterr().out
+    [row] = [line.split() for line in text.splitlines() if line.startswith("chain@int8 ")][:1]
+    assert row[3:5] == [said, "full@int8"]
+    assert "\nbreak-even: chain@int8 against `full@int8` (always: faster even with all 8 blocks; never: " in text
 
 
 def test_warnings_of_the_log_look_like_those_of_a_command(start_bdtool, tiny, picture):

@@ -9,7 +9,7 @@ import pytest
 from bdtool.profiling.line import FROM_WORKLOAD, fit_line, fit_lines
 from bdtool.profiling.measure import measure
 from bdtool.profiling.statistics import Samples
-from bdtool.profiling.workload import Settings, Workload
+from bdtool.profiling.workload import Settings, Workload, is_static
 from bdtool.runtime.result import RunResult
 from export.bundle import Bundle
 
@@ -64,14 +64,15 @@ def test_free_blocks_never_break_even():
 
 
 class _Clocked:
-    """A runtime whose clock moves by a known time for each request."""
+    """A runtime whose clock moves by a known time for each request; `factor` times that of FP32."""
 
-    def __init__(self, network, clock, *, is_full):
-        self.network, self._clock, self._is_full, self.closed = network, clock, is_full, False
+    def __init__(self, network, clock, *, is_full, factor=1.0):
+        self.network, self._clock, self._is_full, self._factor, self.closed = network, clock, is_full, factor, False
 
     def run(self, images, policy=None):
         keep = np.ones((len(images), self.network.n_blocks), dtype=bool) if policy is None else policy
-        self._clock[0] += (FULL_MS if self._is_full else FIXED_MS + BLOCK_MS * keep.sum(axis=1).mean()) / 1000
+        ms = FULL_MS if self._is_full else FIXED_MS + BLOCK_MS * keep.sum(axis=1).mean()
+        self._clock[0] += self._factor * ms / 1000
         return RunResult(logits=np.zeros((len(images), 10)), policy=keep)
 
     def run_with_policy_cost(self, images, policy):
@@ -89,8 +90,20 @@ class _Clocked:
 def clocked(tiny, monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    return _runtimes(tiny, clock, {"full": 1, "chain": 1})
+
+
+@pytest.fixture
+def both_precisions(tiny, monkeypatch):
+    """INT8 takes a third of the time of FP32, `full` half of it."""
+    clock = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    return _runtimes(tiny, clock, {"full": 1, "full@int8": 1 / 2, "chain": 1, "chain@int8": 1 / 3})
+
+
+def _runtimes(tiny, clock, factors):
     network = Bundle.open(tiny.bundle).network
-    return {name: _Clocked(network, clock, is_full=name == "full") for name in ("full", "chain")}
+    return {name: _Clocked(network, clock, is_full=is_static(name), factor=factor) for name, factor in factors.items()}
 
 
 FIXED = Workload(images=np.zeros((6, 32, 32, 3), np.uint8), keep=np.tile([True, False, True], (6, 1)))
@@ -108,6 +121,19 @@ def test_a_fixed_policy_is_measured_at_extra_points(clocked, batch):
     assert "distribute:0,1,2,3" in line.points
     assert [sum(mask) for mask in clocked["chain"].masks] == [0, 1, 2, 3]  # a path strategy would join these
     assert clocked["chain"].closed
+
+
+@pytest.mark.parametrize("keep", [FIXED.keep, np.tril(np.ones((6, 3), dtype=bool), -1)], ids=["points", "workload"])
+def test_a_precision_breaks_even_with_full_in_that_precision(both_precisions, keep):
+    settings, workload = Settings(warmup_ms=0, duration_s=0.1), replace(FIXED, keep=keep)
+    samples = measure(both_precisions, workload, settings)
+    lines = fit_lines(both_precisions, samples, workload, settings)
+    assert {name: line.against for name, line in lines.items()} == {"chain": "full", "chain@int8": "full@int8"}
+    # INT8: (5 / 2 - 2 / 3) / (0.5 / 3)
+    assert [line.break_even_blocks for line in lines.values()] == pytest.approx([6, 11])
+    del both_precisions["full@int8"]
+    alone = fit_lines(both_precisions, samples, workload, settings)["chain@int8"]
+    assert (alone.against, alone.break_even_blocks) == ("full", pytest.approx((5 - 2 / 3) / (0.5 / 3)))
 
 
 @pytest.mark.parametrize(("batch", "n_counts"), [(1, 4), (2, 3)])
