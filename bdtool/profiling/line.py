@@ -21,6 +21,8 @@ _ROUND_IMAGES = 20
 _ROUNDS = 6  # of each point: a duration would be spent on the fastest of them
 _ROUNDS_OF_LARGE_BATCHES = 2
 _MIN_COUNTS = 3  # a line through two points always fits
+_MIN_SPAN = 1 / 4  # of all blocks, between the fewest and the most
+_MIN_SPAN_OF_MEANS = 1 / 3  # of batches: equal means hide different work, which is noise to the line
 _MIN_REQUESTS = 3  # of a number of blocks, to have a median
 _REQUESTS_OF_A_POINT = 10  # of large batches, those that are not counted included
 
@@ -46,16 +48,18 @@ class BlocksLine:
 
 
 def fit_line(
-    samples: Samples, full_ms: float, *, points: str = FROM_WORKLOAD, against: str = BASELINE
+    samples: Samples, full_ms: float, *, points: str = FROM_WORKLOAD, against: str = BASELINE, n_blocks: int = 0
 ) -> BlocksLine | None:
     """Fit a line by least squares through the median latency of each number of blocks run.
 
     Medians, weighted by how many requests they stand for: single slow requests must not tilt the line. Numbers of
     blocks with fewer than three requests are left out, and so are requests of `path` that missed: those are the
-    chain's. None where fewer than three numbers of blocks are left.
+    chain's. None where fewer than three numbers of blocks are left, or where those span less than a quarter of
+    `n_blocks`, of batches a third: such a line would be noise, drawn out to where it meets `full`.
 
     Args:
         full_ms: median of a request to the static network `against`.
+        n_blocks: blocks there are; 0: any span will do.
     """
     hit = np.ones(len(samples.latency_ms), dtype=bool) if samples.hits is None else samples.hits == 1
     latency, blocks = samples.latency_ms[hit], samples.blocks_run[hit]
@@ -63,7 +67,8 @@ def fit_line(
     medians = np.array([np.median(latency[inverse == i]) for i in range(len(counts))])
     enough = weights >= _MIN_REQUESTS
     counts, medians, weights = counts[enough], medians[enough], weights[enough]
-    if len(counts) < _MIN_COUNTS:
+    min_span = n_blocks * (_MIN_SPAN if samples.batch == 1 else _MIN_SPAN_OF_MEANS)
+    if len(counts) < _MIN_COUNTS or np.ptp(counts) < min_span:
         return None
     per_block_ms, fixed_ms = (float(value) for value in np.polyfit(counts, medians, 1, w=np.sqrt(weights)))
     return BlocksLine(
@@ -86,14 +91,17 @@ def fit_lines(
     *,
     on_round: Callable[[float], None] = lambda share_done: None,
 ) -> dict[str, BlocksLine]:
-    """Return the line of each strategy, from its samples or, where those run equally many blocks, from extra points.
+    """Return the line of each strategy, from its samples or, where those run much the same blocks, from extra points.
 
     Args:
         runtimes: `full` and the strategies; static networks are not fitted, but compared with: a strategy with
             `full@<precision>` where that is there, else with `full`.
     """
     against = {name: baseline_of(name, runtimes) for name in runtimes if not is_static(name)}
-    lines = {name: fit_line(samples[name], samples[full].median_ms, against=full) for name, full in against.items()}
+    lines = {
+        name: fit_line(samples[name], samples[full].median_ms, against=full, n_blocks=runtimes[name].network.n_blocks)
+        for name, full in against.items()
+    }
     missing = {name: against[name] for name, line in lines.items() if line is None}
     if missing:
         full_ms = max(samples[full].median_ms for full in missing.values())

@@ -51,6 +51,21 @@ def test_two_numbers_of_blocks_are_no_line():
     assert fit_line(_on_the_line([3, 6, 9], n=2), FULL_MS) is None
 
 
+@pytest.mark.parametrize(
+    ("batch", "n_blocks", "there"),
+    [(1, 0, True), (1, 20, True), (1, 21, False), (2, 0, True), (2, 15, True), (2, 16, False)],
+)
+def test_numbers_of_blocks_that_lie_close_together_are_no_line(batch, n_blocks, there):
+    """They lie within five blocks of each other."""
+    samples = replace(_on_the_line([4.5, 7, 8.25, 9.5]), batch=batch)
+    assert (fit_line(samples, FULL_MS, n_blocks=n_blocks) is not None) == there
+
+
+def test_single_requests_far_off_do_not_widen_the_span():
+    samples = _on_the_line([0, *[7] * 3, *[8] * 3, *[9] * 3, 15], n=1)
+    assert fit_line(samples, FULL_MS, n_blocks=15) is None
+
+
 def test_missed_requests_of_path_are_left_out():
     samples = _on_the_line([0, 4, 8], n=4)
     hits = np.tile([1.0, 1.0, 1.0, 0.0], 3)
@@ -142,6 +157,17 @@ def test_batches_longer_than_the_duration_get_the_fewest_points(clocked, batch, 
     line = fit_lines(clocked, measure(clocked, FIXED, settings), FIXED, settings)["chain"]
     assert line.n_counts == n_counts
     assert (line.fixed_ms, line.per_block_ms) == pytest.approx((FIXED_MS, BLOCK_MS))
+
+
+def test_batches_whose_means_hardly_vary_are_measured_at_extra_points(clocked):
+    settings = Settings(batch=8, warmup_ms=0, duration_s=0.1)
+    keep = np.tril(np.ones((4, 3), dtype=bool), -1)  # 0 to 3 blocks
+    keep = np.concatenate([keep, keep, keep, keep[[1] * 4], keep, keep[[2] * 4]])  # means 1.5, 1.25, 1.75
+    workload = Workload(images=np.zeros((24, 32, 32, 3), np.uint8), keep=keep)
+    samples = measure(clocked, workload, settings)
+    assert len(set(samples["chain"].blocks_run)) == 3
+    line = fit_lines(clocked, samples, workload, settings)["chain"]
+    assert "distribute:0,1,2,3" in line.points
 
 
 def test_a_workload_that_varies_needs_no_extra_points(clocked):
