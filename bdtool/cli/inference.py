@@ -169,13 +169,19 @@ def evaluate_cmd(
 @click.option("--baseline", type=BUNDLE, help="Another bundle, whose static ResNet is measured as full:<arch>.")
 @click.option("--sweep", is_flag=True, help="Measure throughput at batch 1, 8, 32 and 64 as well.")
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Images of one request.")
-@click.option("--warmup", type=FiniteRange(min=0), default=200, show_default=True, help="Milliseconds a strategy.")
+@click.option(
+    "--warmup",
+    type=FiniteRange(min=0),
+    default=200,
+    show_default=True,
+    help="Milliseconds a strategy, and at least the requests of a round; 0: one request of each strategy.",
+)
 @click.option(
     "--duration",
     type=FiniteRange(min=0, min_open=True),
     default=3,
     show_default=True,
-    help="Seconds measured, at least, for each strategy.",
+    help="Seconds measured, at least, for each strategy; the shortest run is four rounds of 5 images.",
 )
 @click.option(
     "--percentile",
@@ -214,8 +220,8 @@ def profile_cmd(
     """Measure latency for each image, strategies side by side in one run, always beside the `full` baseline.
 
     512 images, drawn from DATA with seed 0, are run again and again. The strategies take turns, some 50 images at a
-    time, so that a busy machine slows them alike; compare the ratios, each the median over rounds of the ratio of mean
-    latencies.
+    time (a round; fewer where they take longer than a quarter of the duration), so that a busy machine slows them
+    alike; compare the ratios, each the median over rounds of the ratio of mean latencies.
 
     \b
     Example:

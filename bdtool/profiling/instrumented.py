@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from bdtool.profiling.device_times import DeviceTimes
-from bdtool.profiling.workload import Workload, runner
+from bdtool.profiling.workload import Run, Workload, runner
 from bdtool.runtime.orchestrator import Orchestrator
 from bdtool.runtime.path_cache import PathOptions
 from bdtool.specs import PartSpec
@@ -27,6 +27,7 @@ DEVICE_NOTE = (
 )
 _REQUESTS = 60  # of one image; fewer of larger batches
 _MIN_REQUESTS = 8
+_FEWEST_REQUESTS = 3  # where the duration holds no more
 # A path, a fused or a full engine is one call for all that it joins.
 _COMPONENTS = {"policy": "policy", "stem": "stem", "block": "blocks", "shortcut": "blocks", "head": "head"}
 _ONE_ENGINE = "one_engine"
@@ -123,11 +124,18 @@ class InstrumentedPass:
 
 
 def run_instrumented(
-    name: str, runtime: Orchestrator, workload: Workload, *, batch: int = 1, paths: PathOptions | None = None
+    name: str,
+    runtime: Orchestrator,
+    workload: Workload,
+    *,
+    batch: int = 1,
+    duration_s: float = 3,
+    paths: PathOptions | None = None,
 ) -> InstrumentedPass:
     """Run some requests with a clock around preprocessing and around each engine call of a strategy.
 
     Args:
+        duration_s: of all of it; three requests are run and counted, however long they take.
         paths: of a `path` strategy: the engines to join for this pass.
     """
     timer = runtime.device_timer
@@ -151,9 +159,7 @@ def run_instrumented(
 
     with runtime.timed(wrap, paths=paths) as other:
         run = runner(name, other)
-        n_requests = max(_MIN_REQUESTS, _REQUESTS // batch)
-        for i in range(n_requests):  # binds and warms what the counted requests need
-            run(*workload.request(i, batch))
+        n_requests = _warm_up(run, workload, batch, limit_s=duration_s / 2)
         if timer is not None:
             timer.collect()
         seen.forget_warm_up()
@@ -172,6 +178,17 @@ def run_instrumented(
                     device.add("host", seen.total_ms[-1])
                     device.close_request()
     return seen
+
+
+def _warm_up(run: Run, workload: Workload, batch: int, *, limit_s: float) -> int:
+    """Bind and warm what the counted requests need: run them uncounted. Return how many there are within the limit."""
+    stop = time.perf_counter() + limit_s
+    most = max(_MIN_REQUESTS, _REQUESTS // batch)
+    for i in range(most):
+        if i >= _FEWEST_REQUESTS and time.perf_counter() >= stop:
+            return i
+        run(*workload.request(i, batch))
+    return most
 
 
 def _clocked(call: Call, on_ms: Callable[[float], None]) -> Call:

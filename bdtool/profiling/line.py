@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from bdtool.profiling.measure import Track, alternate, samples_of
+from bdtool.profiling.measure import Rounds, Track, alternate, samples_of
 from bdtool.profiling.statistics import Samples
 from bdtool.profiling.workload import BASELINE, Settings, Workload, baseline_of, is_static, runner
 from bdtool.runtime.orchestrator import Orchestrator
@@ -19,12 +19,12 @@ FROM_POINTS = "extra points: the same images with distribute:{counts}, in altern
 N_STEPS = 6
 _ROUND_IMAGES = 20
 _ROUNDS = 6  # of each point: a duration would be spent on the fastest of them
-_ROUNDS_OF_LARGE_BATCHES = 2
+_FEWEST_ROUNDS = 2  # of large batches, and where six would take longer than the duration
 _MIN_COUNTS = 3  # a line through two points always fits
 _MIN_SPAN = 1 / 4  # of all blocks, between the fewest and the most
 _MIN_SPAN_OF_MEANS = 1 / 3  # of batches: equal means hide different work, which is noise to the line
 _MIN_REQUESTS = 3  # of a number of blocks, to have a median
-_REQUESTS_OF_A_POINT = 10  # of large batches, those that are not counted included
+_REQUESTS_OF_A_POINT = 10  # in the fewest rounds, or six points in a round: those that are not counted included
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,16 +124,16 @@ def _lines_through_points(
         full_ms: median of a request to the slowest of these networks so far.
     """
     network = runtimes[BASELINE].network
-    n_steps = _n_steps(settings, full_ms)
+    n_steps, n_rounds = _n_steps_and_rounds(settings, full_ms)
     counts = sorted({round(step) for step in np.linspace(0, network.n_blocks, n_steps).tolist()})
     images = workload.images
     keeps = [
         parse_policy(f"distribute:{count}", n_blocks=network.n_blocks, has_policy_network=False).matrix(len(images))
         for count in counts
     ]
-    n_rounds = _ROUNDS if settings.batch <= _ROUND_IMAGES else _ROUNDS_OF_LARGE_BATCHES
     text = FROM_POINTS.format(counts=",".join(map(str, counts)))
-    short = replace(settings, warmup_ms=settings.warmup_ms / len(counts))
+    short = replace(settings, warmup_ms=settings.warmup_ms / len(counts), duration_s=settings.duration_s / len(counts))
+    rounds = Rounds(images=_ROUND_IMAGES, least_images=1, number=n_rounds)
     others = {name: _with_masks(runtimes[name], keeps) for name in against}
     try:
         static = {
@@ -147,7 +147,7 @@ def _lines_through_points(
             for name, runtime in others.items()
             for count, keep in zip(counts, keeps, strict=True)
         }
-        alternate({**static, **tracks}, short, round_images=_ROUND_IMAGES, max_rounds=n_rounds, on_round=on_round)
+        alternate({**static, **tracks}, short, rounds=rounds, on_round=on_round)
     finally:
         for runtime in others.values():
             runtime.close()
@@ -162,12 +162,12 @@ def _lines_through_points(
     }
 
 
-def _n_steps(settings: Settings, full_ms: float) -> int:
-    """Return how many numbers of blocks to measure: of batches that take longer than the duration the fewest."""
-    if settings.batch == 1:
-        return N_STEPS
+def _n_steps_and_rounds(settings: Settings, full_ms: float) -> tuple[int, int]:
+    """Return how many numbers of blocks to measure, in how many rounds: the fewest where the duration holds no more."""
     point_s = _REQUESTS_OF_A_POINT * full_ms / 1000
-    return N_STEPS if point_s <= settings.duration_s else _MIN_COUNTS
+    n_steps = N_STEPS if point_s <= settings.duration_s else _MIN_COUNTS
+    is_quick = settings.batch <= _ROUND_IMAGES and _ROUNDS * point_s <= settings.duration_s
+    return n_steps, _ROUNDS if is_quick else _FEWEST_ROUNDS
 
 
 def _with_masks(runtime: Orchestrator, keeps: list[np.ndarray]) -> Orchestrator:

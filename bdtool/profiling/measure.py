@@ -1,12 +1,13 @@
 """Strategies timed in alternating rounds of one run, so that drift and neighbours on the machine hit all alike.
 
-A round runs some 50 images through one strategy, then the same images through the next. Changing the strategy for each
-image would time cold caches; one long block for each would time the machine's drift. The first requests of a round
-bring the caches back and are not counted.
+A round runs some 50 images through one strategy, then the same images through the next; fewer where they take longer
+than a round's share of the duration. Changing the strategy for each image would time cold caches; one long block for
+each would time the machine's drift. The first requests of a round bring the caches back and are not counted.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,9 +20,40 @@ from bdtool.runtime.orchestrator import Orchestrator
 from bdtool.specs import NetworkSpec
 
 ROUND_IMAGES = 50
-_SETTLE_REQUESTS = 3  # not counted at the start of each round
+LEAST_IMAGES = 5  # of a round, however long they take
+_LEAST_ROUND_S = 0.02  # for each strategy, however short the duration: of a fast network that is many requests
+_SETTLE_REQUESTS = 3  # not counted at the start of each round; one where a round is cut short
 _MIN_ROUND_REQUESTS = 2  # of large batches: a median of one would be no median
 _MIN_ROUNDS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rounds:
+    """How a run is cut into rounds."""
+
+    images: int = ROUND_IMAGES  # of one round, at most
+    least_images: int = LEAST_IMAGES
+    number: int | None = None  # exactly so many; None: at least four, until the duration is over
+
+    @property
+    def least(self) -> int:
+        """The fewest rounds there may be."""
+        return _MIN_ROUNDS if self.number is None else self.number
+
+    def n_requests(self, settings: Settings, request_s: float) -> tuple[int, int]:
+        """Return the requests of a round that are counted, and how many are run before them.
+
+        A round takes no longer than its share of the duration, or else holds the fewest images there may be.
+
+        Args:
+            request_s: what a request takes, mean over the tracks.
+        """
+        most = max(_MIN_ROUND_REQUESTS, self.images // settings.batch)
+        round_s = max(_LEAST_ROUND_S, settings.duration_s / self.least)
+        if most * request_s <= round_s:
+            return most, min(_SETTLE_REQUESTS, most)
+        least = max(_MIN_ROUND_REQUESTS, math.ceil(self.least_images / settings.batch))
+        return max(least, int(round_s / request_s)), 1
 
 
 @dataclass(kw_only=True)
@@ -35,6 +67,8 @@ class Track:
     keep: list[np.ndarray] = field(default_factory=list)  # keep bits of each counted request
     hits: list[float] = field(default_factory=list)  # share of path hits of each counted request, where there are any
     spent_s: float = 0.0
+    n_warm: int = 0  # requests of the warm-up
+    quickest_s: float = math.inf  # of them
 
     def samples(self, network: NetworkSpec, *, batch: int, with_policy: bool) -> Samples:
         flops = [network.flops_per_image(keep, with_policy=with_policy).mean() for keep in self.keep]
@@ -75,44 +109,50 @@ def alternate(
     tracks: Mapping[str, Track],
     settings: Settings,
     *,
-    round_images: int = ROUND_IMAGES,
-    max_rounds: int | None = None,
+    rounds: Rounds = Rounds(),
     on_round: Callable[[float], None] = lambda share_done: None,
 ) -> None:
     """Run rounds in turns, swapping the order each time, until every track was measured for the duration.
 
-    Args:
-        max_rounds: stop after so many; None: never before the duration.
+    Where `rounds` gives a number of them, that many are run, whatever the duration.
     """
-    per_round = max(_MIN_ROUND_REQUESTS, round_images // settings.batch)
     for track in tracks.values():
-        _warm_up(track, settings.warmup_ms, per_round)
-    order, n_rounds = list(tracks), 0
-    while n_rounds < _MIN_ROUNDS or min(track.spent_s for track in tracks.values()) < settings.duration_s:
+        _warm_up(track, warmup_ms=settings.warmup_ms, n_requests=1)
+    request_s = float(np.mean([track.quickest_s for track in tracks.values()]))
+    n_requests, n_settling = rounds.n_requests(settings, request_s)
+    if settings.warmup_ms > 0:
+        for track in tracks.values():
+            _warm_up(track, warmup_ms=0, n_requests=n_requests)
+    order, n_rounds, share_done = list(tracks), 0, 0.0
+    while share_done < 1:
         for name in order if n_rounds % 2 == 0 else reversed(order):
-            _run_round(tracks[name], number=n_rounds, n_requests=per_round)
+            _run_round(tracks[name], number=n_rounds, n_requests=n_requests, n_settling=n_settling)
         n_rounds += 1
-        if n_rounds == max_rounds:
-            break
-        slowest = min(track.spent_s for track in tracks.values())
-        on_round(min(1.0, slowest / settings.duration_s, n_rounds / _MIN_ROUNDS))
+        share_done = min(1.0, n_rounds / rounds.least)
+        if rounds.number is None:
+            share_done = min(share_done, *(track.spent_s / settings.duration_s for track in tracks.values()))
+        on_round(share_done)
 
 
-def _warm_up(track: Track, warmup_ms: float, n_requests: int) -> None:
-    """Run requests for that long, and at least those of a round once each: every engine and path is touched.
+def _warm_up(track: Track, *, warmup_ms: float, n_requests: int) -> None:
+    """Run requests for that long, and until `n_requests` of them, or all there are, were run once.
 
-    Of large batches that is two: the others run uncounted at the start of their own rounds.
+    With those of a round every engine and path that it takes is touched. Of large batches a round has two: the others
+    run uncounted at the start of their own rounds.
     """
-    stop = time.perf_counter() + warmup_ms / 1000
-    count = 0
-    while time.perf_counter() < stop or count < min(len(track.requests), n_requests):
-        track.run(*track.requests[count % len(track.requests)])
-        count += 1
+    now = time.perf_counter()
+    stop = now + warmup_ms / 1000
+    while now < stop or track.n_warm < min(len(track.requests), n_requests):
+        start = now
+        track.run(*track.requests[track.n_warm % len(track.requests)])
+        now = time.perf_counter()
+        track.quickest_s = min(track.quickest_s, now - start)
+        track.n_warm += 1
 
 
-def _run_round(track: Track, *, number: int, n_requests: int) -> None:
+def _run_round(track: Track, *, number: int, n_requests: int, n_settling: int) -> None:
     first, requests = number * n_requests, track.requests
-    for i in range(min(_SETTLE_REQUESTS, n_requests)):
+    for i in range(n_settling):
         track.run(*requests[(first + i) % len(requests)])
     for i in range(n_requests):
         images, keep = requests[(first + i) % len(requests)]

@@ -150,7 +150,14 @@ class _Steps:
 def _instrumented(opened: Opened, workload: Workload, settings: Settings) -> dict[str, InstrumentedPass]:
     options = {name: one.options for name, one in opened.paths.items()}
     return {
-        name: run_instrumented(name, runtime, workload, batch=settings.batch, paths=options.get(name))
+        name: run_instrumented(
+            name,
+            runtime,
+            workload,
+            batch=settings.batch,
+            duration_s=settings.duration_s,
+            paths=options.get(name),
+        )
         for name, runtime in opened.of_bundle.items()
     }
 

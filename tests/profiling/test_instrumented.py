@@ -54,6 +54,16 @@ def test_each_part_states_the_spread_of_its_calls(runtime):
 
 
 @pytest.mark.usefixtures("ticking")
+@pytest.mark.parametrize(("duration_s", "n_requests"), [(3, 60), (0.5, 20), (0.01, 3)])
+def test_the_pass_takes_as_long_as_was_asked(runtime, duration_s, n_requests):
+    """A request of the warm-up is some 12 ticks of a millisecond; half of the time is the warm-up's."""
+    seen = run_instrumented("chain", runtime("chain"), _workload(KEEP[:1]), duration_s=duration_s)
+    assert len(seen.total_ms) == pytest.approx(n_requests, abs=1)
+    assert len(seen.total_ms) >= 3
+    assert seen.split()["n_images"] == len(seen.total_ms)
+
+
+@pytest.mark.usefixtures("ticking")
 def test_split_of_the_chain_by_hand(runtime):
     split = run_instrumented("chain", runtime("chain"), _workload(KEEP[:1])).split()
     # six calls of a tick each, a tick to the next look before each and after the last

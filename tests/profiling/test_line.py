@@ -151,12 +151,32 @@ def test_a_precision_breaks_even_with_full_in_that_precision(both_precisions, ke
     assert (alone.against, alone.break_even_blocks) == ("full", pytest.approx((5 - 2 / 3) / (0.5 / 3)))
 
 
-@pytest.mark.parametrize(("batch", "n_counts"), [(1, 4), (2, 3)])
-def test_batches_longer_than_the_duration_get_the_fewest_points(clocked, batch, n_counts):
+@pytest.mark.parametrize("batch", [1, 2])
+def test_requests_longer_than_the_duration_get_the_fewest_points(clocked, batch):
     settings = Settings(batch=batch, warmup_ms=0, duration_s=0.01)
+    samples, before = measure(clocked, FIXED, settings), time.perf_counter()
+    line = fit_lines(clocked, samples, FIXED, settings)["chain"]
+    assert (line.n_counts, line.fixed_ms, line.per_block_ms) == pytest.approx((3, FIXED_MS, BLOCK_MS))
+    # 0, 2 and 3 blocks and `full`: a warm-up, and two rounds of as many as 20 ms hold and one before them
+    together_ms = 3 * FIXED_MS + 5 * BLOCK_MS + FULL_MS
+    n_requests = int(4 * 20 / together_ms)
+    assert (time.perf_counter() - before) * 1000 == pytest.approx((1 + 2 * (1 + n_requests)) * together_ms)
+
+
+def test_a_long_duration_has_six_rounds_of_20_images(clocked):
+    settings = Settings(warmup_ms=0, duration_s=3)
     line = fit_lines(clocked, measure(clocked, FIXED, settings), FIXED, settings)["chain"]
-    assert line.n_counts == n_counts
-    assert (line.fixed_ms, line.per_block_ms) == pytest.approx((FIXED_MS, BLOCK_MS))
+    assert (line.n_counts, line.n_requests) == (4, 4 * 6 * 20)
+
+
+@pytest.mark.parametrize(("duration_s", "n_rounds"), [(0.31, 6), (0.29, 2)])
+def test_the_rounds_of_points_follow_from_the_duration(clocked, duration_s, n_rounds):
+    """Sixty requests to `full` are 0.3 s; a round of a point takes its share of that, or at least 20 ms."""
+    settings = Settings(warmup_ms=0, duration_s=duration_s)
+    line = fit_lines(clocked, measure(clocked, FIXED, settings), FIXED, settings)["chain"]
+    share_s = max(0.02, duration_s / 4 / n_rounds)
+    mean_s = (FULL_MS + 4 * FIXED_MS + (0 + 1 + 2 + 3) * BLOCK_MS) / 5 / 1000
+    assert line.n_requests == 4 * n_rounds * int(share_s / mean_s)
 
 
 def test_batches_whose_means_hardly_vary_are_measured_at_extra_points(clocked):

@@ -21,6 +21,7 @@ from engines.fake import FakeBackend
 from export.bundle import Bundle
 
 SHORT = Settings(warmup_ms=0, duration_s=1e-9)  # as few rounds as there may be
+WARM = replace(SHORT, warmup_ms=1e-9)  # the least that is no zero
 N_ROUNDS = 4
 SETTLING = 3
 
@@ -67,8 +68,9 @@ def recorded(network):
         log = []
         runtimes = {name: _Recorder(name, network, log) for name in ("full", "chain")}
         samples = measure(runtimes, Workload(images=_images(n_images), keep=keep), settings)
-        per_round = measuring.ROUND_IMAGES // settings.batch
-        n_warm = 2 * min(math.ceil(n_images / settings.batch), max(2, per_round))
+        n_warm = 2
+        if settings.warmup_ms > 0:
+            n_warm *= min(math.ceil(n_images / settings.batch), max(2, measuring.ROUND_IMAGES // settings.batch))
         return samples, log[n_warm:], log[:n_warm]
 
     return run
@@ -91,15 +93,21 @@ def test_all_strategies_get_the_same_requests(recorded):
         assert {len(images) for images in chain} == {2}
 
 
-def test_each_image_is_touched_before_the_measurement(recorded):
-    _, _, warm = recorded(n_images=20)
+def test_a_round_of_images_is_touched_before_the_measurement(recorded):
+    _, _, warm = recorded(n_images=20, settings=WARM)
     assert {images[0] for name, images in warm if name == "chain"} == set(range(20))
+
+
+def test_no_warm_up_is_a_request_of_each(recorded):
+    _, log, warm = recorded(n_images=20)
+    assert warm == [("full", [0]), ("chain", [0])]
+    assert len(log) == 2 * N_ROUNDS * (measuring.ROUND_IMAGES + SETTLING)
 
 
 def test_warm_up_is_a_round_of_images_whatever_the_batch(network):
     log = []
     runtimes = {"full": _Recorder("full", network, log)}
-    measure(runtimes, Workload(images=_images(200), keep=None), replace(SHORT, batch=25))
+    measure(runtimes, Workload(images=_images(200), keep=None), replace(WARM, batch=25))
     counted = N_ROUNDS * 2 * 2  # of two requests, which settle first
     assert [len(images) for _, images in log] == [25] * (2 + counted)
 
@@ -130,8 +138,10 @@ def test_warm_up_goes_on_for_its_time(network, monkeypatch):
     monkeypatch.setattr(measuring.time, "perf_counter", lambda: next(clock) / 1000)
     log = []
     runtimes = {"full": _Recorder("full", network, log)}
-    measure(runtimes, Workload(images=_images(4), keep=None), replace(SHORT, warmup_ms=200))
-    assert len(log) - N_ROUNDS * (measuring.ROUND_IMAGES + SETTLING) == pytest.approx(200, abs=1)
+    settings = Settings(warmup_ms=200, duration_s=0.4)
+    samples = measure(runtimes, Workload(images=_images(4), keep=None), settings)
+    n_rounds = samples["full"].rounds[-1] + 1
+    assert len(log) - n_rounds * (measuring.ROUND_IMAGES + SETTLING) == pytest.approx(200, abs=1)
 
 
 def test_measuring_goes_on_for_the_duration(network, monkeypatch):
@@ -144,6 +154,57 @@ def test_measuring_goes_on_for_the_duration(network, monkeypatch):
     assert samples["chain"].latency_ms.sum() == pytest.approx(300)
     assert shares == sorted(shares)
     assert shares[-1] == 1
+
+
+class _Clocked:
+    """A runtime whose clock moves by `seconds` for each request."""
+
+    def __init__(self, network, clock, seconds):
+        self.network, self._clock, self._seconds, self.n_requests = network, clock, seconds, 0
+
+    def run(self, images, policy=None):
+        self._clock[0] += self._seconds
+        self.n_requests += 1
+        return RunResult(logits=np.zeros((len(images), 10)), policy=np.ones((len(images), 3), dtype=bool))
+
+
+@pytest.fixture
+def rounds_of(network, monkeypatch):
+    """Return a function that gives the counted requests of each round, and the seconds of the whole run."""
+
+    def run(request_s, n_images=60, **settings):
+        clock = [0.0]
+        monkeypatch.setattr(measuring.time, "perf_counter", lambda: clock[0])
+        runtimes = {name: _Clocked(network, clock, request_s) for name in ("full", "chain")}
+        samples = measure(runtimes, Workload(images=_images(n_images), keep=None), Settings(**settings))
+        return np.bincount(samples["chain"].rounds).tolist(), clock[0]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("request_s", "batch", "n_requests"),
+    [(0.0149, 1, 50), (0.0151, 1, 49), (0.0751, 1, 9), (0.2, 1, 5), (0.2, 2, 3), (0.4, 3, 2), (0.01, 64, 2)],
+)
+def test_a_round_takes_its_share_of_the_duration(rounds_of, request_s, batch, n_requests):
+    """A quarter of three seconds holds 50 images of 15 ms; five of them are run however long they take."""
+    rounds, _ = rounds_of(request_s, batch=batch, duration_s=3)
+    assert set(rounds) == {n_requests}
+
+
+def test_the_shortest_run_is_four_rounds_of_five_images(rounds_of):
+    rounds, seconds = rounds_of(1, warmup_ms=0, duration_s=0.1)
+    assert rounds == [5] * 4
+    assert seconds == 2 * (1 + 4 * (1 + 5))  # of each a warm-up, and a request at the start of each round
+
+
+def test_slow_images_are_warmed_up_for_a_short_round(rounds_of):
+    _, seconds = rounds_of(1, warmup_ms=200, duration_s=0.1)
+    assert seconds == 2 * (5 + 4 * (1 + 5))
+
+
+def test_fast_images_fill_a_round_however_short_the_duration(rounds_of):
+    assert rounds_of(0.0004, warmup_ms=0, duration_s=1e-9)[0] == [50] * 4
 
 
 def _fake(network, strategy):
