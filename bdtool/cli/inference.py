@@ -24,7 +24,7 @@ from bdtool.cli.options import (
     policy_option,
     resize_option,
 )
-from bdtool.cli.output import emit, mega, print_table, progress, progress_of_share, warn
+from bdtool.cli.output import emit, mega, print_table, progress, progress_of_share, tell_when_stopped, warn
 from bdtool.words import counted, percent
 
 if TYPE_CHECKING:
@@ -242,7 +242,8 @@ def profile_cmd(
     opened = Bundle.open(bundle)
     source = open_data(data or "synthetic", network=opened.network, resize=resize, labels="optional")
     settings = Settings(batch=batch, warmup_ms=warmup, duration_s=duration, percentiles=percentile)
-    with progress_of_share("profiling") as on_progress:
+    stopped = "stopped before the end: no figures were kept; engines that were built are"
+    with tell_when_stopped(lambda: stopped), progress_of_share("profiling") as on_progress:
         result = profile(
             opened,
             source,

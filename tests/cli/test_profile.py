@@ -252,6 +252,17 @@ def test_unknown_strategy_of_run_is_wrong_usage(built, bdtool, picture):
         Orchestrator.open(built, strategy="magic")
 
 
+def test_stopped_profile_says_that_no_figures_were_kept(built, bdtool, monkeypatch, tmp_path):
+    def stopped(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bdtool.profiling.profile.measure", stopped)
+    told = bdtool("profile", built, *QUICK, "--json", tmp_path / "profile.json", status=1)
+    assert "stopped before the end: no figures were kept; engines that were built are\n" in told.stderr
+    assert told.stdout == ""
+    assert not (tmp_path / "profile.json").exists()
+
+
 def test_html_writes_the_report_page(bdtool, bundle_copy, npz, tmp_path, monkeypatch):
     pytest.importorskip("plotly", reason="plotly, the charts of the report, is not installed")
     page = tmp_path / "profile.html"
