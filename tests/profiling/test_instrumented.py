@@ -82,6 +82,14 @@ def test_split_of_one_engine_strategies_by_hand(runtime):
     assert _ms(path) == pytest.approx({"preprocess": 1, "policy": 1, "one_engine": 1, "dispatch": 3})
 
 
+def test_a_shortcut_is_used_by_images_that_drop_its_block(runtime):
+    keep = np.array([[True, True, False]] * 3 + [[True, False, False]])
+    rows = {row["name"]: row for row in run_instrumented("chain", runtime("chain"), _workload(keep)).parts()}
+    usage = {name: row["usage"] for name, row in rows.items()}
+    assert (usage["block_01"], usage["shortcut_01"], usage["shortcut_02"]) == (0.75, 0.25, 1)
+    assert rows["shortcut_01"]["calls"] == 0.25
+
+
 def test_split_is_for_one_image_of_a_batch(runtime):
     seen = run_instrumented("chain", runtime("chain"), _workload(KEEP), batch=2)
     split = seen.split()

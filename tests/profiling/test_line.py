@@ -40,6 +40,12 @@ def test_r_squared_is_of_the_medians():
     assert (line.fixed_ms, line.per_block_ms, line.r_squared) == pytest.approx((1, 0, 0), abs=1e-12)
 
 
+def test_medians_weigh_as_many_requests_as_they_stand_for():
+    # medians 0, 3, 0 of 3, 12 and 3 requests: the flat line through their mean
+    line = fit_line(_samples(np.repeat([0, 1, 2], [3, 12, 3]), np.repeat([0, 3, 0], [3, 12, 3])), 1)
+    assert (line.fixed_ms, line.per_block_ms) == pytest.approx((12 * 3 / 18, 0), abs=1e-12)
+
+
 def test_slow_requests_do_not_tilt_the_line():
     samples = _on_the_line([0, 1, 2, 3], n=5)
     samples.latency_ms[0] = 1000
@@ -82,12 +88,12 @@ class _Clocked:
     """A runtime whose clock moves by a known time for each request; `factor` times that of FP32."""
 
     def __init__(self, network, clock, *, is_full, factor=1.0):
-        self.network, self._clock, self._is_full, self._factor, self.closed = network, clock, is_full, factor, False
+        self.network, self._clock, self._is_full, self.factor, self.closed = network, clock, is_full, factor, False
 
     def run(self, images, policy=None):
         keep = np.ones((len(images), self.network.n_blocks), dtype=bool) if policy is None else policy
         ms = FULL_MS if self._is_full else FIXED_MS + BLOCK_MS * keep.sum(axis=1).mean()
-        self._clock[0] += self._factor * ms / 1000
+        self._clock[0] += self.factor * ms / 1000
         return RunResult(logits=np.zeros((len(images), 10)), policy=keep)
 
     def run_with_policy_cost(self, images, policy):
@@ -136,6 +142,37 @@ def test_a_fixed_policy_is_measured_at_extra_points(clocked, batch):
     assert "distribute:0,1,2,3" in line.points
     assert [sum(mask) for mask in clocked["chain"].masks] == [0, 1, 2, 3]  # a path strategy would join these
     assert clocked["chain"].closed
+
+
+def test_points_are_compared_with_full_of_the_same_rounds(clocked):
+    settings = Settings(warmup_ms=0, duration_s=0.1)
+    samples = measure(clocked, FIXED, settings)
+    for runtime in clocked.values():
+        runtime.factor = 3  # the clock of the machine changes
+    line = fit_lines(clocked, samples, FIXED, settings)["chain"]
+    assert (line.fixed_ms, line.break_even_blocks) == pytest.approx((3 * FIXED_MS, 6))
+
+
+class _Missing(_Clocked):
+    """A `path` strategy of which every third request misses, and takes long."""
+
+    n_requests = 0
+
+    def run(self, images, policy=None):
+        self.n_requests += 1
+        hit = self.n_requests % 3 > 0
+        self._clock[0] += 0 if hit else 0.005
+        return replace(super().run(images, policy), hits=np.full(len(images), hit))
+
+
+def test_missed_requests_at_extra_points_are_left_out(clocked):
+    full, settings = clocked["full"], Settings(warmup_ms=0, duration_s=3)
+    runtimes = {"full": full, "path": _Missing(full.network, full._clock, is_full=False)}
+    line = fit_lines(runtimes, measure(runtimes, FIXED, settings), FIXED, settings)["path"]
+    n_rounds, n_counts, n_images = 6, 4, 20
+    n_measured = n_rounds * n_counts * n_images
+    assert n_measured / 2 < line.n_requests < 3 * n_measured / 4
+    assert (line.fixed_ms, line.per_block_ms, line.r_squared) == pytest.approx((FIXED_MS, BLOCK_MS, 1))
 
 
 @pytest.mark.parametrize("keep", [FIXED.keep, np.tril(np.ones((6, 3), dtype=bool), -1)], ids=["points", "workload"])

@@ -109,6 +109,11 @@ def test_ratio_is_that_of_rounds_and_lies_between_their_quartiles():
     assert mine.latency_ms.mean() / full.latency_ms.mean() > 0.65
 
 
+def test_a_round_that_was_disturbed_leaves_the_ratio():
+    full, mine = _rounds([10, 10, 10], [0, 1, 2]), _rounds([5, 90, 6], [0, 1, 2])
+    assert mine.ratio_to(full) == pytest.approx(0.6)  # the mean over rounds is 3.4
+
+
 def test_regimes_of_a_busy_machine_leave_the_ratio():
     """Every request takes half the time of `full`; slow ones take five times as long, of `full` more of them."""
     full = _rounds(2 * [10, 10, 50, 50, 50], [0] * 5 + [1] * 5)
