@@ -98,7 +98,7 @@ def test_results_are_computed_once(tmp_path):
     "damage",
     [
         lambda text: text.replace("0.02", "9.02"),
-        lambda text: text.replace("drop", "dorp"),
+        lambda text: text.replace("drop", "gain"),
         lambda text: text.replace("sha256", "sha1"),
         lambda text: json.dumps({"block_00": {"drop": 0.02}}),
         lambda text: "[]",
