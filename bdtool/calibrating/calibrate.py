@@ -16,6 +16,7 @@ import onnx
 
 from bdtool.calibrating.calibration_set import CalibrationSet, PathStatistics, collect_statistics
 from bdtool.calibrating.gates import Gates, Reference
+from bdtool.calibrating.judged_images import LEAST_HELD_OUT, halves, held_out
 from bdtool.calibrating.request import CalibrationRequest
 from bdtool.calibrating.trial import Trial
 from bdtool.data.batches import ImageSource
@@ -25,7 +26,6 @@ from bdtool.runtime.read_only import is_read_only
 from bdtool.runtime.thresholds import threshold_of
 from bdtool.specs import PartSpec
 from bdtool.version import version
-from bdtool.words import counted
 from calibration.bias_correction import correct_biases, images_for_correction
 from calibration.part_errors import part_errors
 from calibration.paths import TopUp, part_ranges
@@ -40,7 +40,6 @@ from export.half_spec import HALF_DTYPES
 from export.onnx_precision import precision_of
 
 logger = logging.getLogger(__name__)
-LEAST_HELD_OUT = 100  # images: of fewer, each is more than a percentage point of the accuracy
 _N_COMPARED = 32  # images on whose paths single parts are compared
 _STAGING = "candidate-"  # what directories of parts on trial begin with
 _FLOAT_KINDS = ("policy", "head")  # stay fp32 unless asked
@@ -171,33 +170,6 @@ def _workplace(bundle: Bundle) -> Path:
             f"({exc.strerror or exc}). Make that directory writable, or calibrate a copy of the bundle in another one"
         ) from exc
     return work
-
-
-def held_out(evaluation: ImageSource, calibrated_on: ImageSource, *, at_least: int) -> ImageSource:
-    """Return the images that were not calibrated on; all of them where fewer than `at_least` are left."""
-    shared = evaluation.shared_with(calibrated_on)
-    if not shared.any() or (~shared).sum() < at_least:
-        return evaluation
-    n_left_out = counted(int(shared.sum()), "image")
-    return evaluation.without(
-        calibrated_on, description=f"{evaluation.description}, without the {n_left_out} calibrated on"
-    )
-
-
-def halves(images: ImageSource) -> tuple[ImageSource, ImageSource]:
-    """Return a half drawn for the gates, the one that `bdtool evaluate --limit` draws, and the rest to choose on.
-
-    Raises:
-        CalibrationError: there is one image only.
-    """
-    if images.n_images < 2:
-        raise CalibrationError(
-            f"{images.description}: 1 image for the gates, but mixed precision is chosen on one half of them and "
-            "measured on the other. Give more (--eval, --eval-limit)"
-        )
-    half = images.drawn((images.n_images + 1) // 2)
-    rest = images.without(half, description=f"{images.description}, without the {half.n_images} of the gates")
-    return half, rest
 
 
 class _Calibration:

@@ -15,14 +15,13 @@ import numpy as np
 
 from bdtool.errors import DataError, EngineError, PolicyError
 from bdtool.runtime.controllers import Controller, MaskController, all_finite, finite_probabilities
-from bdtool.runtime.factory import DEFAULT_STRATEGY, make_strategy, parts_for, require_strategy
+from bdtool.runtime.factory import DEFAULT_STRATEGY, make_strategy
 from bdtool.runtime.intake import Intake
-from bdtool.runtime.loading import Loaded, Loader
-from bdtool.runtime.masks import read_masks
+from bdtool.runtime.loading import Loaded
+from bdtool.runtime.opening import open_engines
 from bdtool.runtime.path_cache import PathOptions, PathStats
 from bdtool.runtime.paths import PathStrategy
 from bdtool.runtime.policies import keep_matrix_from
-from bdtool.runtime.recommendation import AUTO, read_recommendation
 from bdtool.runtime.requests import PolicyLike, PolicyReader
 from bdtool.runtime.result import RunResult, joined
 from bdtool.runtime.strategies import Strategy, WrapCall
@@ -34,8 +33,6 @@ from engines.device_array import DeviceArray, DeviceArrayBackend, Images
 from engines.device_timer import DeviceTimer, timer_of
 from engines.graph_modes import AUTO as AUTO_GRAPH
 from engines.graph_modes import GraphChoice, GraphPlan, chosen
-from engines.registry import batch_options, identify_backend, open_backend, plan_graphs
-from engines.store import EngineStore
 from export.bundle import Bundle
 
 logger = logging.getLogger(__name__)
@@ -134,37 +131,28 @@ class Orchestrator:
             PolicyError: a threshold that is no probability, or for a bundle without policy network.
         """
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(Path(bundle))
-        opened = bundle_at(threshold, opened)
-        if strategy != AUTO:
-            parts_for(strategy, opened.network)  # refuse an unknown one before the backend is opened
-            require_strategy(strategy, backend, device)
-        identity = identify_backend(backend, device)
-        graphs = plan_graphs(backend, device, cuda_graph)
-        options = batch_options(backend, opened.manifest.max_batch)
-        settings = "" if options is None else options.settings
-        store = EngineStore(opened, identity, precision=precision, settings=settings)
-        library = open_backend(backend, device, threads=threads, tensorrt=options)
-        if strategy == AUTO:
-            recorded = read_recommendation(store.directory, threads=library.threads, bundle=opened.path)
-            strategy = recorded.strategy
-            logger.info("strategy auto: %s, recorded at batch %d", strategy, recorded.batch)
-        loader = Loader(opened, store, library, strategy=strategy)
-        loaded = loader.load()
-        network = loaded.network
-        if strategy in ("path", "graph") and paths is None:
-            paths = PathOptions.of_counts(read_masks(loader.store.directory, network.n_blocks))
-        runtime = cls(
-            network,
-            library,
-            loaded.engines,
+        found = open_engines(
+            bundle_at(threshold, opened),
+            backend=backend,
+            device=device,
             strategy=strategy,
-            max_batch=loader.max_batch,
+            threads=threads,
+            precision=precision,
             paths=paths,
-            graphs=graphs,
-            preprocessed=loader.load_preprocessed,
+            cuda_graph=cuda_graph,
+        )
+        runtime = cls(
+            found.network,
+            found.backend,
+            found.engines,
+            strategy=found.strategy,
+            max_batch=found.loader.max_batch,
+            paths=found.paths,
+            graphs=found.graphs,
+            preprocessed=found.loader.load_preprocessed,
         )
         if (choice := runtime.graph_choice) is not None:
-            logger.info("strategy %s: CUDA graph mode %s (%s)", strategy, choice.mode, choice.reason)
+            logger.info("strategy %s: CUDA graph mode %s (%s)", found.strategy, choice.mode, choice.reason)
         return runtime
 
     def run(self, images: Any, policy: PolicyLike = None, *, first: int | None = None) -> RunResult:

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from bdtool.calibrating.calibrate import halves
+from bdtool.calibrating.judged_images import halves
 from bdtool.data.sources import open_data
 from export.bundle import Bundle
 

@@ -31,7 +31,7 @@ def test_unknown_strategy_backend_and_device_are_wrong_usage(tiny):
 
 
 def test_what_does_not_fit_is_refused_before_the_backend_is_opened(tiny, monkeypatch):
-    monkeypatch.setattr("bdtool.runtime.orchestrator.open_backend", lambda *_, **__: pytest.fail("it was opened"))
+    monkeypatch.setattr("bdtool.runtime.opening.open_backend", lambda *_, **__: pytest.fail("it was opened"))
     with pytest.raises(UsageError, match="CUDA graph mode 'switch' runs on --backend torch, tensorrt, tensorrt-rtx wi"):
         Orchestrator.open(tiny.bundle, strategy="full", cuda_graph="switch")
     with pytest.raises(BundleError, match="has no int8 parts"):

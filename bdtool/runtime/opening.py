@@ -1,0 +1,74 @@
+"""What a bundle opens to: a backend, engines, and what its strategy needs to know."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from bdtool.runtime.factory import parts_for, require_strategy
+from bdtool.runtime.loading import Loader
+from bdtool.runtime.masks import read_masks
+from bdtool.runtime.path_cache import PathOptions
+from bdtool.runtime.recommendation import AUTO, read_recommendation
+from bdtool.specs import NetworkSpec
+from engines.base import Backend, Engine
+from engines.graph_modes import GraphPlan
+from engines.registry import batch_options, identify_backend, open_backend, plan_graphs
+from engines.store import EngineStore
+from export.bundle import Bundle
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenedEngines:
+    """A bundle's engines at one place, of the parts that `strategy` needs."""
+
+    network: NetworkSpec  # as the engines take it
+    backend: Backend
+    engines: Mapping[str, Engine]
+    strategy: str  # what "auto" stood for
+    paths: PathOptions | None
+    graphs: GraphPlan | None
+    loader: Loader
+
+
+def open_engines(
+    bundle: Bundle,
+    *,
+    backend: str,
+    device: str,
+    strategy: str,
+    threads: int | None,
+    precision: str,
+    paths: PathOptions | None,
+    cuda_graph: str,
+) -> OpenedEngines:
+    """Load the engines of a bundle, those that it lacks built first; arguments and errors as `Orchestrator.open`."""
+    if strategy != AUTO:
+        parts_for(strategy, bundle.network)  # refuse an unknown one before the backend is opened
+        require_strategy(strategy, backend, device)
+    identity = identify_backend(backend, device)
+    graphs = plan_graphs(backend, device, cuda_graph)
+    options = batch_options(backend, bundle.manifest.max_batch)
+    settings = "" if options is None else options.settings
+    store = EngineStore(bundle, identity, precision=precision, settings=settings)
+    library = open_backend(backend, device, threads=threads, tensorrt=options)
+    if strategy == AUTO:
+        recorded = read_recommendation(store.directory, threads=library.threads, bundle=bundle.path)
+        strategy = recorded.strategy
+        logger.info("strategy auto: %s, recorded at batch %d", strategy, recorded.batch)
+    loader = Loader(bundle, store, library, strategy=strategy)
+    loaded = loader.load()
+    if strategy in ("path", "graph") and paths is None:
+        paths = PathOptions.of_counts(read_masks(loader.store.directory, loaded.network.n_blocks))
+    return OpenedEngines(
+        network=loaded.network,
+        backend=library,
+        engines=loaded.engines,
+        strategy=strategy,
+        paths=paths,
+        graphs=graphs,
+        loader=loader,
+    )
