@@ -22,7 +22,7 @@ class Commands:
 
     def __init__(self) -> None:
         self.seen: list[str] = []
-        self.policies: list[str | None] = []
+        self.policies: list[str] = []
 
     def __call__(self, words: list[str], **_: Any) -> Any:
         context = parse(words[3:])  # behind `python -m bdtool`
@@ -35,7 +35,9 @@ class Commands:
             model = load_model(shipped_models()["r32-cifar10"])
             model.spec = dataclasses.replace(model.spec, provenance={"masks": {"7": MASK}})
             save_model(model, Path(output))
-        elif name in ("evaluate", "finetune"):
+        elif name == "evaluate":
+            self.policies += params["policies"]
+        elif name == "finetune":
             self.policies.append(params["policy"])
         if name not in ("export", "imitate", "build", "evaluate"):
             shutil.copy(shipped_models()["r32-cifar10"], output)

@@ -257,7 +257,9 @@ def test_bindings_too_new_for_the_driver_are_refused_at_once(monkeypatch, suppor
     monkeypatch.setattr("engines.cuda_device.version", {"cuda-bindings": bindings}.get)
     monkeypatch.setattr("cuda.bindings.driver", driver)
     if is_refused:
-        with pytest.raises(BackendError, match=r"need a driver of CUDA 12\.8, this one supports CUDA 12\.4.*cuda12"):
+        with pytest.raises(
+            BackendError, match=r"need a driver of CUDA 12\.8, this one supports CUDA 12\.4.*bindings>=12"
+        ):
             open_device("cuda:0")
         open_device("cuda:0", stream=lambda: 0)  # of PyTorch, which times by itself
     else:
