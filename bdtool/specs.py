@@ -19,6 +19,7 @@ BATCH_AXIS = "N"
 PIXELS = "uint8"  # dtype of images whose engines normalise them
 IMAGE = "image"  # the activation that the first parts read
 DEFAULT_THRESHOLD = 0.5
+_BULK_IMAGES, _BULK_BYTES = 64, 16 << 20  # of a ResNet-50 5 images, whose largest activation takes 3 MB each
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,6 +217,16 @@ class NetworkSpec:
     def full_flops(self) -> int:
         """FLOPs of one image with every block kept and no policy network: the static ResNet."""
         return sum(part.flops for part in self.parts if part.kind in ("stem", "block", "head"))
+
+    def images_within(self, n_bytes: int, *, at_most: int) -> int:
+        """Return how many images at once keep the largest activation between parts, in float32, within `n_bytes`."""
+        largest = max(math.prod(t.shape_for(1)) for part in self.parts for t in (*part.inputs, *part.outputs))
+        return max(1, min(at_most, n_bytes // (4 * largest)))
+
+    @property
+    def bulk_batch(self) -> int:
+        """Images to run at once where only the answers count: more take memory, and no less time."""
+        return self.images_within(_BULK_BYTES, at_most=_BULK_IMAGES)
 
     def flops_per_image(self, keep: np.ndarray, *, with_policy: bool) -> np.ndarray:
         """Return the FLOPs of each image, float64 [N], for a keep matrix bool [N, K].

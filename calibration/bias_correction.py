@@ -31,9 +31,7 @@ _BATCH = 64
 
 def images_for_correction(network: NetworkSpec, n_images: int) -> np.ndarray:
     """Return which images of a calibration set to correct on, spread evenly, int [n]: few enough for bounded memory."""
-    largest = max(int(np.prod(t.shape_for(1))) for part in network.parts for t in (*part.inputs, *part.outputs))
-    fitting = _ACTIVATION_BYTES // (2 * np.dtype(np.float32).itemsize * largest)
-    n = max(1, min(n_images, _MOST_IMAGES, fitting))
+    n = network.images_within(_ACTIVATION_BYTES // 2, at_most=min(n_images, _MOST_IMAGES))
     return np.unique(np.linspace(0, n_images - 1, n).round().astype(np.int64))
 
 

@@ -13,14 +13,12 @@ from bdtool.data.batches import ImageSource
 from bdtool.runtime.orchestrator import Orchestrator
 from bdtool.runtime.policies import PolicyRequest
 from bdtool.runtime.preprocess import preprocess
-from bdtool.specs import Preprocessing
+from bdtool.specs import NetworkSpec
 from calibration.cache import collect_ranges, content_key
 from calibration.paths import PathBatch, PathWalker, TopUp, WatchedPart
 from calibration.ranges import RangeCollector
 from engines.registry import identify_backend
 from export.bundle import Bundle
-
-_BATCH = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,14 +28,14 @@ class CalibrationSet:
     images: ImageSource
     keep: np.ndarray  # bool [n_images, K]
     digest: str  # of images and keep bits
-    preprocessing: Preprocessing
+    network: NetworkSpec
 
     @classmethod
     def decide(cls, images: ImageSource, policy: PolicyRequest, fp32: Orchestrator) -> CalibrationSet:
         """Let the policy decide; a learned one is the policy network of `fp32`."""
         digest = hashlib.sha256()
         rows = []
-        for batch in images.batches(_BATCH):
+        for batch in images.batches(fp32.network.bulk_batch):
             keep = policy.given_at(batch.rows)
             if keep is None:
                 keep = fp32.decide(batch.images)
@@ -48,21 +46,21 @@ class CalibrationSet:
             images=images,
             keep=np.concatenate(rows),
             digest=digest.hexdigest(),
-            preprocessing=fp32.network.preprocessing,
+            network=fp32.network,
         )
 
     def batches(self) -> Iterator[PathBatch]:
         """Yield all images, preprocessed, with their keep bits."""
         first = 0
-        for batch in self.images.batches(_BATCH):
+        for batch in self.images.batches(self.network.bulk_batch):
             bits = self.keep[first : first + len(batch.images)]
-            yield PathBatch(first=first, images=preprocess(batch.images, self.preprocessing), keep=bits)
+            yield PathBatch(first=first, images=preprocess(batch.images, self.network.preprocessing), keep=bits)
             first += len(batch.images)
 
     def some(self, rows: np.ndarray) -> PathBatch:
         """Return the images of these numbers, int [n], as one batch of their own."""
         images = self.images.images_at(rows.tolist())
-        return PathBatch(first=0, images=preprocess(images, self.preprocessing), keep=self.keep[rows])
+        return PathBatch(first=0, images=preprocess(images, self.network.preprocessing), keep=self.keep[rows])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,6 @@ from bdtool.data.batches import ImageBatch, ImageSource
 from bdtool.runtime.orchestrator import Orchestrator
 from bdtool.runtime.policies import PolicyRequest
 
-_BATCH = 64
 _POINTS = 100  # percentage points of a share of 1
 
 
@@ -68,7 +67,7 @@ class Reference:
         self._answers: list[_Answers] = []
 
     def batches(self) -> Iterator[tuple[ImageBatch, _Answers]]:
-        for i, batch in enumerate(self.data.batches(_BATCH)):
+        for i, batch in enumerate(self.data.batches(self.fp32.network.bulk_batch)):
             if i == len(self._answers):
                 self._answers.append(self._ask(batch.images, batch.rows))
             yield batch, self._answers[i]

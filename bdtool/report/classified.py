@@ -15,7 +15,6 @@ from bdtool.runtime.place import Place
 from bdtool.runtime.policies import PolicyRequest, parse_policy_for
 from export.bundle import Bundle
 
-_BATCH = 64
 _COMPARED = ("all", "distribute", "random", "first")
 _THRESHOLDS = (0.3, 0.7, 0.9)  # of the policy network, beside its own
 
@@ -53,7 +52,7 @@ def classify_images(
 ) -> Classified:
     """Classify the images, without a clock: in folders a class is a stretch of time, and machines change with time."""
     keep, predicted = [], []
-    for batch in source.batches(_BATCH):
+    for batch in source.batches(runtime.network.bulk_batch):
         result = runtime.run(batch.images, policy=policy.given_at(batch.rows))
         keep.append(result.policy)
         predicted.append(result.classes)

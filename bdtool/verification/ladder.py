@@ -40,7 +40,7 @@ from bdtool.torch_classifier import TorchClassifier
 from bdtool.verification.lower_precision import flips_bound, logits_error, lower_outputs, path_probes, terms_of
 from bdtool.verification.manifest_check import compare_with_model
 from bdtool.verification.part_comparison import compare_part
-from bdtool.verification.strategy_check import LEARNED, answers_of, other_strategies
+from bdtool.verification.strategy_check import LEARNED, answers_of, other_strategies, run_in_slices
 from export.bundle import Bundle
 from export.check import Comparison
 from export.manifest import EXPORTED
@@ -50,7 +50,6 @@ from export.walk import Probe, walk
 LOGITS_TOLERANCE = 1e-4  # largest |difference| between the chain's logits and PyTorch's
 _N_PROBES = 4  # images at most, on which single parts are compared
 _N_NAMED = 5  # differences that a detail names
-_ORACLE_BATCH = 64  # images that PyTorch runs at a time: bounds its memory
 _UNITS = {
     "digests": "files",
     "manifest": "fields",
@@ -121,8 +120,8 @@ class _Subject:
         return min(_N_PROBES, self.chain.max_batch, self.full.max_batch)
 
     def oracle(self) -> TorchClassifier:
-        threshold = self.bundle.network.threshold
-        return TorchClassifier(self.model, max_batch=_ORACLE_BATCH, threshold=threshold)
+        network = self.bundle.network
+        return TorchClassifier(self.model, max_batch=network.bulk_batch, threshold=network.threshold)
 
 
 def verify(
@@ -235,7 +234,7 @@ def _climb_lower(subject: _Subject, batch: ImageBatch) -> Iterator[Rung]:
     yield from _unless_it_fails(("policy",), lambda: _policy_rungs(chain, oracle, batch.images, measured=flips))
     try:
         expected = oracle.run(batch.images, keep)
-        actual = chain.run(batch.images, policy=keep)
+        actual = run_in_slices(chain, batch.images, keep, size=network.bulk_batch)
         others = _lower_errors(subject, batch.images[:_N_PROBES], keep[:_N_PROBES], expected.logits[:_N_PROBES])
     except EngineError as exc:
         yield from (_rung(name, math.inf, 0.0, str(exc)) for name in ("logits", "top1"))
@@ -300,7 +299,10 @@ def _output_rungs(subject: _Subject, oracle: TorchClassifier, images: np.ndarray
     policies[half.name] = half.matrix(len(images))
     if chain.network.has_policy:
         policies[LEARNED] = oracle.decide(images)
-    answers = [_Answer("chain", name, keep, chain.run(images, policy=keep)) for name, keep in policies.items()]
+    answers = []
+    for name, keep in policies.items():
+        result = run_in_slices(chain, images, keep, size=chain.network.bulk_batch)
+        answers.append(_Answer("chain", name, keep, result))
     few = images[:_N_PROBES]
     given = {name: keep[:_N_PROBES] for name, keep in policies.items()}
     if LEARNED in given:  # what the policy engine says; where it is not PyTorch, the rung before this one has failed

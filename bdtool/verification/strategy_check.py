@@ -37,10 +37,12 @@ def answers_of(
     masks = np.unique(np.concatenate(list(policies.values())), axis=0)
     with place.open(bundle, strategy, paths=PathOptions(ahead=list(masks), background=False)) as runtime:
         return {
-            name: _run_singly(runtime, images, None if name == LEARNED else keep) for name, keep in policies.items()
+            name: run_in_slices(runtime, images, None if name == LEARNED else keep, size=1)
+            for name, keep in policies.items()
         }
 
 
-def _run_singly(runtime: Orchestrator, images: np.ndarray, keep: np.ndarray | None) -> RunResult:
-    rows = [slice(i, i + 1) for i in range(len(images))]
+def run_in_slices(runtime: Orchestrator, images: np.ndarray, keep: np.ndarray | None, *, size: int) -> RunResult:
+    """Run so many images at a time, with keep bits [N, K], or None: it decides by itself."""
+    rows = [slice(start, start + size) for start in range(0, len(images), size)]
     return joined([runtime.run(images[row], policy=None if keep is None else keep[row]) for row in rows])
