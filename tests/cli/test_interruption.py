@@ -83,7 +83,7 @@ def test_stopped_build_keeps_what_is_finished(resnet32, tmp_path, start_bdtool, 
 def test_ctrl_c_in_calibrate_says_what_is_kept(bdtool, bundle_copy, npz, digests, monkeypatch):
     from calibration.paths import PathWalker
 
-    monkeypatch.setattr("bdtool.calibrating.calibration_set._BATCH", 5)
+    monkeypatch.setattr("bdtool.specs._BULK_IMAGES", 5)
     real, calls = PathWalker.add, []
 
     def add(self, batch, collector):
