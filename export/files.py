@@ -186,7 +186,7 @@ def exclusive_lock(path: Path, *, purpose: str, wait: bool = False) -> Iterator[
                     raise BundleError(
                         f"{purpose} is already running in another process (lock {path}); wait for it"
                     ) from exc
-                logger.info("%s is already running (lock %s); waiting for it", purpose, path)
+                logger.warning("%s is already running (lock %s); waiting for it", purpose, path)
                 fcntl.flock(file, fcntl.LOCK_EX)
             if not _is_at(file, path):  # its holder has removed it since we opened it
                 continue

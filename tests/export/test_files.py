@@ -1,7 +1,6 @@
 """Files and directories are whole or absent."""
 
 import fcntl
-import logging
 import os
 import re
 import stat
@@ -150,7 +149,6 @@ def test_second_holder_of_a_lock_is_refused(tmp_path):
 
 
 def test_second_holder_of_a_lock_may_wait(tmp_path, caplog):
-    caplog.set_level(logging.INFO)
     order = []
 
     def second():
@@ -160,8 +158,10 @@ def test_second_holder_of_a_lock_may_wait(tmp_path, caplog):
     with exclusive_lock(tmp_path / "lock", purpose="x"):
         thread = threading.Thread(target=second)
         thread.start()
-        while "a build is already running" not in caplog.text:  # it waits
+        until = time.monotonic() + 60
+        while "a build is already running" not in caplog.text and time.monotonic() < until:
             time.sleep(0.01)
+        assert "; waiting for it" in caplog.text
         order.append("first")
     thread.join()
     assert order == ["first", "second"]
