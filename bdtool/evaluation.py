@@ -116,17 +116,15 @@ def require_policies(network: NetworkSpec, policies: Iterable[str | None]) -> No
 
 
 @contextmanager
-def open_classifier(path: Path, place: Place, *, policy: str | None = None) -> Iterator[Classifier]:
+def open_classifier(path: Path, place: Place, *, threshold: float | None = None) -> Iterator[Classifier]:
     """Open a bundle directory through its engines, or a MODEL file through PyTorch on the CPU.
 
     Args:
-        policy: the POLICY to come, which may name another threshold of the policy network.
+        threshold: of the policy network, 0 to 1; None takes the model's.
 
     Raises:
         UsageError: a MODEL was asked to run on something else than PyTorch's CPU in fp32.
-        PolicyError: the threshold is no probability.
     """
-    threshold = threshold_of(policy)
     if path.is_dir():
         with place.open(Bundle.open(path).with_threshold(threshold)) as runtime:
             yield runtime

@@ -161,7 +161,7 @@ def _workplace(bundle: Bundle) -> Path:
     place = bundle.path.resolve()
     work = place.with_name(f".{place.name}.calibration")
     try:
-        if is_read_only(place.parent):
+        if not os.access(place.parent, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         work.mkdir(exist_ok=True)
     except OSError as exc:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -135,18 +136,20 @@ def evaluate_cmd(
     """
     from bdtool.data.sources import open_data
     from bdtool.evaluation import evaluate, open_classifier, require_policies
+    from bdtool.runtime.thresholds import threshold_of
 
     asked = policies or (None,)
     results: list[Evaluation] = []
     source = None
-    for policy in asked:
-        with open_classifier(model_or_bundle, place, policy=policy) as classifier:
+    for threshold, group in groupby(asked, key=threshold_of):
+        with open_classifier(model_or_bundle, place, threshold=threshold) as classifier:
             if source is None:
                 require_policies(classifier.network, asked)
                 source = open_data(data, network=classifier.network, resize=resize).drawn(limit)
-            step = f"evaluating {policy}" if len(asked) > 1 else "evaluating"
-            with progress(step, source.n_images) as advance:
-                results.append(evaluate(classifier, source, policy=policy, batch_size=batch, on_batch=advance))
+            for policy in group:
+                step = f"evaluating {policy}" if len(asked) > 1 else "evaluating"
+                with progress(step, source.n_images) as advance:
+                    results.append(evaluate(classifier, source, policy=policy, batch_size=batch, on_batch=advance))
     if len(results) == 1:
         emit(asdict(results[0]), json_file, lambda: _print_evaluation(results[0]))
     else:

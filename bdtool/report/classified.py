@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from bdtool.data.batches import ImageSource
-from bdtool.evaluation import evaluate
+from bdtool.evaluation import Evaluation, evaluate
 from bdtool.report.data import OperatingPoint
 from bdtool.runtime.orchestrator import Orchestrator
 from bdtool.runtime.place import Place
@@ -78,7 +78,15 @@ def operating_points(
     flops = network.flops_per_image(classified.keep, with_policy=policy.is_learned)
     mine = f"this policy: {policy.name}"
     own = network.threshold if policy.is_learned else None
-    points = [_point(mine, float(correct.mean()), float(classified.blocks_run.mean()), float(flops.mean()), own)]
+    points = [
+        OperatingPoint(
+            name=mine,
+            accuracy=float(correct.mean()),
+            blocks_mean=float(classified.blocks_run.mean()),
+            flops_mean=float(flops.mean()),
+            threshold=own,
+        )
+    ]
     n_kept = round(float(classified.blocks_run.mean()))
     n_kept = n_kept if 0 < n_kept < network.n_blocks else network.n_blocks // 2
     for form in _COMPARED:
@@ -87,7 +95,7 @@ def operating_points(
         if named.name == policy.name:
             continue
         result = evaluate(runtime, source, policy=text, on_batch=on_images)
-        points.append(_point(text, result.accuracy, result.blocks_mean, result.flops_mean))
+        points.append(_point(text, result))
     return tuple(points)
 
 
@@ -101,18 +109,15 @@ def points_at_other_thresholds(
             continue
         with place.open(bundle.with_threshold(threshold)) as runtime:
             result = evaluate(runtime, source, on_batch=on_images)
-        points.append(_point(result.policy, result.accuracy, result.blocks_mean, result.flops_mean, threshold))
+        points.append(_point(result.policy, result, threshold=threshold))
     return tuple(points)
 
 
-def _point(
-    name: str, accuracy: float, blocks_mean: float, flops_mean: float, threshold: float | None = None
-) -> OperatingPoint:
+def _point(name: str, found: Evaluation, *, threshold: float | None = None) -> OperatingPoint:
     return OperatingPoint(
         name=name,
-        accuracy=accuracy,
-        blocks_mean=blocks_mean,
-        flops_mean=flops_mean,
-        source="measured here",
+        accuracy=found.accuracy,
+        blocks_mean=found.blocks_mean,
+        flops_mean=found.flops_mean,
         threshold=threshold,
     )

@@ -76,7 +76,7 @@ class OperatingPoint:
     accuracy: float
     blocks_mean: float
     flops_mean: float | None  # None where the source prints none
-    source: str
+    source: str = "measured here"
     threshold: float | None = None  # of the policy network, where it decides
 
 

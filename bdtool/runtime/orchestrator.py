@@ -207,7 +207,7 @@ class Orchestrator:
 
     def _run_slice(self, images: Images, controller: Controller, *, first: int) -> RunResult:
         """Run at most `max_batch` images, of which the first is number `first` of the caller's batch."""
-        self._require_open()  # before the lock, as in `keep_probability`
+        self._require_open()  # before anything of the backend, as in `keep_probability`
         turns = self._turns
         with turns.lock, self._current():
             if turns.is_running:
@@ -255,7 +255,7 @@ class Orchestrator:
         part = self.network.find("policy")
         if part is None:
             raise PolicyError("the bundle has no policy network; give a POLICY")
-        self._require_open()  # before the lock, which a thread of the parent may have held as it forked
+        self._require_open()  # before anything of the backend, which may have stayed behind in another process
         with self._turns.lock, self._current():
             self._require_open()
             if part.name not in self._engines:

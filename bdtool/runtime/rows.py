@@ -145,8 +145,9 @@ class RowRunner:
         """Bind a part to scratch memory of `n_rows` rows, and remember it: the same numbers come up again and again."""
         gathered = self._scratch(part.inputs[0], "in").first(n_rows)
         first = part.outputs[0].name
-        roles = {first: "out"}  # what is emitted beside it needs memory of its own, though the shape be the same
-        results = {t.name: self._scratch(t, roles.get(t.name, t.name)).first(n_rows) for t in part.outputs}
+        # what is emitted beside the activation needs memory of its own, though the shape be the same
+        roles = {t.name: "out" if t.name == first else f"emitted {t.name}" for t in part.outputs}
+        results = {t.name: self._scratch(t, roles[t.name]).first(n_rows) for t in part.outputs}
         call = self._binder.bind(part, [gathered], list(results.values()))
         emitted = {name: buffer for name, buffer in results.items() if name != first}
         if len(self._row_calls) >= MAX_ROW_CALLS:

@@ -123,7 +123,6 @@ def _point(
         accuracy=accuracy,
         blocks_mean=blocks_mean,
         flops_mean=flops_mean,
-        source="measured here",
         threshold=threshold,
     )
 
