@@ -1,4 +1,4 @@
-"""`bdtool train`: pretrain, curriculum, imitate, finetune."""
+"""`bdtool train`: pretrain, deepen, curriculum, imitate, finetune."""
 
 from __future__ import annotations
 
@@ -198,6 +198,29 @@ def pretrain_cmd(arch: str, classes: int | None, mean: Any, std: Any, downscale:
     options = _options_from(PretrainOptions, given)
     spec = base_spec(arch, data=given["data"], n_classes=classes, mean=mean, std=std, downscale=downscale)
     _run(given, spec, "", lambda place: pretrain(spec, options, place))
+
+
+@train_cmd.command("deepen")
+@click.argument("shallow", type=MODEL, metavar="MODEL")
+@click.option("--arch", required=True, metavar="NAME", help="A deeper architecture of the same blocks, as resnet110.")
+@click.option("-o", "--output", type=NEW_MODEL, required=True, metavar="MODEL", help="The MODEL file to write.")
+def deepen_cmd(shallow: Path, arch: str, output: Path) -> None:
+    """Make a deeper base of the base of MODEL, by repeating its blocks (Chang et al., ICLR 2018).
+
+    It is nearly as good before any training, and a start for training where there are no weights of its depth. A policy
+    network is left out, as it decides for the blocks that MODEL had.
+
+    \b
+    Example:
+      bdtool train deepen resnet32.safetensors --arch resnet110 -o resnet110.safetensors
+    """
+    from bdtool.models.store import load_model, save_model
+    from bdtool.training.deepening import deepen
+
+    model = load_model(shallow)
+    deeper = deepen(model, arch)
+    save_model(deeper, output)
+    click.echo(f"{output}: {arch}, {deeper.n_blocks} blocks from the {model.n_blocks} of {shallow.name}")
 
 
 @train_cmd.command("curriculum")

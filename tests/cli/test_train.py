@@ -58,6 +58,18 @@ def test_three_stages_make_a_model_that_exports(
     bdtool("export", model, "-o", tmp_path / "bundle")
 
 
+def test_deepened_base_says_where_it_comes_from_and_is_trained_on(
+    bdtool: Callable[..., Result], npz: Path, tmp_path: Path
+) -> None:
+    source, deeper, model = (tmp_path / f"{name}.safetensors" for name in ("source", "deeper", "model"))
+    bdtool("train", "pretrain", "--arch", "resnet14", "--data", npz, *_QUICK, "-o", source)
+    done = bdtool("train", "deepen", source, "--arch", "resnet26", "-o", deeper)
+    assert done.stdout == f"{deeper}: resnet26, 12 blocks from the 6 of source.safetensors\n"
+    bdtool("train", "finetune", deeper, "--policy", "random:6", "--data", npz, *_QUICK, "-o", model)
+    created_by = [line.split()[3] for line in bdtool("inspect", model).stdout.splitlines() if "bdtool train" in line]
+    assert created_by == ["finetune", "deepen", "pretrain"]
+
+
 def test_reward_is_shown_where_there_is_a_policy_network(
     bdtool: Callable[..., Result], tiny: Any, base: Path, npz: Path, tmp_path: Path
 ) -> None:
