@@ -151,13 +151,15 @@ class EngineStore:
         Args:
             open_backend: called only when there is something to build.
             resume: take up engines that fit; False builds every part again.
-            parts: of `network`, to build no others; None builds all.
+            parts: of `network`, to build no others; None builds all, but for what `bdtool pack` left out.
 
         Raises:
-            BundleError: the engines cannot be written, or a part differs from its digest in the manifest.
+            BundleError: the engines cannot be written, or a part differs from its digest in the manifest, or was left
+                out by `bdtool pack`.
         """
-        wanted = self.network.parts if parts is None else tuple(parts)
-        records = self.find(wanted) if resume else {}
+        records = self.find(parts) if resume else {}
+        wanted = parts or [part for part in self.network.parts if self.source.holds(part) or part.name in records]
+        self._require_sources([part for part in wanted or self.network.parts if part.name not in records])
         if len(records) == len(wanted):
             statuses = [_cached(records[part.name]) for part in wanted]
             for status in statuses:
@@ -267,6 +269,15 @@ class EngineStore:
                 "builds it anew"
             )
         return data
+
+    def _require_sources(self, parts: Sequence[PartSpec]) -> None:
+        """Raise unless engines of these parts can be built."""
+        for part in parts:
+            if not self.source.holds(part):
+                try:
+                    self.source.model(part)
+                except BundleError as exc:
+                    raise BundleError(f"no engine of part {part.name!r} fits {self.directory.name}. {exc}") from exc
 
     def _build_missing(
         self,

@@ -41,7 +41,7 @@ class Bundle:
         """
         path = Path(path)
         bundle = cls(path, read_manifest(path))
-        for what, file, _ in bundle._listed_files():
+        for file, (what, _) in bundle._files().items():
             bundle._check_present(what, file)
         if check_digests:
             bundle.check_digests()
@@ -58,6 +58,12 @@ class Bundle:
 
     @property
     def weights_path(self) -> Path:
+        """The MODEL that the bundle was exported from.
+
+        Raises:
+            BundleError: `bdtool pack` left it out.
+        """
+        self._require("the weights", self.manifest.weights_file)
         return self.path / self.manifest.weights_file
 
     @property
@@ -86,17 +92,22 @@ class Bundle:
         staged = None if self._staging is None else self._staging / file
         return staged if staged is not None and staged.is_file() else self.path / file
 
+    def holds(self, part: PartSpec, precision: str = EXPORTED) -> bool:
+        """Say whether the part's ONNX model is there; `bdtool pack` leaves some out."""
+        return self.files_at(precision)[part.name].file not in self.manifest.left_out
+
     def part_bytes(self, part: PartSpec, precision: str = EXPORTED) -> bytes:
         """Return a part's ONNX model, whose digest is that of the manifest: files can change after `open`.
 
         Raises:
-            BundleError: it differs from its digest, or cannot be read.
+            BundleError: it differs from its digest, cannot be read, or was left out by `bdtool pack`.
             UnfitPartError: it is no file of that part.
         """
         from export.part_file import why_unfit  # loads onnx, as does whoever takes the bytes
 
         what = f"part {part.name!r}" if precision == EXPORTED else f"{precision} part {part.name!r}"
         listed = self.files_at(precision)[part.name]
+        self._require(what, listed.file)
         try:
             data = self.part_path(part, precision).read_bytes()
         except OSError as exc:
@@ -142,26 +153,27 @@ class Bundle:
 
     def compare_digests(self) -> tuple[int, list[str]]:
         """Return how many files were compared with their digests, and what to say of each that differs."""
-        listed = [row for row in self._listed_files() if self._staging is None or (self.path / row[1]).is_file()]
+        files = self._files()
+        listed = [file for file in files if self._staging is None or (self.path / file).is_file()]
         with self._named_where_unreadable():
-            found = sha256_of_files([self.path / file for _, file, _ in listed])
+            found = sha256_of_files([self.path / file for file in listed])
         differing = [
-            _difference(what, file, actual, digest)
-            for (what, file, digest), actual in zip(listed, found, strict=True)
-            if actual != digest
+            _difference(files[file][0], file, actual, files[file][1])
+            for file, actual in zip(listed, found, strict=True)
+            if actual != files[file][1]
         ]
         return len(listed), differing
 
-    def _listed_files(self) -> list[tuple[str, str, str]]:
-        parts = [(f"part {name!r}", file.file, file.sha256) for name, file in self.manifest.files.items()]
-        exported = {file.file for file in self.manifest.files.values()}
-        for precision, variant in self.manifest.variants.items():
-            parts += [
-                (f"{precision} part {name!r}", file.file, file.sha256)
-                for name, file in variant.files.items()
-                if file.file not in exported
-            ]
-        return [*parts, ("the weights", self.manifest.weights_file, self.manifest.weights_sha256)]
+    def _files(self) -> dict[str, tuple[str, str]]:
+        """Return what must be there, as `Manifest.listed` gives it."""
+        return {file: row for file, row in self.manifest.listed.items() if file not in self.manifest.left_out}
+
+    def _require(self, what: str, file: str) -> None:
+        if file in self.manifest.left_out:
+            raise BundleError(
+                f"{self.path}: {what}, {file}, was left out by `bdtool pack`. Take the whole bundle that this one was "
+                "packed from, or pack that with what is needed (`bdtool pack --help`)"
+            )
 
     @contextmanager
     def _named_where_unreadable(self) -> Iterator[None]:

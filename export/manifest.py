@@ -7,6 +7,8 @@ dtypes, flops, precision, error (worst difference from PyTorch at export) and to
 A calibrated bundle also has `precisions`: by the precision asked for ("int8"), the `activation` dtype that passes
 between its parts, a file with its precision, digest, error and tolerance for each part, and `calibration`: how it was
 made and what its gates measured. `parts` above always describes fp32.
+
+A packed bundle also has `left_out`: the files, of those that it lists, that `bdtool pack` did not copy.
 """
 
 from __future__ import annotations
@@ -70,6 +72,16 @@ class Manifest:
     provenance: Mapping[str, Any]
     environment: Mapping[str, str]
     variants: Mapping[str, Variant] = field(default_factory=dict)  # by the precision asked for, without fp32
+    left_out: frozenset[str] = frozenset()  # files that are listed, but not there
+
+    @property
+    def listed(self) -> dict[str, tuple[str, str]]:
+        """What each file is and its digest, by its path in the bundle; one that several parts share is told once."""
+        rows = {file.file: (f"part {name!r}", file.sha256) for name, file in self.files.items()}
+        for precision, variant in self.variants.items():
+            for name, file in variant.files.items():
+                rows.setdefault(file.file, (f"{precision} part {name!r}", file.sha256))
+        return {**rows, self.weights_file: ("the weights", self.weights_sha256)}
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
@@ -93,6 +105,7 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
             "provenance": dict(manifest.provenance),
             "environment": dict(manifest.environment),
             **_dict_from_variants(manifest.variants),
+            **({"left_out": sorted(manifest.left_out)} if manifest.left_out else {}),
         },
     )
 
@@ -209,6 +222,7 @@ def _manifest_from_dict(data: Mapping[str, Any]) -> Manifest:
         variants={
             _name(name): _variant_from_dict(name, one, network) for name, one in data.get("precisions", {}).items()
         },
+        left_out=frozenset(map(_inside, data.get("left_out", []))),
     )
 
 

@@ -18,6 +18,7 @@ class PartSource:
 
     Attributes:
         converted: whether the parts are made from the FP32 ones.
+        stored: the precision of the files that they are read from.
 
     Raises:
         BundleError: the bundle has no parts of that precision, and they cannot be made.
@@ -30,7 +31,7 @@ class PartSource:
             bundle.require_precision(precision)
         self.precision = precision
         self._bundle = bundle
-        self._stored = EXPORTED if self.converted else precision
+        self.stored = EXPORTED if self.converted else precision
 
     @cached_property
     def network(self) -> NetworkSpec:
@@ -46,14 +47,18 @@ class PartSource:
             BundleError: the file differs from its digest, or cannot be read.
             ExportError: it cannot be converted.
         """
-        model = self._bundle.part_bytes(part, self._stored)
+        model = self._bundle.part_bytes(part, self.stored)
         if not self.converted:
             return model
         from export.half import half_from_fp32  # loads onnx, which a build with nothing to do can spare
 
         return half_from_fp32(model, self._bundle.network.part(part.name), self.precision)
 
+    def holds(self, part: PartSpec) -> bool:
+        """Say whether there is a file to make the part's model from."""
+        return self._bundle.holds(part, self.stored)
+
     def key(self, part: PartSpec) -> str:
         """Return a text that is equal for equal models: the digest of the file, and the version of the conversion."""
         converter = f"+half{HALF_VERSION}" if self.converted else ""
-        return self._bundle.part_sha256(part, self._stored) + converter
+        return self._bundle.part_sha256(part, self.stored) + converter

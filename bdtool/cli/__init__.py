@@ -112,6 +112,7 @@ for command in (
     bundles.export_cmd,
     build.build_cmd,
     bundles.verify_cmd,
+    bundles.pack_cmd,
     calibrate.calibrate_cmd,
     build.fuse_cmd,
     inference.run_cmd,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from bdtool.cli.options import (
     data_option,
     json_option,
     place_options,
+    precision_option,
     resize_option,
 )
 from bdtool.cli.output import emit, print_table, progress, tell_when_stopped, warn
@@ -78,6 +80,46 @@ def export_cmd(model: Path, bundle: Path, max_batch: int, force: bool) -> None:
     click.echo(f"{bundle}: {len(manifest.files)} parts{taken_up}, {manifest.network.n_blocks} blocks")
     name, file = worst
     click.echo(f"worst difference from PyTorch: {file.error:.1e} of the range in {name}, allowed {file.tolerance:.0e}")
+
+
+@click.command("pack", cls=Command)
+@click.argument("bundle", type=BUNDLE)
+@click.option("-o", "--output", "packed", type=NEW_BUNDLE, required=True, metavar="BUNDLE", help="Directory to make.")
+@precision_option(help_text="Which parts to keep.")
+@click.option(
+    "--engines",
+    metavar="BACKEND",
+    help="Keep the engines that were built for this backend in place of the ONNX parts: smaller and quicker to open, "
+    "but no other machine can build from it.",
+)
+@click.option("--with-full", is_flag=True, help="Keep `full`, too: profile and strategy full need it.")
+@json_option
+def pack_cmd(
+    bundle: Path, packed: Path, precision: str, engines: str | None, with_full: bool, json_file: str | None
+) -> None:
+    """Copy a BUNDLE for deployment, with only what running it needs.
+
+    Weights, engines and `full` stay behind, and the parts of other precisions: about a fifth is left. Engines are built
+    where it is opened. Training, calibrate and verify take the whole BUNDLE.
+
+    \b
+    Example:
+      bdtool pack bundle -o packed
+      bdtool pack bundle -o packed --precision int8 --engines onnxruntime
+    """
+    from bdtool.packing import pack
+    from export.bundle import Bundle
+
+    result = pack(Bundle.open(bundle), packed, precision=precision, engines=engines, with_full=with_full)
+    kind = f"engines ({', '.join(result.engines)})" if engines else "ONNX"
+    emit(
+        dataclasses.asdict(result),
+        json_file,
+        lambda: click.echo(
+            f"{packed}: {result.n_parts} {precision} parts, {kind}; {result.size / 1e6:.1f} of "
+            f"{result.whole_size / 1e6:.1f} MB"
+        ),
+    )
 
 
 @click.command("verify", cls=Command)

@@ -11,7 +11,7 @@ import click
 from bdtool.cli.command import Command
 from bdtool.cli.options import MODEL_OR_BUNDLE, json_option
 from bdtool.cli.output import emit, mega, print_table
-from bdtool.words import percent
+from bdtool.words import counted, percent
 
 _LABEL_WIDTH = 16
 # of earlier MODELs in a provenance
@@ -61,6 +61,10 @@ def _precision_lines(name: str, value: dict[str, Any], facts: dict[str, Any]) ->
             line += f", on {gates.get('n_images')} images of {gates.get('input_source')}"
             line += ", calibration images among them" if calibration.get("evaluated_on_calibration_images") else ""
         yield f"  {precision}:", line
+
+
+def _left_out_line(name: str, value: list[str], facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    yield f"{name}:", f"{counted(len(value), 'file')}, by `bdtool pack`: {_fact(value)}"
 
 
 def _engine_lines(name: str, value: list[str], facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -116,6 +120,7 @@ def _share(facts: dict[str, Any], name: str) -> str:
 
 
 _LINES: dict[str, Callable[[str, Any, dict[str, Any]], Iterator[tuple[str, str]]]] = {
+    "left_out": _left_out_line,
     "precisions": _precision_lines,
     "engines": _engine_lines,
     "provenance": _provenance_lines,

@@ -56,7 +56,9 @@ class Loader:
             EngineError: one does not build, or cannot be loaded.
         """
         parts = parts_for(self._strategy, self._own.network)
-        self.store, self._loaded = self._load(self._own, parts, build=self._own.network.parts)
+        source = self._own.source
+        others = [part for part in self._own.network.parts if part not in parts and source.holds(part)]
+        self.store, self._loaded = self._load(self._own, parts, build=[*parts, *others])
         return Loaded(self._own.network, self._loaded)
 
     @property

@@ -14,7 +14,7 @@ from bdtool.runtime.policies import bits_of, keep_of
 from export.files import advice_on, json_from_bytes, write_json
 
 SHARES_SLACK = 1e-6  # of sums of rounded shares
-_FILE = "paths.json"
+FILE = "paths.json"
 NOTE_MASKS = "`bdtool build BUNDLE --coverage 0.95 --data DATA`, with this --backend, --device and --precision"
 _AGAIN = f"note them again with {NOTE_MASKS}"
 
@@ -62,10 +62,10 @@ def write_masks(directory: Path, masks: list[MaskCount], *, source: str, policy:
     """
     rows = [{"mask": count.mask, "share": count.share} for count in masks]
     try:
-        write_json(directory / _FILE, {"source": source, "policy": policy, "masks": rows})
+        write_json(directory / FILE, {"source": source, "policy": policy, "masks": rows})
     except OSError as exc:
         raise BundleError(
-            f"{directory / _FILE} cannot be written ({exc.strerror or exc}); {advice_on(exc)} and run `bdtool build` "
+            f"{directory / FILE} cannot be written ({exc.strerror or exc}); {advice_on(exc)} and run `bdtool build` "
             "again"
         ) from exc
 
@@ -76,7 +76,7 @@ def read_masks(directory: Path, n_blocks: int) -> list[MaskCount]:
     Raises:
         BundleError: the file is damaged or does not fit the network.
     """
-    path = directory / _FILE
+    path = directory / FILE
     try:
         rows = json_from_bytes(path.read_bytes())["masks"]
         masks = [MaskCount(mask=row["mask"], share=float(row["share"])) for row in rows]

@@ -1,7 +1,7 @@
 """A deeper base that computes nearly what a shallower one does: where to begin when there are no weights of its depth.
 
-Source: Chang, Meng, Haber, Tung and Begert, "Multi-level Residual Networks from Dynamical Systems View", ICLR 2018,
-section 4. A residual block is seen as a step of an explicit Euler scheme, so several that go the same way, each a part
+Source: Chang, Meng, Haber et al., "Multi-level Residual Networks from Dynamical Systems View", ICLR 2018, section 4. A
+residual block is seen as a step of an explicit Euler scheme, so several that go the same way, each a part
 of its length, lead to nearly the same place.
 """
 

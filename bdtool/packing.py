@@ -1,0 +1,110 @@
+"""A bundle with only what a deployment needs: `bdtool pack`."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from bdtool.errors import BundleError
+from bdtool.runtime import masks, recommendation
+from bdtool.words import counted
+from engines.copying import copy_engines
+from export.bundle import Bundle
+from export.files import advice_on, export_lock, swap_directory, write_bytes
+from export.manifest import write_manifest
+from export.part_source import PartSource
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packed:
+    """What was packed; sizes in bytes."""
+
+    n_parts: int
+    engines: tuple[str, ...]  # directories of engines, in place of ONNX parts
+    size: int
+    whole_size: int
+
+
+def pack(
+    bundle: Bundle, target: Path, *, precision: str = "fp32", engines: str | None = None, with_full: bool = False
+) -> Packed:
+    """Write a bundle of one precision without weights, engines and `full`, whose parts are built where it is opened.
+
+    Args:
+        target: a directory that is not there yet, or empty.
+        engines: a backend, whose engines in `bundle` are taken instead of the ONNX parts: smaller and quicker to open,
+            but only where these engines run.
+        with_full: keep `full`, too, which `bdtool profile` and strategy `full` need.
+
+    Raises:
+        BundleError: there are no parts of the precision, or no engines; a file is damaged; or `target` is taken, or
+            cannot be written.
+        UsageError: no such precision.
+    """
+    source = PartSource(bundle, precision, converts_fp16=True)
+    parts = [part for part in bundle.network.parts if with_full or part.kind != "full"]
+    kept = {bundle.files_at(source.stored)[part.name].file for part in parts}
+    variants = {name: variant for name, variant in bundle.manifest.variants.items() if name == precision}
+    manifest = replace(bundle.manifest, variants=variants)
+    with _new_directory(target) as directory:
+        if engines is None:
+            for part in parts:
+                path = directory / bundle.files_at(source.stored)[part.name].file
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_bytes(path, bundle.part_bytes(part, source.stored))
+            copied = []
+        else:
+            kept = set()
+            digests = {part.name: bundle.part_sha256(part, source.stored) for part in parts}
+            copied = _copy_all_engines(bundle, directory, f"{engines}-[0-9]*-{precision}", digests)
+        write_manifest(directory, replace(manifest, left_out=frozenset(manifest.listed) - kept))
+    return Packed(n_parts=len(parts), engines=tuple(copied), size=_size(target), whole_size=_size(bundle.path))
+
+
+def _copy_all_engines(bundle: Bundle, directory: Path, pattern: str, digests: dict[str, str]) -> list[str]:
+    """Copy every directory of engines of that name that has all parts, and what was noted beside them."""
+    copied = []
+    for built in sorted(bundle.engines_path.glob(pattern)):
+        to = directory / "engines" / built.name
+        if copy_engines(built, to, digests):
+            copied.append(built.name)
+            for note in (built / masks.FILE, built / recommendation.FILE):
+                if note.is_file():
+                    write_bytes(to / note.name, note.read_bytes())
+    if not copied:
+        present = sorted(path.name for path in bundle.engines_path.glob("*"))
+        raise BundleError(
+            f"{bundle.path}: no directory {pattern} has whole engines of all {counted(len(digests), 'part')}; it has "
+            f"{', '.join(present) or 'none'}. Build them: bdtool build, with this --backend and --precision"
+        )
+    return copied
+
+
+@contextmanager
+def _new_directory(target: Path) -> Iterator[Path]:
+    """Give a directory to write to, which becomes `target` when all went well."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise BundleError(f"{target} exists; it is left alone. Choose another -o BUNDLE, or remove it")
+    target = target.resolve()
+    partial = target.with_name(f".{target.name}.packing")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with export_lock(target):
+            shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+            partial.mkdir()
+            try:
+                yield partial
+                swap_directory(partial, target)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+    except OSError as exc:
+        raise BundleError(
+            f"{target} cannot be written ({exc.strerror or exc}); {advice_on(exc)} and run the same command again"
+        ) from exc
+
+
+def _size(directory: Path) -> int:
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())

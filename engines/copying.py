@@ -1,0 +1,44 @@
+"""Engines copied from one bundle to another, backend unseen: for `bdtool pack`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from engines.store import EngineRecord
+from export.files import json_from_bytes, sha256_of_bytes, write_bytes
+
+
+def copy_engines(directory: Path, target: Path, digests: Mapping[str, str]) -> bool:
+    """Copy the engines of some parts, with their records, from one directory of engines to another.
+
+    Args:
+        target: made where it is not there.
+        digests: of the ONNX models that they must be built from, by the names of all parts to copy.
+
+    Returns:
+        Whether there is an engine of each of the parts; if not, nothing is written.
+    """
+    found = {name: list(_whole_engines(directory, name, digest)) for name, digest in digests.items()}
+    if not all(found.values()):
+        return False
+    target.mkdir(parents=True, exist_ok=True)
+    for files in found.values():
+        for record_file, engine_file in files:
+            for file in (engine_file, record_file):  # an engine before its record, as in a build
+                write_bytes(target / file, (directory / file).read_bytes())
+    return True
+
+
+def _whole_engines(directory: Path, part: str, digest: str) -> Iterator[tuple[str, str]]:
+    """Yield names of record and engine, of images as pixels and preprocessed, where they are whole and can be run."""
+    for record_path in (directory / f"{part}.engine.json", directory / f"{part}.pixels.engine.json"):
+        try:
+            record = EngineRecord(**json_from_bytes(record_path.read_bytes()))
+            is_own = record.part == part and Path(record.file).name == record.file
+            is_of_model = record.onnx_sha256.split("+")[0] == digest  # after it: what was converted, and how
+            fits = is_own and is_of_model and record.loadable
+            if fits and sha256_of_bytes((directory / record.file).read_bytes()) == record.sha256:
+                yield record_path.name, record.file
+        except (OSError, ValueError, TypeError):
+            continue

@@ -1,0 +1,39 @@
+"""`bdtool pack`: a bundle with what a deployment needs."""
+
+import json
+
+
+def test_packed_int8_runs_and_says_what_it_lacks(
+    calibrate, bdtool, bdtool_json, bundle_copy, labelled, picture, tmp_path
+):
+    calibrate()
+    packed = tmp_path / "packed"
+    text = bdtool("pack", bundle_copy, "-o", packed, "--precision", "int8").stdout
+    assert text.startswith(f"{packed}: 8 int8 parts, ONNX; ")
+    common = ("--precision", "int8")
+    before = bdtool_json("evaluate", bundle_copy, "--data", labelled, *common)
+    assert bdtool_json("evaluate", packed, "--data", labelled, *common)["accuracy"] == before["accuracy"]
+    assert len(bdtool_json("run", packed, picture, *common)["images"]) == 1
+    facts = bdtool_json("inspect", packed)
+    assert "onnx/full.onnx" in facts["left_out"]
+    assert not any((packed / file).exists() for file in facts["left_out"])
+    assert f"left_out:       {len(facts['left_out'])} files, by `bdtool pack`: " in bdtool("inspect", packed).stdout
+    assert "part 'stem', onnx/stem.onnx, was left out" in bdtool("run", packed, picture, status=1).stderr
+    assert "weights.safetensors, was left out" in bdtool("verify", packed, *common, status=1).stderr
+    assert "was left out" in bdtool("profile", packed, *common, status=1).stderr
+
+
+def test_engines_in_place_of_parts_are_cached_by_build(bdtool, bdtool_json, bundle_copy, tmp_path):
+    packed = tmp_path / "packed"
+    message = bdtool("pack", bundle_copy, "-o", packed, "--engines", "onnxruntime", status=1).stderr
+    assert "no directory onnxruntime-[0-9]*-fp32 has whole engines of all 8 parts; it has none" in message
+    bdtool("build", bundle_copy)
+    result = bdtool_json("pack", bundle_copy, "-o", packed, "--engines", "onnxruntime", "--with-full")
+    assert (result["n_parts"], len(result["engines"])) == (9, 1)
+    parts = bdtool_json("build", packed)["parts"]
+    assert {part["status"] for part in parts.values()} == {"cached"}
+    bdtool("profile", packed, "--duration", 0.01)
+
+
+def test_weights_are_kept_out_of_the_manifest_of_a_whole_bundle(bundle_copy):
+    assert "left_out" not in json.loads((bundle_copy / "manifest.json").read_text())

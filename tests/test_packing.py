@@ -1,0 +1,170 @@
+"""Bundles packed for deployment: what stays, what still works, and what they say of the rest."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bdtool import Orchestrator
+from bdtool.data.synthetic import synthetic_images
+from bdtool.errors import BundleError, UsageError
+from bdtool.packing import pack
+from bdtool.runtime.masks import MaskCount, write_masks
+from engines.base import BackendIdentity
+from engines.fake import FakeBackend
+from engines.registry import identify_backend, open_backend
+from engines.store import EngineStore
+from export.bundle import Bundle
+from export.manifest import read_manifest
+
+_FAKE = BackendIdentity(name="fake", version="1", target="cpu", suffix=".json")
+_PIXELS = synthetic_images(8, height=32, width=32)
+
+
+def _logits(bundle, **options):
+    with Orchestrator.open(bundle, **options) as runtime:
+        return runtime.run(_PIXELS).logits
+
+
+def _files(directory):
+    return {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()}
+
+
+def _pack(whole, target, **options):
+    return pack(Bundle.open(whole), target, **options)
+
+
+@pytest.fixture
+def packed(tiny, tmp_path):
+    """The ONNX parts of `tiny` alone."""
+    _pack(tiny.bundle, tmp_path / "packed")
+    return tmp_path / "packed"
+
+
+@pytest.fixture
+def built(bundle_copy):
+    """A whole bundle with engines of ONNX Runtime."""
+    store = EngineStore(Bundle.open(bundle_copy), identify_backend("onnxruntime", "cpu"))
+    store.build(lambda: open_backend("onnxruntime", "cpu"))
+    return bundle_copy
+
+
+def test_packed_bundle_holds_the_parts_and_gives_the_same_logits(tiny, packed):
+    parts = {f"onnx/{part.name}.onnx" for part in Bundle.open(tiny.bundle).network.parts if part.kind != "full"}
+    assert _files(packed) == {"manifest.json", *parts}
+    for strategy in ("chain", "path", "fused"):
+        np.testing.assert_array_equal(
+            _logits(packed, strategy=strategy), _logits(tiny.bundle, strategy=strategy), err_msg=strategy
+        )
+
+
+def test_sizes_are_those_of_the_directories(tiny, tmp_path):
+    result = _pack(tiny.bundle, tmp_path / "packed")
+    assert result.size == sum((tmp_path / "packed" / file).stat().st_size for file in _files(tmp_path / "packed"))
+    assert result.size < 0.5 * result.whole_size
+
+
+def test_packed_bundle_can_be_packed_again_moved_and_built(packed, tmp_path):
+    _pack(packed, tmp_path / "again")
+    assert _files(tmp_path / "again") == _files(packed)
+    moved = Path(shutil.move(tmp_path / "again", tmp_path / "moved"))
+    statuses = EngineStore(Bundle.open(moved), _FAKE).build(FakeBackend)
+    assert {status.name for status in statuses} == {
+        part.name for part in Bundle.open(moved).network.parts if part.kind != "full"
+    }
+
+
+def test_full_is_kept_where_it_is_asked_for(tiny, tmp_path):
+    _pack(tiny.bundle, tmp_path / "packed", with_full=True)
+    assert read_manifest(tmp_path / "packed").left_out == {"weights.safetensors"}
+    _logits(tmp_path / "packed", strategy="full")
+
+
+def test_what_was_left_out_is_named(packed):
+    with pytest.raises(BundleError, match=r"part 'full' fits onnxruntime.*full.onnx, was left out by `bdtool pack`"):
+        Orchestrator.open(packed, strategy="full")
+    with pytest.raises(BundleError, match=r"the weights, weights.safetensors, was left out .* Take the whole bundle"):
+        _ = Bundle.open(packed).weights_path
+
+
+def test_missing_or_changed_part_of_a_packed_bundle_is_still_found(packed):
+    (packed / "onnx" / "head.onnx").write_bytes(b"other")
+    with pytest.raises(BundleError, match=r"onnx/head.onnx, has SHA-256"):
+        Bundle.open(packed)
+    (packed / "onnx" / "head.onnx").unlink()
+    with pytest.raises(BundleError, match="part 'head' is missing"):
+        Bundle.open(packed)
+
+
+def test_engines_take_the_place_of_parts(built, tmp_path):
+    store = EngineStore(Bundle.open(built), identify_backend("onnxruntime", "cpu"))
+    write_masks(store.directory, [MaskCount(mask="101", share=1.0)], source="test", policy="learned")
+    result = _pack(built, tmp_path / "packed", engines="onnxruntime")
+    assert result.engines == (store.directory.name,)
+    assert not (tmp_path / "packed" / "onnx").exists()
+    names = {path.name for path in (tmp_path / "packed" / "engines" / store.directory.name).iterdir()}
+    assert names == {path.name for path in store.directory.iterdir() if not path.name.startswith("full.")}
+    for strategy in ("chain", "path", "fused"):
+        np.testing.assert_array_equal(
+            _logits(tmp_path / "packed", strategy=strategy), _logits(built, strategy=strategy)
+        )
+    packed_store = EngineStore(Bundle.open(tmp_path / "packed"), store.identity)
+    assert all(status.cached for status in packed_store.build(lambda: pytest.fail("nothing to build")))
+
+
+def test_engines_of_another_machine_are_refused_by_name(built, tmp_path):
+    _pack(built, tmp_path / "packed", engines="onnxruntime")
+    [directory] = (tmp_path / "packed" / "engines").iterdir()
+    directory.rename(directory.with_name("onnxruntime-0.1-cpu-z80-fp32"))
+    with pytest.raises(BundleError, match=r"no engine of part 'policy' fits onnxruntime-.*was left out"):
+        Orchestrator.open(tmp_path / "packed")
+
+
+@pytest.mark.parametrize("damage", ["none built", "one missing", "one changed", "of other parts"])
+def test_engines_that_are_not_whole_are_not_packed(built, tmp_path, damage):
+    [directory] = (built / "engines").iterdir()
+    record = directory / "stem.engine.json"
+    if damage == "none built":
+        shutil.rmtree(directory)
+    elif damage == "one missing":
+        record.unlink()
+    elif damage == "one changed":
+        (directory / json.loads(record.read_text())["file"]).write_bytes(b"other")
+    else:
+        record.write_text(json.dumps({**json.loads(record.read_text()), "onnx_sha256": "0" * 64}))
+    with pytest.raises(BundleError, match=r"no directory onnxruntime-.*-fp32 has whole engines of all 8 parts"):
+        _pack(built, tmp_path / "packed", engines="onnxruntime")
+    assert not list(tmp_path.glob("*packed*"))
+
+
+def test_place_that_is_taken_is_left_alone(tiny, packed):
+    before = _files(packed)
+    with pytest.raises(BundleError, match="exists; it is left alone"):
+        _pack(tiny.bundle, packed)
+    assert _files(packed) == before
+
+
+def test_stop_half_way_leaves_nothing(tiny, tmp_path, monkeypatch):
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bdtool.packing.write_manifest", stop)
+    with pytest.raises(KeyboardInterrupt):
+        _pack(tiny.bundle, tmp_path / "packed")
+    assert not list(tmp_path.iterdir())
+
+
+def test_precision_that_is_not_there_is_refused(tiny, tmp_path):
+    with pytest.raises(BundleError, match="has no int8 parts"):
+        _pack(tiny.bundle, tmp_path / "packed", precision="int8")
+    with pytest.raises(UsageError, match="unknown precision"):
+        _pack(tiny.bundle, tmp_path / "packed", precision="int4")
+
+
+def test_left_out_file_outside_the_bundle_is_refused(packed):
+    path = packed / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "left_out": ["../other"]}))
+    with pytest.raises(BundleError, match="leaves the bundle"):
+        Bundle.open(packed)
