@@ -73,12 +73,12 @@ class _Layers:
         self.tensors: dict[str, _Shape] = {}
         self.flops = 0
 
-    def conv(self, name: str, x: _Shape, n_out: int, *, kernel: int, stride: int = 1) -> _Shape:
+    def conv(self, name: str, x: _Shape, n_out: int, *, kernel: int, stride: int = 1, groups: int = 1) -> _Shape:
         """A convolution without bias, padded by half its kernel, which is odd."""
         n_in, height, width = x
         y = (n_out, -(-height // stride), -(-width // stride))
-        self.tensors[f"{name}.weight"] = (n_out, n_in, kernel, kernel)
-        self.flops += 2 * n_in * kernel**2 * prod(y)
+        self.tensors[f"{name}.weight"] = (n_out, n_in // groups, kernel, kernel)
+        self.flops += 2 * (n_in // groups) * kernel**2 * prod(y)
         return y
 
     def batch_norm(self, name: str, n_channels: int) -> None:
@@ -101,9 +101,9 @@ def _parts(spec: ModelSpec) -> Iterator[_Part]:
     layers = _Layers()
     x = _stem(layers, "base.stem", arch, _downscaled(image, spec.downscale))
     yield _part(spec, "stem", None, image, x, layers)
-    for k, (width, stride) in enumerate(_widths_and_strides(arch)):
+    for k, (stage, stride) in enumerate(_stages_and_strides(arch)):
         layers, shortcut = _Layers(), _Layers()
-        y = _block(layers, f"base.blocks.{k}", arch, x, width=width, stride=stride)
+        y = _block(layers, f"base.blocks.{k}", arch, x, stage=stage, stride=stride)
         changes = _shortcut(shortcut, f"base.blocks.{k}.shortcut", spec.shortcut, x, y, stride=stride)
         layers.tensors |= shortcut.tensors
         layers.flops += shortcut.flops
@@ -134,9 +134,9 @@ def _part(spec: ModelSpec, kind: PartKind, index: int | None, x: _Shape, y: _Sha
 def _policy(layers: _Layers, spec: ModelSpec, image: _Shape) -> _Shape:
     trunk = policy_trunk(spec.architecture.family)
     x = _stem(layers, "policy.trunk.stem", trunk, _downscaled(image, spec.policy_downscale))
-    for k, (width, stride) in enumerate(_widths_and_strides(trunk)):
+    for k, (stage, stride) in enumerate(_stages_and_strides(trunk)):
         name = f"policy.trunk.blocks.{k}"
-        y = _block(layers, name, trunk, x, width=width, stride=stride)
+        y = _block(layers, name, trunk, x, stage=stage, stride=stride)
         _shortcut(layers, f"{name}.shortcut", trunk.default_shortcut, x, y, stride=stride)
         x = y
     features = x[:1]
@@ -155,20 +155,21 @@ def _downscaled(image: _Shape, factor: int) -> _Shape:
 
 
 def _stem(layers: _Layers, name: str, arch: Architecture, image: _Shape) -> _Shape:
-    imagenet, width = arch.family == "imagenet", arch.widths[0]
+    imagenet, width = arch.family == "imagenet", arch.stem_width
     x = layers.conv(f"{name}.conv", image, width, kernel=7 if imagenet else 3, stride=2 if imagenet else 1)
     layers.batch_norm(f"{name}.bn", width)
     return (width, -(-x[1] // 2), -(-x[2] // 2)) if imagenet else x  # its max-pool
 
 
-def _block(layers: _Layers, name: str, arch: Architecture, x: _Shape, *, width: int, stride: int) -> _Shape:
+def _block(layers: _Layers, name: str, arch: Architecture, x: _Shape, *, stage: int, stride: int) -> _Shape:
     """List the residual branch of a block, without its shortcut."""
+    width, n_out = arch.widths[stage], arch.channels[stage]
     if arch.block == "basic":
-        convolutions: tuple[tuple[int, int, int], ...] = ((width, 3, stride), (width, 3, 1))
+        convolutions: tuple[tuple[int, int, int, int], ...] = ((width, 3, stride, 1), (n_out, 3, 1, 1))
     else:
-        convolutions = ((width, 1, 1), (width, 3, stride), (width * arch.expansion, 1, 1))
-    for number, (n_out, kernel, step) in enumerate(convolutions, start=1):
-        x = layers.conv(f"{name}.conv{number}", x, n_out, kernel=kernel, stride=step)
+        convolutions = ((width, 1, 1, 1), (width, 3, stride, arch.groups), (n_out, 1, 1, 1))
+    for number, (n_out, kernel, step, groups) in enumerate(convolutions, start=1):
+        x = layers.conv(f"{name}.conv{number}", x, n_out, kernel=kernel, stride=step, groups=groups)
         layers.batch_norm(f"{name}.bn{number}", n_out)
     return x
 
@@ -189,8 +190,8 @@ def _shortcut(layers: _Layers, name: str, kind: ShortcutKind, x: _Shape, y: _Sha
     return True
 
 
-def _widths_and_strides(arch: Architecture) -> Iterator[tuple[int, int]]:
-    """Yield the channels of each block's 3x3 convolutions, and its stride."""
-    for stage, (n_blocks, width) in enumerate(zip(arch.stages, arch.widths, strict=True)):
+def _stages_and_strides(arch: Architecture) -> Iterator[tuple[int, int]]:
+    """Yield each block's stage, from 0, and its stride."""
+    for stage, n_blocks in enumerate(arch.stages):
         for i in range(n_blocks):
-            yield width, 2 if i == 0 and stage > 0 else 1
+            yield stage, 2 if i == 0 and stage > 0 else 1

@@ -76,14 +76,15 @@ class BasicBlock(ResidualBlock):
 
 
 class Bottleneck(ResidualBlock):
-    """1x1, 3x3 and 1x1 convolutions; the middle one carries the stride, the last one widens fourfold."""
+    """1x1, 3x3 and 1x1 convolutions; the middle one carries the stride and has `groups`, the last one widens."""
 
-    def __init__(self, n_in: int, width: int, *, stride: int, shortcut: ShortcutKind) -> None:
+    def __init__(
+        self, n_in: int, width: int, n_out: int, *, stride: int, shortcut: ShortcutKind, groups: int = 1
+    ) -> None:
         super().__init__()
-        n_out = 4 * width
         self.conv1 = nn.Conv2d(n_in, width, kernel_size=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = _conv3x3(width, width, stride=stride)
+        self.conv2 = _conv3x3(width, width, stride=stride, groups=groups)
         self.bn2 = nn.BatchNorm2d(width)
         self.conv3 = nn.Conv2d(width, n_out, kernel_size=1, bias=False)
         self.bn3 = nn.BatchNorm2d(n_out)
@@ -118,9 +119,9 @@ class ResNet(nn.Module):
     ) -> None:
         super().__init__()
         stem = CifarStem if architecture.family == "cifar" else ImageNetStem
-        self.stem = stem(architecture.widths[0], downscale=downscale)
+        self.stem = stem(architecture.stem_width, downscale=downscale)
         self.blocks = nn.ModuleList(_blocks(architecture, shortcut))
-        self.n_features = architecture.widths[-1] * architecture.expansion
+        self.n_features = architecture.channels[-1]
         layers: OrderedDict[str, nn.Module] = OrderedDict(pool=GlobalAveragePool())
         if n_classes is not None:
             layers["linear"] = nn.Linear(self.n_features, n_classes)
@@ -196,14 +197,18 @@ def _is_channels_last(x: Tensor) -> bool:
 
 
 def _blocks(architecture: Architecture, shortcut: ShortcutKind) -> list[ResidualBlock]:
-    block = Bottleneck if architecture.block == "bottleneck" else BasicBlock
     blocks: list[ResidualBlock] = []
-    n_in = architecture.widths[0]
-    for stage, (n_blocks, width) in enumerate(zip(architecture.stages, architecture.widths, strict=True)):
+    n_in = architecture.stem_width
+    layout = zip(architecture.stages, architecture.widths, architecture.channels, strict=True)
+    for stage, (n_blocks, width, n_out) in enumerate(layout):
         for i in range(n_blocks):
             stride = 2 if i == 0 and stage > 0 else 1
-            blocks.append(block(n_in, width, stride=stride, shortcut=shortcut))
-            n_in = width * architecture.expansion
+            if architecture.block == "basic":
+                blocks.append(BasicBlock(n_in, width, stride=stride, shortcut=shortcut))
+            else:
+                groups = architecture.groups
+                blocks.append(Bottleneck(n_in, width, n_out, stride=stride, shortcut=shortcut, groups=groups))
+            n_in = n_out
     return blocks
 
 
@@ -211,5 +216,5 @@ def _downscale(factor: int) -> nn.Module:
     return nn.AvgPool2d(factor) if factor > 1 else nn.Identity()
 
 
-def _conv3x3(n_in: int, n_out: int, *, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(n_in, n_out, kernel_size=3, stride=stride, padding=1, bias=False)
+def _conv3x3(n_in: int, n_out: int, *, stride: int = 1, groups: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(n_in, n_out, kernel_size=3, stride=stride, padding=1, groups=groups, bias=False)

@@ -71,10 +71,9 @@ def block_sources(shallow: tuple[int, ...], deep: tuple[int, ...]) -> list[int]:
 
 
 def _check_goes_on(shallow: Architecture, deep: Architecture) -> None:
-    if (shallow.family, shallow.block, shallow.widths) != (deep.family, deep.block, deep.widths):
+    if _blocks(shallow) != _blocks(deep):
         raise UsageError(
-            f"{deep.name} has {deep.block} blocks of {_joined(deep.widths)} channels ({deep.family}), {shallow.name} "
-            f"{shallow.block} blocks of {_joined(shallow.widths)} ({shallow.family}); give an architecture of the same"
+            f"{deep.name} has {_blocks(deep)}, {shallow.name} {_blocks(shallow)}; give an architecture of the same"
         )
     stages = f"{shallow.name} has {_joined(shallow.stages)} blocks, {deep.name} {_joined(deep.stages)}"
     if shallow.n_blocks >= deep.n_blocks or any(a > b for a, b in zip(shallow.stages, deep.stages, strict=True)):
@@ -83,6 +82,12 @@ def _check_goes_on(shallow: Architecture, deep: Architecture) -> None:
         raise UsageError(
             f"{stages}; the first block of a stage is not repeated, and there is no other. Give a MODEL with 2 or more"
         )
+
+
+def _blocks(arch: Architecture) -> str:
+    """Say what an architecture's blocks are like, however many there are."""
+    groups = f" in {arch.groups} groups" if arch.groups > 1 else ""
+    return f"{arch.block} blocks of {_joined(arch.widths)} channels{groups} ({arch.family})"
 
 
 def _joined(numbers: tuple[int, ...]) -> str:

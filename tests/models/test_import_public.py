@@ -39,7 +39,9 @@ def test_project_checkpoint_needs_average_pool_shortcuts(public_checkpoints, cif
     assert _accuracy(import_checkpoint(path, **options), cifar_sample) < right
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "resnet50", "resnet101"])
+@pytest.mark.parametrize(
+    "arch", ["resnet18", "resnet50", "resnet101", "resnext50_32x4d", "resnext101_64x4d", "wide_resnet50_2"]
+)
 def test_imported_torchvision_network_gives_torchvisions_logits(stir, tmp_path, arch):
     oracle = getattr(torchvision.models, arch)().eval()
     stir(oracle)

@@ -155,6 +155,7 @@ def test_imagenet_resnet18_with_projections_equals_pytorch(export_random, torch_
 
 
 @pytest.mark.slow
-def test_imagenet_resnet50_with_bottlenecks_equals_pytorch(export_random, torch_logits, preprocessed):
+@pytest.mark.parametrize("arch", ["resnet50", "resnext50_32x4d"])
+def test_imagenet_network_with_bottlenecks_equals_pytorch(export_random, torch_logits, preprocessed, arch):
     """At 96 x 96: the widths and structures are those of 224 x 224, the time a fifth."""
-    _check_random_masks(export_random("resnet50", size=96), torch_logits, preprocessed, n_masks=4)
+    _check_random_masks(export_random(arch, size=96), torch_logits, preprocessed, n_masks=4)

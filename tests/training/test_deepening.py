@@ -59,7 +59,11 @@ def test_deepened_public_checkpoint_is_nearly_as_good_without_training(
 @pytest.mark.parametrize(
     ("shallow", "arch", "message"),
     [
-        ("resnet14", "resnet18", "resnet18 has basic blocks of 64, 128, 256, 512 channels .imagenet., resnet14 basic"),
+        (
+            "resnet14",
+            "resnet18",
+            "resnet18 has basic blocks of 64, 128, 256, 512 channels .imagenet., resnet14 basic blocks of 16",
+        ),
         ("resnet14", "resnet14", "resnet14 has 2, 2, 2 blocks, resnet14 2, 2, 2; give an architecture with more"),
         ("resnet14", "resnet8", "resnet14 has 2, 2, 2 blocks, resnet8 1, 1, 1; give an architecture with more"),
         ("resnet8", "resnet14", "the first block of a stage is not repeated, and there is no other. Give a MODEL with"),
