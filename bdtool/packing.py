@@ -12,6 +12,7 @@ from bdtool.errors import BundleError
 from bdtool.runtime import masks, recommendation
 from bdtool.words import counted
 from engines.copying import copy_engines
+from engines.registry import require_backend
 from export.bundle import Bundle
 from export.files import advice_on, export_lock, swap_directory, write_bytes
 from export.manifest import write_manifest
@@ -42,8 +43,10 @@ def pack(
     Raises:
         BundleError: there are no parts of the precision, or no engines; a file is damaged; or `target` is taken, or
             cannot be written.
-        UsageError: no such precision.
+        UsageError: no such precision or backend.
     """
+    if engines is not None:
+        require_backend(engines)
     source = PartSource(bundle, precision, converts_fp16=True)
     parts = [part for part in bundle.network.parts if with_full or part.kind != "full"]
     kept = {bundle.files_at(source.stored)[part.name].file for part in parts}

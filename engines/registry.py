@@ -56,6 +56,13 @@ def identify_backend(name: str, device: str, *, tensorrt: TensorRTOptions | None
     return replace(identity, converts_fp16=True, settings=None if tensorrt is None else tensorrt.settings)
 
 
+def require_backend(name: str) -> None:
+    """Raise UsageError where there is no such backend."""
+    if name not in BACKENDS:
+        known = ", ".join(backend for backend in BACKENDS if backend != "fake")
+        raise UsageError(f"unknown backend {name!r}; this version has {known}")
+
+
 def joins(name: str) -> bool:
     """Say whether the backend makes one engine of several, which strategy `path` needs."""
     return name in ("onnxruntime", ONNXRUNTIME_TENSORRT, "torch", "fake")
@@ -147,9 +154,7 @@ def open_backend(
 
 
 def _check(name: str, device: str, tensorrt: TensorRTOptions | None) -> None:
-    if name not in BACKENDS:
-        known = ", ".join(backend for backend in BACKENDS if backend != "fake")
-        raise UsageError(f"unknown backend {name!r}; this version has {known}")
+    require_backend(name)
     if not isinstance(device, str) or not _DEVICE.fullmatch(device):
         raise UsageError(f"unknown device {device!r}; expected cpu or cuda:N, for instance cuda:0")
     if tensorrt is not None and name not in PROFILED:

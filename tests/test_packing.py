@@ -163,6 +163,12 @@ def test_precision_that_is_not_there_is_refused(tiny, tmp_path):
         _pack(tiny.bundle, tmp_path / "packed", precision="int4")
 
 
+@pytest.mark.parametrize("name", ["onnx", "*", "/engines", "a**b", ""])
+def test_backend_that_there_is_not_is_refused(built, tmp_path, name):
+    with pytest.raises(UsageError, match=r"unknown backend .*; this version has onnxruntime, torch"):
+        _pack(built, tmp_path / "packed", engines=name)
+
+
 def test_left_out_file_outside_the_bundle_is_refused(packed):
     path = packed / "manifest.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "left_out": ["../other"]}))
