@@ -36,8 +36,7 @@ class Command(click.Command):
                 names = f"{_name(first, context)} and {_name(second, context)}"
                 _refuse(f"{target} is given twice: as {names}; choose another name for one of them", second, context)
         for param, target in targets:
-            if isinstance(param.type, NewFile):
-                self._refuse_overwriting(context, param, target)
+            self._refuse_overwriting(context, param, target)
         return super().invoke(context)
 
     def _refuse_overwriting(self, context: click.Context, param: click.Parameter, target: Path) -> None:
@@ -76,7 +75,7 @@ def _sources(param: click.Parameter, context: click.Context) -> Iterator[Path]:
 
 
 def _problem(target: Path, source: Path, param: click.Parameter, name: str) -> str | None:
-    """Say what a file to write would do to what is read; None: nothing."""
+    """Say what a file or directory to write would do to what is read; None: nothing."""
     if not source.is_dir():
         same = target.is_file() and target.samefile(source)
         return f"{target} is also given as {name}, and would be overwritten; choose another name" if same else None
@@ -94,7 +93,7 @@ def _is_same(first: Path, second: Path) -> bool:
 
 
 def _is_below(target: Path, directory: Path) -> bool:
-    """Say whether a file lies in a directory: itself or, where it is a link, what that leads to."""
+    """Say whether a place lies in a directory: itself or, where it is a link, what that leads to."""
     places = (Path(os.path.realpath(target)), Path(os.path.realpath(target.parent), target.name))
     return any(place.is_relative_to(os.path.realpath(directory)) for place in places)
 

@@ -59,6 +59,7 @@ def test_no_command_writes_into_a_bundle(bdtool, bundle_copy, tiny, npz, picture
         (bundle_copy / "engines.json", "BUNDLE", "run", bundle_copy, picture, "--json"),
         (bundle_copy / "manifest.json", "MODEL_OR_BUNDLE", "inspect", bundle_copy, "--json"),
         (bundle_copy / "new.json", "--baseline", "profile", tiny.bundle, "--baseline", bundle_copy, "--json"),
+        (bundle_copy / "packed", "BUNDLE", "pack", bundle_copy, "-o"),
     ):
         message = bdtool(*words, target, status=2).stderr
         assert f"{target} lies in {bundle_copy}, given as {name}, which holds its own files alone" in message
