@@ -151,15 +151,15 @@ class EngineStore:
         Args:
             open_backend: called only when there is something to build.
             resume: take up engines that fit; False builds every part again.
-            parts: of `network`, to build no others; None builds all, but for what `bdtool pack` left out.
+            parts: of `network`, to build no others; None builds all, but for a `full` that `bdtool pack` left out.
 
         Raises:
             BundleError: the engines cannot be written, or a part differs from its digest in the manifest, or was left
                 out by `bdtool pack`.
         """
         records = self.find(parts) if resume else {}
-        wanted = parts or [part for part in self.network.parts if self.source.holds(part) or part.name in records]
-        self._require_sources([part for part in wanted or self.network.parts if part.name not in records])
+        wanted = parts or [part for part in self.network.parts if part.name in records or self._is_needed(part)]
+        self._require_sources([part for part in wanted if part.name not in records])
         if len(records) == len(wanted):
             statuses = [_cached(records[part.name]) for part in wanted]
             for status in statuses:
@@ -269,6 +269,10 @@ class EngineStore:
                 "builds it anew"
             )
         return data
+
+    def _is_needed(self, part: PartSpec) -> bool:
+        """Say whether a build has to make the part's engine: nothing runs without the others, `full` is an extra."""
+        return part.kind != "full" or self.source.holds(part)
 
     def _require_sources(self, parts: Sequence[PartSpec]) -> None:
         """Raise unless engines of these parts can be built."""

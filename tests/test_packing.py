@@ -122,6 +122,14 @@ def test_engines_of_another_machine_are_refused_by_name(built, tmp_path):
         Orchestrator.open(tmp_path / "packed")
 
 
+def test_build_does_not_pass_over_an_engine_that_is_damaged(built, tmp_path):
+    _pack(built, tmp_path / "packed", engines="onnxruntime")
+    store = EngineStore(Bundle.open(tmp_path / "packed"), identify_backend("onnxruntime", "cpu"))
+    (store.directory / "head.onnx").write_bytes(b"other")
+    with pytest.raises(BundleError, match=r"part 'head'.*was left out by `bdtool pack`"):
+        store.build(lambda: pytest.fail("nothing to build from"))
+
+
 @pytest.mark.parametrize("damage", ["none built", "one missing", "one changed", "of other parts"])
 def test_engines_that_are_not_whole_are_not_packed(built, tmp_path, damage):
     [directory] = (built / "engines").iterdir()
