@@ -72,8 +72,13 @@ class Bundle:
 
     @property
     def precisions(self) -> tuple[str, ...]:
-        """The precisions that can be asked for, the exported one first."""
-        return (EXPORTED, *sorted(self.manifest.variants))
+        """The precisions that can be asked for, the exported one first, unless `bdtool pack` kept another alone."""
+        others = sorted(self.manifest.variants)
+        if others and self.manifest.left_out:
+            chain = (part for part in self.network.parts if part.kind != "full")
+            if any(self.manifest.files[part.name].file in self.manifest.left_out for part in chain):
+                return tuple(others)
+        return (EXPORTED, *others)
 
     def network_at(self, precision: str) -> NetworkSpec:
         """Return the network with the dtypes that its activations have in that precision."""
@@ -136,6 +141,12 @@ class Bundle:
             return
         if precision not in (EXPORTED, *CALIBRATED):
             raise UsageError(f"unknown precision {precision!r}; expected {', '.join((EXPORTED, *CALIBRATED))}")
+        if not self.has_precision(EXPORTED):
+            kept = " and ".join(self.precisions)
+            raise BundleError(
+                f"{self.path} has no {precision} parts; `bdtool pack` kept those of {kept}. Run it with --precision "
+                f"{self.precisions[0]}, or take the whole bundle that it was packed from"
+            )
         raise BundleError(
             f"{self.path} has no {precision} parts; it has {', '.join(self.precisions)}. "
             f"Use --precision {EXPORTED}, or make them: bdtool calibrate --precision {precision}"

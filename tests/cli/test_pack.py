@@ -18,7 +18,9 @@ def test_packed_int8_runs_and_says_what_it_lacks(
     assert "onnx/full.onnx" in facts["left_out"]
     assert not any((packed / file).exists() for file in facts["left_out"])
     assert f"left_out:       {len(facts['left_out'])} files, by `bdtool pack`: " in bdtool("inspect", packed).stdout
-    assert "part 'stem', onnx/stem.onnx, was left out" in bdtool("run", packed, picture, status=1).stderr
+    for words in (("run", packed, picture), ("build", packed), ("fuse", packed, "-o", tmp_path / "model.onnx")):
+        message = bdtool(*words, status=1).stderr
+        assert f"{packed} has no fp32 parts; `bdtool pack` kept those of int8. Run it with --precision int8" in message
     assert "weights.safetensors, was left out" in bdtool("verify", packed, *common, status=1).stderr
     assert "was left out" in bdtool("profile", packed, *common, status=1).stderr
 
