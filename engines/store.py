@@ -159,7 +159,7 @@ class EngineStore:
         """
         records = self.find(parts) if resume else {}
         wanted = parts or [part for part in self.network.parts if part.name in records or self._is_needed(part)]
-        self._require_sources([part for part in wanted if part.name not in records])
+        self.require_sources([part for part in wanted if part.name not in records])
         if len(records) == len(wanted):
             statuses = [_cached(records[part.name]) for part in wanted]
             for status in statuses:
@@ -176,6 +176,23 @@ class EngineStore:
                 f"{self.directory}: engines cannot be written ({exc.strerror or exc}). The bundle and the finished "
                 f"engines are whole; {advice_on(exc)} and run the same command again"
             ) from exc
+
+    def require_sources(self, parts: Sequence[PartSpec]) -> None:
+        """Raise unless engines of these parts can be built.
+
+        Raises:
+            BundleError: `bdtool pack` left one out.
+        """
+        for part in parts:
+            if not self.source.holds(part):
+                try:
+                    self.source.model(part)
+                except BundleError as exc:
+                    others = sorted({path.name for path in self._bundle.engines_path.glob("*")} - {self.directory.name})
+                    there = f" (there are {', '.join(others)})" if others else ""
+                    raise BundleError(
+                        f"an engine of part {part.name!r} has to be built for {self.directory.name}{there}. {exc}"
+                    ) from exc
 
     def find(self, parts: Sequence[PartSpec] | None = None, *, check_digests: bool = True) -> dict[str, EngineRecord]:
         """Return the records of `parts` (None: all) that fit the bundle; their engines are whole and of one layout.
@@ -273,15 +290,6 @@ class EngineStore:
     def _is_needed(self, part: PartSpec) -> bool:
         """Say whether a build has to make the part's engine: nothing runs without the others, `full` is an extra."""
         return part.kind != "full" or self.source.holds(part)
-
-    def _require_sources(self, parts: Sequence[PartSpec]) -> None:
-        """Raise unless engines of these parts can be built."""
-        for part in parts:
-            if not self.source.holds(part):
-                try:
-                    self.source.model(part)
-                except BundleError as exc:
-                    raise BundleError(f"no engine of part {part.name!r} fits {self.directory.name}. {exc}") from exc
 
     def _build_missing(
         self,

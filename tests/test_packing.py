@@ -1,6 +1,7 @@
 """Bundles packed for deployment: what stays, what still works, and what they say of the rest."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -83,7 +84,9 @@ def test_full_is_kept_where_it_is_asked_for(tiny, tmp_path):
 
 
 def test_what_was_left_out_is_named(packed):
-    with pytest.raises(BundleError, match=r"part 'full' fits onnxruntime.*full.onnx, was left out by `bdtool pack`"):
+    with pytest.raises(
+        BundleError, match=r"part 'full' has to be built for onnxruntime.*full.onnx, was left out by `bdtool pack`"
+    ):
         Orchestrator.open(packed, strategy="full")
     with pytest.raises(BundleError, match=r"the weights, weights.safetensors, was left out .* Take the whole bundle"):
         _ = Bundle.open(packed).weights_path
@@ -118,7 +121,9 @@ def test_engines_of_another_machine_are_refused_by_name(built, tmp_path):
     _pack(built, tmp_path / "packed", engines="onnxruntime")
     [directory] = (tmp_path / "packed" / "engines").iterdir()
     directory.rename(directory.with_name("onnxruntime-0.1-cpu-z80-fp32"))
-    with pytest.raises(BundleError, match=r"no engine of part 'policy' fits onnxruntime-.*was left out"):
+    with pytest.raises(
+        BundleError, match=r"part 'policy' has to be built for onnxruntime.* \(there are onnxruntime-0.1-cpu-z80-fp32\)"
+    ):
         Orchestrator.open(tmp_path / "packed")
 
 
@@ -128,6 +133,18 @@ def test_build_does_not_pass_over_an_engine_that_is_damaged(built, tmp_path):
     (store.directory / "head.onnx").write_bytes(b"other")
     with pytest.raises(BundleError, match=r"part 'head'.*was left out by `bdtool pack`"):
         store.build(lambda: pytest.fail("nothing to build from"))
+
+
+def test_damaged_engine_of_a_read_only_bundle_is_named_and_nothing_else(built, tmp_path, monkeypatch, caplog):
+    packed = tmp_path / "packed"
+    _pack(built, packed, engines="onnxruntime")
+    [head] = packed.glob("engines/*/head.onnx")
+    head.write_bytes(b"other")
+    real = os.access  # for root every place is writable, whatever its mode
+    monkeypatch.setattr(os, "access", lambda path, mode: path != packed and real(path, mode))
+    with pytest.raises(BundleError, match=r"an engine of part 'head' has to be built for onnxruntime"):
+        Orchestrator.open(packed)
+    assert "read-only" not in caplog.text
 
 
 @pytest.mark.parametrize("damage", ["none built", "one missing", "one changed", "of other parts"])

@@ -108,6 +108,8 @@ class Loader:
         self, store: EngineStore, parts: Sequence[PartSpec], stack: ExitStack, *, resume: bool = True
     ) -> EngineStore:
         """Build what the store lacks, there or elsewhere, and return the store that has it."""
+        found = store.find(parts) if resume else {}
+        store.require_sources([part for part in parts if part.name not in found])  # elsewhere none of `found` is seen
         store = self._store_to_build_in(store, stack)
         logger.info(
             "building the %s engines that %s lacks for %s", store.precision, self._bundle.path, store.identity.target
