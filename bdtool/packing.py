@@ -89,17 +89,18 @@ def _copy_all_engines(bundle: Bundle, directory: Path, pattern: str, digests: di
 @contextmanager
 def _new_directory(target: Path) -> Iterator[Path]:
     """Give a directory to write to, which becomes `target` when all went well."""
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise BundleError(f"{target} exists; it is left alone. Choose another -o BUNDLE, or remove it")
+    _require_free(target)
     target = target.resolve()
     partial = target.with_name(f".{target.name}.packing")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with export_lock(target):
+            _require_free(target)  # again: an export, or another pack, may have ended since
             shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
             partial.mkdir()
             try:
                 yield partial
+                _require_free(target)  # the lock stops nobody but bdtool
                 swap_directory(partial, target)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -107,6 +108,11 @@ def _new_directory(target: Path) -> Iterator[Path]:
         raise BundleError(
             f"{target} cannot be written ({exc.strerror or exc}); {advice_on(exc)} and run the same command again"
         ) from exc
+
+
+def _require_free(target: Path) -> None:
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise BundleError(f"{target} exists; it is left alone. Choose another -o BUNDLE, or remove it")
 
 
 def _size(directory: Path) -> int:

@@ -199,14 +199,14 @@ def exclusive_lock(path: Path, *, purpose: str, wait: bool = False) -> Iterator[
 
 @contextmanager
 def export_lock(target: Path) -> Iterator[None]:
-    """Hold the lock under which a bundle's parts change: by an export to `target`, or what a calibration commits.
+    """Hold the lock under which a bundle's parts change: by an export or a pack to `target`, or a calibration's end.
 
     Raises:
         BundleError: another process holds it.
     """
     target = target.resolve()  # "." has no name, and a symbolic link names the same bundle
     with exclusive_lock(
-        target.with_name(f".{target.name}.lock"), purpose=f"an export to {target}, or a calibration of it,"
+        target.with_name(f".{target.name}.lock"), purpose=f"an export or a pack to {target}, or a calibration of it,"
     ):
         yield
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bdtool import Orchestrator
+from bdtool import Orchestrator, packing
 from bdtool.data.synthetic import synthetic_images
 from bdtool.errors import BundleError, UsageError
 from bdtool.packing import pack
@@ -18,6 +18,7 @@ from engines.fake import FakeBackend
 from engines.registry import identify_backend, open_backend
 from engines.store import EngineStore
 from export.bundle import Bundle
+from export.files import export_lock
 from export.manifest import read_manifest
 
 _FAKE = BackendIdentity(name="fake", version="1", target="cpu", suffix=".json")
@@ -169,6 +170,26 @@ def test_place_that_is_taken_is_left_alone(tiny, packed):
     with pytest.raises(BundleError, match="exists; it is left alone"):
         _pack(tiny.bundle, packed)
     assert _files(packed) == before
+
+
+@pytest.mark.parametrize("moment", ["export_lock", "write_manifest"])
+def test_place_that_is_taken_meanwhile_is_left_alone(tiny, tmp_path, monkeypatch, moment):
+    target, real = tmp_path / "packed", getattr(packing, moment)
+
+    def take(*args):
+        target.mkdir()
+        (target / "other").touch()
+        return real(*args)
+
+    monkeypatch.setattr(packing, moment, take)
+    with pytest.raises(BundleError, match="exists; it is left alone"):
+        _pack(tiny.bundle, target)
+    assert _files(tmp_path) == {"packed/other"}
+
+
+def test_two_packs_to_one_place_do_not_meet(tiny, tmp_path):
+    with export_lock(tmp_path / "packed"), pytest.raises(BundleError, match=r"a pack to .*packed, or .* is already"):
+        _pack(tiny.bundle, tmp_path / "packed")
 
 
 def test_stop_half_way_leaves_nothing(tiny, tmp_path, monkeypatch):

@@ -231,7 +231,7 @@ def test_bundle_that_is_being_exported_to_is_left_alone(bdtool, bundle_copy, lab
     _meanwhile(monkeypatch, lambda: exporting.enter_context(export_lock(bundle_copy)))
     with exporting:
         result = bdtool("calibrate", bundle_copy, "--data", labelled, "--precision", "fp16", status=1)
-    assert f"an export to {bundle_copy}, or a calibration of it, is already running" in result.stderr
+    assert f"an export or a pack to {bundle_copy}, or a calibration of it, is already running" in result.stderr
     assert Bundle.open(bundle_copy).precisions == ("fp32",)
 
 

@@ -244,7 +244,9 @@ def test_engines_and_masks_of_another_model_do_not_stay(other, bundle_copy):
 
 def test_concurrent_export_to_the_same_place_is_refused(other, bundle_copy, digests):
     before, lock = digests(bundle_copy), bundle_copy.with_name(".bundle.lock")
-    refused = pytest.raises(BundleError, match=r"an export to .*bundle, or a calibration of it, is already running")
+    refused = pytest.raises(
+        BundleError, match=r"an export or a pack to .*bundle, or a calibration of it, is already running"
+    )
     with exclusive_lock(lock, purpose="the other export"), refused:
         export_model(other, bundle_copy, force=True)
     assert digests(bundle_copy) == before
