@@ -23,22 +23,28 @@ def copy_engines(directory: Path, target: Path, digests: Mapping[str, str]) -> b
     if not all(found.values()):
         return False
     target.mkdir(parents=True, exist_ok=True)
-    for files in found.values():
-        for record_file, engine_file in files:
-            for file in (engine_file, record_file):  # an engine before its record, as in a build
-                write_bytes(target / file, (directory / file).read_bytes())
+    for pairs in found.values():
+        for files in pairs:
+            for name, data in files.items():
+                write_bytes(target / name, data)
     return True
 
 
-def _whole_engines(directory: Path, part: str, digest: str) -> Iterator[tuple[str, str]]:
-    """Yield names of record and engine, of images as pixels and preprocessed, where they are whole and can be run."""
+def _whole_engines(directory: Path, part: str, digest: str) -> Iterator[dict[str, bytes]]:
+    """Yield engine and record by file name, of images as pixels and preprocessed, if they are whole and can be run.
+
+    They are read once, as a build may put others in their place at any moment.
+    """
     for record_path in (directory / f"{part}.engine.json", directory / f"{part}.pixels.engine.json"):
         try:
-            record = EngineRecord(**json_from_bytes(record_path.read_bytes()))
+            record_data = record_path.read_bytes()
+            record = EngineRecord(**json_from_bytes(record_data))
             is_own = record.part == part and Path(record.file).name == record.file
-            is_of_model = record.onnx_sha256.split("+")[0] == digest  # after it: what was converted, and how
-            fits = is_own and is_of_model and record.loadable
-            if fits and sha256_of_bytes((directory / record.file).read_bytes()) == record.sha256:
-                yield record_path.name, record.file
+            is_of_model = str(record.onnx_sha256).split("+")[0] == digest  # after it: what was converted, and how
+            if not (is_own and is_of_model and record.loadable):
+                continue
+            engine = (directory / record.file).read_bytes()
+            if sha256_of_bytes(engine) == record.sha256:
+                yield {record.file: engine, record_path.name: record_data}
         except (OSError, ValueError, TypeError):
             continue

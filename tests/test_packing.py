@@ -13,6 +13,7 @@ from bdtool.data.synthetic import synthetic_images
 from bdtool.errors import BundleError, UsageError
 from bdtool.packing import pack
 from bdtool.runtime.masks import MaskCount, write_masks
+from engines import copying
 from engines.base import BackendIdentity
 from engines.fake import FakeBackend
 from engines.registry import identify_backend, open_backend
@@ -148,7 +149,24 @@ def test_damaged_engine_of_a_read_only_bundle_is_named_and_nothing_else(built, t
     assert "read-only" not in caplog.text
 
 
-@pytest.mark.parametrize("damage", ["none built", "one missing", "one changed", "of other parts"])
+def test_engine_that_a_build_replaces_meanwhile_fits_its_record(built, tmp_path, monkeypatch):
+    real = copying.sha256_of_bytes
+
+    def replace_after(data):
+        digest = real(data)
+        for engine in (built / "engines").glob("*/*.onnx"):
+            engine.write_bytes(b"of the next build")
+        return digest
+
+    [stem] = built.glob("engines/*/stem.onnx")
+    monkeypatch.setattr(copying, "sha256_of_bytes", replace_after)
+    digests = {"stem": Bundle.open(built).part_sha256(Bundle.open(built).network.part("stem"))}
+    assert copying.copy_engines(stem.parent, tmp_path / "copy", digests)
+    record = json.loads((tmp_path / "copy" / "stem.engine.json").read_text())
+    assert record["sha256"] == real((tmp_path / "copy" / "stem.onnx").read_bytes())
+
+
+@pytest.mark.parametrize("damage", ["none built", "one missing", "one changed", "of other parts", "no digest"])
 def test_engines_that_are_not_whole_are_not_packed(built, tmp_path, damage):
     [directory] = (built / "engines").iterdir()
     record = directory / "stem.engine.json"
@@ -159,7 +177,8 @@ def test_engines_that_are_not_whole_are_not_packed(built, tmp_path, damage):
     elif damage == "one changed":
         (directory / json.loads(record.read_text())["file"]).write_bytes(b"other")
     else:
-        record.write_text(json.dumps({**json.loads(record.read_text()), "onnx_sha256": "0" * 64}))
+        other = "0" * 64 if damage == "of other parts" else 0
+        record.write_text(json.dumps({**json.loads(record.read_text()), "onnx_sha256": other}))
     with pytest.raises(BundleError, match=r"no directory onnxruntime-.*-fp32 has whole engines of all 8 parts"):
         _pack(built, tmp_path / "packed", engines="onnxruntime")
     assert not list(tmp_path.glob("*packed*"))
