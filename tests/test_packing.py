@@ -69,6 +69,20 @@ def test_sizes_are_those_of_the_directories(tiny, tmp_path):
     assert result.size < 0.5 * result.whole_size
 
 
+def test_file_that_goes_while_sizes_are_added_up_is_no_error(bundle_copy, tmp_path, monkeypatch):
+    gone, real = bundle_copy / "onnx" / "gone.tmp", Path.is_file
+
+    def is_file(path):
+        was = real(path)
+        if path == gone:
+            gone.unlink(missing_ok=True)
+        return was
+
+    gone.touch()
+    monkeypatch.setattr(Path, "is_file", is_file)
+    _pack(bundle_copy, tmp_path / "packed")
+
+
 def test_packed_bundle_can_be_packed_again_moved_and_built(packed, tmp_path):
     _pack(packed, tmp_path / "again")
     assert _files(tmp_path / "again") == _files(packed)
