@@ -22,12 +22,12 @@ from export.part_source import PartSource
 
 @dataclass(frozen=True, kw_only=True)
 class Packed:
-    """What was packed; sizes in bytes."""
+    """What was packed, and the size of it all."""
 
     n_parts: int
     engines: tuple[str, ...]  # directories of engines, in place of ONNX parts
-    size: int
-    whole_size: int
+    size_bytes: int
+    whole_size_bytes: int
 
 
 def pack(
@@ -65,7 +65,9 @@ def pack(
             digests = {part.name: bundle.part_sha256(part, source.stored) for part in parts}
             copied = _copy_all_engines(bundle, directory, f"{engines}-[0-9]*-{precision}", digests)
         write_manifest(directory, replace(manifest, left_out=frozenset(manifest.listed) - kept))
-    return Packed(n_parts=len(parts), engines=tuple(copied), size=_size(target), whole_size=_size(bundle.path))
+    return Packed(
+        n_parts=len(parts), engines=tuple(copied), size_bytes=_size(target), whole_size_bytes=_size(bundle.path)
+    )
 
 
 def _copy_all_engines(bundle: Bundle, directory: Path, pattern: str, digests: dict[str, str]) -> list[str]:

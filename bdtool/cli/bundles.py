@@ -116,8 +116,8 @@ def pack_cmd(
         dataclasses.asdict(result),
         json_file,
         lambda: click.echo(
-            f"{packed}: {result.n_parts} {precision} parts, {kind}; {result.size / 1e6:.1f} of "
-            f"{result.whole_size / 1e6:.1f} MB"
+            f"{packed}: {result.n_parts} {precision} parts, {kind}; {result.size_bytes / 1e6:.1f} of "
+            f"{result.whole_size_bytes / 1e6:.1f} MB"
         ),
     )
 
