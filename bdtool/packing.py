@@ -25,6 +25,7 @@ class Packed:
     """What was packed, and the size of it all."""
 
     n_parts: int
+    precision: str  # of these parts: fp32 where a backend makes those of fp16 from them
     engines: tuple[str, ...]  # directories of engines, in place of ONNX parts
     size_bytes: int
     whole_size_bytes: int
@@ -66,7 +67,11 @@ def pack(
             copied = _copy_all_engines(bundle, directory, f"{engines}-[0-9]*-{precision}", digests)
         write_manifest(directory, replace(manifest, left_out=frozenset(manifest.listed) - kept))
     return Packed(
-        n_parts=len(parts), engines=tuple(copied), size_bytes=_size(target), whole_size_bytes=_size(bundle.path)
+        n_parts=len(parts),
+        precision=source.stored if engines is None else precision,
+        engines=tuple(copied),
+        size_bytes=_size(target),
+        whole_size_bytes=_size(bundle.path),
     )
 
 

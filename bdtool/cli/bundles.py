@@ -112,11 +112,13 @@ def pack_cmd(
 
     result = pack(Bundle.open(bundle), packed, precision=precision, engines=engines, with_full=with_full)
     kind = f"engines ({', '.join(result.engines)})" if engines else "ONNX"
+    if result.precision != precision:
+        kind += f", which backends that make {precision} themselves convert"
     emit(
         dataclasses.asdict(result),
         json_file,
         lambda: click.echo(
-            f"{packed}: {result.n_parts} {precision} parts, {kind}; {result.size_bytes / 1e6:.1f} of "
+            f"{packed}: {result.n_parts} {result.precision} parts, {kind}; {result.size_bytes / 1e6:.1f} of "
             f"{result.whole_size_bytes / 1e6:.1f} MB"
         ),
     )

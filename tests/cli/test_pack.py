@@ -38,5 +38,15 @@ def test_engines_in_place_of_parts_are_cached_by_build(bdtool, bdtool_json, bund
     bdtool("profile", packed, "--duration", 0.01)
 
 
+def test_pack_says_where_fp16_is_still_to_be_made(bdtool, bdtool_json, bundle_copy, picture, tmp_path):
+    words = ("pack", bundle_copy, "--precision", "fp16", "-o")
+    text = bdtool(*words, tmp_path / "packed").stdout
+    assert ": 8 fp32 parts, ONNX, which backends that make fp16 themselves convert; " in text
+    bdtool("run", tmp_path / "packed", picture, "--precision", "fp16", "--backend", "torch")
+    bdtool("build", bundle_copy, "--precision", "fp16", "--backend", "torch")
+    assert bdtool_json(*words, tmp_path / "engines", "--engines", "torch")["precision"] == "fp16"
+    bdtool("run", tmp_path / "engines", picture, "--precision", "fp16", "--backend", "torch")
+
+
 def test_weights_are_kept_out_of_the_manifest_of_a_whole_bundle(bundle_copy):
     assert "left_out" not in json.loads((bundle_copy / "manifest.json").read_text())
