@@ -222,8 +222,14 @@ def _manifest_from_dict(data: Mapping[str, Any]) -> Manifest:
         variants={
             _name(name): _variant_from_dict(name, one, network) for name, one in data.get("precisions", {}).items()
         },
-        left_out=frozenset(map(_inside, data.get("left_out", []))),
+        left_out=_left_out_from(data.get("left_out", [])),
     )
+
+
+def _left_out_from(files: object) -> frozenset[str]:
+    if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
+        raise BundleError(f"left_out is {files!r}, expected a list of files; pack the whole bundle again")
+    return frozenset(map(_inside, files))
 
 
 def _dict_from_variants(variants: Mapping[str, Variant]) -> dict[str, Any]:

@@ -248,8 +248,18 @@ def test_backend_that_there_is_not_is_refused(built, tmp_path, name):
         _pack(built, tmp_path / "packed", engines=name)
 
 
-def test_left_out_file_outside_the_bundle_is_refused(packed):
-    path = packed / "manifest.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "left_out": ["../other"]}))
-    with pytest.raises(BundleError, match="leaves the bundle"):
-        Bundle.open(packed)
+@pytest.mark.parametrize(
+    ("left_out", "message"),
+    [
+        (["../other"], "leaves the bundle"),
+        ("onnx/full.onnx", "left_out is 'onnx/full.onnx', expected a list of files; pack the whole bundle again"),
+        ({"onnx/full.onnx": 1}, "expected a list of files"),
+        (None, "left_out is None, expected a list of files"),
+        ([5], "expected a list of files"),
+    ],
+)
+def test_left_out_that_is_no_list_of_files_in_the_bundle_is_refused(bundle_copy, left_out, message):
+    path = bundle_copy / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "left_out": left_out}))
+    with pytest.raises(BundleError, match=message):
+        Bundle.open(bundle_copy)
