@@ -50,7 +50,7 @@ def describe_bundle(path: Path) -> dict[str, Any]:
         "kind": "BUNDLE",
         **_network_facts(manifest.network),
         "max_batch": manifest.max_batch,
-        **({"left_out": sorted(manifest.left_out)} if manifest.left_out else {}),
+        **({"left_out": sorted(manifest.left_out), "kept": list(bundle.precisions)} if manifest.left_out else {}),
         "precisions": {name: dict(variant.calibration) for name, variant in manifest.variants.items()},
         "engines": [directory.name for directory in built],
         "built": {directory.name: _built_facts(directory, manifest.network) for directory in built},

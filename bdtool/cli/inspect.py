@@ -38,7 +38,7 @@ def inspect_cmd(model_or_bundle: Path, json_file: str | None) -> None:
 
 def _print_facts(facts: dict[str, Any]) -> None:
     for name, value in facts.items():
-        if name not in ("parts", "built"):
+        if name not in ("parts", "built", "kept"):
             for label, line in _LINES.get(name, _plain_lines)(name, value, facts):
                 click.echo(f"{label:<{_LABEL_WIDTH}}{line}".rstrip())
     parts = facts["parts"]
@@ -52,7 +52,7 @@ def _plain_lines(name: str, value: Any, facts: dict[str, Any]) -> Iterator[tuple
 
 def _precision_lines(name: str, value: dict[str, Any], facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield a line for each precision that was calibrated, with what its gates measured."""
-    yield f"{name}:", ", ".join(["fp32", *value])
+    yield f"{name}:", ", ".join(facts.get("kept") or ["fp32", *value])
     for precision, calibration in value.items():
         gates = _dict_at(calibration, "gates")
         line = f"policy {calibration.get('policy', '-')}"

@@ -17,7 +17,10 @@ def test_packed_int8_runs_and_says_what_it_lacks(
     facts = bdtool_json("inspect", packed)
     assert "onnx/full.onnx" in facts["left_out"]
     assert not any((packed / file).exists() for file in facts["left_out"])
-    assert f"left_out:       {len(facts['left_out'])} files, by `bdtool pack`: " in bdtool("inspect", packed).stdout
+    text = bdtool("inspect", packed).stdout
+    assert f"left_out:       {len(facts['left_out'])} files, by `bdtool pack`: " in text
+    assert "precisions:     int8\n" in text
+    assert facts["kept"] == ["int8"]
     for words in (("run", packed, picture), ("build", packed), ("fuse", packed, "-o", tmp_path / "model.onnx")):
         message = bdtool(*words, status=1).stderr
         assert f"{packed} has no fp32 parts; `bdtool pack` kept those of int8. Run it with --precision int8" in message
