@@ -38,8 +38,8 @@ def pack(
 
     Args:
         target: a directory that is not there yet, or empty.
-        engines: a backend, whose engines in `bundle` are taken instead of the ONNX parts: smaller and quicker to open,
-            but only where these engines run.
+        engines: a backend, whose engines in `bundle` are taken instead of the ONNX parts: nothing has to be built, but
+            it opens only where these engines run.
         with_full: keep `full`, too, which `bdtool profile` and strategy `full` need.
 
     Raises:
@@ -89,7 +89,8 @@ def _copy_all_engines(bundle: Bundle, directory: Path, pattern: str, digests: di
         present = sorted(path.name for path in bundle.engines_path.glob("*"))
         raise BundleError(
             f"{bundle.path}: no directory {pattern} has whole engines of all {counted(len(digests), 'part')}; it has "
-            f"{', '.join(present) or 'none'}. Build them: bdtool build, with this --backend and --precision"
+            f"{', '.join(present) or 'none'}. Build them in a whole bundle: bdtool build, with this --backend and "
+            "--precision"
         )
     return copied
 

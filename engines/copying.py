@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from engines.store import EngineRecord
+from engines.engine_record import EngineRecord
 from export.files import json_from_bytes, sha256_of_bytes, write_bytes
 
 

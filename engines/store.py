@@ -10,10 +10,10 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from bdtool.errors import BundleError, EngineError, ExportError
 from bdtool.specs import NetworkSpec, PartSpec
@@ -26,6 +26,7 @@ from engines.base import (
     HostCodeBackend,
     LayoutError,
 )
+from engines.engine_record import EngineRecord
 from engines.engine_set import EngineSet
 from engines.trt_options import has_host_code, largest_batch
 from export.bundle import Bundle, UnfitPartError
@@ -50,30 +51,6 @@ _LOCK = ".build.lock"
 
 class ChangedEngineError(BundleError):
     """An engine is not the one that its record was written for; a build makes it anew."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineRecord:
-    """What one engine was built from, and what came out."""
-
-    part: str
-    onnx_sha256: str
-    backend: str
-    backend_version: str
-    target: str
-    precision: str
-    layout: str
-    file: str
-    sha256: str
-    error: float | None  # worst difference from the ONNX part, over the output's range; None: could not run here
-    settings: str = ""
-    details: Mapping[str, Any] = field(default_factory=dict)  # what the backend says that it obtained
-    loadable: bool = True
-
-    def __post_init__(self) -> None:
-        texts = all(isinstance(text, str) for text in (self.layout, self.file, self.sha256, self.settings))
-        if not texts or not isinstance(self.error, float | int | None) or not isinstance(self.details, Mapping):
-            raise TypeError(f"the record of part {self.part!r} has a field of another type")  # it may come from a file
 
 
 @dataclass(frozen=True, kw_only=True)

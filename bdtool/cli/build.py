@@ -31,7 +31,8 @@ from engines.base import DEFAULT_DEVICE
 
 if TYPE_CHECKING:
     from engines.base import Backend
-    from engines.store import EngineRecord, EngineStore, PartStatus
+    from engines.engine_record import EngineRecord
+    from engines.store import EngineStore, PartStatus
     from export.bundle import Bundle
 
 

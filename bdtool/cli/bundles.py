@@ -89,8 +89,8 @@ def export_cmd(model: Path, bundle: Path, max_batch: int, force: bool) -> None:
 @click.option(
     "--engines",
     metavar="BACKEND",
-    help="Keep the engines that were built for this backend in place of the ONNX parts: smaller and quicker to open, "
-    "but no other machine can build from it.",
+    help="Keep the engines that were built for this backend in place of the ONNX parts: nothing is built, but they run "
+    "only on machines like that which they were built for.",
 )
 @click.option("--with-full", is_flag=True, help="Keep `full`, too: profile and strategy full need it.")
 @json_option
@@ -100,7 +100,7 @@ def pack_cmd(
     """Copy a BUNDLE for deployment, with only what running it needs.
 
     Weights, engines and `full` stay behind, and the parts of other precisions: about a fifth is left. Engines are built
-    where it is opened. Training, calibrate and verify take the whole BUNDLE.
+    where it is opened. `bdtool inspect` compares the digests of what is there; `bdtool verify` takes the whole BUNDLE.
 
     \b
     Example:

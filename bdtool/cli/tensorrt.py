@@ -12,7 +12,7 @@ from bdtool.errors import UsageError
 from engines.trt_options import PROFILED, TensorRTOptions, backends_with, flag_of
 
 if TYPE_CHECKING:
-    from engines.store import EngineRecord
+    from engines.engine_record import EngineRecord
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 _HARDWARE_COMPATIBILITY = click.Choice(["none", "ampere-plus", "same-compute-capability"])
