@@ -90,10 +90,13 @@ class ProgressLog:
 
     Nothing in the first 30 s, so that short commands stay silent; then a line at the latest 30 s after the one before,
     as far as news come in, and one for each step of work that begins.
+
+    Args:
+        quiet_s: instead of the 30 s.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock, self._due, self._speaks = clock, clock() + _QUIET_S, False
+    def __init__(self, clock: Callable[[], float] = time.monotonic, *, quiet_s: float = _QUIET_S) -> None:
+        self._clock, self._quiet_s, self._due, self._speaks = clock, quiet_s, clock() + quiet_s, False
         self._steps: set[str] = set()
 
     def say(self, step: str, share: float, detail: str = "") -> None:
@@ -103,7 +106,7 @@ class ProgressLog:
         now = self._clock()
         if now < self._due and not (begins and self._speaks):
             return
-        self._due, self._speaks = now + _QUIET_S, True
+        self._due, self._speaks = now + self._quiet_s, True
         with suppress(OSError):  # nobody reads the log any more, which is no reason to end the work
             say_dated(f"{step} {detail}".rstrip() + f", {percent(share, 0)}")
 
@@ -120,16 +123,16 @@ def is_on_terminal() -> bool:
 
 
 @contextmanager
-def progress(description: str, total: float) -> Iterator[Callable[..., None]]:
+def progress(description: str, total: float, log: ProgressLog | None = None) -> Iterator[Callable[..., None]]:
     """Show progress on stderr; the yielded function takes what was done since the last call (default 1), and its name.
 
-    A bar on a terminal, else lines of a `ProgressLog`.
+    A bar on a terminal, else lines of `log`, or of the command's own.
     """
     if is_on_terminal():
         with _bar(description, total) as advance_bar:
             yield advance_bar
         return
-    log, done = _log(), 0.0
+    log, done = log or _log(), 0.0
     log.say(description, done)
 
     def advance(advance: float = 1, name: str = "") -> None:
@@ -156,10 +159,10 @@ def _bar(description: str, total: float | None) -> Iterator[Callable[..., None]]
 
 
 @contextmanager
-def progress_of_share(description: str) -> Iterator[Callable[..., None]]:
+def progress_of_share(description: str, log: ProgressLog | None = None) -> Iterator[Callable[..., None]]:
     """Show progress on stderr; the yielded function takes the share of the whole done by now, and a text."""
     done = 0.0
-    with progress(description, 1) as advance:
+    with progress(description, 1, log) as advance:
 
         def on_share(share: float, text: str = "") -> None:
             nonlocal done

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from bdtool.cli.output import is_on_terminal, progress_of_share, say_dated
+from bdtool.cli.output import ProgressLog, progress_of_share, say_dated
 from bdtool.words import counted, percent
 from export.packages import install_command
 
@@ -19,18 +19,22 @@ if TYPE_CHECKING:
     from bdtool.training.trainer import Epoch, Report
 
 
+_QUIET_S = 300
+
+
 @contextmanager
 def show(*, enabled: bool, rewarded: bool) -> Iterator[tuple[Callable[[Report], None], Callable[[float, str], None]]]:
     """Show a progress bar for steps, with accuracy, mean blocks, reward and the time left, or for named parts.
 
     `rewarded` says whether there is a policy network that the reward is of.
 
-    The beginning of each part is a line as well, which a log keeps; as each epoch is one, too, a log gets no others.
+    The beginning of each part is a line as well, which a log keeps, as each epoch is one. Where there is no terminal
+    there is one every 5 minutes, too: epochs can take hours.
     """
     if not enabled:
         yield lambda report: None, lambda share, text: None
         return
-    with progress_of_share("training") if is_on_terminal() else nullcontext(_nothing) as on_progress:
+    with progress_of_share("training", ProgressLog(quiet_s=_QUIET_S)) as on_progress:
 
         def on_step(report: Report) -> None:
             figures = [f"accuracy {percent(report.accuracy)}", f"blocks {report.blocks_mean:.2f}"]
@@ -47,10 +51,6 @@ def show(*, enabled: bool, rewarded: bool) -> Iterator[tuple[Callable[[Report], 
             on_progress(share, name)
 
         yield on_step, on_part
-
-
-def _nothing(share: float, text: str) -> None:
-    pass
 
 
 @contextmanager

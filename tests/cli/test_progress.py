@@ -4,12 +4,14 @@ import errno
 import itertools
 import re
 from contextlib import contextmanager
+from functools import partial
 
 import click
 import pytest
 
-from bdtool.cli import output
+from bdtool.cli import output, training_output
 from bdtool.cli.output import ProgressLog
+from bdtool.training.trainer import Report
 
 
 class _Clock:
@@ -54,7 +56,7 @@ def test_progress_by_share_moves_the_bar_by_what_came_since(monkeypatch):
     moves = []
 
     @contextmanager
-    def bar(description, total):
+    def bar(description, total, log):
         yield lambda advance, name: moves.append((advance, name))
 
     monkeypatch.setattr(output, "progress", bar)
@@ -70,6 +72,25 @@ def test_log_gets_a_dated_line_every_30_s_but_none_before(said, clock):
             clock.now += 1
             advance(1, "block_03")
     assert said() == ["building block_03, 30 %", "building block_03, 60 %"]
+
+
+def test_training_without_a_terminal_gets_a_line_every_5_minutes(clock, monkeypatch, capsys):
+    monkeypatch.setattr(training_output, "ProgressLog", partial(ProgressLog, clock))
+    with training_output.show(enabled=True, rewarded=False) as (on_step, on_part):
+        on_part(0.0, "masks")
+        for _ in range(25):
+            clock.now += 29
+            on_part(0.2, "masks")
+        for step in (50, 60):
+            clock.now += 151
+            on_step(Report(step=step, n_steps=100, loss=1.0, accuracy=0.5, blocks_mean=9.0, reward=0.0, note=""))
+    lines = [line[len("00:00:00 ") :] for line in capsys.readouterr().err.splitlines()]
+    assert lines == [
+        "masks",
+        "training masks, 20 %",
+        "training masks, 20 %",
+        "training accuracy 50.0 %, blocks 9.00, 60 %",
+    ]
 
 
 def test_step_that_begins_is_a_line_once_the_command_has_spoken(said, clock):
