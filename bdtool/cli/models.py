@@ -32,6 +32,13 @@ _CIFAR10 = "cifar10"
 @click.option("--classes", type=click.IntRange(min=1), help="Refuse a checkpoint with another number of classes.")
 @colour_options(default="what the format's authors use")
 @click.option(
+    "--resize",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Pixels that the shorter side of a picture is scaled to, before its middle is taken. Default: as torchvision "
+    "measured its weights, where the file is one of these, else 256 for ImageNet's networks, and none for CIFAR's.",
+)
+@click.option(
     "--shortcut",
     type=click.Choice(["option-a", "average-pool", "projection"]),
     help="Shortcut at a stage change. CIFAR checkpoints do not say which; default: what the format's authors use.",
@@ -50,6 +57,7 @@ def import_cmd(
     classes: int | None,
     mean: tuple[float, ...] | None,
     std: tuple[float, ...] | None,
+    resize: int | None,
     shortcut: str | None,
     labels: str | None,
     model: Path,
@@ -70,6 +78,7 @@ def import_cmd(
         classes=classes,
         mean=mean,  # type: ignore[arg-type]  # click checked that there are three
         std=std,  # type: ignore[arg-type]
+        resize=resize,
         shortcut=shortcut,  # type: ignore[arg-type]  # one of the choices
         labels=_read_labels(labels),
     )
@@ -77,24 +86,26 @@ def import_cmd(
     spec = imported.spec
     policy = "with a policy network" if spec.has_policy else "no policy network"
     click.echo(f"{model}: {spec.arch}, {spec.n_classes} classes, {imported.n_blocks} blocks, {policy}")
-    click.echo(
-        f"shortcut {spec.shortcut}, mean {_numbers(spec.preprocessing.mean)}, std {_numbers(spec.preprocessing.std)}"
-    )
-    given = {"shortcut": shortcut, "mean": mean, "std": std}
+    colours = f"mean {_numbers(spec.preprocessing.mean)}, std {_numbers(spec.preprocessing.std)}"
+    click.echo(f"shortcut {spec.shortcut}, {colours}, resize {spec.preprocessing.resize or '-'}")
+    if weights := spec.provenance.get("weights"):
+        click.echo(f"by its digest it is torchvision's {weights}")
+    given = {"shortcut": shortcut, "mean": mean, "std": std, "resize": resize}
     if assumed := [name for name in _untold(spec) if given[name] is None]:
+        worst = ", a shortcut nearly all of it" if "shortcut" in assumed else ""
         click.echo(
             f"the file does not say {', '.join(assumed)}: taken as in format {spec.provenance['format']}. Wrong ones "
-            "cost accuracy, a shortcut nearly all of it: measure it with `bdtool evaluate MODEL --data DATA`, or give "
+            f"cost accuracy{worst}: measure it with `bdtool evaluate MODEL --data DATA`, or give "
             + ", ".join(f"--{name}" for name in assumed)
         )
 
 
 def _untold(spec: ModelSpec) -> list[str]:
-    """Return what a checkpoint like that leaves to whoever reads it; ImageNet's networks all have the same."""
+    """Return what a checkpoint like that leaves to whoever reads it; ImageNet's networks all have the same colours."""
     from bdtool.models.architectures import architecture
 
     if architecture(spec.arch).family != "cifar":
-        return []
+        return [] if "weights" in spec.provenance else ["resize"]
     return ["mean", "std"] if spec.shortcut == "projection" else ["shortcut", "mean", "std"]  # a projection has weights
 
 

@@ -11,11 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Literal
 
 from bdtool.errors import UsageError
 from bdtool.models.architectures import Architecture, Family, ShortcutKind, policy_trunk
 from bdtool.specs import Preprocessing
+
+if TYPE_CHECKING:
+    from torchvision.models import WeightsEnum
 
 FormatName = Literal["akamaster", "torchvision", "blockdrop"]
 Colour = tuple[float, float, float]
@@ -25,6 +29,8 @@ IMAGENET_STD: Colour = (0.229, 0.224, 0.225)
 # BlockDrop's utils.py, get_transforms: "Only the R32 pretrained model subtracts the mean"
 CIFAR10_MEAN: Colour = (125.3 / 255, 123.0 / 255, 113.9 / 255)
 CIFAR10_STD: Colour = (63.0 / 255, 62.1 / 255, 66.7 / 255)
+
+IMAGENET_RESIZE = 256  # the shorter side, of which the middle 224 x 224 pixels are taken
 
 CIFAR10_LABELS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
@@ -120,9 +126,15 @@ def detect_format(keys: Collection[str]) -> CheckpointFormat | None:
 
 
 def default_preprocessing(
-    fmt: CheckpointFormat, arch: Architecture, *, n_classes: int, mean: Colour | None, std: Colour | None
+    fmt: CheckpointFormat,
+    arch: Architecture,
+    *,
+    n_classes: int,
+    mean: Colour | None,
+    std: Colour | None,
+    resize: int | None = None,
 ) -> Preprocessing:
-    """Return the input format that these networks were trained with; `mean` and `std` replace its values if given."""
+    """Return the input format that these networks were trained with; what is given replaces its values."""
     usual_mean, usual_std = IMAGENET_MEAN, IMAGENET_STD
     if fmt is BLOCKDROP and arch.family == "cifar":
         usual_mean, usual_std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
@@ -133,8 +145,23 @@ def default_preprocessing(
         width=arch.image_size,
         mean=mean or usual_mean,
         std=std or usual_std,
-        resize=256 if arch.family == "imagenet" else None,
+        resize=resize or (IMAGENET_RESIZE if arch.family == "imagenet" else None),
     )
+
+
+def published_weights(arch: Architecture, sha256: str) -> WeightsEnum | None:
+    """Return which of torchvision's weights a file of that digest is; None: none of them.
+
+    The names of its files end with the first digits of their digests. They differ in how pictures are scaled: the first
+    (V1) were measured at 256 pixels, later ones at 232.
+    """
+    from torchvision.models import get_model_weights
+
+    try:
+        known = get_model_weights(arch.name)
+    except ValueError:  # of other architectures
+        return None
+    return next((weights for weights in known if PurePosixPath(weights.url).stem.endswith(f"-{sha256[:8]}")), None)
 
 
 def default_labels(arch: Architecture, *, n_classes: int) -> tuple[str, ...] | None:

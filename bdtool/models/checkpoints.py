@@ -24,6 +24,7 @@ from bdtool.models.checkpoint_formats import (
     default_preprocessing,
     detect_format,
     find_format,
+    published_weights,
 )
 from bdtool.models.difference import StateDifference, compare_states, listing
 from bdtool.models.model import BlockDropModel
@@ -62,6 +63,7 @@ def import_checkpoint(
     classes: int | None = None,
     mean: Colour | None = None,
     std: Colour | None = None,
+    resize: int | None = None,
     shortcut: ShortcutKind | None = None,
     labels: tuple[str, ...] | None = None,
 ) -> BlockDropModel:
@@ -76,6 +78,8 @@ def import_checkpoint(
         classes: how many classes the head must have; None takes what it has.
         mean: per channel RGB, of pixels scaled to 0..1; None is the format's own.
         std: as `mean`.
+        resize: pixels that the shorter side of a picture is scaled to before its middle is taken; None is what
+            torchvision's weights were measured with, where the file is one of these, else 256 for ImageNet's networks.
         shortcut: None is the format's own. A CIFAR file does not tell option-a from average-pool: both lack weights.
         labels: one name per class; None is CIFAR-10's or ImageNet's where the number of classes fits.
 
@@ -89,7 +93,7 @@ def import_checkpoint(
         raise CheckpointError(
             f"{path}: its head has {source.n_classes} classes, not the {classes} asked for by --classes"
         )
-    spec = _spec(source, wanted, classes=classes, mean=mean, std=std, labels=labels)
+    spec = _spec(source, wanted, classes=classes, mean=mean, std=std, resize=resize, labels=labels)
     names = _names_by_key(source, spec)
     _check_tensors(source, spec, names)
     return model_from_state(spec, {names[key]: tensor for key, tensor in source.tensors.items()})
@@ -192,11 +196,15 @@ def _spec(
     classes: int | None = None,
     mean: Colour | None = None,
     std: Colour | None = None,
+    resize: int | None = None,
     labels: tuple[str, ...] | None = None,
 ) -> ModelSpec:
     n_classes = source.n_classes or classes or (10 if arch.family == "cifar" else 1000)
+    published = published_weights(arch, source.provenance["sha256"])
+    if published is not None and resize is None:
+        [resize] = published.transforms().resize_size
     try:
-        preprocessing = default_preprocessing(source.fmt, arch, n_classes=n_classes, mean=mean, std=std)
+        preprocessing = default_preprocessing(source.fmt, arch, n_classes=n_classes, mean=mean, std=std, resize=resize)
     except ValueError as exc:
         raise UsageError(str(exc)) from exc
     return ModelSpec(
@@ -206,7 +214,7 @@ def _spec(
         preprocessing=preprocessing,
         shortcut=source.shortcut or source.fmt.shortcut(arch),
         has_policy=source.policy_prefix is not None,
-        provenance=source.provenance,
+        provenance={**source.provenance, **({} if published is None else {"weights": str(published)})},
     )
 
 

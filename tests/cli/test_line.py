@@ -7,6 +7,7 @@ import pytest
 import torch
 import torchvision
 
+from bdtool.models import checkpoints
 from bdtool.models.checkpoint_formats import CIFAR10_LABELS
 
 
@@ -42,10 +43,17 @@ def test_import_says_what_it_took_by_default(line, bdtool, blockdrop_checkpoint,
     assert "does not say" not in bdtool(*words, *told).stdout
 
 
-def test_import_of_an_imagenet_network_assumes_nothing(bdtool, tmp_path):
+def test_import_of_an_imagenet_network_assumes_how_pictures_are_scaled(bdtool, tmp_path, monkeypatch):
     torch.save(torchvision.models.resnet18(num_classes=7).state_dict(), tmp_path / "net.pth")
     words = ("import", tmp_path / "net.pth", "--arch", "resnet18", "-o", tmp_path / "model.safetensors")
-    assert "does not say" not in bdtool(*words).stdout
+    text = bdtool(*words).stdout
+    assert "std 0.229,0.224,0.225, resize 256\n" in text
+    assert "does not say resize: taken as in format torchvision. Wrong ones cost accuracy: measure it" in text
+    assert "does not say" not in bdtool(*words, "--resize", 240).stdout
+    monkeypatch.setattr(checkpoints, "sha256_of_file", lambda path: "f37072fd" + 56 * "0")
+    text = bdtool(*words).stdout
+    assert "by its digest it is torchvision's ResNet18_Weights.IMAGENET1K_V1" in text
+    assert "does not say" not in text
 
 
 def test_export_says_how_close_the_parts_are(line):

@@ -11,6 +11,7 @@ import torchvision
 from safetensors.torch import save_file
 
 from bdtool.errors import CheckpointError, UsageError
+from bdtool.models import checkpoints
 from bdtool.models.checkpoints import import_checkpoint
 
 
@@ -52,6 +53,25 @@ def test_imported_torchvision_network_gives_torchvisions_logits(stir, tmp_path, 
         torch.testing.assert_close(model(images), oracle(images), atol=1e-4, rtol=1e-4)
     assert model.spec.preprocessing.resize == 256
     assert model.spec.labels[0] == "tench"
+
+
+@pytest.mark.parametrize(
+    ("arch", "digits", "weights", "resize"),
+    [
+        ("resnet50", "0676ba61", "ResNet50_Weights.IMAGENET1K_V1", 256),
+        ("resnet50", "11ad3fa6", "ResNet50_Weights.IMAGENET1K_V2", 232),
+        ("resnext50_32x4d", "1a0047aa", "ResNeXt50_32X4D_Weights.IMAGENET1K_V2", 232),
+        ("resnet50", "00000000", None, 256),
+    ],
+)
+def test_torchvisions_weights_are_known_by_their_digests(tmp_path, monkeypatch, arch, digits, weights, resize):
+    """Their accuracy is published for pictures that are scaled so."""
+    path = _saved(tmp_path, getattr(torchvision.models, arch)().state_dict())
+    monkeypatch.setattr(checkpoints, "sha256_of_file", lambda path: digits + 56 * "0")
+    spec = import_checkpoint(path, arch=arch).spec
+    assert spec.preprocessing.resize == resize
+    assert spec.provenance.get("weights") == weights
+    assert import_checkpoint(path, arch=arch, resize=240).spec.preprocessing.resize == 240
 
 
 @pytest.fixture
