@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bdtool.cli.command import Command
-from bdtool.cli.options import CHECKPOINT, NEW_MODEL, PathInText, colour_options, json_option
+from bdtool.cli.options import CHECKPOINT, NEW_MODEL, PathInText, colour_options, json_option, size_option
 from bdtool.cli.output import emit, mega, print_table
 from bdtool.words import counted, percent
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from bdtool.models.model_spec import ModelSpec
 
 _CIFAR10 = "cifar10"
+_OPTIONS = {"resize": "--resize-to"}  # where they are not called after what they give
 
 
 @click.command("import", cls=Command)
@@ -32,12 +33,14 @@ _CIFAR10 = "cifar10"
 @click.option("--classes", type=click.IntRange(min=1), help="Refuse a checkpoint with another number of classes.")
 @colour_options(default="what the format's authors use")
 @click.option(
-    "--resize",
+    "--resize-to",
+    "resize",
     type=click.IntRange(min=1),
     metavar="N",
     help="Pixels that the shorter side of a picture is scaled to, before its middle is taken. Default: as torchvision "
     "measured its weights, where the file is one of these, else 256 for ImageNet's networks, and none for CIFAR's.",
 )
+@size_option
 @click.option(
     "--shortcut",
     type=click.Choice(["option-a", "average-pool", "projection"]),
@@ -58,6 +61,7 @@ def import_cmd(
     mean: tuple[float, ...] | None,
     std: tuple[float, ...] | None,
     resize: int | None,
+    size: int | None,
     shortcut: str | None,
     labels: str | None,
     model: Path,
@@ -79,6 +83,7 @@ def import_cmd(
         mean=mean,  # type: ignore[arg-type]  # click checked that there are three
         std=std,  # type: ignore[arg-type]
         resize=resize,
+        size=size,
         shortcut=shortcut,  # type: ignore[arg-type]  # one of the choices
         labels=_read_labels(labels),
     )
@@ -96,7 +101,7 @@ def import_cmd(
         click.echo(
             f"the file does not say {', '.join(assumed)}: taken as in format {spec.provenance['format']}. Wrong ones "
             f"cost accuracy{worst}: measure it with `bdtool evaluate MODEL --data DATA`, or give "
-            + ", ".join(f"--{name}" for name in assumed)
+            + ", ".join(_OPTIONS.get(name, f"--{name}") for name in assumed)
         )
 
 

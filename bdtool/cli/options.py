@@ -298,6 +298,11 @@ def colour_options(*, default: str) -> Callable[[_Command], _Command]:
     return lambda command: mean(std(command))
 
 
+def size_option(command: _Command) -> _Command:
+    help_text = "Pixels of the network's input, square. Default: 32 for CIFAR's architectures, 224 for ImageNet's."
+    return click.option("--size", type=click.IntRange(min=1), metavar="N", help=help_text)(command)
+
+
 def threads_option(command: _Command) -> _Command:
     help_text = "CPU threads of one engine call. Default: the processors that are there, at most 4."
     return click.option("--threads", type=click.IntRange(min=1), help=help_text)(command)

@@ -11,7 +11,18 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from bdtool.cli.command import Group
-from bdtool.cli.options import DATA, MODEL, NEW_DIRECTORY, NEW_MODEL, POLICY, FiniteRange, colour_options, json_option
+from bdtool.cli.options import (
+    DATA,
+    MODEL,
+    NEW_DIRECTORY,
+    NEW_MODEL,
+    POLICY,
+    FiniteRange,
+    colour_options,
+    json_option,
+    resize_option,
+    size_option,
+)
 from bdtool.cli.output import emit
 from bdtool.cli.training_output import logs, print_figures, print_resumed, show
 from bdtool.training.options import CurriculumOptions, FinetuneOptions, ImitateOptions, PretrainOptions, StageOptions
@@ -72,6 +83,7 @@ def _run_options(command: _Command) -> _Command:
             metavar="DATA",
             help="Labelled images to measure on, after each epoch and at the end.",
         ),
+        resize_option,
         click.option("-o", "--output", type=NEW_MODEL, required=True, metavar="MODEL", help="The MODEL file to write."),
         click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda|cuda:N", help="Where to train."),
         click.option("--threads", type=click.IntRange(min=1), help="CPU threads. Default: torch's own choice."),
@@ -174,6 +186,7 @@ _TRUNK = click.option(
     help="Number of classes. Default: of class folders or a named data set theirs, of a file 10 (CIFAR) or 1000.",
 )
 @colour_options(default="CIFAR-10's or ImageNet's")
+@size_option
 @click.option(
     "--downscale",
     type=click.IntRange(min=1),
@@ -185,7 +198,9 @@ _TRUNK = click.option(
 @_options_of(PretrainOptions, {**_SHARED_HELP, **_SGD_HELP, "compile": "Compile the network with torch.compile."})
 @_run_options
 @_epoch_options
-def pretrain_cmd(arch: str, classes: int | None, mean: Any, std: Any, downscale: int, **given: Any) -> None:
+def pretrain_cmd(
+    arch: str, classes: int | None, mean: Any, std: Any, size: int | None, downscale: int, **given: Any
+) -> None:
     """Train a base ResNet from random weights.
 
     \b
@@ -196,7 +211,8 @@ def pretrain_cmd(arch: str, classes: int | None, mean: Any, std: Any, downscale:
     from bdtool.training.stages import pretrain
 
     options = _options_from(PretrainOptions, given)
-    spec = base_spec(arch, data=given["data"], n_classes=classes, mean=mean, std=std, downscale=downscale)
+    data = given["data"]
+    spec = base_spec(arch, data=data, n_classes=classes, mean=mean, std=std, size=size, downscale=downscale)
     _run(given, spec, "", lambda place: pretrain(spec, options, place))
 
 
@@ -391,7 +407,7 @@ def _network(spec: ModelSpec) -> NetworkSpec:
 def _open(given: dict[str, Any], network: NetworkSpec) -> tuple[ImageSource, ImageSource | None]:
     from bdtool.data.sources import open_data
 
-    resize = network.preprocessing.resize is not None
+    resize = given["resize"] or network.preprocessing.resize is not None
     train = open_data(given["data"], network=network, split="train", resize=resize)
     val = open_data(given["val"], network=network, resize=resize) if given["val"] else None
     return train, val

@@ -30,7 +30,7 @@ IMAGENET_STD: Colour = (0.229, 0.224, 0.225)
 CIFAR10_MEAN: Colour = (125.3 / 255, 123.0 / 255, 113.9 / 255)
 CIFAR10_STD: Colour = (63.0 / 255, 62.1 / 255, 66.7 / 255)
 
-IMAGENET_RESIZE = 256  # the shorter side, of which the middle 224 x 224 pixels are taken
+_IMAGENET_RESIZE = 256 / 224  # the shorter side to the input, its middle
 
 CIFAR10_LABELS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
@@ -133,19 +133,26 @@ def default_preprocessing(
     mean: Colour | None,
     std: Colour | None,
     resize: int | None = None,
+    size: int | None = None,
 ) -> Preprocessing:
-    """Return the input format that these networks were trained with; what is given replaces its values."""
+    """Return the input format that these networks were trained with; what is given replaces its values.
+
+    Args:
+        resize: as of `Preprocessing`; None scales ImageNet's pictures as 256 to 224 pixels.
+        size: height and width of the input.
+    """
     usual_mean, usual_std = IMAGENET_MEAN, IMAGENET_STD
     if fmt is BLOCKDROP and arch.family == "cifar":
         usual_mean, usual_std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
         if arch.name == "resnet32" and n_classes == 10:
             usual_mean, usual_std = CIFAR10_MEAN, CIFAR10_STD
+    side = size or arch.image_size
     return Preprocessing(
-        height=arch.image_size,
-        width=arch.image_size,
+        height=side,
+        width=side,
         mean=mean or usual_mean,
         std=std or usual_std,
-        resize=resize or (IMAGENET_RESIZE if arch.family == "imagenet" else None),
+        resize=resize or (round(side * _IMAGENET_RESIZE) if arch.family == "imagenet" else None),
     )
 
 

@@ -64,6 +64,7 @@ def import_checkpoint(
     mean: Colour | None = None,
     std: Colour | None = None,
     resize: int | None = None,
+    size: int | None = None,
     shortcut: ShortcutKind | None = None,
     labels: tuple[str, ...] | None = None,
 ) -> BlockDropModel:
@@ -79,7 +80,9 @@ def import_checkpoint(
         mean: per channel RGB, of pixels scaled to 0..1; None is the format's own.
         std: as `mean`.
         resize: pixels that the shorter side of a picture is scaled to before its middle is taken; None is what
-            torchvision's weights were measured with, where the file is one of these, else 256 for ImageNet's networks.
+            torchvision's weights were measured with, where the file is one of these, else 256 for ImageNet's networks,
+            or as much more as `size` is above 224.
+        size: pixels of the network's input, square; None is 32 for CIFAR's networks and 224 for ImageNet's.
         shortcut: None is the format's own. A CIFAR file does not tell option-a from average-pool: both lack weights.
         labels: one name per class; None is CIFAR-10's or ImageNet's where the number of classes fits.
 
@@ -93,7 +96,7 @@ def import_checkpoint(
         raise CheckpointError(
             f"{path}: its head has {source.n_classes} classes, not the {classes} asked for by --classes"
         )
-    spec = _spec(source, wanted, classes=classes, mean=mean, std=std, resize=resize, labels=labels)
+    spec = _spec(source, wanted, classes=classes, mean=mean, std=std, resize=resize, size=size, labels=labels)
     names = _names_by_key(source, spec)
     _check_tensors(source, spec, names)
     return model_from_state(spec, {names[key]: tensor for key, tensor in source.tensors.items()})
@@ -197,14 +200,17 @@ def _spec(
     mean: Colour | None = None,
     std: Colour | None = None,
     resize: int | None = None,
+    size: int | None = None,
     labels: tuple[str, ...] | None = None,
 ) -> ModelSpec:
     n_classes = source.n_classes or classes or (10 if arch.family == "cifar" else 1000)
     published = published_weights(arch, source.provenance["sha256"])
-    if published is not None and resize is None:
+    if published is not None and resize is None and size is None:
         [resize] = published.transforms().resize_size
     try:
-        preprocessing = default_preprocessing(source.fmt, arch, n_classes=n_classes, mean=mean, std=std, resize=resize)
+        preprocessing = default_preprocessing(
+            source.fmt, arch, n_classes=n_classes, mean=mean, std=std, resize=resize, size=size
+        )
     except ValueError as exc:
         raise UsageError(str(exc)) from exc
     return ModelSpec(

@@ -28,6 +28,7 @@ def base_spec(
     mean: Colour | None = None,
     std: Colour | None = None,
     downscale: int = 1,
+    size: int | None = None,
 ) -> ModelSpec:
     """Return what to pretrain: the architecture with its own shortcut, and the classes and colours of the data.
 
@@ -36,6 +37,7 @@ def base_spec(
             Of an .npz there are 10 or, for ImageNet's architectures, 1000, without names, unless `n_classes` says
             otherwise.
         mean, std: of pixels scaled to 0..1; None is CIFAR-10's or ImageNet's.
+        size: pixels of the input, square; None is the architecture's usual one.
         downscale: the network first averages `downscale` x `downscale` pixels into one.
 
     Raises:
@@ -47,7 +49,7 @@ def base_spec(
     usual_mean, usual_std = (CIFAR10_MEAN, CIFAR10_STD) if layout.family == "cifar" else (IMAGENET_MEAN, IMAGENET_STD)
     try:
         preprocessing = default_preprocessing(
-            BLOCKDROP, layout, n_classes=classes, mean=mean or usual_mean, std=std or usual_std
+            BLOCKDROP, layout, n_classes=classes, mean=mean or usual_mean, std=std or usual_std, size=size
         )
     except ValueError as exc:
         raise UsageError(str(exc)) from exc

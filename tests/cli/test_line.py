@@ -49,7 +49,7 @@ def test_import_of_an_imagenet_network_assumes_how_pictures_are_scaled(bdtool, t
     text = bdtool(*words).stdout
     assert "std 0.229,0.224,0.225, resize 256\n" in text
     assert "does not say resize: taken as in format torchvision. Wrong ones cost accuracy: measure it" in text
-    assert "does not say" not in bdtool(*words, "--resize", 240).stdout
+    assert "does not say" not in bdtool(*words, "--resize-to", 240).stdout
     monkeypatch.setattr(checkpoints, "sha256_of_file", lambda path: "f37072fd" + 56 * "0")
     text = bdtool(*words).stdout
     assert "by its digest it is torchvision's ResNet18_Weights.IMAGENET1K_V1" in text

@@ -58,6 +58,23 @@ def test_three_stages_make_a_model_that_exports(
     bdtool("export", model, "-o", tmp_path / "bundle")
 
 
+def test_pictures_of_another_size_are_scaled_or_taken_as_they_are(
+    bdtool: Callable[..., Result], tmp_path: Path
+) -> None:
+    pixels = synthetic_images(20, height=48, width=48)
+    for index, picture in enumerate(pixels):
+        path = tmp_path / "pictures" / "ab"[index % 2] / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(path)
+    model = tmp_path / "model.safetensors"
+    words = ("train", "pretrain", "--arch", "resnet8", "--data", tmp_path / "pictures", *_QUICK, "-o", model)
+    assert "got 48 x 48 pixels, the model takes 32 x 32. Pass --resize" in bdtool(*words, status=1).stderr
+    bdtool(*words, "--resize")
+    assert read_spec(model).preprocessing.height == 32
+    bdtool(*words, "--size", 48)
+    assert read_spec(model).preprocessing.height == read_spec(model).preprocessing.width == 48
+
+
 def test_deepened_base_says_where_it_comes_from_and_is_trained_on(
     bdtool: Callable[..., Result], npz: Path, tmp_path: Path
 ) -> None:

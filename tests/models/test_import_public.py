@@ -74,6 +74,14 @@ def test_torchvisions_weights_are_known_by_their_digests(tmp_path, monkeypatch, 
     assert import_checkpoint(path, arch=arch, resize=240).spec.preprocessing.resize == 240
 
 
+def test_input_of_another_size(tmp_path, resnet18_state, make_model):
+    large = import_checkpoint(_saved(tmp_path, resnet18_state), arch="resnet18", size=288).spec.preprocessing
+    assert (large.height, large.width, large.resize) == (288, 288, 329)  # as 256 to 224
+    state = _akamaster_state(make_model("resnet8", shortcut="option-a", has_policy=False), blocks_per_stage=1)
+    model = import_checkpoint(_saved(tmp_path, state), arch="resnet8", size=64)
+    assert (model.spec.preprocessing.height, model.spec.preprocessing.resize) == (64, None)
+
+
 @pytest.fixture
 def resnet18_state():
     return torchvision.models.resnet18(num_classes=7).state_dict()
