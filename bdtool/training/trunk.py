@@ -57,9 +57,9 @@ def _check_trunk_input(wanted: Preprocessing, trunk: ModelSpec) -> None:
     if (wanted.height, wanted.width) == (got.height, got.width) and np.abs(distances).max() <= _SAME_COLOUR:
         return
     raise UsageError(
-        f"trunk: got one for {_input(got)}; expected {_input(wanted)}, which the model takes. Make one on pictures of "
-        f"that size with `bdtool train pretrain --arch {trunk.arch}{_downscale_option(trunk.downscale)} "
-        f"--mean {_numbers(wanted.mean)} --std {_numbers(wanted.std)}`"
+        f"trunk: got one for {_input(got)}; expected {_input(wanted)}, which the model takes. Make one with "
+        f"`bdtool train pretrain --arch {trunk.arch}{_downscale_option(trunk.downscale)} "
+        f"--mean {_numbers(wanted.mean)} --std {_numbers(wanted.std)} --size {wanted.height}`"
     )
 
 

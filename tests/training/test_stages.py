@@ -133,7 +133,7 @@ def test_trunk_of_another_input_is_refused_with_the_command_that_makes_one(
     command = str(said.value).split("`")[1].split()
     params = parse([*command[1:], "--data", "cifar10:data", "-o", "trunk.safetensors"]).params
     assert (params["arch"], params["mean"], params["std"]) == ("resnet8", wanted.mean, wanted.std)
-    assert params["downscale"] == 2
+    assert (params["downscale"], params["size"]) == (2, 32)
 
 
 @pytest.mark.parametrize(
