@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ from bdtool.data.synthetic import synthetic_images
 from bdtool.errors import BundleError, ExportError
 from bdtool.runtime.paths import parts_of_path
 from bdtool.runtime.preprocess import preprocess
-from bdtool.specs import NetworkSpec
+from bdtool.specs import NetworkSpec, dict_from_preprocessing
 from engines.base import ENGINE_TOLERANCE
 from export.bundle import Bundle
 from export.check import OnnxReference, compare_outputs
@@ -49,7 +49,11 @@ def write_fused(bundle: Bundle, path: Path) -> float:
 
 def _with_metadata(fused: bytes, network: NetworkSpec) -> bytes:
     model = onnx.ModelProto.FromString(fused)
-    facts = {"preprocessing": asdict(network.preprocessing), "labels": network.labels, "threshold": network.threshold}
+    facts = {
+        "preprocessing": dict_from_preprocessing(network.preprocessing),
+        "labels": network.labels,
+        "threshold": network.threshold,
+    }
     onnx.helper.set_model_props(model, {name: json.dumps(fact) for name, fact in facts.items()})
     written: bytes = model.SerializeToString(deterministic=True)
     return written

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from bdtool.models.layout import network_from_spec
 from bdtool.models.store import read_fitting_spec
 from bdtool.runtime.masks import read_masks
 from bdtool.runtime.recommendation import read_recommendations
-from bdtool.specs import NetworkSpec, PartSpec
+from bdtool.specs import NetworkSpec, PartSpec, dict_from_preprocessing
 from export.bundle import Bundle
 
 _FINETUNE = "bdtool train finetune"  # as a MODEL says what made it
@@ -117,7 +116,7 @@ def _network_facts(network: NetworkSpec) -> dict[str, Any]:
         "stages": list(network.stages),
         "K": network.n_blocks,
         "policy": "learned" if network.has_policy else None,
-        "preprocessing": asdict(network.preprocessing),
+        "preprocessing": dict_from_preprocessing(network.preprocessing),
         "full_flops": network.full_flops,
     }
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 if TYPE_CHECKING:  # numpy only types the signatures: `bdtool --help` and a cached build need not load it
     import numpy as np
 
+Interpolation = Literal["bilinear", "bicubic"]
 PartKind = Literal["policy", "stem", "block", "shortcut", "head", "full"]
 BATCH_AXIS = "N"
 PIXELS = "uint8"  # dtype of images whose engines normalise them
@@ -95,8 +96,8 @@ class PartSpec:
 class Preprocessing:
     """How a picture becomes the network's input: (pixel / 255 - mean) / std, channels RGB.
 
-    `resize` is the length in pixels that the shorter side is scaled to before the centre crop to height x width;
-    None means that images must already have that size.
+    `resize` is the length in pixels that the shorter side is scaled to, by `interpolation`, before the centre crop to
+    height x width; None means that images must already have that size.
     """
 
     height: int
@@ -104,8 +105,12 @@ class Preprocessing:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     resize: int | None = None
+    interpolation: Interpolation = "bilinear"
 
     def __post_init__(self) -> None:
+        if self.interpolation not in get_args(Interpolation):
+            known = ", ".join(get_args(Interpolation))
+            raise ValueError(f"unknown interpolation {self.interpolation!r}; expected {known}")
         values = (*self.mean, *self.std)
         if len(values) != 6 or len(self.std) != 3 or not all(map(math.isfinite, values)) or min(self.std) <= 0:
             raise ValueError(f"mean and std need three values each, std above 0; got mean={self.mean}, std={self.std}")
@@ -246,8 +251,16 @@ class NetworkSpec:
         return fixed + keep @ kept_cost + ~keep @ dropped_cost
 
 
+def dict_from_preprocessing(preprocessing: Preprocessing) -> dict[str, Any]:
+    """Return it as JSON values, without an `interpolation` that older versions of bdtool, which know one, take."""
+    data = asdict(preprocessing)
+    if preprocessing.interpolation == "bilinear":
+        del data["interpolation"]
+    return data
+
+
 def preprocessing_from_dict(data: Mapping[str, Any]) -> Preprocessing:
-    """Rebuild a `Preprocessing` from `asdict`'s output (after JSON, tuples are lists).
+    """Rebuild a `Preprocessing` from what `dict_from_preprocessing` gave (after JSON, tuples are lists).
 
     Raises:
         ValueError, TypeError, KeyError: a field is missing, unknown or impossible.

@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeGuard
 
 from bdtool.errors import BundleError
-from bdtool.specs import NetworkSpec, PartSpec, TensorSpec, preprocessing_from_dict
+from bdtool.specs import NetworkSpec, PartSpec, TensorSpec, dict_from_preprocessing, preprocessing_from_dict
 from export.files import json_from_bytes, write_json
 from export.wiring import check_wiring
 
@@ -99,7 +99,7 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
             "threshold": network.threshold,
             "max_batch": manifest.max_batch,
             "policy": "learned" if network.has_policy else None,
-            "preprocessing": asdict(network.preprocessing),
+            "preprocessing": dict_from_preprocessing(network.preprocessing),
             "parts": [_dict_from_part(part, manifest.files[part.name]) for part in network.parts],
             "weights": {"file": manifest.weights_file, "sha256": manifest.weights_sha256},
             "provenance": dict(manifest.provenance),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ from bdtool.data.batches import ImageSource
 from bdtool.runtime.orchestrator import Orchestrator
 from bdtool.runtime.policies import PolicyRequest
 from bdtool.runtime.preprocess import preprocess
-from bdtool.specs import NetworkSpec
+from bdtool.specs import NetworkSpec, dict_from_preprocessing
 from calibration.cache import collect_ranges, content_key
 from calibration.paths import PathBatch, PathWalker, TopUp, WatchedPart
 from calibration.ranges import RangeCollector
@@ -86,7 +86,7 @@ def collect_statistics(
     key = content_key(
         data=source.digest,
         parts=[bundle.part_sha256(part) for part in watched],
-        preprocessing=asdict(network.preprocessing),
+        preprocessing=dict_from_preprocessing(network.preprocessing),
         top_up={name: sorted(rows) for name, rows in top_up.rows.items()},
         onnxruntime=identify_backend("onnxruntime", "cpu").version,
         format=2,

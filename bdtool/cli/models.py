@@ -40,6 +40,11 @@ _OPTIONS = {"resize": "--resize-to"}  # where they are not called after what the
     help="Pixels that the shorter side of a picture is scaled to, before its middle is taken. Default: as torchvision "
     "measured its weights, where the file is one of these, else 256 for ImageNet's networks, and none for CIFAR's.",
 )
+@click.option(
+    "--interpolation",
+    type=click.Choice(["bilinear", "bicubic"]),
+    help="How pictures are scaled. Default: bilinear, as torchvision's weights need it.",
+)
 @size_option
 @click.option(
     "--shortcut",
@@ -61,6 +66,7 @@ def import_cmd(
     mean: tuple[float, ...] | None,
     std: tuple[float, ...] | None,
     resize: int | None,
+    interpolation: str | None,
     size: int | None,
     shortcut: str | None,
     labels: str | None,
@@ -83,6 +89,7 @@ def import_cmd(
         mean=mean,  # type: ignore[arg-type]  # click checked that there are three
         std=std,  # type: ignore[arg-type]
         resize=resize,
+        interpolation=interpolation,  # type: ignore[arg-type]  # one of the choices
         size=size,
         shortcut=shortcut,  # type: ignore[arg-type]  # one of the choices
         labels=_read_labels(labels),
@@ -92,7 +99,8 @@ def import_cmd(
     policy = "with a policy network" if spec.has_policy else "no policy network"
     click.echo(f"{model}: {spec.arch}, {spec.n_classes} classes, {imported.n_blocks} blocks, {policy}")
     colours = f"mean {_numbers(spec.preprocessing.mean)}, std {_numbers(spec.preprocessing.std)}"
-    click.echo(f"shortcut {spec.shortcut}, {colours}, resize {spec.preprocessing.resize or '-'}")
+    scaled = f"{spec.preprocessing.resize} {spec.preprocessing.interpolation}" if spec.preprocessing.resize else "-"
+    click.echo(f"shortcut {spec.shortcut}, {colours}, resize {scaled}")
     if weights := spec.provenance.get("weights"):
         click.echo(f"by its digest it is torchvision's {weights}")
     given = {"shortcut": shortcut, "mean": mean, "std": std, "resize": resize}

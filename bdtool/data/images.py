@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from bdtool.errors import DataError
-from bdtool.specs import Preprocessing
+from bdtool.specs import Interpolation, Preprocessing
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
 # Named, so that Pillow never hands a file to the decoders that start other programs (EPS runs Ghostscript).
@@ -17,6 +17,10 @@ _FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
 # CMYK and YCbCr as torchvision converts them: ImageNet's training images have some, and networks are trained on that
 _OPAQUE_MODES = frozenset({"1", "L", "RGB", "CMYK", "YCbCr"})
 _ALPHA_MODES = frozenset({"P", "PA", "LA", "La", "RGBA", "RGBa"})  # a palette may hold transparent colours
+_RESAMPLING: dict[Interpolation, Image.Resampling] = {
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+}
 _MAX_RESIZED_PIXELS = 100_000_000
 
 
@@ -81,20 +85,20 @@ def fit_image(pixels: np.ndarray, preprocessing: Preprocessing, *, source: str, 
     Raises:
         DataError: the size does not fit and nobody asked to resize, or the shape is too long and thin to resize.
     """
-    height, width = preprocessing.height, preprocessing.width
+    height, width, how = preprocessing.height, preprocessing.width, preprocessing.interpolation
     if preprocessing.resize is not None:
-        return _crop_centre(_scale_shorter_side(pixels, preprocessing.resize, source=source), height, width)
+        return _crop_centre(_scale_shorter_side(pixels, preprocessing.resize, how, source=source), height, width)
     if pixels.shape[:2] == (height, width):
         return pixels
     if resize:
-        return _crop_centre(_scale_shorter_side(pixels, max(height, width), source=source), height, width)
+        return _crop_centre(_scale_shorter_side(pixels, max(height, width), how, source=source), height, width)
     raise DataError(
         f"{source}: got {pixels.shape[1]} x {pixels.shape[0]} pixels, the model takes {width} x {height}. "
         "Pass --resize to scale the shorter side and crop the centre"
     )
 
 
-def _scale_shorter_side(pixels: np.ndarray, length: int, *, source: str) -> np.ndarray:
+def _scale_shorter_side(pixels: np.ndarray, length: int, how: Interpolation, *, source: str) -> np.ndarray:
     height, width = pixels.shape[:2]
     short, long = sorted((height, width))
     if short == length:
@@ -105,7 +109,7 @@ def _scale_shorter_side(pixels: np.ndarray, length: int, *, source: str) -> np.n
             f"{source}: got {width} x {height} pixels, too long and thin to scale its shorter side to {length}. Crop it"
         )
     size = (length, new_long) if width <= height else (new_long, length)
-    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR))
+    return np.asarray(Image.fromarray(pixels).resize(size, _RESAMPLING[how]))
 
 
 def _crop_centre(pixels: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 
 from bdtool.errors import UsageError
 from bdtool.models.architectures import Architecture, Family, ShortcutKind, policy_trunk
-from bdtool.specs import Preprocessing
+from bdtool.specs import Interpolation, Preprocessing
 
 if TYPE_CHECKING:
     from torchvision.models import WeightsEnum
@@ -104,6 +104,21 @@ BLOCKDROP = CheckpointFormat(
 FORMATS = {fmt.name: fmt for fmt in (AKAMASTER, TORCHVISION, BLOCKDROP)}
 
 
+@dataclass(frozen=True, kw_only=True)
+class GivenInput:
+    """What a user says of a network's input, in place of what is usual; None: nothing.
+
+    `size` is height and width, the others as of `Preprocessing`. Without a `resize`, pictures for ImageNet's networks
+    are scaled as 256 to 224 pixels.
+    """
+
+    mean: Colour | None = None
+    std: Colour | None = None
+    size: int | None = None
+    resize: int | None = None
+    interpolation: Interpolation | None = None
+
+
 def find_format(name: str) -> CheckpointFormat:
     """Return the format called `name`.
 
@@ -130,29 +145,26 @@ def default_preprocessing(
     arch: Architecture,
     *,
     n_classes: int,
-    mean: Colour | None,
-    std: Colour | None,
-    resize: int | None = None,
-    size: int | None = None,
+    given: GivenInput,
 ) -> Preprocessing:
     """Return the input format that these networks were trained with; what is given replaces its values.
 
-    Args:
-        resize: as of `Preprocessing`; None scales ImageNet's pictures as 256 to 224 pixels.
-        size: height and width of the input.
+    Raises:
+        ValueError: what is given is impossible.
     """
     usual_mean, usual_std = IMAGENET_MEAN, IMAGENET_STD
     if fmt is BLOCKDROP and arch.family == "cifar":
         usual_mean, usual_std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
         if arch.name == "resnet32" and n_classes == 10:
             usual_mean, usual_std = CIFAR10_MEAN, CIFAR10_STD
-    side = size or arch.image_size
+    side = given.size or arch.image_size
     return Preprocessing(
         height=side,
         width=side,
-        mean=mean or usual_mean,
-        std=std or usual_std,
-        resize=resize or (round(side * _IMAGENET_RESIZE) if arch.family == "imagenet" else None),
+        mean=given.mean or usual_mean,
+        std=given.std or usual_std,
+        resize=given.resize or (round(side * _IMAGENET_RESIZE) if arch.family == "imagenet" else None),
+        interpolation=given.interpolation or "bilinear",
     )
 
 

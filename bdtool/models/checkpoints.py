@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from bdtool.models.checkpoint_formats import (
     FORMATS,
     CheckpointFormat,
     Colour,
+    GivenInput,
     default_labels,
     default_preprocessing,
     detect_format,
@@ -31,10 +32,12 @@ from bdtool.models.model import BlockDropModel
 from bdtool.models.model_spec import ModelSpec
 from bdtool.models.state import meta_model, model_from_state, non_finite_names, shapes_of
 from bdtool.models.store import read_spec
+from bdtool.specs import Interpolation
 from export.files import sha256_of_file
 
 _POLICY_ENTRIES = ("agent", "net")  # "net" is what the authors' older files call the policy network
 _WRAPPERS = ("model_state_dict", "model", "net")  # entries that training loops put a state_dict in, beside others
+_NOTHING_GIVEN = GivenInput()
 _PREFIXES = ("module.", "_orig_mod.", "model.")  # of DataParallel, of torch.compile, of Lightning and the like
 
 
@@ -65,6 +68,7 @@ def import_checkpoint(
     std: Colour | None = None,
     resize: int | None = None,
     size: int | None = None,
+    interpolation: Interpolation | None = None,
     shortcut: ShortcutKind | None = None,
     labels: tuple[str, ...] | None = None,
 ) -> BlockDropModel:
@@ -83,6 +87,7 @@ def import_checkpoint(
             torchvision's weights were measured with, where the file is one of these, else 256 for ImageNet's networks,
             or as much more as `size` is above 224.
         size: pixels of the network's input, square; None is 32 for CIFAR's networks and 224 for ImageNet's.
+        interpolation: how pictures are scaled: "bilinear", as torchvision's weights need it (None), or "bicubic".
         shortcut: None is the format's own. A CIFAR file does not tell option-a from average-pool: both lack weights.
         labels: one name per class; None is CIFAR-10's or ImageNet's where the number of classes fits.
 
@@ -96,7 +101,8 @@ def import_checkpoint(
         raise CheckpointError(
             f"{path}: its head has {source.n_classes} classes, not the {classes} asked for by --classes"
         )
-    spec = _spec(source, wanted, classes=classes, mean=mean, std=std, resize=resize, size=size, labels=labels)
+    given = GivenInput(mean=mean, std=std, resize=resize, size=size, interpolation=interpolation)
+    spec = _spec(source, wanted, classes=classes, given=given, labels=labels)
     names = _names_by_key(source, spec)
     _check_tensors(source, spec, names)
     return model_from_state(spec, {names[key]: tensor for key, tensor in source.tensors.items()})
@@ -197,20 +203,16 @@ def _spec(
     arch: Architecture,
     *,
     classes: int | None = None,
-    mean: Colour | None = None,
-    std: Colour | None = None,
-    resize: int | None = None,
-    size: int | None = None,
+    given: GivenInput = _NOTHING_GIVEN,
     labels: tuple[str, ...] | None = None,
 ) -> ModelSpec:
     n_classes = source.n_classes or classes or (10 if arch.family == "cifar" else 1000)
     published = published_weights(arch, source.provenance["sha256"])
-    if published is not None and resize is None and size is None:
+    if published is not None and given.resize is None and given.size is None:
         [resize] = published.transforms().resize_size
+        given = replace(given, resize=resize)
     try:
-        preprocessing = default_preprocessing(
-            source.fmt, arch, n_classes=n_classes, mean=mean, std=std, resize=resize, size=size
-        )
+        preprocessing = default_preprocessing(source.fmt, arch, n_classes=n_classes, given=given)
     except ValueError as exc:
         raise UsageError(str(exc)) from exc
     return ModelSpec(

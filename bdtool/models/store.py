@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,7 @@ from bdtool.models.architectures import policy_downscale
 from bdtool.models.difference import COUNTER, compare_states, listing
 from bdtool.models.layout import tensor_shapes
 from bdtool.models.model_spec import ModelSpec
-from bdtool.specs import preprocessing_from_dict
+from bdtool.specs import dict_from_preprocessing, preprocessing_from_dict
 from export.files import atomic_path, json_from_bytes
 
 if TYPE_CHECKING:
@@ -129,7 +128,7 @@ def _header_from_spec(spec: ModelSpec) -> dict[str, Any]:
         "arch": spec.arch,
         "n_classes": spec.n_classes,
         "labels": spec.labels,
-        "preprocessing": asdict(spec.preprocessing),
+        "preprocessing": dict_from_preprocessing(spec.preprocessing),
         "shortcut": spec.shortcut,
         "has_policy": spec.has_policy,
         "stages": spec.architecture.stages,

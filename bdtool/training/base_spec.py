@@ -14,6 +14,7 @@ from bdtool.models.checkpoint_formats import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     Colour,
+    GivenInput,
     default_labels,
     default_preprocessing,
 )
@@ -49,7 +50,10 @@ def base_spec(
     usual_mean, usual_std = (CIFAR10_MEAN, CIFAR10_STD) if layout.family == "cifar" else (IMAGENET_MEAN, IMAGENET_STD)
     try:
         preprocessing = default_preprocessing(
-            BLOCKDROP, layout, n_classes=classes, mean=mean or usual_mean, std=std or usual_std, size=size
+            BLOCKDROP,
+            layout,
+            n_classes=classes,
+            given=GivenInput(mean=mean or usual_mean, std=std or usual_std, size=size),
         )
     except ValueError as exc:
         raise UsageError(str(exc)) from exc

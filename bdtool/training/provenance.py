@@ -15,6 +15,7 @@ from bdtool.data.batches import ImageSource
 from bdtool.models.model import BlockDropModel, build_model
 from bdtool.models.model_spec import ModelSpec
 from bdtool.runtime.policies import names_file
+from bdtool.specs import dict_from_preprocessing
 from bdtool.training.options import FinetuneOptions, StageOptions
 from bdtool.training.place import TrainingPlace
 from bdtool.version import version
@@ -35,7 +36,7 @@ def run_request(
         "stage": stage,
         "arch": spec.arch,
         "classes": list(spec.labels or ()) or spec.n_classes,
-        "preprocessing": asdict(spec.preprocessing),
+        "preprocessing": dict_from_preprocessing(spec.preprocessing),
         "downscale": spec.downscale,
         "policy_file": _digest_of_policy(options),
         "data": dict(data),

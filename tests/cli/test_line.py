@@ -47,7 +47,7 @@ def test_import_of_an_imagenet_network_assumes_how_pictures_are_scaled(bdtool, t
     torch.save(torchvision.models.resnet18(num_classes=7).state_dict(), tmp_path / "net.pth")
     words = ("import", tmp_path / "net.pth", "--arch", "resnet18", "-o", tmp_path / "model.safetensors")
     text = bdtool(*words).stdout
-    assert "std 0.229,0.224,0.225, resize 256\n" in text
+    assert "std 0.229,0.224,0.225, resize 256 bilinear\n" in text
     assert "does not say resize: taken as in format torchvision. Wrong ones cost accuracy: measure it" in text
     assert "does not say" not in bdtool(*words, "--resize-to", 240).stdout
     monkeypatch.setattr(checkpoints, "sha256_of_file", lambda path: "f37072fd" + 56 * "0")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,8 +21,8 @@ from bdtool.specs import Preprocessing
 COLOURS = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
 
 
-def preprocessing(height: int, width: int, *, resize: int | None = None) -> Preprocessing:
-    return Preprocessing(height=height, width=width, mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2), resize=resize)
+def preprocessing(height: int, width: int, **others: Any) -> Preprocessing:
+    return Preprocessing(height=height, width=width, mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2), **others)
 
 
 def saved(image: Image.Image, path: Path, **options: object) -> Path:
@@ -123,13 +124,15 @@ def test_decompression_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
     size=st.tuples(st.integers(1, 70), st.integers(1, 70)),
     crop=st.tuples(st.integers(1, 48), st.integers(1, 48)),
     resize=st.integers(1, 48),
+    how=st.sampled_from(["bilinear", "bicubic"]),
 )
 def test_fit_equals_torchvision_resize_and_centre_crop(
-    size: tuple[int, int], crop: tuple[int, int], resize: int
+    size: tuple[int, int], crop: tuple[int, int], resize: int, how: str
 ) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
-    oracle = transforms.Compose([transforms.Resize(resize), transforms.CenterCrop(crop)])
-    fitted = fit_image(pixels, preprocessing(*crop, resize=resize), source="a")
+    scale = transforms.Resize(resize, transforms.InterpolationMode(how))
+    oracle = transforms.Compose([scale, transforms.CenterCrop(crop)])
+    fitted = fit_image(pixels, preprocessing(*crop, resize=resize, interpolation=how), source="a")
     np.testing.assert_array_equal(fitted, np.asarray(oracle(Image.fromarray(pixels))))
 
 

@@ -13,6 +13,8 @@ from safetensors.torch import save_file
 from bdtool.errors import CheckpointError, UsageError
 from bdtool.models import checkpoints
 from bdtool.models.checkpoints import import_checkpoint
+from bdtool.models.store import read_spec, save_model
+from bdtool.specs import dict_from_preprocessing
 
 
 def _accuracy(model, sample):
@@ -77,6 +79,10 @@ def test_torchvisions_weights_are_known_by_their_digests(tmp_path, monkeypatch, 
 def test_input_of_another_size(tmp_path, resnet18_state, make_model):
     large = import_checkpoint(_saved(tmp_path, resnet18_state), arch="resnet18", size=288).spec.preprocessing
     assert (large.height, large.width, large.resize) == (288, 288, 329)  # as 256 to 224
+    assert "interpolation" not in dict_from_preprocessing(large), "older versions know one"
+    bicubic = import_checkpoint(_saved(tmp_path, resnet18_state), arch="resnet18", interpolation="bicubic")
+    save_model(bicubic, tmp_path / "model.safetensors")
+    assert read_spec(tmp_path / "model.safetensors").preprocessing.interpolation == "bicubic"
     state = _akamaster_state(make_model("resnet8", shortcut="option-a", has_policy=False), blocks_per_stage=1)
     model = import_checkpoint(_saved(tmp_path, state), arch="resnet8", size=64)
     assert (model.spec.preprocessing.height, model.spec.preprocessing.resize) == (64, None)
