@@ -24,7 +24,7 @@ from bdtool.specs import NetworkSpec, PartSpec, TensorSpec, dict_from_preprocess
 from export.files import json_from_bytes, write_json
 from export.wiring import check_wiring
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: pictures that are scaled bicubically
 EXPORTED = "fp32"  # the precision of the parts that `bdtool export` writes
 CALIBRATED = ("int8", "fp16", "bf16", "mixed")  # those that `bdtool calibrate` adds
 DEFAULT_MAX_BATCH = 64
@@ -90,7 +90,8 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
     write_json(
         directory / MANIFEST_NAME,
         {
-            "format_version": FORMAT_VERSION,
+            # so that an older bdtool reads what it can
+            "format_version": 1 if network.preprocessing.interpolation == "bilinear" else FORMAT_VERSION,
             "arch": network.arch,
             "n_classes": network.n_classes,
             "labels": None if network.labels is None else list(network.labels),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
     from bdtool.models.model import BlockDropModel
 
-FORMAT_VERSION = 3  # 2: policy networks with a hidden layer; 3: networks that scale images down
+# 2: policy networks with a hidden layer; 3: networks that scale images down; 4: ResNeXt, wide ResNets, bicubic scaling
+FORMAT_VERSION = 4
 _VERSION_OF = {"policy_hidden": 2, "downscale": 3, "policy_downscale": 3}  # the first that has each of these fields
 _METADATA_KEY = (
     "bdtool"  # one key only: safetensors does not keep the order of several, and equal input gives equal bytes
@@ -123,8 +124,7 @@ def read_spec(path: Path) -> ModelSpec:
 def _header_from_spec(spec: ModelSpec) -> dict[str, Any]:
     optional = _optional(spec)
     return {
-        # so that an older bdtool reads what it can
-        "format_version": max((_VERSION_OF[name] for name in optional), default=1),
+        "format_version": _format_version(spec, optional),
         "arch": spec.arch,
         "n_classes": spec.n_classes,
         "labels": spec.labels,
@@ -135,6 +135,13 @@ def _header_from_spec(spec: ModelSpec) -> dict[str, Any]:
         "provenance": dict(spec.provenance),
         **optional,
     }
+
+
+def _format_version(spec: ModelSpec, optional: Collection[str]) -> int:
+    """Return the first version that knows all of it, so that an older bdtool reads what it can."""
+    if not spec.arch.startswith("resnet") or spec.preprocessing.interpolation != "bilinear":  # "resnext...", too
+        return FORMAT_VERSION
+    return max((_VERSION_OF[name] for name in optional), default=1)
 
 
 def _optional(spec: ModelSpec) -> dict[str, int]:

@@ -5,11 +5,13 @@ import json
 import os
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
 
 from bdtool.errors import BundleError, UsageError
 from export.bundle import Bundle
+from export.manifest import read_manifest, write_manifest
 
 
 def _edit(bundle, change):
@@ -99,15 +101,26 @@ def test_directory_that_is_not_there_is_said_to_be_missing(tmp_path):
 
 
 def test_newer_format_asks_for_an_upgrade(bundle_copy):
-    _edit(bundle_copy, lambda data: data.update(format_version=2, parts="something else by then"))
-    with pytest.raises(BundleError, match=r"format_version 2 is newer than this bdtool reads \(1\); upgrade bdtool"):
+    _edit(bundle_copy, lambda data: data.update(format_version=3, parts="something else by then"))
+    with pytest.raises(BundleError, match=r"format_version 3 is newer than this bdtool reads \(2\); upgrade bdtool"):
         Bundle.open(bundle_copy)
+
+
+@pytest.mark.parametrize(("interpolation", "version"), [("bilinear", 1), ("bicubic", 2)])
+def test_scaling_that_older_versions_do_not_know_is_of_a_newer_format(bundle_copy, interpolation, version):
+    """These say that bdtool is to be upgraded, instead of that the file was changed."""
+    manifest = read_manifest(bundle_copy)
+    preprocessing = replace(manifest.network.preprocessing, interpolation=interpolation)
+    changed = replace(manifest, network=replace(manifest.network, preprocessing=preprocessing))
+    write_manifest(bundle_copy, changed)
+    assert json.loads((bundle_copy / "manifest.json").read_text())["format_version"] == version
+    assert read_manifest(bundle_copy) == changed
 
 
 @pytest.mark.parametrize("version", ["1", None, True, 1.0, 0, -1, []])
 def test_format_version_must_be_a_number(bundle_copy, version):
     _edit(bundle_copy, lambda data: data.update(format_version=version))
-    with pytest.raises(BundleError, match=r"format_version is .*, expected a number from 1 to 1"):
+    with pytest.raises(BundleError, match=r"format_version is .*, expected a number from 1 to 2"):
         Bundle.open(bundle_copy)
 
 

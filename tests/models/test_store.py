@@ -3,6 +3,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -83,6 +84,23 @@ def test_what_older_versions_do_not_know_is_stored_where_it_is_used(make_model, 
         assert torch.equal(loaded(images), model(images))
 
 
+@pytest.mark.parametrize(
+    ("arch", "interpolation", "version"),
+    [("resnet18", "bilinear", 1), ("resnet18", "bicubic", 4), ("resnext50_32x4d", "bilinear", 4)],
+)
+def test_architectures_and_scaling_that_older_versions_do_not_know_have_a_newer_format(
+    make_model, tmp_path, arch, interpolation, version
+):
+    """These say that bdtool is to be upgraded, instead of calling the file damaged."""
+    model = make_model(arch, has_policy=False)
+    scaled = replace(model.spec.preprocessing, interpolation=interpolation)
+    model.spec = replace(model.spec, preprocessing=scaled)
+    save_model(model, tmp_path / "m.safetensors")
+    with safe_open(tmp_path / "m.safetensors", framework="numpy") as file:
+        assert json.loads(file.metadata()["bdtool"])["format_version"] == version
+    assert read_spec(tmp_path / "m.safetensors") == model.spec
+
+
 @pytest.mark.parametrize("name", ["downscale", "policy_downscale"])
 def test_impossible_downscale_is_a_damaged_header(saved, name):
     _rewrite(saved, header={name: -1})
@@ -139,8 +157,8 @@ def test_foreign_safetensors_file_is_refused(saved):
 
 
 def test_newer_format_is_refused(saved):
-    _rewrite(saved, header={"format_version": 4})
-    with pytest.raises(CheckpointError, match="format_version 4, this bdtool reads up to 3"):
+    _rewrite(saved, header={"format_version": 5})
+    with pytest.raises(CheckpointError, match="format_version 5, this bdtool reads up to 4"):
         load_model(saved)
 
 
