@@ -28,6 +28,7 @@ from bdtool.models.checkpoint_formats import (
     published_weights,
 )
 from bdtool.models.difference import StateDifference, compare_states, listing
+from bdtool.models.layout import network_from_spec
 from bdtool.models.model import BlockDropModel
 from bdtool.models.model_spec import ModelSpec
 from bdtool.models.state import meta_model, model_from_state, non_finite_names, shapes_of
@@ -92,7 +93,7 @@ def import_checkpoint(
         labels: one name per class; None is CIFAR-10's or ImageNet's where the number of classes fits.
 
     Raises:
-        UsageError: unknown architecture or format, or labels, mean or std that do not fit.
+        UsageError: unknown architecture or format, or labels, mean, std or size that do not fit.
         CheckpointError: the file is unreadable or unsafe, or its tensors are not those of `arch`.
     """
     wanted = architecture(arch)
@@ -103,6 +104,7 @@ def import_checkpoint(
         )
     given = GivenInput(mean=mean, std=std, resize=resize, size=size, interpolation=interpolation)
     spec = _spec(source, wanted, classes=classes, given=given, labels=labels)
+    network_from_spec(spec)  # refuse a size that it cannot take
     names = _names_by_key(source, spec)
     _check_tensors(source, spec, names)
     return model_from_state(spec, {names[key]: tensor for key, tensor in source.tensors.items()})

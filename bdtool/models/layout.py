@@ -183,8 +183,8 @@ def _shortcut(layers: _Layers, name: str, kind: ShortcutKind, x: _Shape, y: _Sha
         layers.batch_norm(f"{name}.bn", y[0])
     elif kind == "average-pool" and (x[1] % stride or x[2] % stride):
         raise UsageError(
-            f"an average-pool shortcut halves {x[1]} x {x[2]} pixels, which are odd: its result would not fit the "
-            "block's. Images, scaled down where the network does so first, must have a size that can be halved at "
+            f"{name}: an average-pool shortcut halves {x[1]} x {x[2]} pixels, which are odd: its result would not fit "
+            "the block's. Images, scaled down where the network does so first, must have a size that can be halved at "
             "every stage change, for instance 32 x 32"
         )
     return True

@@ -6,6 +6,7 @@ import dataclasses
 
 from torch import nn
 
+from bdtool.models.layout import network_from_spec
 from bdtool.models.model import BlockDropModel, build_model
 from bdtool.training.trunk import start_from_trunk
 
@@ -23,13 +24,14 @@ def with_policy(
     starts from what it did before, kept, instead of being dropped for half of the images.
 
     Raises:
-        UsageError: as `start_from_trunk`.
+        UsageError: as `start_from_trunk`, or no new policy network takes images of this size.
     """
     if model.policy is not None and trunk is None:
         return model
     spec = dataclasses.replace(model.spec, has_policy=True, policy_hidden=n_hidden)
     if trunk is not None:
         spec = dataclasses.replace(spec, policy_downscale=trunk.spec.downscale)
+    network_from_spec(spec)  # refuse a size that the policy network cannot take
     grown = build_model(spec, seed=seed)
     grown.base.load_state_dict(model.base.state_dict())
     assert grown.policy is not None

@@ -86,6 +86,8 @@ def test_input_of_another_size(tmp_path, resnet18_state, make_model):
     state = _akamaster_state(make_model("resnet8", shortcut="option-a", has_policy=False), blocks_per_stage=1)
     model = import_checkpoint(_saved(tmp_path, state), arch="resnet8", size=64)
     assert (model.spec.preprocessing.height, model.spec.preprocessing.resize) == (64, None)
+    with pytest.raises(UsageError, match=r"base\.blocks\.1\.shortcut: an average-pool shortcut halves 33 x 33 pixels"):
+        import_checkpoint(tmp_path / "net.pth", arch="resnet8", size=33, shortcut="average-pool")
 
 
 @pytest.fixture

@@ -136,6 +136,16 @@ def test_trunk_of_another_input_is_refused_with_the_command_that_makes_one(
     assert (params["downscale"], params["size"]) == (2, 32)
 
 
+def test_new_policy_network_for_a_size_that_it_cannot_take_is_refused(
+    random_model: Callable[..., BlockDropModel],
+) -> None:
+    base = random_model("resnet8", shortcut="option-a", size=33, has_policy=False)
+    with pytest.raises(
+        UsageError, match=r"policy\.trunk\.blocks\.1\.shortcut: an average-pool .* halves 33 x 33 pixels"
+    ):
+        with_policy(base, seed=0)
+
+
 @pytest.mark.parametrize(
     ("arch", "downscale", "warns"), [("resnet18", 1, True), ("resnet18", 2, False), ("resnet8", 1, False)]
 )
