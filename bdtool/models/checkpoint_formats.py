@@ -183,6 +183,14 @@ def published_weights(arch: Architecture, sha256: str) -> WeightsEnum | None:
     return next((weights for weights in known if PurePosixPath(weights.url).stem.endswith(f"-{sha256[:8]}")), None)
 
 
+def published_resize(weights: WeightsEnum, *, size: int | None) -> int:
+    """Return what pictures are scaled to where torchvision measured these weights, or as much more as `size` is."""
+    transforms = weights.transforms()
+    [resize], [usual] = transforms.resize_size, transforms.crop_size
+    wanted: int = round(resize * (size or usual) / usual)
+    return wanted
+
+
 def default_labels(arch: Architecture, *, n_classes: int) -> tuple[str, ...] | None:
     """Return CIFAR-10's or ImageNet's class names where the number of classes fits, else None."""
     if arch.family == "cifar" and n_classes == len(CIFAR10_LABELS):

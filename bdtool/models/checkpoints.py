@@ -25,6 +25,7 @@ from bdtool.models.checkpoint_formats import (
     default_preprocessing,
     detect_format,
     find_format,
+    published_resize,
     published_weights,
 )
 from bdtool.models.difference import StateDifference, compare_states, listing
@@ -210,9 +211,8 @@ def _spec(
 ) -> ModelSpec:
     n_classes = source.n_classes or classes or (10 if arch.family == "cifar" else 1000)
     published = published_weights(arch, source.provenance["sha256"])
-    if published is not None and given.resize is None and given.size is None:
-        [resize] = published.transforms().resize_size
-        given = replace(given, resize=resize)
+    if published is not None and given.resize is None:
+        given = replace(given, resize=published_resize(published, size=given.size))
     try:
         preprocessing = default_preprocessing(source.fmt, arch, n_classes=n_classes, given=given)
     except ValueError as exc:

@@ -74,6 +74,8 @@ def test_torchvisions_weights_are_known_by_their_digests(tmp_path, monkeypatch, 
     assert spec.preprocessing.resize == resize
     assert spec.provenance.get("weights") == weights
     assert import_checkpoint(path, arch=arch, resize=240).spec.preprocessing.resize == 240
+    assert import_checkpoint(path, arch=arch, size=224).spec.preprocessing.resize == resize
+    assert import_checkpoint(path, arch=arch, size=288).spec.preprocessing.resize == round(resize * 288 / 224)
 
 
 def test_input_of_another_size(tmp_path, resnet18_state, make_model):
