@@ -158,6 +158,11 @@ def default_preprocessing(
         if arch.name == "resnet32" and n_classes == 10:
             usual_mean, usual_std = CIFAR10_MEAN, CIFAR10_STD
     side = given.size or arch.image_size
+    if given.resize is not None and given.resize < side:
+        raise ValueError(
+            f"--resize-to {given.resize}: pictures scaled to that would have black borders in an input of {side} x "
+            f"{side} pixels; give {side} or more, or a --size of {given.resize} or less"
+        )
     return Preprocessing(
         height=side,
         width=side,

@@ -92,6 +92,13 @@ def test_input_of_another_size(tmp_path, resnet18_state, make_model):
         import_checkpoint(tmp_path / "net.pth", arch="resnet8", size=33, shortcut="average-pool")
 
 
+def test_pictures_scaled_to_less_than_the_input_are_refused(tmp_path, resnet18_state):
+    path = _saved(tmp_path, resnet18_state)
+    with pytest.raises(UsageError, match=r"--resize-to 223: .* 224 x 224 pixels; give 224 or more, or a --size of 223"):
+        import_checkpoint(path, arch="resnet18", resize=223)
+    assert import_checkpoint(path, arch="resnet18", resize=160, size=160).spec.preprocessing.resize == 160
+
+
 @pytest.fixture
 def resnet18_state():
     return torchvision.models.resnet18(num_classes=7).state_dict()
