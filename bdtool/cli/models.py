@@ -103,7 +103,7 @@ def import_cmd(
     click.echo(f"shortcut {spec.shortcut}, {colours}, resize {scaled}")
     if weights := spec.provenance.get("weights"):
         click.echo(f"by its digest it is torchvision's {weights}")
-    given = {"shortcut": shortcut, "mean": mean, "std": std, "resize": resize}
+    given = {"shortcut": shortcut, "mean": mean, "std": std, "resize": resize, "interpolation": interpolation}
     if assumed := [name for name in _untold(spec) if given[name] is None]:
         worst = ", a shortcut nearly all of it" if "shortcut" in assumed else ""
         click.echo(
@@ -118,7 +118,7 @@ def _untold(spec: ModelSpec) -> list[str]:
     from bdtool.models.architectures import architecture
 
     if architecture(spec.arch).family != "cifar":
-        return [] if "weights" in spec.provenance else ["resize"]
+        return [] if "weights" in spec.provenance else ["resize", "interpolation"]
     return ["mean", "std"] if spec.shortcut == "projection" else ["shortcut", "mean", "std"]  # a projection has weights
 
 

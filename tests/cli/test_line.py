@@ -48,8 +48,10 @@ def test_import_of_an_imagenet_network_assumes_how_pictures_are_scaled(bdtool, t
     words = ("import", tmp_path / "net.pth", "--arch", "resnet18", "-o", tmp_path / "model.safetensors")
     text = bdtool(*words).stdout
     assert "std 0.229,0.224,0.225, resize 256 bilinear\n" in text
-    assert "does not say resize: taken as in format torchvision. Wrong ones cost accuracy: measure it" in text
-    assert "does not say" not in bdtool(*words, "--resize-to", 240).stdout
+    assert "does not say resize, interpolation: taken as in format torchvision. Wrong ones cost accuracy: " in text
+    assert "or give --resize-to, --interpolation\n" in text
+    assert "does not say interpolation: " in bdtool(*words, "--resize-to", 240).stdout
+    assert "does not say" not in bdtool(*words, "--resize-to", 240, "--interpolation", "bicubic").stdout
     monkeypatch.setattr(checkpoints, "sha256_of_file", lambda path: "f37072fd" + 56 * "0")
     text = bdtool(*words).stdout
     assert "by its digest it is torchvision's ResNet18_Weights.IMAGENET1K_V1" in text
