@@ -12,15 +12,15 @@ from bdtool.errors import DataError
 from bdtool.specs import Interpolation, Preprocessing
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
+RESAMPLING: dict[Interpolation, Image.Resampling] = {
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+}
 # Named, so that Pillow never hands a file to the decoders that start other programs (EPS runs Ghostscript).
 _FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
 # CMYK and YCbCr as torchvision converts them: ImageNet's training images have some, and networks are trained on that
 _OPAQUE_MODES = frozenset({"1", "L", "RGB", "CMYK", "YCbCr"})
 _ALPHA_MODES = frozenset({"P", "PA", "LA", "La", "RGBA", "RGBa"})  # a palette may hold transparent colours
-_RESAMPLING: dict[Interpolation, Image.Resampling] = {
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-}
 _MAX_RESIZED_PIXELS = 100_000_000
 
 
@@ -109,7 +109,7 @@ def _scale_shorter_side(pixels: np.ndarray, length: int, how: Interpolation, *, 
             f"{source}: got {width} x {height} pixels, too long and thin to scale its shorter side to {length}. Crop it"
         )
     size = (length, new_long) if width <= height else (new_long, length)
-    return np.asarray(Image.fromarray(pixels).resize(size, _RESAMPLING[how]))
+    return np.asarray(Image.fromarray(pixels).resize(size, RESAMPLING[how]))
 
 
 def _crop_centre(pixels: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -12,6 +12,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from bdtool.data.images import RESAMPLING
+from bdtool.specs import Interpolation
+
 N_CROP_FLIP = 3  # uniform numbers that `crop_and_flip` takes for each image
 N_RESIZED_CROP = 5  # and `random_resized_crop`
 
@@ -40,7 +43,9 @@ def flip(images: Tensor, uniforms: Tensor) -> Tensor:
     return torch.where(uniforms[:, -1, None, None, None] < 0.5, images, images.flip(2))
 
 
-def random_resized_crop(pixels: np.ndarray, uniforms: Sequence[float], *, height: int, width: int) -> np.ndarray:
+def random_resized_crop(
+    pixels: np.ndarray, uniforms: Sequence[float], *, height: int, width: int, how: Interpolation = "bilinear"
+) -> np.ndarray:
     """Return a random part of a picture, scaled to uint8 [height, width, 3] and flipped half of the time.
 
     The part has 8 % to 100 % of the area and an aspect ratio of 3/4 to 4/3. Source: Szegedy et al., "Going Deeper with
@@ -59,5 +64,5 @@ def random_resized_crop(pixels: np.ndarray, uniforms: Sequence[float], *, height
     top = int(uniforms[2] * (full_height - part_height + 1))
     left = int(uniforms[3] * (full_width - part_width + 1))
     box = (left, top, left + part_width, top + part_height)
-    part = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR, box=box))
+    part = np.asarray(Image.fromarray(pixels).resize((width, height), RESAMPLING[how], box=box))
     return part if uniforms[4] < 0.5 else part[:, ::-1]

@@ -92,7 +92,7 @@ class PictureFiles:
         names = "\n".join(source.names).encode()  # reading a million pictures would take too long
         self.facts = data_facts(source, names, labels.data)
         self._picture_at = source.picture_at
-        self._size = {"height": preprocessing.height, "width": preprocessing.width}
+        self._input = preprocessing
         self._device = device
         self._normalize = Normalize(preprocessing, device=device)
 
@@ -103,7 +103,8 @@ class PictureFiles:
 
     def _picture(self, index: int, uniforms: list[float]) -> np.ndarray:
         if self._augment == "crop":
-            return random_resized_crop(self._picture_at(index), uniforms, **self._size)
+            height, width, how = self._input.height, self._input.width, self._input.interpolation
+            return random_resized_crop(self._picture_at(index), uniforms, height=height, width=width, how=how)
         pixels = self._source.image_at(index)
         return pixels if uniforms[-1] < 0.5 else pixels[:, ::-1]
 

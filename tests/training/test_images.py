@@ -53,6 +53,20 @@ def test_large_pictures_are_cropped_from_their_files(
     assert not torch.equal(batch[2], batch[3]), "the same picture, cropped by other numbers"
 
 
+def test_crops_are_scaled_as_the_network_wants_it(tmp_path: Path, random_model: Callable[..., BlockDropModel]) -> None:
+    model = random_model("resnet18", size=64)
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8))
+    for k in range(10):
+        (tmp_path / f"class_{k}").mkdir()
+        picture.save(tmp_path / f"class_{k}" / "a.png")
+    scaled = dataclasses.replace(model.spec.preprocessing, resize=72, interpolation="bicubic")
+    source = open_data(str(tmp_path), network=network_spec(model), resize=True)
+    images = training_images(source, scaled, device=CPU)
+    batch, _ = images.batch(torch.tensor([0]), torch.tensor([[1.0, 0.5, 0.0, 0.0, 0.0]]))  # the whole picture
+    expected = np.asarray(picture.resize((64, 64), Image.Resampling.BICUBIC))
+    np.testing.assert_allclose(batch.numpy(), preprocess(expected[None], scaled), atol=1e-5)
+
+
 @pytest.mark.parametrize("number", [0.1, 0.9])
 @pytest.mark.parametrize("kind", [MemoryImages, PictureFiles])
 def test_flipped_images_are_else_as_they_are_deployed(
