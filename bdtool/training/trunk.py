@@ -33,18 +33,17 @@ def start_from_trunk(model: BlockDropModel, trunk: BlockDropModel) -> None:
     if got != wanted:
         raise UsageError(
             f"trunk: got {got[0]} with shortcut {got[1]}, expected {wanted[0]} with {wanted[1]}, which the policy "
-            f"network of {model.spec.arch} is; make one with `bdtool train pretrain --arch {wanted[0]}"
-            f"{_downscale_option(policy_downscale(family))}`"
+            f"network of {model.spec.arch} is; make one with "
+            + _command(wanted[0], policy_downscale(family), model.spec.preprocessing)
         )
     _check_trunk_input(model.spec.preprocessing, trunk.spec)
     usual = policy_downscale(family)
     if trunk.spec.downscale < usual:
         logger.warning(
             "trunk: the policy network will look at whole images, as it does, for %d times the FLOPs of the paper's; "
-            "make one like the paper's with `bdtool train pretrain --arch %s --downscale %d`",
+            "make one like the paper's with %s",
             usual**2,
-            layout.name,
-            usual,
+            _command(layout.name, usual, model.spec.preprocessing),
         )
     weights = {name: tensor for name, tensor in trunk.base.state_dict().items() if not name.startswith("head.linear.")}
     model.policy.trunk.load_state_dict(weights)
@@ -58,13 +57,15 @@ def _check_trunk_input(wanted: Preprocessing, trunk: ModelSpec) -> None:
         return
     raise UsageError(
         f"trunk: got one for {_input(got)}; expected {_input(wanted)}, which the model takes. Make one with "
-        f"`bdtool train pretrain --arch {trunk.arch}{_downscale_option(trunk.downscale)} "
-        f"--mean {_numbers(wanted.mean)} --std {_numbers(wanted.std)} --size {wanted.height}`"
+        + _command(trunk.arch, trunk.downscale, wanted)
     )
 
 
-def _downscale_option(factor: int) -> str:
-    return f" --downscale {factor}" if factor > 1 else ""
+def _command(arch: str, downscale: int, wanted: Preprocessing) -> str:
+    """Return the command that makes a trunk for the input of a model, in backquotes."""
+    factor = f" --downscale {downscale}" if downscale > 1 else ""
+    colours = f"--mean {_numbers(wanted.mean)} --std {_numbers(wanted.std)}"
+    return f"`bdtool train pretrain --arch {arch}{factor} {colours} --size {wanted.height}`"
 
 
 def _input(preprocessing: Preprocessing) -> str:

@@ -75,14 +75,15 @@ def test_trunk_of_another_architecture_is_refused(
 
 
 @pytest.mark.parametrize(("arch", "wanted", "downscale"), [("resnet14", "resnet8", 1), ("resnet18", "resnet10", 2)])
-def test_command_that_makes_the_trunk_scales_images_down_as_the_paper_does(
+def test_command_that_makes_the_trunk_fits_the_model_and_scales_images_down_as_the_paper_does(
     random_model: Callable[..., BlockDropModel], arch: str, wanted: str, downscale: int
 ) -> None:
     with pytest.raises(UsageError, match=f"expected {wanted} with ") as said:
-        with_policy(random_model(arch), seed=0, trunk=random_model("resnet20", has_policy=False))
+        with_policy(random_model(arch, size=64), seed=0, trunk=random_model("resnet20", has_policy=False))
     command = str(said.value).split("`")[1].split()
     params = parse([*command[1:], "--data", "cifar10:data", "-o", "trunk.safetensors"]).params
     assert (params["arch"], params["downscale"]) == (wanted, downscale)
+    assert (params["size"], params["mean"], params["std"]) == (64, (0.5, 0.4, 0.45), (0.2, 0.25, 0.22))
 
 
 @pytest.mark.parametrize("epochs", [0.01, 0.5, 1, 3, 20])
@@ -164,6 +165,7 @@ def test_trunk_that_costs_more_than_the_papers_is_told(
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == warns
     assert not warns or "for 4 times the FLOPs of the paper's; make one like" in said[0]
+    assert not warns or said[0].endswith("--downscale 2 --mean 0.5,0.4,0.45 --std 0.2,0.25,0.22 --size 64`")
 
 
 def test_trunk_of_a_rounded_mean_is_taken(random_model: Callable[..., BlockDropModel]) -> None:
