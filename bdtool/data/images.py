@@ -83,7 +83,7 @@ def fit_image(pixels: np.ndarray, preprocessing: Preprocessing, *, source: str, 
         source: what the error calls the picture, for instance its file name.
 
     Raises:
-        DataError: the size does not fit and nobody asked to resize, or the shape is too long and thin to resize.
+        DataError: the size does not fit and nobody asked to resize, or it would become too large.
     """
     height, width, how = preprocessing.height, preprocessing.width, preprocessing.interpolation
     if preprocessing.resize is not None:
@@ -106,7 +106,8 @@ def _scale_shorter_side(pixels: np.ndarray, length: int, how: Interpolation, *, 
     new_long = int(length * long / short)  # torchvision's rounding: transforms.functional.resize
     if length * new_long > _MAX_RESIZED_PIXELS:
         raise DataError(
-            f"{source}: got {width} x {height} pixels, too long and thin to scale its shorter side to {length}. Crop it"
+            f"{source}: got {width} x {height} pixels; with its shorter side scaled to {length} it would have "
+            f"{length * new_long}, at most {_MAX_RESIZED_PIXELS} are made. Crop it, or take a network of smaller input"
         )
     size = (length, new_long) if width <= height else (new_long, length)
     return np.asarray(Image.fromarray(pixels).resize(size, RESAMPLING[how]))

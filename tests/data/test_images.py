@@ -160,6 +160,8 @@ def test_fit_covers_an_input_that_is_not_square(size: tuple[int, int]) -> None:
     assert fitted.min() == 255  # no black padding
 
 
-def test_fit_refuses_to_blow_up_a_long_thin_picture() -> None:
-    with pytest.raises(DataError, match="too long and thin"):
-        fit_image(np.zeros((1, 9000, 3), dtype=np.uint8), preprocessing(224, 224, resize=256), source="a")
+@pytest.mark.parametrize(("size", "length"), [((1, 9000), 256), ((40, 30), 100_000)])
+def test_fit_refuses_to_blow_up_a_picture(size: tuple[int, int], length: int) -> None:
+    expected = f"with its shorter side scaled to {length} it would have .*, at most 100000000 are made. Crop it, or"
+    with pytest.raises(DataError, match=expected):
+        fit_image(np.zeros((*size, 3), dtype=np.uint8), preprocessing(224, 224, resize=length), source="a")
