@@ -38,7 +38,8 @@ _OPTIONS = {"resize": "--resize-to"}  # where they are not called after what the
     type=click.IntRange(min=1),
     metavar="N",
     help="Pixels that the shorter side of a picture is scaled to, before its middle is taken. Default: as torchvision "
-    "measured its weights, where the file is one of these, else 256 for ImageNet's networks, and none for CIFAR's.",
+    "measured its weights, where the file is one of these, else 256 for ImageNet's networks, and none for CIFAR's; "
+    "with a --size other than 224 in proportion to it.",
 )
 @click.option(
     "--interpolation",

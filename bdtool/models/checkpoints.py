@@ -87,7 +87,7 @@ def import_checkpoint(
         std: as `mean`.
         resize: pixels that the shorter side of a picture is scaled to before its middle is taken; None is what
             torchvision's weights were measured with, where the file is one of these, else 256 for ImageNet's networks,
-            or as much more as `size` is above 224.
+            either in proportion to a `size` other than 224.
         size: pixels of the network's input, square; None is 32 for CIFAR's networks and 224 for ImageNet's.
         interpolation: how pictures are scaled: "bilinear", as torchvision's weights need it (None), or "bicubic".
         shortcut: None is the format's own. A CIFAR file does not tell option-a from average-pool: both lack weights.
