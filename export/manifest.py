@@ -24,7 +24,7 @@ from bdtool.specs import NetworkSpec, PartSpec, TensorSpec, dict_from_preprocess
 from export.files import json_from_bytes, write_json
 from export.wiring import check_wiring
 
-FORMAT_VERSION = 2  # 2: pictures that are scaled bicubically
+FORMAT_VERSION = 2  # 2: pictures that are scaled bicubically, packed bundles
 EXPORTED = "fp32"  # the precision of the parts that `bdtool export` writes
 CALIBRATED = ("int8", "fp16", "bf16", "mixed")  # those that `bdtool calibrate` adds
 DEFAULT_MAX_BATCH = 64
@@ -91,7 +91,7 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
         directory / MANIFEST_NAME,
         {
             # so that an older bdtool reads what it can
-            "format_version": 1 if network.preprocessing.interpolation == "bilinear" else FORMAT_VERSION,
+            "format_version": FORMAT_VERSION if manifest.left_out or _is_bicubic(network) else 1,
             "arch": network.arch,
             "n_classes": network.n_classes,
             "labels": None if network.labels is None else list(network.labels),
@@ -109,6 +109,10 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
             **({"left_out": sorted(manifest.left_out)} if manifest.left_out else {}),
         },
     )
+
+
+def _is_bicubic(network: NetworkSpec) -> bool:
+    return network.preprocessing.interpolation == "bicubic"
 
 
 def why_no_manifest(directory: Path) -> str | None:

@@ -63,6 +63,11 @@ def test_packed_bundle_holds_the_parts_and_gives_the_same_logits(tiny, packed):
         )
 
 
+def test_older_versions_are_told_to_upgrade(tiny, packed):
+    assert json.loads((tiny.bundle / "manifest.json").read_text())["format_version"] == 1
+    assert json.loads((packed / "manifest.json").read_text())["format_version"] == 2
+
+
 def test_sizes_are_those_of_the_directories(tiny, tmp_path):
     result = _pack(tiny.bundle, tmp_path / "packed")
     assert result.size_bytes == sum((tmp_path / "packed" / file).stat().st_size for file in _files(tmp_path / "packed"))
