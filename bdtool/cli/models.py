@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bdtool.cli.command import Command
-from bdtool.cli.options import CHECKPOINT, NEW_MODEL, PathInText, colour_options, json_option, size_option
+from bdtool.cli.options import (
+    CHECKPOINT,
+    NEW_MODEL,
+    PathInText,
+    colour_options,
+    json_option,
+    resize_to_option,
+    size_option,
+)
 from bdtool.cli.output import emit, mega, print_table
 from bdtool.words import counted, percent
 
@@ -32,14 +40,8 @@ _OPTIONS = {"resize": "--resize-to"}  # where they are not called after what the
 )
 @click.option("--classes", type=click.IntRange(min=1), help="Refuse a checkpoint with another number of classes.")
 @colour_options(default="what the format's authors use")
-@click.option(
-    "--resize-to",
-    "resize",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Pixels that the shorter side of a picture is scaled to, before its middle is taken. Default: as torchvision "
-    "measured its weights, where the file is one of these, else 256 for ImageNet's networks, and none for CIFAR's; "
-    "with a --size other than 224 in proportion to it.",
+@resize_to_option(
+    default="as torchvision measured its weights, where the file is one of these, else 256 for ImageNet's networks"
 )
 @click.option(
     "--interpolation",
@@ -66,7 +68,7 @@ def import_cmd(
     classes: int | None,
     mean: tuple[float, ...] | None,
     std: tuple[float, ...] | None,
-    resize: int | None,
+    resize_to: int | None,
     interpolation: str | None,
     size: int | None,
     shortcut: str | None,
@@ -89,7 +91,7 @@ def import_cmd(
         classes=classes,
         mean=mean,  # type: ignore[arg-type]  # click checked that there are three
         std=std,  # type: ignore[arg-type]
-        resize=resize,
+        resize=resize_to,
         interpolation=interpolation,  # type: ignore[arg-type]  # one of the choices
         size=size,
         shortcut=shortcut,  # type: ignore[arg-type]  # one of the choices
@@ -104,7 +106,7 @@ def import_cmd(
     click.echo(f"shortcut {spec.shortcut}, {colours}, resize {scaled}")
     if weights := spec.provenance.get("weights"):
         click.echo(f"by its digest it is torchvision's {weights}")
-    given = {"shortcut": shortcut, "mean": mean, "std": std, "resize": resize, "interpolation": interpolation}
+    given = {"shortcut": shortcut, "mean": mean, "std": std, "resize": resize_to, "interpolation": interpolation}
     if assumed := [name for name in _untold(spec) if given[name] is None]:
         worst = ", a shortcut nearly all of it" if "shortcut" in assumed else ""
         click.echo(

@@ -298,6 +298,15 @@ def colour_options(*, default: str) -> Callable[[_Command], _Command]:
     return lambda command: mean(std(command))
 
 
+def resize_to_option(*, default: str) -> Callable[[_Command], _Command]:
+    """--resize-to; `default` says in the help what it is for ImageNet's networks where it is not given."""
+    help_text = (
+        "Pixels that the shorter side of a picture is scaled to, before its middle is taken. Default: "
+        f"{default}, with a --size other than 224 in proportion to it; none for CIFAR's."
+    )
+    return click.option("--resize-to", "resize_to", type=click.IntRange(min=1), metavar="N", help=help_text)
+
+
 def size_option(command: _Command) -> _Command:
     help_text = "Pixels of the network's input, square. Default: 32 for CIFAR's architectures, 224 for ImageNet's."
     return click.option("--size", type=click.IntRange(min=1), metavar="N", help=help_text)(command)

@@ -21,6 +21,7 @@ from bdtool.cli.options import (
     colour_options,
     json_option,
     resize_option,
+    resize_to_option,
     size_option,
 )
 from bdtool.cli.output import emit
@@ -187,6 +188,7 @@ _TRUNK = click.option(
 )
 @colour_options(default="CIFAR-10's or ImageNet's")
 @size_option
+@resize_to_option(default="256 for ImageNet's architectures")
 @click.option(
     "--downscale",
     type=click.IntRange(min=1),
@@ -199,7 +201,14 @@ _TRUNK = click.option(
 @_run_options
 @_epoch_options
 def pretrain_cmd(
-    arch: str, classes: int | None, mean: Any, std: Any, size: int | None, downscale: int, **given: Any
+    arch: str,
+    classes: int | None,
+    mean: Any,
+    std: Any,
+    size: int | None,
+    resize_to: int | None,
+    downscale: int,
+    **given: Any,
 ) -> None:
     """Train a base ResNet from random weights.
 
@@ -211,8 +220,16 @@ def pretrain_cmd(
     from bdtool.training.stages import pretrain
 
     options = _options_from(PretrainOptions, given)
-    data = given["data"]
-    spec = base_spec(arch, data=data, n_classes=classes, mean=mean, std=std, size=size, downscale=downscale)
+    spec = base_spec(
+        arch,
+        data=given["data"],
+        n_classes=classes,
+        mean=mean,
+        std=std,
+        size=size,
+        resize=resize_to,
+        downscale=downscale,
+    )
     _run(given, spec, "", lambda place: pretrain(spec, options, place))
 
 

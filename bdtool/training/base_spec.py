@@ -30,6 +30,7 @@ def base_spec(
     std: Colour | None = None,
     downscale: int = 1,
     size: int | None = None,
+    resize: int | None = None,
 ) -> ModelSpec:
     """Return what to pretrain: the architecture with its own shortcut, and the classes and colours of the data.
 
@@ -39,6 +40,7 @@ def base_spec(
             otherwise.
         mean, std: of pixels scaled to 0..1; None is CIFAR-10's or ImageNet's.
         size: pixels of the input, square; None is the architecture's usual one.
+        resize: pixels that the shorter side of a picture is scaled to first; None is usual for that size.
         downscale: the network first averages `downscale` x `downscale` pixels into one.
 
     Raises:
@@ -53,7 +55,7 @@ def base_spec(
             BLOCKDROP,
             layout,
             n_classes=classes,
-            given=GivenInput(mean=mean or usual_mean, std=std or usual_std, size=size),
+            given=GivenInput(mean=mean or usual_mean, std=std or usual_std, size=size, resize=resize),
         )
     except ValueError as exc:
         raise UsageError(str(exc)) from exc

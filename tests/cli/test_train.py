@@ -73,6 +73,8 @@ def test_pictures_of_another_size_are_scaled_or_taken_as_they_are(
     assert read_spec(model).preprocessing.height == 32
     bdtool(*words, "--size", 48)
     assert read_spec(model).preprocessing.height == read_spec(model).preprocessing.width == 48
+    bdtool(*words, "--resize-to", 40)
+    assert read_spec(model).preprocessing.resize == 40
 
 
 def test_deepened_base_says_where_it_comes_from_and_is_trained_on(
