@@ -6,27 +6,26 @@ import dataclasses
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from bdtool.cli.command import Group
-from bdtool.cli.options import (
-    DATA,
-    MODEL,
-    NEW_DIRECTORY,
-    NEW_MODEL,
-    POLICY,
-    FiniteRange,
-    colour_options,
-    json_option,
-    resize_option,
-    resize_to_option,
-    size_option,
-)
+from bdtool.cli.options import MODEL, NEW_MODEL, colour_options, resize_to_option, size_option
 from bdtool.cli.output import emit
+from bdtool.cli.training_options import (
+    POLICY_HELP,
+    SGD_HELP,
+    SHARED_HELP,
+    epoch_options,
+    options_from,
+    options_of,
+    resume_options,
+    run_options,
+    trunk_option,
+)
 from bdtool.cli.training_output import logs, print_figures, print_resumed, show
-from bdtool.training.options import CurriculumOptions, FinetuneOptions, ImitateOptions, PretrainOptions, StageOptions
+from bdtool.training.options import CurriculumOptions, FinetuneOptions, ImitateOptions, PretrainOptions
 from bdtool.words import counted
 
 if TYPE_CHECKING:
@@ -38,19 +37,6 @@ if TYPE_CHECKING:
     from bdtool.specs import NetworkSpec
     from bdtool.training.place import TrainingPlace
     from bdtool.training.stages import Trained
-
-_Command = TypeVar("_Command", bound=Callable[..., Any])
-_RANGES: dict[str, click.IntRange | FiniteRange] = {  # where not all numbers from 0 on are allowed
-    **dict.fromkeys(("judges", "stage_blocks", "limit"), click.IntRange(min=1)),
-    **dict.fromkeys(("epochs", "stage_epochs", "lr", "base_lr"), FiniteRange(min=0, min_open=True)),
-    "batch": click.IntRange(min=2),
-    "alpha": FiniteRange(min=0.5, max=1, min_open=True, max_open=True),
-}
-_CHOICES = {
-    "schedule": ["constant", "one-cycle", "cosine", "step"],
-    "amp": ["auto", "bf16", "off"],
-    "augment": ["crop", "flip"],
-}
 
 
 @click.group("train", cls=Group)
@@ -65,118 +51,6 @@ def train_cmd() -> None:
 
     On several GPUs: torchrun --nproc-per-node 4 -m bdtool train ... --device cuda
     """
-
-
-def _run_options(command: _Command) -> _Command:
-    """What every stage takes: data, output and device."""
-    return _with_options(
-        command,
-        click.option(
-            "--data",
-            type=DATA,
-            metavar="DATA",
-            required=True,
-            help="Labelled training images: FILE.npz, a folder per class, cifar10:ROOT, cifar100:ROOT, imagenet:ROOT.",
-        ),
-        click.option(
-            "--val",
-            type=DATA,
-            metavar="DATA",
-            help="Labelled images to measure on, after each epoch and at the end.",
-        ),
-        resize_option,
-        click.option("-o", "--output", type=NEW_MODEL, required=True, metavar="MODEL", help="The MODEL file to write."),
-        click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda|cuda:N", help="Where to train."),
-        click.option("--threads", type=click.IntRange(min=1), help="CPU threads. Default: torch's own choice."),
-        json_option,
-    )
-
-
-def _resume_options(*, save_every_s: int, also: str) -> Callable[[_Command], _Command]:
-    """How to go on with a run, and how often to save it; `also` says when that is done besides."""
-    return lambda command: _with_options(
-        command,
-        click.option("--resume", is_flag=True, help="Go on with the unfinished run of the same options, if any."),
-        click.option(
-            "--save-every",
-            "save_every_s",
-            type=FiniteRange(min=0),
-            default=save_every_s,
-            show_default=True,
-            metavar="S",
-            help=f"Seconds between checkpoints; one is written {also}, too.",
-        ),
-    )
-
-
-def _epoch_options(command: _Command) -> _Command:
-    """What the stages take that go by epochs: how to go on, and where to log."""
-    return _with_options(
-        command,
-        _resume_options(save_every_s=120, also="after each epoch"),
-        click.option("--tensorboard", type=NEW_DIRECTORY, help="Write event files here. Needs the extra `train`."),
-    )
-
-
-def _with_options(command: _Command, *options: Callable[[_Command], _Command]) -> _Command:
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
-def _options_of(kind: type[StageOptions], help_texts: dict[str, str]) -> Callable[[_Command], _Command]:
-    """Make one command-line option of each field of a dataclass, with its default and type."""
-
-    def decorate(command: _Command) -> _Command:
-        for field in reversed(dataclasses.fields(kind)):
-            command = _option_from_field(field, help_texts[field.name])(command)
-        return command
-
-    return decorate
-
-
-def _option_from_field(field: dataclasses.Field[Any], help_text: str) -> Callable[[_Command], _Command]:
-    name = "--" + field.name.replace("_", "-")
-    default = field.default
-    if field.name in _CHOICES:
-        return click.option(
-            name, type=click.Choice(_CHOICES[field.name]), default=default, show_default=True, help=help_text
-        )
-    if isinstance(default, bool):
-        return click.option(name, is_flag=True, default=default, help=help_text)
-    if field.name == "policy":
-        return click.option(name, type=POLICY, metavar="POLICY", default=default, show_default=True, help=help_text)
-    natural = FiniteRange(min=0) if str(field.type).startswith("float") else click.IntRange(min=0)
-    number = _RANGES.get(field.name, natural)
-    return click.option(name, type=number, default=default, show_default=default is not None, help=help_text)
-
-
-_SHARED_HELP = {
-    "epochs": "Passes over the data; may be a fraction.",
-    "batch": "Images a step, over all processes.",
-    "lr": "Highest learning rate.",
-    "schedule": "How the learning rate runs: one-cycle warms up and falls to almost 0, cosine falls to 0, step divides "
-    "by 10 at half and at three quarters of the run.",
-    "seed": "Of every random draw.",
-    "augment": "Crop and flip the images, or only flip them: policy networks learn best from what they will see.",
-    "amp": "bfloat16; auto takes it where it is faster: CUDA, and CPUs with AMX.",
-    "limit": "Draw N of the training images, with seed 0, and read no others.",
-}
-_SGD_HELP = {"momentum": "Of SGD, Nesterov's.", "weight_decay": "Of SGD."}
-_POLICY_HELP = {
-    "gamma": "Penalty of a wrong prediction (equation 3): higher keeps more blocks.",
-    "alpha": "Keep bits are sampled with probabilities from 1 - ALPHA to ALPHA, which lies between 0.5 and 1.",
-    "entropy": "Weight of an entropy bonus.",
-}
-
-
-_TRUNK = click.option(
-    "--trunk",
-    type=MODEL,
-    metavar="MODEL",
-    help="A trained classifier for a new policy network to start from: a resnet8 of pretrain (ImageNet: resnet10 with "
-    "--downscale 2), with the --mean, --std and --size of the MODEL. The policy network scales images down as it does.",
-)
 
 
 @train_cmd.command("pretrain")
@@ -197,9 +71,9 @@ _TRUNK = click.option(
     help="Average N x N pixels into one first, as a trunk for a policy network that does so, too.",
     metavar="N",
 )
-@_options_of(PretrainOptions, {**_SHARED_HELP, **_SGD_HELP, "compile": "Compile the network with torch.compile."})
-@_run_options
-@_epoch_options
+@options_of(PretrainOptions, {**SHARED_HELP, **SGD_HELP, "compile": "Compile the network with torch.compile."})
+@run_options
+@epoch_options
 def pretrain_cmd(
     arch: str,
     classes: int | None,
@@ -219,7 +93,7 @@ def pretrain_cmd(
     from bdtool.training.base_spec import base_spec
     from bdtool.training.stages import pretrain
 
-    options = _options_from(PretrainOptions, given)
+    options = options_from(PretrainOptions, given)
     spec = base_spec(
         arch,
         data=given["data"],
@@ -258,18 +132,18 @@ def deepen_cmd(shallow: Path, arch: str, output: Path) -> None:
 
 @train_cmd.command("curriculum")
 @click.argument("base", type=MODEL, metavar="MODEL")
-@_options_of(
+@options_of(
     CurriculumOptions,
     {
-        **_SHARED_HELP,
-        **_POLICY_HELP,
+        **SHARED_HELP,
+        **POLICY_HELP,
         "stage_epochs": "Epochs after which more blocks are learned. Default: so that all are by half of the run.",
         "stage_blocks": "How many more, from the last block to the first.",
     },
 )
-@_TRUNK
-@_run_options
-@_epoch_options
+@trunk_option
+@run_options
+@epoch_options
 def curriculum_cmd(base: Path, trunk: Path | None, **given: Any) -> None:
     """Train a policy network for the base of MODEL, which stays as it is.
 
@@ -280,26 +154,26 @@ def curriculum_cmd(base: Path, trunk: Path | None, **given: Any) -> None:
     """
     from bdtool.training.stages import curriculum
 
-    options = _options_from(CurriculumOptions, given)
+    options = options_from(CurriculumOptions, given)
     start, first_trunk, digests = _load_both(base, trunk)
     _run(given, start.spec, digests, lambda place: curriculum(start, options, place, trunk=first_trunk))
 
 
 @train_cmd.command("imitate")
 @click.argument("base", type=MODEL, metavar="MODEL")
-@_options_of(
+@options_of(
     ImitateOptions,
     {
-        **_SHARED_HELP,
+        **SHARED_HELP,
         "fewest": "Blocks of the easiest images; 0 is a third of the model's.",
         "most": "Blocks of the hardest images; 0 is 0.6 of the model's.",
         "hidden": "Width of a new policy network's hidden layer; 0 for none.",
         "judges": "Training images on which the masks are compared.",
     },
 )
-@_TRUNK
-@_run_options
-@_resume_options(save_every_s=60, also="before the result is measured")
+@trunk_option
+@run_options
+@resume_options(save_every_s=60, also="before the result is measured")
 def imitate_cmd(base: Path, trunk: Path | None, **given: Any) -> None:
     """Train a policy network for the base of MODEL to give harder images more blocks.
 
@@ -313,7 +187,7 @@ def imitate_cmd(base: Path, trunk: Path | None, **given: Any) -> None:
     """
     from bdtool.training.stages import imitate
 
-    options = _options_from(ImitateOptions, given)
+    options = options_from(ImitateOptions, given)
     start, first_trunk, digests = _load_both(base, trunk)
     _run(given, start.spec, digests, lambda place: imitate(start, options, place, trunk=first_trunk))
 
@@ -329,12 +203,12 @@ def _load_both(start: Path, other: Path | None) -> tuple[BlockDropModel, BlockDr
 
 @train_cmd.command("finetune")
 @click.argument("start", type=MODEL, metavar="MODEL")
-@_options_of(
+@options_of(
     FinetuneOptions,
     {
-        **_SHARED_HELP,
-        **_SGD_HELP,
-        **_POLICY_HELP,
+        **SHARED_HELP,
+        **SGD_HELP,
+        **POLICY_HELP,
         "lr": "Highest learning rate of the policy network, by Adam.",
         "base_lr": "Highest learning rate of the base, by SGD.",
         "policy": "learned, or a heuristic that the base is trained for: first:K, random:K, random:LOW-HIGH, "
@@ -350,8 +224,8 @@ def _load_both(start: Path, other: Path | None) -> tuple[BlockDropModel, BlockDr
     metavar="MODEL",
     help="A better base, of any architecture, whose answers are learned besides the labels (knowledge distillation).",
 )
-@_run_options
-@_epoch_options
+@run_options
+@epoch_options
 def finetune_cmd(start: Path, teacher: Path | None, **given: Any) -> None:
     """Train base and policy network of MODEL together, or its base alone under a heuristic.
 
@@ -363,16 +237,9 @@ def finetune_cmd(start: Path, teacher: Path | None, **given: Any) -> None:
     """
     from bdtool.training.stages import finetune
 
-    options = _options_from(FinetuneOptions, given)
+    options = options_from(FinetuneOptions, given)
     model, taught_by, digests = _load_both(start, teacher)
     _run(given, model.spec, digests, lambda place: finetune(model, options, place, teacher=taught_by))
-
-
-_Options = TypeVar("_Options", bound=StageOptions)
-
-
-def _options_from(kind: type[_Options], given: dict[str, Any]) -> _Options:
-    return kind(**{field.name: given[field.name] for field in dataclasses.fields(kind)})
 
 
 def _run(given: dict[str, Any], spec: ModelSpec, start: str, stage: Callable[[TrainingPlace], Trained]) -> None:
