@@ -23,7 +23,7 @@ _RESNETS: dict[str, tuple[BlockKind, tuple[int, ...]]] = {
 }
 # Their relatives, as torchvision names them: of which depth, and channels and groups of the first stage's 3x3
 # convolutions. Xie et al., "Aggregated Residual Transformations", CVPR 2017; Zagoruyko and Komodakis, "Wide Residual
-# Networks", BMVC 2016, section 3.4.
+# Networks", BMVC 2016.
 _WIDER: dict[str, tuple[str, int, int]] = {
     "resnext50_32x4d": ("resnet50", 128, 32),
     "resnext101_32x8d": ("resnet101", 256, 32),

@@ -1,22 +1,19 @@
 """A deeper base that computes nearly what a shallower one does: where to begin when there are no weights of its depth.
 
-Source: Chang, Meng, Haber et al., "Multi-level Residual Networks from Dynamical Systems View", ICLR 2018, section 4. A
-residual block is seen as a step of an explicit Euler scheme, so several that go the same way, each a part
-of its length, lead to nearly the same place.
+Source: Chang, Meng, Haber et al., "Multi-level Residual Networks from Dynamical Systems View", ICLR 2018. A residual
+block is seen as a step of an explicit Euler scheme, so several that go the same way, each a part of its length, lead to
+nearly the same place.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import platform
 from collections import Counter
-
-import torch
 
 from bdtool.errors import UsageError
 from bdtool.models.architectures import Architecture, architecture
 from bdtool.models.model import BlockDropModel, build_model
-from bdtool.version import version
+from bdtool.training.provenance import versions
 
 
 def deepen(model: BlockDropModel, arch: str) -> BlockDropModel:
@@ -36,7 +33,7 @@ def deepen(model: BlockDropModel, arch: str) -> BlockDropModel:
     _check_goes_on(shallow, deep)
     provenance = {
         "created_by": "bdtool train deepen",
-        "versions": {"bdtool": version(), "torch": torch.__version__, "python": platform.python_version()},
+        "versions": versions(),
         "start": dict(model.spec.provenance),
     }
     spec = dataclasses.replace(

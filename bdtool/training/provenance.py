@@ -58,6 +58,11 @@ def origin_of(name: str, other: BlockDropModel | None) -> dict[str, Any]:
     return {} if other is None else {name: dict(other.spec.provenance)}
 
 
+def versions() -> dict[str, str]:
+    """Return the versions of what makes a MODEL, for its provenance."""
+    return {"bdtool": version(), "torch": torch.__version__, "python": platform.python_version()}
+
+
 def finished_model(
     model: BlockDropModel,
     stage: str,
@@ -73,7 +78,7 @@ def finished_model(
         "data": dict(data),
         "options": asdict(options),
         "seed": options.seed,
-        "versions": {"bdtool": version(), "torch": torch.__version__, "python": platform.python_version()},
+        "versions": versions(),
         **origins,
     }
     if val is not None:

@@ -51,5 +51,5 @@ def test_pack_says_where_fp16_is_still_to_be_made(bdtool, bdtool_json, bundle_co
     bdtool("run", tmp_path / "engines", picture, "--precision", "fp16", "--backend", "torch")
 
 
-def test_weights_are_kept_out_of_the_manifest_of_a_whole_bundle(bundle_copy):
+def test_manifest_of_a_whole_bundle_says_nothing_of_packing(bundle_copy):
     assert "left_out" not in json.loads((bundle_copy / "manifest.json").read_text())
