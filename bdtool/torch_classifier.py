@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import numpy as np
 import torch
+from torch import nn
 
 from bdtool.errors import EngineError
 from bdtool.models.model import BlockDropModel
-from bdtool.models.parts import network_spec
+from bdtool.models.parts import network_spec, part_modules
 from bdtool.runtime.controllers import all_finite
 from bdtool.runtime.preprocess import Preprocessor
 from bdtool.runtime.result import RunResult, joined
+from bdtool.specs import PartSpec
 
 
 class TorchClassifier:
@@ -20,6 +24,8 @@ class TorchClassifier:
         max_batch: images that run at once, which bounds the memory; more of them run in slices. None: all.
         threshold: of the policy network; None takes the model's.
     """
+
+    name = "PyTorch"
 
     def __init__(self, model: BlockDropModel, *, max_batch: int | None = None, threshold: float | None = None) -> None:
         self.network = network_spec(model).with_threshold(threshold)
@@ -46,6 +52,16 @@ class TorchClassifier:
         """Return what the policy network keeps, bool [N, K]."""
         keep: np.ndarray = self.keep_probability(images) >= self.network.threshold
         return keep
+
+    def run_part(self, part: PartSpec, values: np.ndarray) -> np.ndarray:
+        """Return what the module of a part, of one input and one output, makes of float32 values [n, ...]."""
+        with torch.inference_mode():
+            result: np.ndarray = self._modules[part.name](torch.from_numpy(values)).numpy()
+        return result
+
+    @cached_property
+    def _modules(self) -> dict[str, nn.Module]:
+        return part_modules(self._model)
 
     def _slices(self, images: np.ndarray) -> list[slice]:
         step = self._max_batch or max(1, len(images))

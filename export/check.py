@@ -10,6 +10,7 @@ import numpy as np
 import onnxruntime as ort
 
 from bdtool.errors import ExportError
+from bdtool.specs import PartSpec
 from export.manifest import EXPORTED
 from export.ort_threads import any_threads_options
 
@@ -71,6 +72,15 @@ def compare_outputs(
 def _plain(values: np.ndarray) -> np.ndarray:
     """Return floats as float32 or wider, and integers as they are."""
     return values if values.dtype.kind == "i" or values.dtype.itemsize >= 4 else values.astype(np.float32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """A part, inputs that occur in the network, and what it should make of them; arrays by tensor name."""
+
+    part: PartSpec
+    feeds: Mapping[str, np.ndarray]
+    expected: Mapping[str, np.ndarray]
 
 
 class OnnxReference:

@@ -23,7 +23,7 @@ from torch import nn
 
 from bdtool.errors import BundleError
 from bdtool.specs import NetworkSpec, PartSpec
-from export.check import check_part
+from export.check import Probe, check_part
 from export.compose import compose_parts
 from export.files import (
     advice_on,
@@ -50,7 +50,7 @@ from export.manifest import (
 )
 from export.onnx_model import OPSET, OnnxExporter, fold_batch_norm, structure
 from export.packages import installed_version
-from export.walk import Probe, walk
+from export.walk import walk
 
 _RECORDS = "records"
 _WRITERS = ("bdtool", "torch", "onnx", "onnxscript")  # another version of one may write a part otherwise

@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import nn
 
 from bdtool.specs import NetworkSpec, PartSpec
-
-
-@dataclass(frozen=True, kw_only=True)
-class Probe:
-    """A part, inputs that occur in the network, and what its PyTorch module makes of them; arrays by tensor name."""
-
-    part: PartSpec
-    feeds: Mapping[str, np.ndarray]
-    expected: Mapping[str, np.ndarray]
+from export.check import Probe
 
 
 def walk(network: NetworkSpec, modules: Mapping[str, nn.Module], images: np.ndarray) -> Iterator[Probe]:

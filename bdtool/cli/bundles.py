@@ -100,7 +100,7 @@ def pack_cmd(
     """Copy a BUNDLE for deployment, with only what running it needs.
 
     Weights, engines and `full` stay behind, and the parts of other precisions: about a fifth is left. Engines are built
-    where it is opened. `bdtool inspect` compares the digests of what is there; `bdtool verify` takes the whole BUNDLE.
+    where it is opened, which `bdtool verify` compares with the ONNX parts. `bdtool profile` needs `--with-full`.
 
     \b
     Example:
@@ -147,6 +147,8 @@ def verify_cmd(
 ) -> None:
     """Climb a BUNDLE's parity ladder: digests, manifest, ONNX against PyTorch, engines, policy bits, logits, top-1.
 
+    Where PyTorch is not installed, or a packed BUNDLE has no weights, its ONNX parts take the place of PyTorch.
+
     \b
     Example:
       bdtool verify bundle --data cifar10:data
@@ -176,7 +178,7 @@ def verify_cmd(
 
 def _print_ladder(result: Verification) -> None:
     if result.n_images:
-        click.echo(f"{counted(result.n_images, 'image')} of {result.input_source}")
+        click.echo(f"{counted(result.n_images, 'image')} of {result.input_source}, compared with {result.oracle}")
     rows = []
     for rung in result.rungs:
         worst = "-" if rung.worst is None else f"{rung.worst:.2g}"

@@ -9,6 +9,9 @@
               forward, on equal keep bits
     top1      the class of each image, chain against PyTorch
 
+Where there is no PyTorch, or `bdtool pack` left out the weights, the bundle's exported ONNX parts take the place of
+PyTorch, or else the parts that the engines are built from; what these cannot tell is not compared.
+
 Policy flips and logits are separate rungs because one flipped bit makes any comparison of logits meaningless. For
 another precision than the exported one the bounds are wider, and a rung `accuracy` on labelled images comes last. The
 keep bits are those of the policy that `bdtool calibrate` made the parts for; those of the policy network (without one,
@@ -21,31 +24,31 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from bdtool.data.batches import ImageBatch, ImageSource
 from bdtool.errors import EngineError
-from bdtool.models.model import BlockDropModel
-from bdtool.models.parts import part_modules
-from bdtool.models.store import load_model
 from bdtool.runtime.orchestrator import Orchestrator
 from bdtool.runtime.place import Place
 from bdtool.runtime.policies import parse_policy, parse_policy_for
 from bdtool.runtime.preprocess import preprocess
 from bdtool.runtime.result import RunResult
 from bdtool.runtime.thresholds import threshold_of
-from bdtool.torch_classifier import TorchClassifier
 from bdtool.verification.lower_precision import flips_bound, logits_error, lower_outputs, path_probes, terms_of
-from bdtool.verification.manifest_check import compare_with_model
+from bdtool.verification.onnx_classifier import OnnxClassifier
+from bdtool.verification.oracle import is_own, model_in, oracle_for, why_no_pytorch
 from bdtool.verification.part_comparison import compare_part
 from bdtool.verification.strategy_check import LEARNED, answers_of, other_strategies, run_in_slices
 from export.bundle import Bundle
 from export.check import Comparison
 from export.manifest import EXPORTED
 from export.part_source import PartSource
-from export.walk import Probe, walk
+
+if TYPE_CHECKING:
+    from bdtool.models.model import BlockDropModel
+    from bdtool.verification.oracle import Oracle
 
 LOGITS_TOLERANCE = 1e-4  # largest |difference| between the chain's logits and PyTorch's
 _N_PROBES = 4  # images at most, on which single parts are compared
@@ -69,7 +72,8 @@ class Rung:
 
     `worst` and `bound` count `unit`s: damaged files, the share of flipped keep bits or of changed classes, percentage
     points, an error as a share of what it is compared with or as it is. `worst` is infinite where an engine gave no
-    finite answer at all, and None where there is nothing to compare (a bundle without policy network).
+    finite answer at all, and None where there is nothing to compare (a bundle without policy network, or without
+    weights).
     """
 
     name: str
@@ -90,6 +94,7 @@ class Verification:
     rungs: tuple[Rung, ...]
     n_images: int
     input_source: str
+    oracle: str  # "PyTorch", or "ONNX": the bundle's parts
 
     @property
     def ok(self) -> bool:
@@ -100,28 +105,30 @@ class Verification:
             r.name: {"ok": r.ok, "worst": _json_number(r.worst), "bound": r.bound, "unit": r.unit, "detail": r.detail}
             for r in self.rungs
         }
-        return {"ok": self.ok, "n_images": self.n_images, "input_source": self.input_source, "rungs": rungs}
+        return {
+            "ok": self.ok,
+            "oracle": self.oracle,
+            "n_images": self.n_images,
+            "input_source": self.input_source,
+            "rungs": rungs,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Subject:
-    """What the upper rungs compare: a bundle's parts and engines at one place, and the MODEL that they are of."""
+    """What the upper rungs compare: a bundle's parts and engines at one place, and the oracle."""
 
     bundle: Bundle
     place: Place
-    model: BlockDropModel
+    oracle: Oracle
     source: PartSource  # of the ONNX parts that the engines are built from
     chain: Orchestrator
-    full: Orchestrator
+    full: Orchestrator | None  # None: `bdtool pack` left it out
 
     @property
     def n_probes(self) -> int:
         """On how many images single engines are compared, each run by itself: no more than all take at once."""
-        return min(_N_PROBES, self.chain.max_batch, self.full.max_batch)
-
-    def oracle(self) -> TorchClassifier:
-        network = self.bundle.network
-        return TorchClassifier(self.model, max_batch=network.bulk_batch, threshold=network.threshold)
+        return min(_N_PROBES, *(runtime.max_batch for runtime in (self.chain, self.full) if runtime))
 
 
 def verify(
@@ -140,7 +147,7 @@ def verify(
         data: images for the upper rungs; `limit` of them are drawn.
 
     Raises:
-        BundleError: it has no parts of the precision, and the backend makes none.
+        BundleError: it has no parts of the precision, and the backend makes none; or it has nothing to compare with.
         CheckpointError: the bundle's weights cannot be loaded.
         BackendError: the engines cannot be built or run.
     """
@@ -153,11 +160,12 @@ def verify(
         return rung.ok
 
     def ladder(n_images: int) -> Verification:
-        return Verification(rungs=tuple(rungs), n_images=n_images, input_source=data.description)
+        name = "PyTorch" if why_no_pytorch(bundle) is None else OnnxClassifier.name
+        return Verification(rungs=tuple(rungs), n_images=n_images, input_source=data.description, oracle=name)
 
     if not add(_digests(bundle)):
         return ladder(0)
-    model = load_model(bundle.weights_path)
+    model = model_in(bundle)
     if not add(_manifest(bundle, model)):
         return ladder(0)
     if source.precision != EXPORTED:  # ranges hold for the paths at the threshold that they were calibrated for
@@ -165,8 +173,16 @@ def verify(
     data = data.drawn(limit)
     batch = data.take(limit)
     with ExitStack() as stack:
-        chain, full = [stack.enter_context(place.open(bundle, strategy)) for strategy in ("chain", "full")]
-        subject = _Subject(bundle=bundle, place=place, model=model, source=source, chain=chain, full=full)
+        strategies = ("chain", "full") if source.holds(bundle.network.require("full")) else ("chain",)
+        chain, *full = [stack.enter_context(place.open(bundle, strategy)) for strategy in strategies]
+        subject = _Subject(
+            bundle=bundle,
+            place=place,
+            oracle=oracle_for(bundle, source, model),
+            source=source,
+            chain=chain,
+            full=full[0] if full else None,
+        )
         climb = _climb_exported if source.precision == EXPORTED else _climb_lower
         for rung in climb(subject, batch):
             add(rung)
@@ -184,7 +200,11 @@ def _digests(bundle: Bundle) -> Rung:
     return _rung("digests", len(differing), 0, detail)
 
 
-def _manifest(bundle: Bundle, model: BlockDropModel) -> Rung:
+def _manifest(bundle: Bundle, model: BlockDropModel | None) -> Rung:
+    if model is None:
+        return _not_compared("manifest", bundle)
+    from bdtool.verification.manifest_check import compare_with_model
+
     n_fields, differing = compare_with_model(bundle, model)
     if not differing:
         return _rung("manifest", 0, 0, f"{n_fields} fields as in the MODEL")
@@ -197,19 +217,22 @@ def _rung(name: str, worst: float | None, bound: float, detail: str) -> Rung:
     return Rung(name=name, worst=worst, bound=bound, unit=_UNITS[name], detail=detail)
 
 
+def _not_compared(name: str, bundle: Bundle) -> Rung:
+    return _rung(name, None, 0.0, f"not compared: {why_no_pytorch(bundle)}")
+
+
 def _climb_exported(subject: _Subject, batch: ImageBatch) -> Iterator[Rung]:
     """Compare the parts that `bdtool export` wrote."""
-    images, network = batch.images, subject.bundle.network
+    images, network, oracle = batch.images, subject.bundle.network, subject.oracle
     few = images[: subject.n_probes]
-    probes = walk(network, part_modules(subject.model), preprocess(few, network.preprocessing))
-    yield from _part_rungs(subject, probes, few)
-    oracle = subject.oracle()
+    every = np.ones((len(few), network.n_blocks), dtype=bool)
+    yield from _part_rungs(subject, few, every)
     yield from _unless_it_fails(("policy",), lambda: _policy_rungs(subject.chain, oracle, images))
     yield from _unless_it_fails(("logits", "top1"), lambda: _output_rungs(subject, oracle, images))
 
 
 def _unless_it_fails(names: tuple[str, ...], compare: Callable[[], list[Rung]]) -> list[Rung]:
-    """Return the rungs of a comparison; where an engine, or PyTorch, gives no answer they failed, and others follow."""
+    """Return the rungs of a comparison; where an engine or the oracle gives no answer they failed; others follow."""
     try:
         return compare()
     except EngineError as exc:
@@ -221,15 +244,14 @@ def _climb_lower(subject: _Subject, batch: ImageBatch) -> Iterator[Rung]:
     chain, network = subject.chain, subject.bundle.network
     terms = terms_of(subject.bundle, subject.source)
     request = parse_policy_for(network, terms.policy)
-    oracle = subject.oracle()
+    oracle = subject.oracle
     try:
         keep = oracle.decide(batch.images) if request.is_learned else request.matrix_at(batch.rows)
     except EngineError as exc:  # without bits there are no paths to compare
         yield from (_rung(name, math.inf, 0.0, str(exc)) for name in ("policy", "logits", "top1"))
         return
     few = batch.images[: subject.n_probes]
-    probes = path_probes(subject.model, network, preprocess(few, network.preprocessing), keep[: len(few)])
-    yield from _part_rungs(subject, probes, few)
+    yield from _part_rungs(subject, few, keep[: len(few)])
     flips = terms.policy_flips
     yield from _unless_it_fails(("policy",), lambda: _policy_rungs(chain, oracle, batch.images, measured=flips))
     try:
@@ -245,6 +267,7 @@ def _climb_lower(subject: _Subject, batch: ImageBatch) -> Iterator[Rung]:
         batch.labels,
         precision=subject.source.precision,
         max_accuracy_drop=terms.max_accuracy_drop,
+        oracle=oracle.name,
     )
     for name, worst, allowed, detail in rows:
         detail = f"policy {request.name}; {detail}"
@@ -254,14 +277,17 @@ def _climb_lower(subject: _Subject, batch: ImageBatch) -> Iterator[Rung]:
         yield Rung(name=name, worst=worst, bound=allowed, unit=_LOWER_UNITS[name], detail=detail)
 
 
-def _part_rungs(subject: _Subject, probes: Iterable[Probe], images: np.ndarray) -> list[Rung]:
-    """Return the rungs onnx and engines: each part alone, on images uint8 [n, height, width, 3] of the probes."""
+def _part_rungs(subject: _Subject, images: np.ndarray, keep: np.ndarray) -> list[Rung]:
+    """Return the rungs onnx and engines: each part alone, on images uint8 [n, height, width, 3] and their paths."""
+    network, oracle = subject.bundle.network, subject.oracle
     rows = []
-    for probe in probes:
+    for probe in path_probes(oracle.run_part, network, preprocess(images, network.preprocessing), keep):
         runtime = subject.full if probe.part.kind == "full" else subject.chain
-        rows.append((probe.part.name, *compare_part(subject.source, probe, images, runtime)))
+        if runtime is not None:
+            rows.append((probe.part.name, *compare_part(subject.source, probe, images, runtime)))
+    onnx = _worst("onnx", [(onnx, name) for name, onnx, _ in rows])
     return [
-        _worst("onnx", [(onnx, name) for name, onnx, _ in rows]),
+        _not_compared("onnx", subject.bundle) if is_own(oracle, subject.source) else onnx,
         _worst("engines", [(engine, name) for name, _, engine in rows]),
     ]
 
@@ -272,7 +298,7 @@ def _worst(name: str, comparisons: list[tuple[Comparison, str]]) -> Rung:
 
 
 def _policy_rungs(
-    chain: Orchestrator, oracle: TorchClassifier, images: np.ndarray, *, measured: float | None = None
+    chain: Orchestrator, oracle: Oracle, images: np.ndarray, *, measured: float | None = None
 ) -> list[Rung]:
     """Compare keep bits; the policy engine runs alone, so that a damaged block cannot hide its answer.
 
@@ -285,12 +311,12 @@ def _policy_rungs(
     detail = f"{differ.sum()} of {differ.size} keep bits differ"
     if differ.any():  # a probability at the threshold tips over with the last digit; one far from it does not
         distance = np.abs(theirs - oracle.network.threshold)[differ].max()
-        detail += f", PyTorch's probability up to {distance:.1g} from the threshold"
+        detail += f", {oracle.name}'s probability up to {distance:.1g} from the threshold"
     bound = 0.0 if measured is None else flips_bound(measured, differ.size)
     return [_rung("policy", float(differ.mean()), bound, detail)]
 
 
-def _output_rungs(subject: _Subject, oracle: TorchClassifier, images: np.ndarray) -> list[Rung]:
+def _output_rungs(subject: _Subject, oracle: Oracle, images: np.ndarray) -> list[Rung]:
     """Compare logits and classes on equal keep bits: every block, half of them, and what the policy network chose."""
     chain, place = subject.chain, subject.place
     n_blocks = chain.network.n_blocks
@@ -305,7 +331,9 @@ def _output_rungs(subject: _Subject, oracle: TorchClassifier, images: np.ndarray
         answers.append(_Answer("chain", name, keep, result))
     few = images[:_N_PROBES]
     given = {name: keep[:_N_PROBES] for name, keep in policies.items()}
-    if LEARNED in given:  # what the policy engine says; where it is not PyTorch, the rung before this one has failed
+    if (
+        LEARNED in given
+    ):  # what the policy engine says; where it is not the oracle's, the rung before this one has failed
         given[LEARNED] = chain.decide(few)
     for strategy in other_strategies(place):
         found = answers_of(subject.bundle, strategy, place, few, given)
@@ -323,7 +351,7 @@ class _Answer:
     result: RunResult
 
 
-def _compare_answers(answers: list[_Answer], oracle: TorchClassifier, images: np.ndarray) -> list[Rung]:
+def _compare_answers(answers: list[_Answer], oracle: Oracle, images: np.ndarray) -> list[Rung]:
     """Return the rungs logits and top1."""
     errors, changed = {}, 0
     for answer in answers:

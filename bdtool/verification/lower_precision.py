@@ -1,4 +1,4 @@
-"""Comparing parts and answers of a lower precision with PyTorch's: what is far, and what is no more than expected."""
+"""Comparing parts and answers of a lower precision with the oracle's: what is far, and what was to be expected."""
 
 from __future__ import annotations
 
@@ -6,18 +6,15 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from bdtool.calibrating.request import CalibrationRequest
-from bdtool.models.model import BlockDropModel
-from bdtool.models.parts import part_modules
 from bdtool.specs import NetworkSpec, PartSpec
 from bdtool.words import percent
-from calibration.walk import everyone_where_nobody, walk_paths
+from calibration.walk import RunPart, everyone_where_nobody, walk_paths
 from export.bundle import Bundle
+from export.check import Probe
 from export.manifest import EXPORTED
 from export.part_source import PartSource
-from export.walk import Probe
 
 # Root mean square of the logits' difference over that of the logits. Bounds against gross mistakes, as those of parts:
 # the accuracy is what counts. int8 measured 5 to 8 % on a ResNet-32, fp16 0.1 %.
@@ -56,20 +53,20 @@ def terms_of(bundle: Bundle, source: PartSource) -> Terms:
     )
 
 
-def path_probes(model: BlockDropModel, network: NetworkSpec, pixels: np.ndarray, keep: np.ndarray) -> list[Probe]:
+def path_probes(run_part: RunPart, network: NetworkSpec, pixels: np.ndarray, keep: np.ndarray) -> list[Probe]:
     """Return a probe of each part along the paths that a precision is judged on: calibrated ranges hold for no other.
 
     A part that no image keeps is probed on all of them, and `full` has but the one path.
 
     Args:
+        run_part: what the oracle makes of float32 values.
         pixels: preprocessed float32 [n, 3, H, W].
         keep: bool [n, K].
     """
-    modules, probes = part_modules(model), {}
+    probes = {}
 
     def run(part: PartSpec, values: np.ndarray) -> np.ndarray:
-        with torch.inference_mode():
-            result: np.ndarray = modules[part.name](torch.from_numpy(values)).numpy()
+        result = run_part(part, values)
         probes[part.name] = _probe(part, values, result)
         return result
 
@@ -84,7 +81,13 @@ def _probe(part: PartSpec, values: np.ndarray, result: np.ndarray) -> Probe:
 
 
 def lower_outputs(
-    expected: np.ndarray, actual: np.ndarray, labels: np.ndarray | None, *, precision: str, max_accuracy_drop: float
+    expected: np.ndarray,
+    actual: np.ndarray,
+    labels: np.ndarray | None,
+    *,
+    precision: str,
+    max_accuracy_drop: float,
+    oracle: str,
 ) -> list[tuple[str, float | None, float, str]]:
     """Return name, figure, bound and detail of the rungs logits, top1 and accuracy.
 
@@ -92,7 +95,7 @@ def lower_outputs(
     standard errors of the difference, which the images whose class changes make up.
 
     Args:
-        expected, actual: logits float32 [N, classes] of PyTorch and of the engines, on equal keep bits.
+        expected, actual: logits float32 [N, classes] of the oracle and of the engines, on equal keep bits.
         labels: int64 [N], or None.
     """
     changed = float((actual.argmax(axis=1) != expected.argmax(axis=1)).mean())
@@ -109,7 +112,7 @@ def lower_outputs(
         return [*rows, ("accuracy", None, max_accuracy_drop, "the images have no labels")]
     before, after = float((expected.argmax(axis=1) == labels).mean()), float((actual.argmax(axis=1) == labels).mean())
     noise = 2 * math.sqrt(changed / len(labels)) * _POINTS
-    detail = f"{percent(after, 2)}, PyTorch {percent(before, 2)}; bound {max_accuracy_drop:g} points and noise"
+    detail = f"{percent(after, 2)}, {oracle} {percent(before, 2)}; bound {max_accuracy_drop:g} points and noise"
     return [*rows, ("accuracy", max(0.0, _POINTS * (before - after)), max_accuracy_drop + noise, detail)]
 
 

@@ -1,4 +1,4 @@
-"""A part by itself: its ONNX against PyTorch, and its engine against its ONNX, in any precision."""
+"""A part by itself: its ONNX against the oracle, and its engine against its ONNX, in any precision."""
 
 from __future__ import annotations
 
@@ -12,15 +12,14 @@ from bdtool.specs import PIXELS
 from calibration.part_errors import CandidatePart
 from engines.base import ENGINE_BOUNDS
 from engines.layouts import run_plain
-from export.check import Comparison, compare_outputs
+from export.check import Comparison, Probe, compare_outputs
 from export.part_source import PartSource
-from export.walk import Probe
 
 
 def compare_part(
     source: PartSource, probe: Probe, images: np.ndarray, runtime: Orchestrator
 ) -> tuple[Comparison, Comparison]:
-    """Compare a part's ONNX with PyTorch, on the activations of a probe, and its engine with its ONNX.
+    """Compare a part's ONNX with the oracle, on the activations of a probe, and its engine with its ONNX.
 
     Args:
         source: the ONNX parts that the engines of `runtime` were built from.
@@ -32,12 +31,12 @@ def compare_part(
     feeds = candidate.feeds(probe.feeds[part.inputs[0].name])
     onnx = candidate.outputs(feeds)
     expected = probe.expected[part.outputs[0].name]
-    against_torch = candidate.compare(expected, candidate.floats(onnx), slack=1 + is_int8_network)
+    against_oracle = candidate.compare(expected, candidate.floats(onnx), slack=1 + is_int8_network)
     bound = ENGINE_BOUNDS["int8 network" if is_int8_network else candidate.precision]
     engine = runtime.engine(part)
     taken = {t.name: images if t.dtype == PIXELS else feeds[t.name] for t in engine.inputs}
     try:
         outputs = run_plain(engine, part, taken)
     except EngineError:  # the engine of another part, for instance, refuses the shapes
-        return against_torch, Comparison(error=math.inf, tolerance=bound.tolerance)
-    return against_torch, compare_outputs(onnx, outputs, tolerance=bound.tolerance, share=bound.share)
+        return against_oracle, Comparison(error=math.inf, tolerance=bound.tolerance)
+    return against_oracle, compare_outputs(onnx, outputs, tolerance=bound.tolerance, share=bound.share)

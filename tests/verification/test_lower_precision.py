@@ -13,7 +13,9 @@ def test_probes_follow_the_paths(tiny):
     network = Bundle.open(tiny.bundle).network
     pixels = preprocess(synthetic_images(2, height=32, width=32), network.preprocessing)
     keep = np.array([[True, False, True], [True, False, False]])
-    found = {probe.part.name: probe for probe in path_probes(tiny.model, network, pixels, keep)}
+    found = {
+        probe.part.name: probe for probe in path_probes(TorchClassifier(tiny.model).run_part, network, pixels, keep)
+    }
     assert set(found) == {part.name for part in network.parts}
     dropped = found["shortcut_01"].expected["y"]  # both images drop block 1
     assert np.array_equal(found["block_02"].feeds["x"], dropped[:1])
