@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from bdtool.data import imagenet
 from bdtool.data.batches import ImageSource
 from bdtool.data.images import IMAGE_SUFFIXES, fit_image, read_image
 from bdtool.data.layouts import Labels, Split
@@ -22,8 +23,6 @@ from bdtool.specs import NetworkSpec, Preprocessing
 logger = logging.getLogger(__name__)
 
 _SPLIT_FOLDERS = frozenset({"train", "val", "valid", "validation", "test"})
-_N_IMAGENET = 1000  # classes, which it calls by ids; their numbers are the places in the order of these
-_WORDNET_ID = re.compile(r"n[0-9]{8}")
 _N_SHOWN = 3
 
 
@@ -142,11 +141,6 @@ def classes_by_label(folders: Collection[str], labels: Sequence[str]) -> dict[st
     return found
 
 
-def are_imagenet_ids(names: Collection[str]) -> bool:
-    """Say whether these are WordNet ids, and as many as ImageNet has classes."""
-    return len(names) == _N_IMAGENET and all(_WORDNET_ID.fullmatch(name) for name in names)
-
-
 def _composed(name: str) -> str:
     return unicodedata.normalize("NFC", name)  # some systems write folder names in the other form, "e" and an accent
 
@@ -168,22 +162,27 @@ def _one_for_each(classes: dict[str, int], *, labels: Sequence[str], root: Path)
 
 
 def _classes_by_id(folders: Sequence[str], *, labels: Sequence[str], root: Path) -> dict[str, int]:
-    """Take folders that are no labels but all class numbers, or the ids of ImageNet's classes, in order."""
-    if all(re.fullmatch("[0-9]+", name) for name in folders):
-        ids, ordered = "class numbers", sorted(folders, key=int)
-        is_whole = [int(name) for name in ordered] == list(range(len(labels)))
-    else:
-        ids, ordered = "WordNet ids in order", sorted(folders)
-        is_whole = len(labels) == _N_IMAGENET and are_imagenet_ids(folders)
-    if not is_whole:
+    """Take folders that are no labels but the numbers of all classes, or ids of ImageNet's, of which some will do."""
+    ids, classes = "class numbers", _all_numbers(folders, n_classes=len(labels))
+    if classes is None and len(labels) == imagenet.N_CLASSES:
+        ids, classes = "WordNet ids", imagenet.class_of_id(folders)
+    if classes is None:
         raise _OtherClasses(
             f"{root}: no class folder ({_some(folders)}) has the name of a label of the model ({_some(labels)})",
             "Rename the folders (`bdtool inspect MODEL` lists the labels), or use a MODEL of these classes: "
             "`bdtool train pretrain` takes their names, `bdtool import` those of --labels FILE",
         )
-    shown = ", ".join(f"{ordered[k]} is {labels[k]}" for k in (*range(min(_N_SHOWN, len(labels) - 1)), -1))
+    named = [f"{name} is {labels[number]}" for name, number in classes.items()]
+    shown = ", ".join((*named[: min(_N_SHOWN, len(named) - 1)], named[-1]))
     logger.warning("%s: class folders are not named after the model's labels, and taken as %s: %s", root, ids, shown)
-    return {name: number for number, name in enumerate(ordered)}
+    return classes
+
+
+def _all_numbers(folders: Sequence[str], *, n_classes: int) -> dict[str, int] | None:
+    if not all(re.fullmatch("[0-9]+", name) for name in folders):
+        return None
+    classes = {name: int(name) for name in sorted(folders, key=int)}
+    return classes if list(classes.values()) == list(range(n_classes)) else None
 
 
 def _some(names: Sequence[str]) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from bdtool.data.folders import are_imagenet_ids, classes_by_label
+from bdtool.data import imagenet
+from bdtool.data.folders import classes_by_label
 from bdtool.data.sources import class_names
 from bdtool.data.torchvision_sets import N_CLASSES
 from bdtool.errors import UsageError
@@ -71,6 +72,10 @@ def base_spec(
     )
 
 
+def _are_ids(folders: tuple[str, ...], labels: tuple[str, ...]) -> bool:
+    return len(labels) == imagenet.N_CLASSES and imagenet.class_of_id(folders) is not None
+
+
 def _labels(
     layout: Architecture, data: str, folders: tuple[str, ...] | None, *, n_classes: int
 ) -> tuple[str, ...] | None:
@@ -80,7 +85,7 @@ def _labels(
         return usual
     if folders is None:
         return None
-    if usual and (len(classes_by_label(folders, usual)) == len(folders) or are_imagenet_ids(folders)):
+    if usual and (len(classes_by_label(folders, usual)) == len(folders) or _are_ids(folders, usual)):
         return usual
     if len(folders) != n_classes:
         raise UsageError(

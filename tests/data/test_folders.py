@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 import pytest
 from torchvision import datasets
+from torchvision.models._meta import _IMAGENET_CATEGORIES
 
 from bdtool.data.sources import class_names, open_data
 from bdtool.errors import DataError, UsageError
@@ -90,19 +91,35 @@ def test_classes_without_names_count_alphabetically(tmp_path: Path, caplog: pyte
     assert not caplog.messages
 
 
-def test_imagenets_ids_count_in_their_order_and_that_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    network = dataclasses.replace(NETWORK, n_classes=1000, labels=tuple(f"class {k}" for k in range(1000)))
-    ids = [f"n{k:08}" for k in range(1000)]
-    for name in ids[1:]:
-        (tmp_path / name).mkdir()
-    assert open_data(folders(tmp_path, "n00000000/a.png"), network=network).labels.tolist() == [0]
+_IMAGENETTE = {  # a subset of ImageNet, and what torchvision calls its classes
+    "n01440764": "tench",
+    "n02102040": "English springer",
+    "n02979186": "cassette player",
+    "n03000684": "chain saw",
+    "n03028079": "church",
+    "n03394916": "French horn",
+    "n03417042": "garbage truck",
+    "n03425413": "gas pump",
+    "n03445777": "golf ball",
+    "n03888257": "parachute",
+}
+
+
+def test_some_of_imagenets_ids_are_enough_and_that_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    labels = tuple(_IMAGENET_CATEGORIES)
+    network = dataclasses.replace(NETWORK, n_classes=1000, labels=labels)
+    source = open_data(folders(tmp_path, *(f"{name}/a.png" for name in _IMAGENETTE)), network=network)
+    assert [labels[number] for number in source.labels] == list(_IMAGENETTE.values())
     (said,) = caplog.messages
-    assert said.startswith(
-        f"{tmp_path}: class folders are not named after the model's labels, and taken as WordNet ids"
+    assert said == (
+        f"{tmp_path}: class folders are not named after the model's labels, and taken as WordNet ids: n01440764 is "
+        "tench, n02102040 is English springer, n02979186 is cassette player, n03888257 is parachute"
     )
-    assert said.endswith(
-        "in order: n00000000 is class 0, n00000001 is class 1, n00000002 is class 2, n00000999 is class 999"
-    )
+    folders(tmp_path, "n00000001/a.png")
+    with pytest.raises(DataError, match=r"no class folder \(n00000001, .* has the name of a label of the model"):
+        open_data(str(tmp_path), network=network)  # of the whole WordNet, or of ImageNet-21k
+    (tmp_path / "n00000001" / "a.png").unlink()
+    (tmp_path / "n00000001").rmdir()
     with pytest.raises(DataError, match=r"no class folder .* has the name of a label of the model"):
         open_data(str(tmp_path), network=NETWORK)  # which has three classes
 
