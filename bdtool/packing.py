@@ -36,6 +36,8 @@ def pack(
 ) -> Packed:
     """Write a bundle of one precision without weights, engines and `full`, whose parts are built where it is opened.
 
+    Frequent masks that `bdtool build` noted go with it.
+
     Args:
         target: a directory that is not there yet, or empty.
         engines: a backend, whose engines in `bundle` are taken instead of the ONNX parts: nothing has to be built, but
@@ -65,6 +67,8 @@ def pack(
             kept = set()
             digests = {part.name: bundle.part_sha256(part, source.stored) for part in parts}
             copied = _copy_all_engines(bundle, directory, f"{engines}-[0-9]*-{precision}", digests)
+        for noted in bundle.engines_path.glob(f"*-{precision}/{masks.FILE}"):
+            _copy(noted, directory / "engines" / noted.parent.name)
         write_manifest(directory, replace(manifest, left_out=frozenset(manifest.listed) - kept))
     return Packed(
         n_parts=len(parts),
@@ -76,15 +80,14 @@ def pack(
 
 
 def _copy_all_engines(bundle: Bundle, directory: Path, pattern: str, digests: dict[str, str]) -> list[str]:
-    """Copy every directory of engines of that name that has all parts, and what was noted beside them."""
+    """Copy every directory of engines of that name that has all parts, and what `auto` takes there."""
     copied = []
     for built in sorted(bundle.engines_path.glob(pattern)):
         to = directory / "engines" / built.name
         if copy_engines(built, to, digests):
             copied.append(built.name)
-            for note in (built / masks.FILE, built / recommendation.FILE):
-                if note.is_file():
-                    write_bytes(to / note.name, note.read_bytes())
+            if (noted := built / recommendation.FILE).is_file():
+                _copy(noted, to)
     if not copied:
         present = sorted(path.name for path in bundle.engines_path.glob("*"))
         raise BundleError(
@@ -93,6 +96,11 @@ def _copy_all_engines(bundle: Bundle, directory: Path, pattern: str, digests: di
             "--precision"
         )
     return copied
+
+
+def _copy(file: Path, directory: Path) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    write_bytes(directory / file.name, file.read_bytes())
 
 
 @contextmanager

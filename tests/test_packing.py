@@ -138,6 +138,21 @@ def test_engines_take_the_place_of_parts(built, tmp_path):
     assert all(status.cached for status in packed_store.build(lambda: pytest.fail("nothing to build")))
 
 
+@pytest.mark.parametrize("engines", [None, "onnxruntime"])
+def test_masks_go_along_and_serve_other_engines(built, tmp_path, engines):
+    elsewhere = built / "engines" / "torch-2.0-cuda-fp32"
+    other = built / "engines" / "torch-2.0-cuda-int8"
+    for directory in (elsewhere, other):
+        directory.mkdir()
+        write_masks(directory, [MaskCount(mask="101", share=1.0)], source="test", policy="learned")
+    _pack(built, tmp_path / "packed", engines=engines)
+    assert (tmp_path / "packed" / "engines" / elsewhere.name / "paths.json").is_file()
+    assert not (tmp_path / "packed" / "engines" / other.name).exists()
+    with Orchestrator.open(tmp_path / "packed", strategy="path") as runtime:
+        assert runtime.path_stats.joined == 1
+        assert runtime.run(_PIXELS, policy="101").hits.all()
+
+
 def test_engines_of_another_machine_are_refused_by_name(built, tmp_path):
     _pack(built, tmp_path / "packed", engines="onnxruntime")
     [directory] = (tmp_path / "packed" / "engines").iterdir()

@@ -13,7 +13,7 @@ import numpy as np
 from bdtool.errors import UsageError
 from bdtool.profiling.workload import BASELINE, PRECISIONS, Contender, Workload, contender_of
 from bdtool.runtime.factory import parts_for, require_strategy, strategies_for
-from bdtool.runtime.masks import NOTE_MASKS, count_masks, read_masks
+from bdtool.runtime.masks import NOTE_MASKS, count_masks, noted_masks
 from bdtool.runtime.orchestrator import Orchestrator
 from bdtool.runtime.path_cache import PathOptions
 from bdtool.runtime.place import Place
@@ -192,9 +192,10 @@ def open_all(
 
 
 def prepared(bundle: Bundle, workload: Workload, place: Place) -> Prepared:
-    """Return the masks to join ahead: those stored with the engines, else the workload's."""
+    """Return the masks to join ahead: those noted in the bundle, else the workload's."""
     store = place.store(bundle)
-    stored = read_masks(store.nearest(parts_for("path", store.network)).directory, bundle.network.n_blocks)
+    directory = store.nearest(parts_for("path", store.network)).directory
+    stored = noted_masks(directory, bundle.network.n_blocks, precision=place.precision)
     if stored:
         return Prepared(PathOptions.of_counts(stored, background=False), STORED, place.precision)
     keep = workload.keep if workload.keep is not None else learned_bits(bundle, workload.images, place)

@@ -70,6 +70,19 @@ def write_masks(directory: Path, masks: list[MaskCount], *, source: str, policy:
         ) from exc
 
 
+def noted_masks(directory: Path, n_blocks: int, *, precision: str) -> list[MaskCount]:
+    """Return the masks noted beside the engines of a directory, else those beside a bundle's others of that precision.
+
+    They belong to network and images, not to a machine: backends and processors that do the same decide alike, so that
+    masks noted on one serve on those that the bundle is taken to.
+
+    Raises:
+        BundleError: the file is damaged or does not fit the network.
+    """
+    others = sorted(path.parent for path in directory.parent.glob(f"*-{precision}/{FILE}"))
+    return next((found for place in (directory, *others) if (found := read_masks(place, n_blocks))), [])
+
+
 def read_masks(directory: Path, n_blocks: int) -> list[MaskCount]:
     """Return the stored masks, the most frequent first; none where there is no file.
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from bdtool.runtime.factory import parts_for, require_strategy
 from bdtool.runtime.loading import Loader
-from bdtool.runtime.masks import read_masks
+from bdtool.runtime.masks import noted_masks
 from bdtool.runtime.path_cache import PathOptions
 from bdtool.runtime.recommendation import AUTO, read_recommendation
 from bdtool.specs import NetworkSpec
@@ -62,7 +62,8 @@ def open_engines(
     loader = Loader(bundle, store, library, strategy=strategy)
     loaded = loader.load()
     if strategy in ("path", "graph") and paths is None:
-        paths = PathOptions.of_counts(read_masks(loader.store.directory, loaded.network.n_blocks))
+        masks = noted_masks(loader.store.directory, loaded.network.n_blocks, precision=precision)
+        paths = PathOptions.of_counts(masks)
     return OpenedEngines(
         network=loaded.network,
         backend=library,

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis.extra import numpy as hnp
 
 from bdtool.errors import BundleError
-from bdtool.runtime.masks import MaskCount, choose_masks, count_masks, read_masks, write_masks
+from bdtool.runtime.masks import MaskCount, choose_masks, count_masks, noted_masks, read_masks, write_masks
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -73,6 +73,21 @@ def test_written_masks_are_read_back_in_order(tmp_path):
 def test_bundle_without_masks_has_none(tmp_path):
     assert read_masks(tmp_path, 3) == []
     assert read_masks(tmp_path / "absent", 3) == []
+    assert noted_masks(tmp_path / "absent", 3, precision="fp32") == []
+
+
+def test_masks_noted_for_other_engines_serve_those_without(tmp_path):
+    for name, mask in (("torch-2-cpu-fp32", "110"), ("torch-1-cpu-fp32", "011"), ("torch-1-cpu-int8", "001")):
+        (tmp_path / name).mkdir()
+        write_masks(tmp_path / name, [MaskCount(mask=mask, share=1.0)], source="sample", policy="learned")
+
+    def found(name, precision):
+        return [count.mask for count in noted_masks(tmp_path / name, 3, precision=precision)]
+
+    assert found("torch-2-cpu-fp32", "fp32") == ["110"]
+    assert found("absent-fp32", "fp32") == ["011"]  # the first by name
+    assert found("absent-int8", "int8") == ["001"]
+    assert found("absent-bf16", "bf16") == []
 
 
 @pytest.mark.parametrize(
