@@ -82,7 +82,7 @@ def test_verify_reports_every_rung(line, bdtool, bdtool_json, npz):
     assert list(result["rungs"]) == ["digests", "manifest", "onnx", "engines", "policy", "logits", "top1"]
     assert all(rung["worst"] <= rung["bound"] for rung in result["rungs"].values())
     text = bdtool("verify", line[1], "--data", npz).stdout
-    assert text.startswith(f"20 images of {npz}\n")
+    assert text.startswith(f"20 images of {npz}, compared with PyTorch\n")
     for name, rung in result["rungs"].items():  # what the numbers count stands beside them
         [row] = [row for row in text.splitlines() if row.startswith(f"{name} ")]
         assert f"  {rung['unit']}  " in row
