@@ -39,10 +39,17 @@ class RuntimeCache:
         weakref.finalize(context, _let_go, self._cache).atexit = False
 
     def save(self) -> None:
-        """Write what was compiled since; a cache that cannot be written costs only time."""
+        """Write what was compiled since; a cache that cannot be written costs only time.
+
+        A context of the GPU has to be current: TensorRT-RTX asks it which GPU this is, and gives nothing without one.
+        """
         if self._cache is None:
             return
-        data = bytes(self._cache.serialize())
+        content = self._cache.serialize()
+        if content is None:
+            logger.warning("TensorRT-RTX gives no runtime cache for %s: it compiles its kernels again", self.path)
+            return
+        data = bytes(content)
         if data == self._written:
             return
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
@@ -152,8 +151,8 @@ class TensorRTBackend:
         runtime = TensorRTRuntime(self._library, self._open_device(), cache=cache)
         if self._options.version_compatible:
             runtime.allow_host_code()
-        if cache is not None:
-            weakref.finalize(self, cache.save)  # when the last engine may have been compiled, at the latest at exit
+        if cache is not None:  # when the last engine may have been compiled, at the latest at exit
+            runtime.device.on_collection(self, runtime.save)
         return runtime
 
     def _check(self, part: PartSpec, model: bytes, data: bytes, layout: str) -> float | None:

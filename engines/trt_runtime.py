@@ -42,6 +42,11 @@ class TensorRTRuntime:
         """Let engines be loaded that bring TensorRT's lean runtime along, machine code that the host runs."""
         self._runtime.engine_host_code_allowed = True
 
+    def save(self) -> None:
+        """Keep what the library compiled for this GPU, if it has a cache for it, with the device's context current."""
+        if self._cache is not None:
+            self._cache.save()
+
     def load(self, part: PartSpec, data: bytes, *, layout: str) -> TensorRTEngine:
         """Deserialize an engine.
 

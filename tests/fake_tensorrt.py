@@ -243,16 +243,21 @@ class IRuntimeConfig:
 
 
 class IRuntimeCache:
+    """It holds for one GPU, that of the current context: it is neither read nor written without one."""
+
     kernels = 0
 
+    def __init__(self):
+        self.driver = FakeTensorRT.notes["driver"]
+
     def deserialize(self, blob):
-        if not blob.startswith(b"kernels "):
+        if not self.driver.contexts or not blob.startswith(b"kernels "):
             return False
         self.kernels = int(blob.split()[1])
         return True
 
     def serialize(self):
-        return f"kernels {self.kernels}".encode()
+        return f"kernels {self.kernels}".encode() if self.driver.contexts else None
 
 
 class IExecutionContext:
