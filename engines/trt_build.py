@@ -180,7 +180,7 @@ def _config(library: TensorRTLibrary, builder: Any, part: PartSpec, options: Ten
     if options.optimization_level is not None:
         config.builder_optimization_level = options.optimization_level
     config.max_aux_streams = 0  # one stream an engine, as capturing it in a CUDA graph wants it
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # only makes the inspector's answer complete
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # for the inspector; contexts are told to say less
     _add_profile(builder, config, part, options)
     return config
 

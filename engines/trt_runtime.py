@@ -95,6 +95,8 @@ class TensorRTRuntime:
             context = engine.create_execution_context(self._allocation(engine))
             if context is None:
                 raise EngineError(f"{what}: {self.library.quoted() or 'no reason given'}")
+        # its own default is what the engine was built with, and details take time in each call (NvInferRuntime.h)
+        context.nvtx_verbosity = self.library.module.ProfilingVerbosity.LAYER_NAMES_ONLY
         if self._cache is not None:
             self._cache.keep_for(context)
         scratch = self._new_scratch() if beside else self._shared_scratch()

@@ -263,6 +263,8 @@ class IRuntimeCache:
 class IExecutionContext:
     """Enqueues on the stand-in driver; shapes and addresses are those of the moment of the call, as in TensorRT."""
 
+    nvtx_verbosity = "DETAILED"  # that of the engine
+
     def __init__(self, engine):
         self.engine, self.shapes, self.addresses, self.scratch = engine, {}, {}, None
         self.driver = FakeTensorRT.notes["driver"]
@@ -284,6 +286,7 @@ class IExecutionContext:
     def execute_async_v3(self, stream):
         assert stream % 0x10 == 0x5, "a stream of the stand-in for the driver"
         notes = FakeTensorRT.notes
+        assert self.nvtx_verbosity != "DETAILED", "each call would put together what a layer does"
         notes["enqueued"] = notes.get("enqueued", 0) + 1
         if notes.get("failing"):
             self.engine.runtime.log.log(ILogger.ERROR, notes["failing"])
@@ -325,7 +328,7 @@ class FakeTensorRT:
     TensorFormat = enum.IntEnum("F", {"LINEAR": 0, "HWC8": 2, "HWC": 8, "HWC16": 11})
     BuilderFlag = SimpleNamespace(**{n: n for n in ("TF32", "VERSION_COMPATIBLE", "STRIP_PLAN", "REFIT")})
     HardwareCompatibilityLevel = SimpleNamespace(AMPERE_PLUS="AMPERE_PLUS", SAME_COMPUTE_CAPABILITY="SAME")
-    ProfilingVerbosity = SimpleNamespace(DETAILED="DETAILED")
+    ProfilingVerbosity = SimpleNamespace(DETAILED="DETAILED", LAYER_NAMES_ONLY="LAYER_NAMES_ONLY")
     LayerInformationFormat = SimpleNamespace(JSON="JSON")
     ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="USER_MANAGED")
 

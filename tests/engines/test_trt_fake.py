@@ -42,6 +42,7 @@ RUNTIME_NAMES = {
     "ExecutionContextAllocationStrategy": "USER_MANAGED",
     "CudaGraphStrategy": "DISABLED",
     "DynamicShapesKernelSpecializationStrategy": "EAGER",
+    "ProfilingVerbosity": "LAYER_NAMES_ONLY",
 }
 H200 = Driver((13, 0), (Gpu("NVIDIA H200", (9, 0)),))
 
