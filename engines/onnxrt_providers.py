@@ -8,11 +8,12 @@ session: not yet run on a GPU.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import io
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -39,7 +40,7 @@ MAX_CACHE_BYTES = 4 * 2**30  # of all bundles, GPUs and versions; a ResNet-101's
 _BATCHES, _LEVEL = "bdtool.batches", "bdtool.optimization_level"  # keys of an engine file's metadata
 _PRECISION_FLAGS = {"fp16": "trt_fp16_enable", "bf16": "trt_bf16_enable", "int8": "trt_int8_enable"}
 _ON = "True"  # in Python the provider's flags are "True" and "False"; "1", as in C++, is refused
-_FATAL_ONLY, _ORT_DEFAULT = 4, 2  # ONNX Runtime's log severities; its own default shows warnings
+_FATAL_ONLY, _ERRORS_ONLY, _ORT_DEFAULT = 4, 3, 2  # ONNX Runtime's log severities; its own default shows warnings
 
 
 class Provider(Protocol):
@@ -207,16 +208,13 @@ def require_provider(device: str, provider: Provider) -> None:
     advice = f"it may lack libraries: {cuda_install(driver)}"
     if provider.name == TENSORRT:
         advice += f"; it needs TensorRT 10: {TENSORRT_INSTALL}"
-    ort.set_default_logger_severity(_FATAL_ONLY)  # a provider that does not load also tells the process's own log
     try:
-        session = open_session(engine, options, provider.listed(part, engine))
+        session = open_session(engine, options, provider.listed(part, engine), severity=_FATAL_ONLY)
     except Exception as exc:
         raise BackendError(
             f"device {device!r}: the {title} provider cannot start ({str(exc).strip().splitlines()[0]}); "
             f"see `bdtool doctor`; {advice}"
         ) from exc
-    finally:
-        ort.set_default_logger_severity(_ORT_DEFAULT)
     if session.get_providers()[0] != provider.name:
         raise BackendError(
             f"device {device!r}: asked for {provider.name}, ONNX Runtime fell back to {session.get_providers()[0]}; "
@@ -233,15 +231,33 @@ def cuda_install(driver: Driver) -> str:
     return f'pip install "onnxruntime-gpu[cuda,cudnn]>=1.25{below}"'
 
 
-def open_session(data: bytes, options: ort.SessionOptions, providers: list[Any]) -> ort.InferenceSession:
-    """Return a session on these providers; it never tries others, neither now nor when a call fails."""
-    return ort.InferenceSession(data, options, providers=providers, enable_fallback=0)
+def open_session(
+    data: bytes, options: ort.SessionOptions, providers: list[Any], *, severity: int = _ERRORS_ONLY
+) -> ort.InferenceSession:
+    """Return a session on these providers; it never tries others, neither now nor when a call fails.
+
+    Args:
+        severity: from which on the process's log, beside the session's own, says what a provider on a GPU meets as it
+            loads. From 1.26 on a warning there greets each such session ("No registered plugin EP device found").
+    """
+    with nullcontext() if providers == [CPU] else _process_log(severity):
+        return ort.InferenceSession(data, options, providers=providers, enable_fallback=0)
+
+
+@contextmanager
+def _process_log(severity: int) -> Iterator[None]:
+    """Let the log that ONNX Runtime keeps for the process begin at another severity than its default."""
+    ort.set_default_logger_severity(severity)
+    try:
+        yield
+    finally:
+        ort.set_default_logger_severity(_ORT_DEFAULT)
 
 
 def load_libraries(*, tensorrt: bool) -> None:
     """Load the libraries that pip installed; without that the loader looks in the system's directories only."""
     if hasattr(ort, "preload_dlls"):
-        with contextlib.redirect_stdout(io.StringIO()):  # what is not there it prints; the probe's error says it, too
+        with redirect_stdout(io.StringIO()):  # what is not there it prints; the probe's error says it, too
             ort.preload_dlls()
     if not tensorrt:
         return

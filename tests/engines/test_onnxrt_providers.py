@@ -13,7 +13,14 @@ from bdtool import Orchestrator
 from bdtool.errors import BackendError, UsageError
 from engines import onnxrt_providers
 from engines.libcuda import Driver, Gpu
-from engines.onnxrt_providers import CudaProvider, TensorRTProvider, cuda_install, probe_part
+from engines.onnxrt_providers import (
+    CudaProvider,
+    TensorRTProvider,
+    cuda_install,
+    cuda_providers,
+    open_session,
+    probe_part,
+)
 from engines.registry import identify_backend, open_backend
 from engines.store import EngineStore
 from engines.trt_options import TensorRTOptions
@@ -22,6 +29,7 @@ from export.compose import compose_parts
 from export.fused import fuse_parts
 from export.half import half_from_fp32
 from export.onnx_precision import convolves_in_half, precision_of
+from export.ort_threads import any_threads_options
 from tests.fake_onnxruntime import ALL, install_onnxruntime
 
 TENSORRT, CUDA, CPU = ALL
@@ -287,6 +295,14 @@ def test_cuda_provider_that_does_not_load_shows_what_brings_its_libraries(monkey
 def test_driver_of_cuda_12_is_given_packages_of_cuda_12(cuda, below):
     driver = Driver(cuda, (Gpu("Tesla T4", (7, 5)),))
     assert cuda_install(driver) == f'pip install "onnxruntime-gpu[cuda,cudnn]>=1.25{below}"'
+
+
+def test_session_on_a_gpu_is_not_greeted_with_a_warning(capfd):
+    """By the library that is installed: it warns before it looks for the provider's own libraries."""
+    if CUDA not in onnxrt_providers.ort.get_available_providers():
+        pytest.skip("needs onnxruntime-gpu")
+    open_session(probe_part()[1], any_threads_options(), cuda_providers("cuda:0"))
+    assert "No registered plugin EP device found" not in capfd.readouterr().err
 
 
 def test_session_that_lost_its_provider_is_refused(ort, tiny_bundle):
