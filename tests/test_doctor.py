@@ -127,6 +127,19 @@ def test_a_gpu_that_tensorrt_rtx_refuses_is_named() -> None:
     assert gpu.rtx_gpu(NO_DRIVER).status == "missing"
 
 
+def test_tensorrt_rtx_for_cuda_13_does_not_run_with_a_driver_of_cuda_12(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tensorrt_rtx_bindings")
+    monkeypatch.setattr(gpu, "installed_version", {"tensorrt-rtx-cu13-bindings": "1.7.1.116"}.get)
+    old = Driver((12, 9), (Gpu("NVIDIA L4", (8, 9)),))
+    finding = gpu.rtx_gpu(old)
+    assert finding.status == "problem"
+    assert finding.detail.startswith(
+        "tensorrt-rtx-cu13-bindings needs a driver of CUDA 13, this one supports CUDA up to 12.9"
+    )
+    monkeypatch.setattr(gpu, "installed_version", lambda name: None)  # the one for CUDA 12 instead
+    assert gpu.rtx_gpu(old).status == "ok"
+
+
 def test_a_gpu_for_tensorrt_rtx_is_not_known_without_its_library(versions: dict[str, str]) -> None:
     finding = gpu.rtx_gpu(ONE_GPU)
     assert (finding.status, finding.remedy) == ("missing", install_command("rtx"))

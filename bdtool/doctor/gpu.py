@@ -10,6 +10,8 @@ from engines.trt_library import load_library
 from engines.trt_options import TENSORRT_RTX
 from export.packages import install_command, installed_version
 
+_RTX_OF_CUDA_13 = "tensorrt-rtx-cu13-bindings"  # what the extra `rtx` installs; its library brings CUDA 13's runtime
+
 
 def nvidia_driver(driver: Driver) -> Finding:
     detail = driver_detail(driver)
@@ -49,7 +51,7 @@ def cuda_graphs(driver: Driver) -> Finding:
 
 
 def rtx_gpu(driver: Driver) -> Finding:
-    """Say whether TensorRT-RTX runs on a GPU that is here; an H100, for instance, it refuses."""
+    """Say whether TensorRT-RTX runs on a GPU that is here, with its driver; an H100, for instance, it refuses."""
     name = "GPU for TensorRT-RTX"
     if not driver.usable:
         return Finding(name, "missing", driver_detail(driver), driver_remedy(driver))
@@ -59,6 +61,9 @@ def rtx_gpu(driver: Driver) -> Finding:
         return Finding(name, "missing", f"not known: {exc}", install_command("rtx"))
     known = library.targets()
     fitting = [gpu.name for gpu in driver.gpus if gpu.sm in known]
+    if fitting and driver.cuda_version < (13, 0) and installed_version(_RTX_OF_CUDA_13) is not None:
+        detail = f"{_RTX_OF_CUDA_13} needs a driver of CUDA 13, this one {driver_detail(driver)}"
+        return Finding(name, "problem", detail, "update the driver, or use --backend torch or onnxruntime on this GPU")
     if fitting:
         return Finding(name, "ok", ", ".join(fitting))
     runs_on = ", ".join(f"{sm // 10}.{sm % 10}" for sm in known)
