@@ -36,6 +36,7 @@ from engines.native_layout import add_guards, cut_guards
 from engines.onnxrt_buffers import DeviceRows, HostBuffer, OrtDeviceBuffer, ort_value
 from engines.onnxrt_providers import (
     CPU,
+    DISABLED_OPTIMIZERS,
     CpuProvider,
     CudaProvider,
     Provider,
@@ -74,6 +75,8 @@ class OnnxRuntimeBackend:
         else:
             self._provider = CudaProvider(device) if tensorrt is None else tensorrt_provider(device, tensorrt)
             self._options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+            # it turns the biases of integer parts into int32, which only the CPU provider dequantises
+            self._options.add_session_config_entry(DISABLED_OPTIMIZERS, "WeightBiasQuantization")
             require_provider(device, self._provider)
         self.plans_by_batch = self._provider.plans_by_batch
         self._n_probes = N_PROBES if tensorrt is None else tensorrt.nearest_batch(N_PROBES)

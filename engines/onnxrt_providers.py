@@ -34,6 +34,7 @@ from export.ort_threads import any_threads_options
 logger = logging.getLogger(__name__)
 
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
+DISABLED_OPTIMIZERS = "optimization.disable_specified_optimizers"  # a session's setting: their names
 TENSORRT_INSTALL = 'pip install "tensorrt>=10.13,<11"'  # the provider is linked with libnvinfer.so.10
 _FIRST_ON_CUDA_13 = "1.27"  # which a driver of CUDA 12 does not load
 MAX_CACHE_BYTES = 4 * 2**30  # of all bundles, GPUs and versions; a ResNet-101's FP32 weights are 0.17 GiB

@@ -4,7 +4,9 @@ Options are refused unless the installed library of that provider knows them, so
 for CPUs alone has no such library: there a test that makes a session on a GPU skips.
 """
 
+import contextlib
 import functools
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ import pytest
 from onnx import TensorProto
 
 from engines.libcuda import Driver, Gpu
+from engines.onnxrt_providers import DISABLED_OPTIMIZERS
 from export.ort_threads import any_threads_options
 
 ALL = ("TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider")
@@ -64,6 +67,7 @@ class FakeOnnxRuntime:
             assert set(given) <= known_options(name), set(given) - known_options(name)
             _require_flags_spelt_out(given)
         _refuse_what_cuda_has_no_kernel_for(data)
+        _refuse_quantized_biases(data, options)
         self.sessions.append(asked)
         session = ort.InferenceSession(data, any_threads_options(), providers=["CPUExecutionProvider"])
         chosen = [name for name in asked if name in self.loadable]
@@ -85,6 +89,23 @@ def _refuse_what_cuda_has_no_kernel_for(data):
         has_kernel = first is not None and first <= since <= (first if last is None else last)
         if not has_kernel or (node.op_type == "GreaterOrEqual" and types[node.input[0]] not in _COMPARED):
             raise RuntimeError(f"{node.name}: this session contains graph nodes assigned to the default CPU EP")
+
+
+def _refuse_quantized_biases(data, options):
+    """Fail where the optimiser, before it knows the provider, quantizes biases: CUDA dequantises no int32."""
+    if b"DequantizeLinear" not in data:
+        return
+    plain = any_threads_options()
+    plain.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    with contextlib.suppress(RuntimeError):  # where the options say nothing of it
+        plain.add_session_config_entry(DISABLED_OPTIMIZERS, options.get_session_config_entry(DISABLED_OPTIMIZERS))
+    with tempfile.NamedTemporaryFile(suffix=".onnx") as file:
+        plain.optimized_model_filepath = file.name
+        ort.InferenceSession(data, plain, providers=["CPUExecutionProvider"])
+        graph = onnx.load(file.name).graph
+    integers = {weight.name for weight in graph.initializer if weight.data_type == TensorProto.INT32}
+    if any(node.op_type == "DequantizeLinear" and node.input[0] in integers for node in graph.node):
+        raise RuntimeError("this session contains graph nodes assigned to the default CPU EP")
 
 
 def _nodes(graph):

@@ -11,6 +11,7 @@ from onnx import TensorProto, numpy_helper
 
 from bdtool import Orchestrator
 from bdtool.errors import BackendError, UsageError
+from calibration.quantize import quantize_part, watched_tensors
 from engines import onnxrt_providers
 from engines.libcuda import Driver, Gpu
 from engines.onnxrt_providers import (
@@ -131,6 +132,16 @@ def test_integer_part_may_run_in_int8(ort, tmp_path):
     proto.graph.initializer.append(numpy_helper.from_array(np.zeros(1, np.int8), "zero_point"))
     assert precision_of(proto) == "int8"
     assert _asked(part, proto.SerializeToString(), cache=tmp_path)["trt_int8_enable"] == "True"
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", BACKEND])
+def test_integer_parts_build_on_a_gpu(ort, wider, backend):
+    part = wider.network.part("block_00")
+    model = _model(wider, part.name)
+    ranges = dict.fromkeys((*watched_tensors(onnx.ModelProto.FromString(model)), part.inputs[0].name), 4.0)
+    quantized = quantize_part(model, part, ranges, integer_activations=True)
+    built = open_backend(backend, "cuda:0").build(part.with_activation("int8"), quantized, layout="NCHW")
+    assert built.error is not None
 
 
 def test_policy_of_a_half_precision_bundle_stays_fp32(ort, bundle_copy):
