@@ -16,7 +16,7 @@ from bdtool.doctor import examination, gpu, machine, onnxruntime, packages
 from bdtool.doctor.examination import examine, render
 from bdtool.doctor.finding import Finding
 from engines import onnxrt_providers  # noqa: F401  # before a stand-in takes the place of ONNX Runtime for a test
-from engines.libcuda import Driver, Gpu, driver_from_calls
+from engines.libcuda import Driver, Gpu, driver_from_calls, driver_from_libcuda
 from export.packages import install_command
 from export.processors import n_processors
 
@@ -182,8 +182,9 @@ def test_gpu_provider_that_falls_back_is_a_problem(importable: Any, title: str, 
         "onnxruntime",
         "class SessionOptions: pass\n"
         "class InferenceSession:\n"
-        "    def __init__(self, model, options, providers): pass\n"
+        "    def __init__(self, model, options, providers, enable_fallback): pass\n"
         "    def get_providers(self): return ['CPUExecutionProvider']\n"
+        "def set_default_logger_severity(severity): pass\n"
         "def get_available_providers(): return ['TensorrtExecutionProvider', 'CUDAExecutionProvider']\n",
     )
     finding = onnxruntime.gpu_provider(title, ONE_GPU)
@@ -191,6 +192,19 @@ def test_gpu_provider_that_falls_back_is_a_problem(importable: Any, title: str, 
     assert "fell back to CPUExecutionProvider" in finding.detail
     assert finding.remedy is not None
     assert remedy in finding.remedy
+
+
+@pytest.mark.parametrize(("title", "reason"), [("CUDA", "fell back to"), ("TensorRT", "TensorRT libraries")])
+def test_gpu_provider_that_does_not_load_says_why_and_prints_nothing(
+    capfd: pytest.CaptureFixture[str], title: str, reason: str
+) -> None:
+    """By the library that is installed, which finds neither a driver nor TensorRT 10."""
+    if onnxruntime._GPU_PROVIDERS[title][0] not in ort.get_available_providers() or driver_from_libcuda().installed:
+        pytest.skip("needs onnxruntime-gpu, and a machine without an NVIDIA driver")
+    finding = onnxruntime.gpu_provider(title, ONE_GPU)
+    assert finding.status == "problem"
+    assert reason in finding.detail
+    assert capfd.readouterr() == ("", "")
 
 
 def test_onnxruntime_whose_cuda_provider_runs_is_ok(monkeypatch: pytest.MonkeyPatch) -> None:

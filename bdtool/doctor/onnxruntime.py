@@ -11,6 +11,7 @@ from engines.libcuda import Driver
 from export.packages import installed_version
 
 _ORT_GPU = 'pip install "onnxruntime-gpu>=1.25"'
+_FATAL_ONLY, _ORT_DEFAULT = 4, 2  # ONNX Runtime's log severities
 _ORT_CLEAN = f"pip uninstall -y onnxruntime onnxruntime-gpu && {_ORT_GPU}"
 
 
@@ -65,8 +66,13 @@ def _session_error(ort: Any, provider: str) -> str | None:
 
         load_libraries(tensorrt=provider == "TensorrtExecutionProvider")
         options = ort.SessionOptions()
-        options.log_severity_level = 4
-        session = ort.InferenceSession(model.SerializeToString(), options, providers=[provider])
+        options.log_severity_level = _FATAL_ONLY
+        ort.set_default_logger_severity(_FATAL_ONLY)  # a provider that does not load tells the process's log, too
+        try:
+            # a second try with other providers would print why, and lose it
+            session = ort.InferenceSession(model.SerializeToString(), options, providers=[provider], enable_fallback=0)
+        finally:
+            ort.set_default_logger_severity(_ORT_DEFAULT)
     except Exception as exc:  # whatever stops the session is the finding
         return first_line(exc)
     used = session.get_providers()
