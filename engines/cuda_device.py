@@ -151,7 +151,8 @@ class CudaDevice:
         checked(cu, cu.cuInit(0), "to start")
         self._device = checked(cu, cu.cuDeviceGet(index), f"device cuda:{index}")
         self.context = checked(cu, cu.cuDevicePrimaryCtxRetain(self._device), "its primary context")
-        weakref.finalize(self, cu.cuDevicePrimaryCtxRelease, self._device)
+        # at the end of the process the driver does it: TensorRT's objects of a runtime that nobody closed live longer
+        weakref.finalize(self, cu.cuDevicePrimaryCtxRelease, self._device).atexit = False
         self._current = _Current(cu, self.context)
         self._others_stream = stream
         if stream is None:

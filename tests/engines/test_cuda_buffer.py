@@ -1,7 +1,10 @@
 """Device memory and the page-locked memory that copies go through, on a stand-in for the driver."""
 
 import gc
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ from engines.cuda_buffer import DeviceBuffer
 from engines.cuda_device import CudaDevice
 from tests.fake_driver import FakeDriver
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 VALUES = np.arange(6, dtype=np.float32).reshape(2, 3)
 
 
@@ -35,6 +39,27 @@ def test_write_waits_until_the_copy_before_it_has_read_the_memory(driver):
     buffer.write(VALUES)
     assert (driver.calls["cuEventSynchronize"], driver.calls["cuEventRecord"]) == (1, 2)
     assert driver.calls["cuStreamSynchronize"] == 0  # for what is enqueued behind the copy nobody waits
+
+
+_LEFT_OPEN = """
+import atexit
+from engines.cuda_device import CudaDevice
+from tests.fake_driver import FakeDriver
+
+driver = FakeDriver()
+atexit.register(lambda: print(driver.calls["cuStreamDestroy"], driver.calls["cuDevicePrimaryCtxRelease"]))
+device = CudaDevice(driver, 0)
+"""
+
+
+def test_context_outlives_a_program_that_closes_nothing(driver):
+    command = [sys.executable, "-c", _LEFT_OPEN]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert done.stdout == "1 0\n"
+    device = CudaDevice(driver, 0)
+    del device
+    gc.collect()
+    assert driver.calls["cuDevicePrimaryCtxRelease"] == 1
 
 
 def test_several_buffers_are_read_with_one_wait(driver):
