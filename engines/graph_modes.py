@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from bdtool.errors import BackendError, UsageError
+from engines.extras import install_for
 from engines.libcuda import Driver
 from engines.speculation import Speculation
-from export.packages import install_command
 
 AUTO = "auto"
 POLICY_CACHE = "policy-cache"  # on the device: one SWITCH over the paths of frequent masks, `switch` for others
@@ -92,11 +92,6 @@ def chosen(plan: GraphPlan | None, choice: GraphChoice) -> GraphPlan:
     return GraphPlan(modes=(choice.mode,), missing=missing, is_forced=True, speculation=choice.speculation)
 
 
-def cuda_extra(driver: Driver) -> str:
-    """Return which of bdtool's extras fits the driver."""
-    return "cuda12" if driver.usable and driver.cuda_version < (13, 0) else "cuda"
-
-
 @dataclass(frozen=True)
 class _Need:
     """What a way to launch work takes: a driver since some CUDA version, and packages."""
@@ -110,7 +105,7 @@ class _Need:
         if driver.cuda_version < self.since:
             needed = ".".join(map(str, self.since))
             return f"the driver supports CUDA up to {driver.cuda_text}, {self.what} needs {needed}; update the driver"
-        install = f"add it with: {install_command(cuda_extra(driver))}"
+        install = f"add it with: {install_for('cuda', driver)}"
         bindings = version_of(_BINDINGS)
         if bindings is None:
             return f"{self.what} needs {_BINDINGS}; {install}"

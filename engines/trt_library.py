@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from bdtool.errors import BackendError, UsageError
+from engines.extras import install_for
+from engines.libcuda import driver_from_libcuda
 from engines.trt_options import TENSORRT, TENSORRT_RTX
 from export import packages
 
@@ -43,7 +45,7 @@ def installed_version(backend: str) -> str:
         if (version := packages.installed_version(distribution)) is not None:
             return version
     raise BackendError(
-        f"backend {backend!r} is not installed; add it with: {packages.install_command(_EXTRA[backend])} "
+        f"backend {backend!r} is not installed; add it with: {_install_command(backend)} "
         f"({_NEEDS[backend]}). `bdtool doctor` says what works here"
     )
 
@@ -115,8 +117,12 @@ def load_library(backend: str) -> TensorRTLibrary:
     except (ImportError, OSError) as exc:
         raise BackendError(
             f"backend {backend!r} is installed but cannot be imported ({exc}); install it again: "
-            f"{packages.install_command(_EXTRA[backend])}"
+            f"{_install_command(backend)}"
         ) from exc
+
+
+def _install_command(backend: str) -> str:
+    return install_for(_EXTRA[backend], driver_from_libcuda())
 
 
 def library_from_module(backend: str, module: Any) -> TensorRTLibrary:

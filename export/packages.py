@@ -7,7 +7,9 @@ from importlib import metadata
 # The extras of pyproject.toml that an error or `bdtool doctor` sends to.
 _EXTRAS = {
     "tensorrt": ("tensorrt>=10.13",),
+    "tensorrt-cu12": ("tensorrt-cu12>=10.13",),
     "rtx": ("tensorrt-rtx-cu13-bindings>=1.7", "tensorrt-rtx-cu13-libs>=1.7"),
+    "rtx-cu12": ("tensorrt-rtx-cu12-bindings>=1.7", "tensorrt-rtx-cu12-libs>=1.7"),
     "cuda": ("cuda-bindings>=13,<14", "nvidia-cuda-nvrtc>=13"),
     "cuda12": ("cuda-bindings>=12.9,<13", "nvidia-cuda-nvrtc-cu12>=12.4"),
     "pycuda": ("pycuda>=2026.1",),

@@ -82,12 +82,36 @@ def test_a_missing_extra_shows_its_pip_line(versions: dict[str, str], importable
     assert "works without it" in finding.detail
 
 
-def test_a_driver_of_cuda_12_takes_packages_of_cuda_12(importable: Any, versions: dict[str, str]) -> None:
-    importable("cuda", "raise ModuleNotFoundError('no module', name='cuda')")
-    for cuda, extra in (((12, 9), "cuda12"), ((13, 0), "cuda")):
-        finding = packages.extra_package("cuda-bindings", Driver(cuda, ONE_GPU.gpus))
+@pytest.mark.parametrize(
+    ("name", "module", "extra", "of_cuda_12"),
+    [
+        ("cuda-bindings", "cuda", "cuda", "cuda12"),
+        ("TensorRT", "tensorrt", "tensorrt", "tensorrt-cu12"),
+        ("TensorRT-RTX", "tensorrt_rtx_bindings", "rtx", "rtx-cu12"),
+    ],
+)
+def test_a_driver_of_cuda_12_takes_packages_of_cuda_12(
+    importable: Any, versions: dict[str, str], name: str, module: str, extra: str, of_cuda_12: str
+) -> None:
+    importable(module, f"raise ModuleNotFoundError('no module', name='{module}')")
+    for cuda, which in (((12, 9), of_cuda_12), ((13, 0), extra)):
+        finding = packages.extra_package(name, Driver(cuda, ONE_GPU.gpus))
         assert finding.remedy is not None
-        assert install_command(extra) in finding.remedy
+        assert install_command(which) in finding.remedy
+
+
+def test_tensorrt_for_cuda_13_does_not_run_with_a_driver_of_cuda_12(importable: Any, versions: dict[str, str]) -> None:
+    importable("tensorrt", "__version__ = '11.4.0'")
+    versions["tensorrt-cu13-bindings"] = "11.4.0"
+    assert packages.extra_package("TensorRT", ONE_GPU).status == "ok"
+    finding = packages.extra_package("TensorRT", Driver((12, 9), ONE_GPU.gpus))
+    assert (finding.status, finding.detail) == ("problem", "11.4.0, for CUDA 13; the driver supports CUDA up to 12.9")
+    assert finding.remedy == (
+        "update the driver; or: pip uninstall -y tensorrt tensorrt-cu13 tensorrt-cu13-libs tensorrt-cu13-bindings; "
+        f"{install_command('tensorrt-cu12')}"
+    )
+    del versions["tensorrt-cu13-bindings"]
+    assert packages.extra_package("TensorRT", Driver((12, 9), ONE_GPU.gpus)).status == "ok"
 
 
 def test_a_broken_package_is_a_problem_with_its_words(versions: dict[str, str], importable: Any) -> None:
@@ -136,6 +160,8 @@ def test_tensorrt_rtx_for_cuda_13_does_not_run_with_a_driver_of_cuda_12(monkeypa
     assert finding.detail.startswith(
         "tensorrt-rtx-cu13-bindings needs a driver of CUDA 13, this one supports CUDA up to 12.9"
     )
+    assert finding.remedy is not None
+    assert finding.remedy.endswith(install_command("rtx-cu12"))
     monkeypatch.setattr(gpu, "installed_version", lambda name: None)  # the one for CUDA 12 instead
     assert gpu.rtx_gpu(old).status == "ok"
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from bdtool.doctor.finding import Finding, Status
+from bdtool.doctor.packages import other_cuda
 from bdtool.errors import BackendError
+from engines.extras import install_for, is_of_cuda_12
 from engines.graph_modes import OFF, PATH_CACHE, SWITCH, graphs_of_machine
 from engines.libcuda import Driver
 from engines.trt_library import load_library
 from engines.trt_options import TENSORRT_RTX
-from export.packages import install_command, installed_version
+from export.packages import installed_version
 
 _RTX_OF_CUDA_13 = "tensorrt-rtx-cu13-bindings"  # what the extra `rtx` installs; its library brings CUDA 13's runtime
 
@@ -58,12 +60,12 @@ def rtx_gpu(driver: Driver) -> Finding:
     try:
         library = load_library(TENSORRT_RTX)
     except BackendError as exc:
-        return Finding(name, "missing", f"not known: {exc}", install_command("rtx"))
+        return Finding(name, "missing", f"not known: {exc}", install_for("rtx", driver))
     known = library.targets()
     fitting = [gpu.name for gpu in driver.gpus if gpu.sm in known]
-    if fitting and driver.cuda_version < (13, 0) and installed_version(_RTX_OF_CUDA_13) is not None:
+    if fitting and is_of_cuda_12(driver) and installed_version(_RTX_OF_CUDA_13) is not None:
         detail = f"{_RTX_OF_CUDA_13} needs a driver of CUDA 13, this one {driver_detail(driver)}"
-        return Finding(name, "problem", detail, "update the driver, or use --backend torch or onnxruntime on this GPU")
+        return Finding(name, "problem", detail, other_cuda(f"{_RTX_OF_CUDA_13} tensorrt-rtx-cu13-libs", "rtx", driver))
     if fitting:
         return Finding(name, "ok", ", ".join(fitting))
     runs_on = ", ".join(f"{sm // 10}.{sm % 10}" for sm in known)

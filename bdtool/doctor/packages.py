@@ -8,11 +8,11 @@ from types import ModuleType
 from typing import Any
 
 from bdtool.doctor.finding import Finding, first_line
-from engines.graph_modes import cuda_extra
+from engines.extras import install_for, is_of_cuda_12
 from engines.libcuda import Driver
 from engines.trt_library import DISTRIBUTIONS
 from engines.trt_options import TENSORRT, TENSORRT_RTX
-from export.packages import install_command, installed_version
+from export.packages import installed_version
 
 CORE_MODULES = {
     "torchvision": "torchvision",
@@ -24,6 +24,10 @@ CORE_MODULES = {
     "click": "click",
     "rich": "rich",
 }
+
+
+_OF_CUDA_13 = "tensorrt-cu13-bindings"  # which brings the package `tensorrt`, with those beside it
+_BESIDE = "tensorrt tensorrt-cu13 tensorrt-cu13-libs"
 
 
 @dataclass(frozen=True)
@@ -124,13 +128,24 @@ def _torch_remedy(built_for: str | None, driver: Driver) -> str:
     return f"the driver supports CUDA up to {supported}: update it, or install a torch built for that version"
 
 
+def _loaded(name: str, its_version: str, driver: Driver) -> Finding:
+    if name != "TensorRT" or not is_of_cuda_12(driver) or installed_version(_OF_CUDA_13) is None:
+        return Finding(name, "ok", its_version)
+    detail = f"{its_version}, for CUDA 13; the driver supports CUDA up to {driver.cuda_text}"
+    return Finding(name, "problem", detail, other_cuda(f"{_BESIDE} {_OF_CUDA_13}", "tensorrt", driver))
+
+
+def other_cuda(installed: str, extra: str, driver: Driver) -> str:
+    """Return what to do about packages that are for a newer CUDA than the driver's."""
+    return f"update the driver; or: pip uninstall -y {installed}; {install_for(extra, driver)}"
+
+
 def extra_package(name: str, driver: Driver) -> Finding:
     extra = EXTRAS[name]
-    which = cuda_extra(driver) if extra.extra == "cuda" else extra.extra
-    remedy = f"{install_command(which)} ({extra.adds}{f'; needs {extra.note}' if extra.note else ''})"
+    remedy = f"{install_for(extra.extra, driver)} ({extra.adds}{f'; needs {extra.note}' if extra.note else ''})"
     module = imported(name, extra.module, distributions=extra.distributions, remedy=remedy)
     if not isinstance(module, Finding):
-        return Finding(name, "ok", version(module, *extra.distributions))
+        return _loaded(name, version(module, *extra.distributions), driver)
     if module.status == "missing":
         return Finding(name, "missing", f"not installed; {extra.without}", remedy)
     if extra.needs_driver and not driver.installed:
