@@ -154,13 +154,18 @@ class ResNet(nn.Module):
         expected = (len(x), len(self.blocks))
         if keep.dtype != torch.bool or tuple(keep.shape) != expected:
             raise ValueError(f"keep must be bool {expected}, images by blocks; got {keep.dtype} {tuple(keep.shape)}")
-        n_kept: list[int] = keep.sum(dim=0).tolist()  # one transfer from the device instead of one for each block
-        # column k begins with the images that keep block k, in their order: no transfer for each block's index either
-        order = keep.to(torch.uint8).argsort(dim=0, descending=True, stable=True)
-        for k, block in enumerate(self.blocks):
+        for block, index in zip(self.blocks, kept_images(keep), strict=True):
             assert isinstance(block, ResidualBlock)
-            x = run_kept_images(block, x, order[: n_kept[k], k])
+            x = run_kept_images(block, x, index)
         return x
+
+
+def kept_images(keep: Tensor) -> list[Tensor]:
+    """Return for each block the images that keep it, int64 [n_kept], ascending; `keep` is bool [N, K]."""
+    n_kept: list[int] = keep.sum(dim=0).tolist()  # one transfer from the device instead of one for each block
+    # column k begins with the images that keep block k, in their order: no transfer for each block's index either
+    order = keep.to(torch.uint8).argsort(dim=0, descending=True, stable=True)
+    return [order[:n, k] for k, n in enumerate(n_kept)]
 
 
 def run_kept_images(block: ResidualBlock, x: Tensor, index: Tensor) -> Tensor:

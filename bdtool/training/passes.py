@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from bdtool.models.resnet import ResidualBlock, ResNet, run_kept_images, take_images
+from bdtool.models.resnet import ResidualBlock, ResNet, kept_images, run_kept_images, take_images
 
 
 def frozen_copy(base: ResNet, *, dtype: torch.dtype) -> ResNet:
@@ -42,14 +42,16 @@ def paired_logits(base: ResNet, images: Tensor, first: Tensor, second: Tensor) -
         if k < len(forks):
             forks[k].append(image)
     source = torch.tensor([image for group in forks for image in group], dtype=torch.int64, device=x.device)
-    keep = torch.cat([first, second[source]])  # rows N and up: the second matrix, in the order of forking
+    # before it parts ways a row of the second matrix is not there, and keeps nothing
+    is_apart = torch.arange(len(forks), device=x.device) >= fork_at[source][:, None]
+    keep = torch.cat([first, second[source] & is_apart])  # rows N and up: the second matrix, in the order of forking
     n_rows = len(x)
-    for k, block in enumerate(base.blocks):
+    for k, (block, index) in enumerate(zip(base.blocks, kept_images(keep), strict=True)):
         assert isinstance(block, ResidualBlock)
         if forks[k]:
             n_old, n_rows = n_rows, n_rows + len(forks[k])
             x = torch.cat([x, take_images(x, source[n_old - len(images) : n_rows - len(images)])])
-        x = run_kept_images(block, x, keep[:n_rows, k].nonzero().squeeze(1))
+        x = run_kept_images(block, x, index)
     logits = base.head(x).float()
     second_logits = logits[: len(images)].clone()
     second_logits[source] = logits[len(images) :]

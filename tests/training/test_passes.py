@@ -1,9 +1,11 @@
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bdtool.models.model import BlockDropModel
 from bdtool.training.passes import frozen_copy, paired_logits
@@ -43,6 +45,28 @@ def test_equal_matrices_cost_one_pass(model: BlockDropModel, monkeypatch: pytest
     keep = random_keep(6, 0.5, 0)
     paired_logits(frozen, torch.randn(_N, 3, 32, 32), keep, keep)
     assert rows == [_N]
+
+
+class Waits(TorchDispatchMode):
+    """Notes the operations in which the host waits for a GPU, where its tensors are on one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[object] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, arguments: tuple[Any, ...] = (), options: dict[str, Any] | None = None
+    ) -> Any:
+        if func in (torch.ops.aten.nonzero.default, torch.ops.aten._local_scalar_dense.default):
+            self.found.append(func)
+        return func(*arguments, **(options or {}))
+
+
+def test_paired_pass_waits_for_no_block_alone(model: BlockDropModel) -> None:
+    frozen = frozen_copy(model.base, dtype=torch.float32)
+    with Waits() as waits:
+        paired_logits(frozen, torch.randn(_N, 3, 32, 32), random_keep(6, 0.5, 0), random_keep(6, 0.5, 1))
+    assert waits.found == []
 
 
 @pytest.mark.parametrize("arch", ["resnet14", "resnet18", "resnet50"])
