@@ -59,10 +59,10 @@ def open_group(device: torch.device) -> Iterator[Group]:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield Group(rank=dist.get_rank(), size=size, device=device)
-    finally:
-        dist.destroy_process_group()
+    yield Group(rank=dist.get_rank(), size=size, device=device)
+    # not after an error: NCCL would wait here for the other processes, which wait in their next step for this one, and
+    # torchrun, which ends them all once one of them fails, would not hear of it
+    dist.destroy_process_group()
 
 
 def synchronize_batch_norms(module: nn.Module) -> None:

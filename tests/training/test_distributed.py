@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from bdtool.models.store import load_model
+from bdtool.training.distributed import open_group
 from export.files import exclusive_lock
 
 _GRADIENTS = '''
@@ -40,6 +42,31 @@ with open_group(torch.device("cpu")) as group:
         found |= {name: b for name, b in model.policy.named_buffers()}
         torch.save(found, sys.argv[3])
 '''
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The second of two processes with NCCL, which is not there: the names of what it would be called for."""
+    found: list[str] = []
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: found.append(f"set_device {device}"))
+    for name in ("init_process_group", "destroy_process_group"):
+        monkeypatch.setattr(dist, name, lambda *arguments, name=name, **options: found.append(name))
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    return found
+
+
+def test_each_process_takes_a_gpu_of_its_own(calls: list[str]) -> None:
+    with open_group(torch.device("cuda")) as group:
+        assert (group.rank, group.size, group.device) == (1, 2, torch.device("cuda:1"))
+    assert calls == ["set_device cuda:1", "init_process_group", "destroy_process_group"]
+
+
+def test_process_that_fails_does_not_wait_for_the_others(calls: list[str]) -> None:
+    with pytest.raises(ValueError, match="a damaged picture"), open_group(torch.device("cuda")):
+        raise ValueError("a damaged picture")
+    assert calls == ["set_device cuda:1", "init_process_group"]
 
 
 def run(*words: object, processes: int = 1) -> None:
