@@ -6,12 +6,17 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional as dist_functional
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+# while the first process measures, or asks the policy network of every training image, the others wait: with ImageNet
+# for longer than the 10 minutes of NCCL; one that died torchrun sees itself
+_PATIENCE = timedelta(days=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +63,7 @@ def open_group(device: torch.device) -> Iterator[Group]:
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
     yield Group(rank=dist.get_rank(), size=size, device=device)
     # not after an error: NCCL would wait here for the other processes, which wait in their next step for this one, and
     # torchrun, which ends them all once one of them fails, would not hear of it

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,16 @@ def test_each_process_takes_a_gpu_of_its_own(calls: list[str]) -> None:
     with open_group(torch.device("cuda")) as group:
         assert (group.rank, group.size, group.device) == (1, 2, torch.device("cuda:1"))
     assert calls == ["set_device cuda:1", "init_process_group", "destroy_process_group"]
+
+
+def test_others_wait_while_the_first_reads_a_large_data_set(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The policy network's paths of ImageNet's 1.3 million pictures take half an hour; NCCL waits 10 minutes."""
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **options: asked.update(options, backend=backend))
+    with open_group(torch.device("cuda")):
+        pass
+    assert asked["backend"] == "nccl"
+    assert asked["timeout"] > timedelta(hours=6)
 
 
 def test_process_that_fails_does_not_wait_for_the_others(calls: list[str]) -> None:
