@@ -14,6 +14,9 @@ import torch.distributed.nn.functional as dist_functional
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from bdtool.errors import UsageError
+from bdtool.words import counted
+
 # while the first process measures, or asks the policy network of every training image, the others wait: with ImageNet
 # for longer than the 10 minutes of NCCL; one that died torchrun sees itself
 _PATIENCE = timedelta(days=1)
@@ -55,19 +58,33 @@ class Group:
 
 @contextmanager
 def open_group(device: torch.device) -> Iterator[Group]:
-    """Join the processes that `torchrun` started, or give a group of one where it did not."""
+    """Join the processes that `torchrun` started, or give a group of one where it did not.
+
+    Raises:
+        UsageError: it started more processes on this machine than torch sees GPUs.
+    """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield Group(rank=0, size=1, device=device)
         return
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        device = _gpu_of(int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
     yield Group(rank=dist.get_rank(), size=size, device=device)
     # not after an error: NCCL would wait here for the other processes, which wait in their next step for this one, and
     # torchrun, which ends them all once one of them fails, would not hear of it
     dist.destroy_process_group()
+
+
+def _gpu_of(local_rank: int) -> torch.device:
+    n_gpus = torch.cuda.device_count()
+    if local_rank >= n_gpus:
+        raise UsageError(
+            f"torchrun: process {local_rank + 1} of this machine needs a GPU of its own, torch sees "
+            f"{counted(n_gpus, 'GPU')}; give --nproc-per-node {n_gpus}"
+        )
+    return torch.device("cuda", local_rank)
 
 
 def synchronize_batch_norms(module: nn.Module) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from bdtool.errors import UsageError
 from bdtool.models.store import load_model
 from bdtool.training.distributed import open_group
 from export.files import exclusive_lock
@@ -51,6 +52,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     found: list[str] = []
     for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: found.append(f"set_device {device}"))
     for name in ("init_process_group", "destroy_process_group"):
         monkeypatch.setattr(dist, name, lambda *arguments, name=name, **options: found.append(name))
@@ -62,6 +64,14 @@ def test_each_process_takes_a_gpu_of_its_own(calls: list[str]) -> None:
     with open_group(torch.device("cuda")) as group:
         assert (group.rank, group.size, group.device) == (1, 2, torch.device("cuda:1"))
     assert calls == ["set_device cuda:1", "init_process_group", "destroy_process_group"]
+
+
+def test_more_processes_than_gpus_are_refused(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    said = "process 2 of this machine needs a GPU of its own, torch sees 1 GPU; give --nproc-per-node 1"
+    with pytest.raises(UsageError, match=said), open_group(torch.device("cuda")):
+        pass
+    assert calls == []
 
 
 def test_others_wait_while_the_first_reads_a_large_data_set(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
