@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 
 import numpy as np
@@ -19,6 +21,8 @@ from bdtool.specs import PartSpec
 
 class TorchClassifier:
     """The masked forward pass of a model, on the model's device, behind the same `run` as an `Orchestrator`.
+
+    It computes in float32, on GPUs without TF32.
 
     Args:
         max_batch: images that run at once, which bounds the memory; more of them run in slices. None: all.
@@ -44,7 +48,7 @@ class TorchClassifier:
 
     def keep_probability(self, images: np.ndarray) -> np.ndarray:
         """Return P(keep), float32 [N, K]."""
-        with torch.inference_mode():
+        with _float32():
             rows = [self._model.keep_probability(self._inputs(images[s])) for s in self._slices(images)]
         return _finite(torch.cat(rows), what="probabilities")
 
@@ -69,7 +73,7 @@ class TorchClassifier:
 
     def _run_slice(self, images: np.ndarray, policy: np.ndarray | None) -> RunResult:
         inputs = self._inputs(images)
-        with torch.inference_mode():
+        with _float32():
             if policy is None and self._model.policy is None:
                 keep = torch.ones(len(images), self.network.n_blocks, dtype=torch.bool, device=inputs.device)
             elif policy is None:
@@ -84,6 +88,18 @@ class TorchClassifier:
     def _inputs(self, images: np.ndarray) -> torch.Tensor:
         device = next(self._model.parameters()).device
         return torch.from_numpy(self._preprocess(images)).to(device)
+
+
+@contextmanager
+def _float32() -> Iterator[None]:
+    """Compute in inference mode, and convolutions in float32: by default cuDNN rounds their operands to TF32."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def _finite(values: torch.Tensor, *, what: str) -> np.ndarray:
