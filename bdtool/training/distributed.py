@@ -38,8 +38,9 @@ class Group:
         """Return the module to call: itself, or one that averages the gradients over all processes."""
         if self.size == 1:
             return module
-        # blocks that no image of a process keeps have no gradient there
-        return DistributedDataParallel(module, find_unused_parameters=True, broadcast_buffers=True)
+        # blocks that no image of a process keeps have no gradient there; buffers are those of the first process, which
+        # is the default: what asks for it has another name since PyTorch 2.15
+        return DistributedDataParallel(module, find_unused_parameters=True)
 
     def mean(self, values: Tensor) -> Tensor:
         """Return the mean over all processes; every process has to call it."""

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch.distributed as dist
 
 from bdtool.errors import UsageError
 from bdtool.models.store import load_model
-from bdtool.training.distributed import open_group
+from bdtool.training.distributed import Group, open_group
 from export.files import exclusive_lock
 
 _GRADIENTS = '''
@@ -88,6 +89,16 @@ def test_process_that_fails_does_not_wait_for_the_others(calls: list[str]) -> No
     with pytest.raises(ValueError, match="a damaged picture"), open_group(torch.device("cuda")):
         raise ValueError("a damaged picture")
     assert calls == ["set_device cuda:1", "init_process_group"]
+
+
+def test_wrapping_a_module_asks_for_nothing_deprecated() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with warnings.catch_warnings(action="error"):
+            wrapped = Group(rank=0, size=2, device=torch.device("cpu")).wrap(torch.nn.BatchNorm2d(3))
+    finally:
+        dist.destroy_process_group()
+    assert wrapped.broadcast_buffers
 
 
 def run(*words: object, processes: int = 1) -> None:
