@@ -171,8 +171,9 @@ def _config(library: TensorRTLibrary, builder: Any, part: PartSpec, options: Ten
     _set_flag(trt, config, "STRIP_PLAN", options.strip_weights)
     _set_flag(trt, config, "REFIT", options.refit)
     if library.is_rtx:
-        # without it the runtime may allocate in an enqueue, which a CUDA graph would hold as allocation nodes
-        _set_flag(trt, config, "REQUIRE_USER_ALLOCATION", True)
+        # with it no enqueue allocates, which a CUDA graph would hold as allocation nodes; but with a dynamic batch the
+        # first enqueue of TensorRT-RTX 1.7.1 writes the batch to no address and ends the process
+        _set_flag(trt, config, "REQUIRE_USER_ALLOCATION", options.min_batch == options.max_batch)
         _set_targets(library, config, options.sms)
     elif options.hardware_compatibility != "none":
         level = _HARDWARE_COMPATIBILITY[options.hardware_compatibility]

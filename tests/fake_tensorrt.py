@@ -166,6 +166,7 @@ class Builder:
             "types": {tensor.name: tensor.dtype.name for tensor in tensors},
             "profile": config.shapes,
             "host code": "VERSION_COMPATIBLE" in config.flags_set,
+            "user allocation": "REQUIRE_USER_ALLOCATION" in config.flags_set,
             "model": base64.b64encode(network.model).decode(),
         }
         return self.notes.get("data", json.dumps(plan).encode())
@@ -287,6 +288,8 @@ class IExecutionContext:
         assert stream % 0x10 == 0x5, "a stream of the stand-in for the driver"
         notes = FakeTensorRT.notes
         assert self.nvtx_verbosity != "DETAILED", "each call would put together what a layer does"
+        dynamic = any(least != most for least, _, most in self.engine.plan["profile"].values())
+        assert not (dynamic and self.engine.plan["user allocation"]), "here TensorRT-RTX 1.7.1 ends the process"
         notes["enqueued"] = notes.get("enqueued", 0) + 1
         if notes.get("failing"):
             self.engine.runtime.log.log(ILogger.ERROR, notes["failing"])

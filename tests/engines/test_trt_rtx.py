@@ -260,6 +260,13 @@ def test_bytes_that_are_no_plan_give_no_answer():
     assert plan_from_bytes(b"header {\n  version = 5\n}\n") is None
 
 
+def test_dynamic_batch_has_a_place_on_the_host(tiny_bundle):
+    part = tiny_bundle.network.part("block_00")
+    backend = open_backend(RTX, "cpu", tensorrt=OPTIONS)
+    data = backend.build(part, tiny_bundle.part_path(part).read_bytes(), layout="NCHW").data
+    assert b"name=system_hmem_topdown_0 size=8 " in data  # without it the first run writes the batch to a null pointer
+
+
 def test_log_that_the_library_holds_on_to_outlives_its_backend():
     first, second = load_library(RTX), load_library(RTX)
     builders = [library.module.Builder(library.log) for library in (first, second)]

@@ -212,6 +212,14 @@ def test_runtime_cache_outlives_what_was_made_with_it(rtx, bundle_copy, tiny, pr
     assert gone == ["context"] * n_contexts + ["cache"]
 
 
+@pytest.mark.parametrize(("max_batch", "flags"), [(1, {"REQUIRE_USER_ALLOCATION"}), (2, set())])
+def test_rtx_may_allocate_where_the_batch_is_dynamic(rtx, bundle_copy, max_batch, flags):
+    options = TensorRTOptions(sms=(89,), max_batch=max_batch)
+    store = EngineStore(Bundle.open(bundle_copy), identify_backend("tensorrt-rtx", "cpu", tensorrt=options))
+    store.build(lambda: open_backend("tensorrt-rtx", "cpu", tensorrt=options))
+    assert FakeTensorRT.notes["config"].flags_set == flags
+
+
 def test_engines_for_several_architectures_serve_each_of_them(rtx, bundle_copy, tiny, pixels):
     options = TensorRTOptions(sms=(89, 90))
     store = EngineStore(Bundle.open(bundle_copy), identify_backend("tensorrt-rtx", "cpu", tensorrt=options))
