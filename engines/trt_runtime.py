@@ -24,6 +24,8 @@ from engines.trt_library import TensorRTLibrary
 
 # by TensorRT's names
 _TYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT8": "int8", "UINT8": "uint8"}
+# said by TensorRT-RTX 1.7.1 of INT8 convolutions with a dynamic batch
+_ONE_BATCH_ONLY = "implementation for fallback shapes"
 
 
 class TensorRTRuntime:
@@ -94,7 +96,9 @@ class TensorRTRuntime:
         with self.device.current(), self.library.quoting(what, EngineError):
             context = engine.create_execution_context(self._allocation(engine))
             if context is None:
-                raise EngineError(f"{what}: {self.library.quoted() or 'no reason given'}")
+                reason = self.library.quoted() or "no reason given"
+                advice = ". Build it again with --max-batch 1" if _ONE_BATCH_ONLY in reason else ""
+                raise EngineError(f"{what}: {reason}{advice}")
         # its own default is what the engine was built with, and details take time in each call (NvInferRuntime.h)
         context.nvtx_verbosity = self.library.module.ProfilingVerbosity.LAYER_NAMES_ONLY
         if self._cache is not None:
