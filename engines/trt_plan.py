@@ -47,9 +47,11 @@ class Plan:
 def plan_from_bytes(data: bytes) -> Plan | None:
     """Return what a plan holds, or None where its text is not found."""
     # a kernel that is fused at run time carries a small program of its own, as a fallback: those say nothing of capture
-    programs = [match for match in _PROGRAM.finditer(data) if b"stream_capturable=" in match["header"]]
-    if not programs:
+    found = [match for match in _PROGRAM.finditer(data) if b"stream_capturable=" in match["header"]]
+    if not found:
         return None
+    # a plan to refit has one more for each weight, which puts it in order: they have no memory from the caller
+    programs = [found[0], *(match for match in found[1:] if b" type=user " in match["header"])]
     headers = [match["header"] for match in programs]
     return Plan(
         kernels=tuple(kernel for match in programs for kernel in _kernels(match["main"], match["tensors"])),

@@ -267,6 +267,23 @@ def test_dynamic_batch_has_a_place_on_the_host(tiny_bundle):
     assert b"name=system_hmem_topdown_0 size=8 " in data  # without it the first run writes the batch to a null pointer
 
 
+def _program(*, kernel, region, capturable):
+    header = f"  region = {{ name=memory type={region} place=accelerator }}\n  stream_capturable={capturable}"
+    step = f'  function={{ name={kernel} output_args={{ "y" }} }}'
+    return f'header {{\n{header}\n}}\ndescriptors {{\n  tensor={{ name="y" type=float }}\n}}\n\nmain {{\n{step}\n}}\n'
+
+
+def test_programs_that_refit_weights_are_no_part_of_a_run():
+    run = _program(kernel="convolution", region="user", capturable=1)
+    plan = plan_from_bytes((run + 2 * _program(kernel="move", region="system", capturable=0)).encode())
+    assert ([kernel.name for kernel in plan.kernels], plan.capturable) == (["convolution"], True)
+
+
+def test_program_that_ends_on_the_host_is_not_capturable():
+    run = _program(kernel="convolution", region="user", capturable=1)
+    assert not plan_from_bytes((run + _program(kernel="copy", region="user", capturable=0)).encode()).capturable
+
+
 def test_log_that_the_library_holds_on_to_outlives_its_backend():
     first, second = load_library(RTX), load_library(RTX)
     builders = [library.module.Builder(library.log) for library in (first, second)]
