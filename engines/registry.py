@@ -13,7 +13,15 @@ from engines.cpu import instruction_set
 from engines.graph_modes import AUTO, OFF, GraphPlan, graphs_of_machine, plan_for
 from engines.libcuda import driver_from_libcuda
 from engines.trt_identity import tensorrt_identity
-from engines.trt_options import ONNXRUNTIME_TENSORRT, PROFILED, TENSORRT, TENSORRT_RTX, TensorRTOptions
+from engines.trt_options import (
+    ONNXRUNTIME_TENSORRT,
+    PROFILED,
+    TENSORRT,
+    TENSORRT_RTX,
+    TensorRTOptions,
+    default_max_batch,
+)
+from export.manifest import EXPORTED
 from export.packages import installed_version
 
 logger = logging.getLogger(__name__)
@@ -113,9 +121,11 @@ def _runs_elsewhere(name: str, device: str) -> str:
     return f"runs on --backend {', '.join(_CAPTURED)} with --device cuda:N; got backend {name!r} on device {device!r}"
 
 
-def batch_options(name: str, max_batch: int) -> TensorRTOptions | None:
+def batch_options(name: str, max_batch: int, *, precision: str = EXPORTED) -> TensorRTOptions | None:
     """Return build options for batches up to `max_batch`; None for a backend whose engines take any batch."""
-    return TensorRTOptions(max_batch=max_batch) if name in PROFILED else None
+    if name not in PROFILED:
+        return None
+    return TensorRTOptions(max_batch=default_max_batch(name, precision, max_batch))
 
 
 def open_backend(

@@ -92,6 +92,19 @@ class TensorRTOptions:
         return json.dumps({"recipe": _RECIPE, **values}, sort_keys=True)
 
 
+def has_one_batch(backend: str, precision: str) -> bool:
+    """Say whether engines of a precision must be built for one batch size.
+
+    TensorRT-RTX 1.7.1 builds INT8 convolutions of a dynamic batch, but then makes no execution context for them.
+    """
+    return backend == TENSORRT_RTX and precision in ("int8", "mixed")
+
+
+def default_max_batch(backend: str, precision: str, bundle_batch: int) -> int:
+    """Return the largest batch of engines for which nobody said it: the bundle's, where that can be had."""
+    return 1 if has_one_batch(backend, precision) else bundle_batch
+
+
 def largest_batch(settings: str) -> int | None:
     """Return the largest batch that engines of these settings take; None: any."""
     found: int | None = _setting(settings, "max_batch")

@@ -100,7 +100,7 @@ def build_cmd(
     opened = Bundle.open(bundle)
     if options.wanted:
         _refuse_read_only(opened.path)
-    trt = tensorrt_options_from(backend, tensorrt, default_max_batch=opened.manifest.max_batch)
+    trt = tensorrt_options_from(backend, tensorrt, precision=precision, bundle_batch=opened.manifest.max_batch)
     identity = identify_backend(backend, device, tensorrt=trt)
     store = EngineStore(opened, identity, precision=precision)
     statuses = _build_parts(store, lambda: open_backend(backend, device, tensorrt=trt), resume=resume)

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from bdtool.errors import UsageError
-from engines.trt_options import PROFILED, TensorRTOptions, backends_with, flag_of
+from engines.trt_options import (
+    PROFILED,
+    TensorRTOptions,
+    backends_with,
+    default_max_batch,
+    flag_of,
+    has_one_batch,
+)
 
 if TYPE_CHECKING:
     from engines.engine_record import EngineRecord
@@ -42,7 +49,8 @@ def tensorrt_options(command: _Command) -> _Command:
         click.option(
             "--max-batch",
             type=batch,
-            help="Largest batch (trtexec --maxShapes). Default: the bundle's. 1 builds static engines.",
+            help="Largest batch (trtexec --maxShapes). Default: the bundle's; 1 for tensorrt-rtx in INT8. 1 builds "
+            "static engines.",
         ),
         click.option(
             "--builder-optimization-level",
@@ -70,7 +78,9 @@ def tensorrt_options(command: _Command) -> _Command:
     return command
 
 
-def tensorrt_options_from(backend: str, given: dict[str, Any], *, default_max_batch: int) -> TensorRTOptions | None:
+def tensorrt_options_from(
+    backend: str, given: dict[str, Any], *, precision: str, bundle_batch: int
+) -> TensorRTOptions | None:
     """Return the options for a TensorRT backend, None for another.
 
     Raises:
@@ -82,8 +92,14 @@ def tensorrt_options_from(backend: str, given: dict[str, Any], *, default_max_ba
             name = next(iter(chosen))
             raise UsageError(f"{flag_of(name)} is for --backend {' or '.join(backends_with(name))}, not {backend}")
         return None
-    options = TensorRTOptions(**{"max_batch": default_max_batch, **chosen})
+    options = TensorRTOptions(**{"max_batch": default_max_batch(backend, precision, bundle_batch), **chosen})
     options.check_for(backend)
+    if has_one_batch(backend, precision) and options.min_batch != options.max_batch:
+        raise UsageError(
+            f"TensorRT-RTX runs INT8 convolutions of one batch size only; got {options.min_batch} to "
+            f"{options.max_batch}. Leave --max-batch out, for images one at a time, or give --min-batch, --opt-batch "
+            "and --max-batch alike"
+        )
     return options
 
 

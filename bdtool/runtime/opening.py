@@ -51,7 +51,7 @@ def open_engines(
         require_strategy(strategy, backend, device)
     identity = identify_backend(backend, device)
     graphs = plan_graphs(backend, device, cuda_graph)
-    options = batch_options(backend, bundle.manifest.max_batch)
+    options = batch_options(backend, bundle.manifest.max_batch, precision=precision)
     settings = "" if options is None else options.settings
     store = EngineStore(bundle, identity, precision=precision, settings=settings)
     library = open_backend(backend, device, threads=threads, tensorrt=options)

@@ -1,5 +1,6 @@
 """`bdtool build` for TensorRT: what it prints and refuses."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -71,3 +72,22 @@ def test_masks_are_counted_on_the_cpu_where_there_is_no_gpu(bdtool_json, bundle_
 def test_options_that_do_not_fit_are_refused_before_anything_is_written(bdtool, bundle_copy, options, status, message):
     assert message in bdtool("build", bundle_copy, *options, status=status).stderr
     assert not (bundle_copy / "engines").exists()
+
+
+def test_int8_engines_of_rtx_take_one_batch_size(calibrate, bdtool, bundle_copy):
+    """TensorRT-RTX 1.7.1 makes no execution context for INT8 convolutions of several."""
+    calibrate()
+    words = ("build", bundle_copy, "--backend", "tensorrt-rtx", "--sm", 89, "--precision", "int8")
+
+    def profile():
+        [directory] = (bundle_copy / "engines").glob("tensorrt-rtx-*-int8")
+        settings = [json.loads(json.loads(file.read_text())["settings"]) for file in directory.glob("*.engine.json")]
+        [found] = {tuple(each[name] for name in ("min_batch", "opt_batch", "max_batch")) for each in settings}
+        return found
+
+    message = bdtool(*words, "--max-batch", 8, status=2).stderr
+    assert "TensorRT-RTX runs INT8 convolutions of one batch size only; got 1 to 8. Leave --max-batch out" in message
+    bdtool(*words)
+    assert profile() == (1, 1, 1)
+    bdtool(*words, "--min-batch", 2, "--opt-batch", 2, "--max-batch", 2)
+    assert profile() == (2, 2, 2)
