@@ -63,9 +63,10 @@ def _session_error(ort: Any, provider: str) -> str | None:
         graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "probe", [x], [y])
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
         from engines.onnxrt_providers import load_libraries
+        from export.ort_threads import any_threads_options
 
         load_libraries(tensorrt=provider == "TensorrtExecutionProvider")
-        options = ort.SessionOptions()
+        options = any_threads_options()
         options.log_severity_level = _FATAL_ONLY
         ort.set_default_logger_severity(_FATAL_ONLY)  # a provider that does not load tells the process's log, too
         try:
