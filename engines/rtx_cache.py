@@ -10,9 +10,12 @@ import weakref
 from pathlib import Path
 from typing import Any
 
-from export.files import write_bytes
+from export.files import sha256_of_bytes, write_bytes
 
 logger = logging.getLogger(__name__)
+
+
+_N_DIGEST = 64  # characters of the SHA-256 that the file begins with: the library takes a damaged cache as it is
 
 
 class RuntimeCache:
@@ -54,20 +57,21 @@ class RuntimeCache:
             return
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_bytes(self.path, data)
+            write_bytes(self.path, sha256_of_bytes(data).encode() + data)
             self._written = data
         except OSError as exc:
             logger.warning("the runtime cache %s cannot be written (%s)", self.path, exc.strerror or exc)
 
     def _read(self) -> None:
         try:
-            data = self.path.read_bytes()
+            content = self.path.read_bytes()
         except OSError:  # none yet, or not readable
             return
-        if self._cache.deserialize(data):
+        digest, data = content[:_N_DIGEST], content[_N_DIGEST:]
+        if sha256_of_bytes(data).encode() == digest and self._cache.deserialize(data):
             self._written = data
         else:
-            logger.info("%s is of another GPU, driver or version; kernels are compiled again", self.path)
+            logger.info("%s is damaged, or of another GPU, driver or version; kernels are compiled again", self.path)
 
 
 def _let_go(cache: Any) -> None:

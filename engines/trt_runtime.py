@@ -8,6 +8,7 @@ one stream. A TensorRT-RTX plan alone asks for about 10 MB, so that a context ea
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -77,9 +78,10 @@ class TensorRTRuntime:
         with self.device.current(), self.library.quoting(loading, EngineError):
             engine = self._runtime.deserialize_cuda_engine(data)
             if engine is None:
+                reason = self.library.quoted() or "no reason given"
                 raise EngineError(
-                    f"part {part.name!r}: {name} {self.library.module.__version__} cannot load its engine: "
-                    f"{self.library.quoted() or 'no reason given'}. Build it again on this machine"
+                    f"part {part.name!r}: {name} {self.library.module.__version__} cannot load its engine: {reason}. "
+                    f"{_remedy(reason)}"
                 )
         return engine
 
@@ -245,6 +247,15 @@ class _Context:
         library = self._runtime.library
         reason = library.quoted()
         return EngineError(f"part {self._part.name!r}: {library.name} {what}" + (f": {reason}" if reason else ""))
+
+
+def _remedy(reason: str) -> str:
+    """Return what to do about an engine that was not loaded: it may be whole."""
+    if re.search(r"[Ee]rror:? 35\b", reason):  # cudaErrorInsufficientDriver, also where there is no driver
+        return "The driver is too old for this library, or there is none: `bdtool doctor` says what fits"
+    if re.search(r"out ?of ?memory", reason, re.IGNORECASE):
+        return "Free memory on the GPU: nvidia-smi lists who has it"
+    return "Build it again on this machine"
 
 
 def _check_tensors(part: PartSpec, engine: Any) -> None:

@@ -2,7 +2,9 @@
 
 import gc
 import json
+import re
 import weakref
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,13 +17,22 @@ from engines.cuda_device import CudaDevice, open_device
 from engines.graph_nodes import GraphNodes
 from engines.libcuda import Driver, Gpu
 from engines.registry import identify_backend, open_backend
+from engines.rtx_cache import RuntimeCache
 from engines.store import EngineStore
 from engines.trt_library import load_library
 from engines.trt_options import TensorRTOptions
 from engines.trt_runtime import TensorRTRuntime
 from export.bundle import Bundle
 from tests.fake_driver import FakeDriver
-from tests.fake_tensorrt import FakeTensorRT, ICudaEngine, IExecutionContext, ILogger, install_gpu
+from tests.fake_tensorrt import (
+    FakeTensorRT,
+    ICudaEngine,
+    IExecutionContext,
+    ILogger,
+    IRuntimeCache,
+    Runtime,
+    install_gpu,
+)
 
 TENSORRT = {"backend": "tensorrt", "device": "cuda:0"}
 RTX = {"backend": "tensorrt-rtx", "device": "cuda:0"}
@@ -157,6 +168,21 @@ def test_engine_file_that_cannot_be_read_back_is_quoted(driver, tiny_bundle):
         backend.load(tiny_bundle.network.part("stem"), b"no plan", layout="NCHW")
 
 
+@pytest.mark.parametrize(
+    ("reason", "remedy"),
+    [
+        ("CUDA initialization failure with error: 35", "The driver is too old for this library, or there is none"),
+        ("Error Code 2: OutOfMemory (Requested size was 64 bytes.)", "Free memory on the GPU: nvidia-smi lists"),
+        ("Serialization assertion failed, error 351", "Build it again on this machine"),
+    ],
+)
+def test_engine_that_is_whole_is_not_to_be_built_again(driver, tiny_bundle, monkeypatch, reason, remedy):
+    backend = open_backend("tensorrt", "cuda:0")
+    monkeypatch.setattr(Runtime, "deserialize_cuda_engine", lambda self, data: self.log.log(ILogger.ERROR, reason))
+    with pytest.raises(EngineError, match=rf"cannot load its engine: {re.escape(reason)}\. {remedy}"):
+        backend.load(tiny_bundle.network.part("stem"), b"no plan", layout="NCHW")
+
+
 def test_engine_of_another_part_is_refused(driver, tiny_bundle):
     backend = open_backend("tensorrt", "cuda:0")
     head, stem = tiny_bundle.network.part("head"), tiny_bundle.network.part("stem")
@@ -200,10 +226,30 @@ def test_rtx_compiles_at_once_and_keeps_what_it_compiled(rtx, bundle_copy, tiny,
     gc.collect()
     [file] = (tmp_path / "cache" / "bdtool" / "runtime").iterdir()
     assert file.name == "NVIDIA-H200-cuda13.0-tensorrt-rtx1.7.1.cache"
-    first = int(file.read_bytes().split()[1])
+    first = int(file.read_bytes().split()[-1])
     with Orchestrator.open(bundle_copy, **RTX) as runtime:
         runtime.run(images, policy="101")
         assert FakeTensorRT.notes["runtime_config"].cache.kernels > first  # it began with what was kept
+
+
+def test_damaged_runtime_cache_is_not_taken(rtx, tmp_path):
+    """The library would take it as it is, and then make no execution context."""
+    config = SimpleNamespace(create_runtime_cache=IRuntimeCache)
+    config.set_runtime_cache = lambda cache: setattr(config, "cache", cache) or True
+    path = tmp_path / "kernels.cache"
+
+    def taken_up():
+        cache = RuntimeCache(path)
+        cache.apply(config)
+        return cache, config.cache.kernels
+
+    with CudaDevice(rtx, 0).current():
+        cache, _ = taken_up()
+        config.cache.kernels = 5
+        cache.save()
+        assert taken_up()[1] == 5
+        path.write_bytes(path.read_bytes()[:-1] + b"7")
+        assert taken_up()[1] == 0
 
 
 def test_runtime_cache_outlives_what_was_made_with_it(rtx, bundle_copy, tiny, preprocessed):
@@ -255,7 +301,9 @@ def test_real_library_cannot_load_an_engine_without_a_driver(tiny_bundle):
     backend = open_backend("tensorrt-rtx", "cpu", tensorrt=TensorRTOptions(sms=(89,)))
     data = backend.build(part, tiny_bundle.part_path(part).read_bytes(), layout="NCHW").data
     runtime = TensorRTRuntime(load_library("tensorrt-rtx"), CudaDevice(FakeDriver(), 0))
-    with pytest.raises(EngineError, match=r"part 'stem': tensorrt-rtx 1\..* cannot load its engine: .*cudaError 35"):
+    with pytest.raises(
+        EngineError, match=r"part 'stem': tensorrt-rtx 1\..* cannot load its engine: .*cudaError 35.*doctor"
+    ):
         runtime.load(part, data, layout="NCHW")
 
 
