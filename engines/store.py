@@ -28,7 +28,7 @@ from engines.base import (
 )
 from engines.engine_record import EngineRecord
 from engines.engine_set import EngineSet
-from engines.trt_options import has_host_code, largest_batch
+from engines.trt_options import has_host_code, is_of_recipe, largest_batch
 from export.bundle import Bundle, UnfitPartError
 from export.files import (
     advice_on,
@@ -347,6 +347,7 @@ class EngineStore:
         except (OSError, ValueError, TypeError):
             return None
         fits = all(getattr(record, name) == value for name, value in self._key(part).items())
+        fits = fits and is_of_recipe(record.settings)
         own_file = record.file == self._engine_name(part) and (self.directory / record.file).is_file()
         return record if fits and own_file else None
 

@@ -111,6 +111,11 @@ def largest_batch(settings: str) -> int | None:
     return found
 
 
+def is_of_recipe(settings: str) -> bool:
+    """Say whether engines of these settings were built as this version builds them: what others built may not run."""
+    return _setting(settings, "recipe") in (None, _RECIPE)
+
+
 def has_host_code(settings: str) -> bool:
     """Say whether engines of these settings bring TensorRT's lean runtime along."""
     return _setting(settings, "version_compatible") is True

@@ -416,6 +416,17 @@ def _build(bundle, **options):
     return store
 
 
+@pytest.mark.parametrize("recipe", [1, 99])
+def test_engines_that_another_version_built_otherwise_are_built_again(driver, bundle_copy, recipe):
+    store = _build(bundle_copy, max_batch=4)
+    for path in store.directory.glob("*.engine.json"):
+        record = json.loads(path.read_text())
+        settings = {**json.loads(record["settings"]), "recipe": recipe}
+        path.write_text(json.dumps({**record, "settings": json.dumps(settings)}))
+    with Orchestrator.open(bundle_copy, **TENSORRT) as runtime:
+        assert runtime.max_batch == Bundle.open(bundle_copy).manifest.max_batch != 4
+
+
 def test_version_compatible_engines_are_loaded_where_they_were_asked_for(driver, bundle_copy, pixels, tiny):
     _build(bundle_copy, version_compatible=True)
     with Orchestrator.open(bundle_copy, backend="tensorrt", device="cuda:0") as runtime:
