@@ -6,7 +6,7 @@ from engines.libcuda import Driver
 from export.packages import install_command
 
 _FOR_CUDA_12 = {"cuda": "cuda12", "tensorrt": "tensorrt-cu12", "rtx": "rtx-cu12"}
-CUDA_13 = (13, 0)
+_CUDA_13 = (13, 0)
 
 
 def install_for(extra: str, driver: Driver) -> str:
@@ -16,4 +16,4 @@ def install_for(extra: str, driver: Driver) -> str:
 
 def is_of_cuda_12(driver: Driver) -> bool:
     """Say whether there is a GPU, and a driver older than CUDA 13."""
-    return driver.usable and driver.cuda_version < CUDA_13
+    return driver.usable and driver.cuda_version < _CUDA_13
