@@ -59,9 +59,13 @@ class TorchClassifier:
 
     def run_part(self, part: PartSpec, values: np.ndarray) -> np.ndarray:
         """Return what the module of a part, of one input and one output, makes of float32 values [n, ...]."""
-        with torch.inference_mode():
-            result: np.ndarray = self._modules[part.name](torch.from_numpy(values)).numpy()
+        with _float32():
+            result: np.ndarray = self._modules[part.name](torch.from_numpy(values).to(self._device)).cpu().numpy()
         return result
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self._model.parameters()).device
 
     @cached_property
     def _modules(self) -> dict[str, nn.Module]:
@@ -86,8 +90,7 @@ class TorchClassifier:
         return RunResult(logits=_finite(logits, what="logits"), policy=keep.cpu().numpy())
 
     def _inputs(self, images: np.ndarray) -> torch.Tensor:
-        device = next(self._model.parameters()).device
-        return torch.from_numpy(self._preprocess(images)).to(device)
+        return torch.from_numpy(self._preprocess(images)).to(self._device)
 
 
 @contextmanager

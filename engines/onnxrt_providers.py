@@ -41,7 +41,7 @@ MAX_CACHE_BYTES = 4 * 2**30  # of all bundles, GPUs and versions; a ResNet-101's
 _BATCHES, _LEVEL = "bdtool.batches", "bdtool.optimization_level"  # keys of an engine file's metadata
 _PRECISION_FLAGS = {"fp16": "trt_fp16_enable", "bf16": "trt_bf16_enable", "int8": "trt_int8_enable"}
 _ON = "True"  # in Python the provider's flags are "True" and "False"; "1", as in C++, is refused
-_FATAL_ONLY, _ERRORS_ONLY, _ORT_DEFAULT = 4, 3, 2  # ONNX Runtime's log severities; its own default shows warnings
+FATAL_ONLY, _ERRORS_ONLY, _ORT_DEFAULT = 4, 3, 2  # ONNX Runtime's log severities; its own default shows warnings
 
 
 class Provider(Protocol):
@@ -203,14 +203,14 @@ def require_provider(device: str, provider: Provider) -> None:
     load_libraries(tensorrt=provider.name == TENSORRT)
     part, model = probe_part()
     options = any_threads_options()
-    options.log_severity_level = _FATAL_ONLY  # the reason goes into our error
+    options.log_severity_level = FATAL_ONLY  # the reason goes into our error
     options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     engine = provider.engine_from_onnx(model)
     advice = f"it may lack libraries: {cuda_install(driver)}"
     if provider.name == TENSORRT:
         advice += f"; it needs TensorRT 10: {TENSORRT_INSTALL}"
     try:
-        session = open_session(engine, options, provider.listed(part, engine), severity=_FATAL_ONLY)
+        session = open_session(engine, options, provider.listed(part, engine), severity=FATAL_ONLY)
     except Exception as exc:
         raise BackendError(
             f"device {device!r}: the {title} provider cannot start ({str(exc).strip().splitlines()[0]}); "

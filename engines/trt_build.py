@@ -172,7 +172,7 @@ def _config(library: TensorRTLibrary, builder: Any, part: PartSpec, options: Ten
     _set_flag(trt, config, "REFIT", options.refit)
     if library.is_rtx:
         # with it no enqueue allocates, which a CUDA graph would hold as allocation nodes; but with a dynamic batch the
-        # first enqueue of TensorRT-RTX 1.7.1 writes the batch to no address and ends the process
+        # first enqueue of TensorRT-RTX 1.7.1 wrote the batch to no address and ended the process (on a stand-in driver)
         _set_flag(trt, config, "REQUIRE_USER_ALLOCATION", options.min_batch == options.max_batch)
         _set_targets(library, config, options.sms)
     elif options.hardware_compatibility != "none":

@@ -95,7 +95,8 @@ class TensorRTOptions:
 def has_one_batch(backend: str, precision: str) -> bool:
     """Say whether engines of a precision must be built for one batch size.
 
-    TensorRT-RTX 1.7.1 builds INT8 convolutions of a dynamic batch, but then makes no execution context for them.
+    TensorRT-RTX 1.7.1 builds INT8 convolutions of a dynamic batch, but then makes no execution context for them; seen
+    with a stand-in for the driver, not on a GPU.
     """
     return backend == TENSORRT_RTX and precision in ("int8", "mixed")
 

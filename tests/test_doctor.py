@@ -203,16 +203,11 @@ def test_cuda_provider_without_a_driver_is_missing_and_silent(capfd: pytest.Capt
 @pytest.mark.parametrize(
     ("title", "remedy"), [("CUDA", "onnxruntime-gpu[cuda,cudnn]"), ("TensorRT", "tensorrt>=10.13,<11")]
 )
-def test_gpu_provider_that_falls_back_is_a_problem(importable: Any, title: str, remedy: str) -> None:
-    importable(
-        "onnxruntime",
-        "class SessionOptions: pass\n"
-        "class InferenceSession:\n"
-        "    def __init__(self, model, options, providers, enable_fallback): pass\n"
-        "    def get_providers(self): return ['CPUExecutionProvider']\n"
-        "def set_default_logger_severity(severity): pass\n"
-        "def get_available_providers(): return ['TensorrtExecutionProvider', 'CUDAExecutionProvider']\n",
-    )
+def test_gpu_provider_that_falls_back_is_a_problem(monkeypatch: pytest.MonkeyPatch, title: str, remedy: str) -> None:
+    session = SimpleNamespace(get_providers=lambda: ["CPUExecutionProvider"])
+    monkeypatch.setattr(ort, "InferenceSession", lambda *arguments, **options: session)
+    providers = ["TensorrtExecutionProvider", "CUDAExecutionProvider"]
+    monkeypatch.setattr(ort, "get_available_providers", lambda: providers)
     finding = onnxruntime.gpu_provider(title, ONE_GPU)
     assert finding.status == "problem"
     assert "fell back to CPUExecutionProvider" in finding.detail

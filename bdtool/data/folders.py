@@ -165,7 +165,7 @@ def _classes_by_id(folders: Sequence[str], *, labels: Sequence[str], root: Path)
     """Take folders that are no labels but the numbers of all classes, or ids of ImageNet's, of which some will do."""
     ids, classes = "class numbers", _all_numbers(folders, n_classes=len(labels))
     if classes is None and len(labels) == imagenet.N_CLASSES:
-        ids, classes = "WordNet ids", imagenet.class_of_id(folders)
+        ids, classes = "WordNet ids", imagenet.classes_of_ids(folders)
     if classes is None:
         raise _OtherClasses(
             f"{root}: no class folder ({_some(folders)}) has the name of a label of the model ({_some(labels)})",

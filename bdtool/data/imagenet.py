@@ -9,7 +9,7 @@ from importlib import resources
 N_CLASSES = 1000
 
 
-def class_of_id(names: Collection[str]) -> dict[str, int] | None:
+def classes_of_ids(names: Collection[str]) -> dict[str, int] | None:
     """Return the numbers of classes by their ids; None where a name is no id of an ImageNet class."""
     numbers = _numbers()
     return {name: numbers[name] for name in names} if numbers.keys() >= set(names) else None

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from bdtool.doctor.finding import Finding, first_line
 from bdtool.doctor.gpu import driver_detail, driver_remedy
 from bdtool.doctor.packages import imported
@@ -11,7 +9,6 @@ from engines.libcuda import Driver
 from export.packages import installed_version
 
 _ORT_GPU = 'pip install "onnxruntime-gpu>=1.25"'
-_FATAL_ONLY, _ORT_DEFAULT = 4, 2  # ONNX Runtime's log severities
 _ORT_CLEAN = f"pip uninstall -y onnxruntime onnxruntime-gpu && {_ORT_GPU}"
 
 
@@ -47,14 +44,14 @@ def gpu_provider(title: str, driver: Driver) -> Finding:
         return Finding(name, "missing", f"{driver_detail(driver)}; the CPU provider works", driver_remedy(driver))
     from engines.onnxrt_providers import CUDA, cuda_install
 
-    error = _session_error(ort, provider)
+    error = _session_error(provider)
     if error is not None:
         remedy += f" (`{cuda_install(driver)}`)" if provider == CUDA else ""
         return Finding(name, "problem", f"{error}; the CPU provider works", remedy)
     return Finding(name, "ok", "a session runs on the GPU")
 
 
-def _session_error(ort: Any, provider: str) -> str | None:
+def _session_error(provider: str) -> str | None:
     """Create a one-node session on the GPU; return why it could not be, or None."""
     try:
         from onnx import TensorProto, helper
@@ -62,18 +59,13 @@ def _session_error(ort: Any, provider: str) -> str | None:
         x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in "xy")
         graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "probe", [x], [y])
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-        from engines.onnxrt_providers import load_libraries
+        from engines.onnxrt_providers import FATAL_ONLY, load_libraries, open_session
         from export.ort_threads import any_threads_options
 
         load_libraries(tensorrt=provider == "TensorrtExecutionProvider")
         options = any_threads_options()
-        options.log_severity_level = _FATAL_ONLY
-        ort.set_default_logger_severity(_FATAL_ONLY)  # a provider that does not load tells the process's log, too
-        try:
-            # a second try with other providers would print why, and lose it
-            session = ort.InferenceSession(model.SerializeToString(), options, providers=[provider], enable_fallback=0)
-        finally:
-            ort.set_default_logger_severity(_ORT_DEFAULT)
+        options.log_severity_level = FATAL_ONLY  # what it says is the finding
+        session = open_session(model.SerializeToString(), options, [provider], severity=FATAL_ONLY)
     except Exception as exc:  # whatever stops the session is the finding
         return first_line(exc)
     used = session.get_providers()

@@ -73,7 +73,7 @@ def base_spec(
 
 
 def _are_ids(folders: tuple[str, ...], labels: tuple[str, ...]) -> bool:
-    return len(labels) == imagenet.N_CLASSES and imagenet.class_of_id(folders) is not None
+    return len(labels) == imagenet.N_CLASSES and imagenet.classes_of_ids(folders) is not None
 
 
 def _labels(

@@ -331,9 +331,8 @@ def _output_rungs(subject: _Subject, oracle: Oracle, images: np.ndarray) -> list
         answers.append(_Answer("chain", name, keep, result))
     few = images[:_N_PROBES]
     given = {name: keep[:_N_PROBES] for name, keep in policies.items()}
-    if (
-        LEARNED in given
-    ):  # what the policy engine says; where it is not the oracle's, the rung before this one has failed
+    # what the policy engine says; where it is not what the oracle says, the rung before this one has failed
+    if LEARNED in given:
         given[LEARNED] = chain.decide(few)
     for strategy in other_strategies(place):
         found = answers_of(subject.bundle, strategy, place, few, given)
