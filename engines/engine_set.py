@@ -12,7 +12,7 @@ from export.fused_spec import fused_spec
 class EngineSet(Mapping[str, Engine]):
     """Loaded engines by part name, which can be joined into larger ones.
 
-    `max_batch` is the largest batch that all of them take; None: any.
+    `min_batch` is the smallest batch that all of them take, `max_batch` the largest; None: any.
     """
 
     def __init__(
@@ -21,8 +21,10 @@ class EngineSet(Mapping[str, Engine]):
         *,
         backend: Backend,
         files: Mapping[str, bytes],
+        min_batch: int = 1,
         max_batch: int | None = None,
     ) -> None:
+        self.min_batch = min_batch
         self.max_batch = max_batch
         self._engines = engines
         self._backend = backend
@@ -50,8 +52,14 @@ class EngineSet(Mapping[str, Engine]):
         files = {**self._files, **others._files}
         engines = {**self._engines, **others._engines}
         limits = [most for most in (self.max_batch, others.max_batch) if most is not None]
-        return EngineSet(engines, backend=self._backend, files=files, max_batch=min(limits, default=None))
+        least, most = max(self.min_batch, others.min_batch), min(limits, default=None)
+        return EngineSet(engines, backend=self._backend, files=files, min_batch=least, max_batch=most)
 
     def fuse(self, network: NetworkSpec) -> Engine:
         """Return one engine of the whole network, policy included, with an `If` for each block."""
         return self._backend.load(fused_spec(network), self._backend.fuse(network, self._files), layout=PLAIN_LAYOUT)
+
+
+def smallest_batch_of(engines: Mapping[str, Engine]) -> int:
+    """Return the smallest batch that all of these engines take."""
+    return engines.min_batch if isinstance(engines, EngineSet) else 1

@@ -28,7 +28,7 @@ from engines.base import (
 )
 from engines.engine_record import EngineRecord
 from engines.engine_set import EngineSet
-from engines.trt_options import has_host_code, is_of_recipe, largest_batch
+from engines.trt_options import has_host_code, is_of_recipe, largest_batch, smallest_batch
 from export.bundle import Bundle, UnfitPartError
 from export.files import (
     advice_on,
@@ -244,7 +244,9 @@ class EngineStore:
             if joinable:
                 files[name] = data
         limits = [most for record in records.values() if (most := largest_batch(record.settings)) is not None]
-        return EngineSet(engines, backend=backend, files=files, max_batch=min(limits, default=None))
+        least = max((smallest_batch(record.settings) for record in records.values()), default=1)
+        most = min(limits, default=None)
+        return EngineSet(engines, backend=backend, files=files, min_batch=least, max_batch=most)
 
     def _read(self, record: EngineRecord) -> bytes:
         """Return the engine whose digest the record has: what is run is what was compared when it was built."""

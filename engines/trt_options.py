@@ -112,6 +112,12 @@ def largest_batch(settings: str) -> int | None:
     return found
 
 
+def smallest_batch(settings: str) -> int:
+    """Return the smallest batch that engines of these settings take."""
+    found: int | None = _setting(settings, "min_batch")
+    return 1 if found is None else found
+
+
 def is_of_recipe(settings: str) -> bool:
     """Say whether engines of these settings were built as this version builds them: what others built may not run."""
     return _setting(settings, "recipe") in (None, _RECIPE)

@@ -15,7 +15,11 @@ import numpy as np
 
 from engines.cuda_device import CudaDevice
 from engines.libcuda import Driver, Gpu
+from engines.registry import identify_backend, open_backend
+from engines.store import EngineStore
 from engines.trt_library import library_from_module
+from engines.trt_options import TensorRTOptions
+from export.bundle import Bundle
 from export.check import OnnxReference
 from tests.fake_driver import FakeDriver
 
@@ -360,3 +364,12 @@ def install_gpu(monkeypatch, cache_dir, *, rtx=False, sm=90, driver=None):
     monkeypatch.setattr("engines.trt.load_library", lambda backend: library_from_module(backend, module))
     monkeypatch.setattr("engines.trt.open_device", lambda device: CudaDevice(driver, int(device[-1])))
     return driver
+
+
+def build_engines(bundle, **options):
+    """Build a bundle's engines for `install_gpu`'s GPU by `TensorRTOptions`, and return where they are."""
+    asked = TensorRTOptions(**options)
+    store = EngineStore(Bundle.open(bundle), identify_backend("tensorrt", "cuda:0", tensorrt=asked))
+    statuses = store.build(lambda: open_backend("tensorrt", "cuda:0", tensorrt=asked))
+    assert {status.status for status in statuses} == {"built"}
+    return store

@@ -55,6 +55,11 @@ class Opened:
         """The largest batch that everything here takes at once."""
         return min(runtime.max_batch for runtime in self.runtimes.values())
 
+    @property
+    def min_batch(self) -> int:
+        """The smallest batch that everything here takes as it is."""
+        return max(runtime.min_batch for runtime in self.runtimes.values())
+
     def graph_choices(self) -> dict[str, GraphChoice]:
         """Return how each strategy that has CUDA graphs uses them."""
         choices = {name: runtime.graph_choice for name, runtime in self.runtimes.items()}

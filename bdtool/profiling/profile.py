@@ -57,8 +57,8 @@ def profile(
 
     Raises:
         PolicyError: the policy does not fit the network.
-        UsageError: an unknown strategy or backend, a baseline for images of another size, or a batch above what bundle
-            or engines were made for.
+        UsageError: an unknown strategy or backend, a baseline for images of another size, or a batch that bundle or
+            engines were not made for.
         BackendError: the engines cannot be built, or backend, device or threads are not to be had.
     """
     require_batch(settings.batch, [bundle] if baseline is None else [bundle, baseline])
@@ -72,7 +72,7 @@ def profile(
     names = strategy_names(strategies, network, place)
     with ExitStack() as stack:
         opened = open_all(bundle, names, workload, place, stack, baseline=baseline)
-        batches = _batches(settings.batch, sweep, opened.max_batch)
+        batches = _batches(settings.batch, sweep, opened)
         steps = _Steps(2 + len(batches), on_progress)
         before = describe_gpu(place.device)
         samples = measure(opened.runtimes, workload, settings, on_round=steps.share)
@@ -108,7 +108,7 @@ def profile(
             *device_warnings(on_device),
             *_baseline_warnings(graphs),
             *clock_warnings(gpu),
-            *_sweep_warnings(sweep, opened.max_batch),
+            *_sweep_warnings(sweep, opened),
         ],
         environment=_environment(place, n_threads, gpu, before=before),
         splits=splits,
@@ -212,20 +212,27 @@ def _baseline_warnings(graphs: dict[str, GraphChoice]) -> list[str]:
     ]
 
 
-def _batches(batch: int, sweep: Sequence[int], max_batch: int) -> list[int]:
-    """Return the batches of the sweep that run at once; refuse a `batch` that would not."""
-    if batch > max_batch:
+def _batches(batch: int, sweep: Sequence[int], opened: Opened) -> list[int]:
+    """Return the batches of the sweep that run at once as they are; refuse a `batch` that would not."""
+    least, most = opened.min_batch, opened.max_batch
+    if batch > most:
         raise UsageError(
-            f"--batch {batch}: the engines were built for at most {max_batch} images, so that a request would run in "
-            f"slices. Give --batch {max_batch} or less, or build again with --max-batch {batch}"
+            f"--batch {batch}: the engines were built for at most {most} images, so that a request would run in "
+            f"slices. Give --batch {most} or less, or build again with --max-batch {batch}"
         )
-    return [batch for batch in sweep if batch <= max_batch]
+    if batch < least:
+        raise UsageError(
+            f"--batch {batch}: the engines were built for {least} images at least, so that a request would be filled "
+            f"up. Give --batch {least}, or build again with --min-batch {batch}"
+        )
+    return [batch for batch in sweep if least <= batch <= most]
 
 
-def _sweep_warnings(sweep: Sequence[int], max_batch: int) -> list[str]:
-    left_out = [str(batch) for batch in sweep if batch > max_batch]
-    if not left_out:
-        return []
-    return [
-        f"batch {', '.join(left_out)} left out of the sweep: bundle or engines were made with --max-batch {max_batch}"
-    ]
+def _sweep_warnings(sweep: Sequence[int], opened: Opened) -> list[str]:
+    above = [str(batch) for batch in sweep if batch > opened.max_batch]
+    below = [str(batch) for batch in sweep if batch < opened.min_batch]
+    reasons = (
+        (above, f"bundle or engines were made with --max-batch {opened.max_batch}"),
+        (below, f"engines were built with --min-batch {opened.min_batch}"),
+    )
+    return [f"batch {', '.join(out)} left out of the sweep: {reason}" for out, reason in reasons if out]

@@ -12,12 +12,16 @@ from engines.base import Backend, Buffer, Call, Engine
 
 @dataclass(frozen=True, kw_only=True)
 class Binder:
-    """Allocates buffers for `n_images` images, and binds the engines of parts to them."""
+    """Allocates buffers for `n_images` images, and binds the engines of parts to them.
+
+    `min_batch` is the smallest batch that all of the engines take.
+    """
 
     backend: Backend
     engines: Mapping[str, Engine]
     n_images: int
     wrap: WrapCall
+    min_batch: int = 1
 
     def allocate(self, tensor: TensorSpec) -> Buffer:
         return self.backend.allocate(tensor.shape_for(self.n_images), tensor.dtype)

@@ -16,6 +16,7 @@ from bdtool.runtime.strategies import MAX_LANES, Outcome, Strategy, WrapCall, fi
 from bdtool.specs import NetworkSpec, PartSpec, TensorSpec
 from engines.base import Backend, Buffer, Call, Engine
 from engines.device_array import Images
+from engines.engine_set import smallest_batch_of
 
 
 class ChainStrategy(Strategy):
@@ -30,7 +31,8 @@ class ChainStrategy(Strategy):
         wrap: WrapCall = lambda part, call: call,
     ) -> None:
         self._network = network
-        self._binder_for = partial(Binder, backend=backend, engines=engines, wrap=wrap)
+        least = smallest_batch_of(engines)
+        self._binder_for = partial(Binder, backend=backend, engines=engines, wrap=wrap, min_batch=least)
         self._lanes: OrderedDict[int, Lane] = OrderedDict()
         self._shares: Shares = {}  # outlive lanes: to measure takes longer than a batch
 

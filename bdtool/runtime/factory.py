@@ -8,16 +8,19 @@ from bdtool.errors import BdtoolError, UsageError
 from bdtool.runtime.chain import ChainStrategy
 from bdtool.runtime.full import FullStrategy
 from bdtool.runtime.one_call import fused_strategy
+from bdtool.runtime.padding import PaddedStrategy
 from bdtool.runtime.path_cache import PathOptions
 from bdtool.runtime.paths import PathStrategy
 from bdtool.runtime.strategies import Strategy, WrapCall
 from bdtool.specs import NetworkSpec, PartSpec
 from engines.base import Backend, Engine
+from engines.engine_set import smallest_batch_of
 from engines.graph_modes import GraphPlan
 from engines.registry import fuses, joins, plan_graphs, require_graphs
 
 STRATEGIES = ("chain", "path", "fused", "graph", "full")
 DEFAULT_STRATEGY = "chain"
+ONE_BY_ONE = ("path", "graph")  # also of a batch they run single images
 
 
 def parts_for(strategy: str, network: NetworkSpec) -> list[PartSpec]:
@@ -79,7 +82,30 @@ def make_strategy(
     Args:
         wrap: goes around each engine call, for profiling.
         graphs: the CUDA graphs that `graph` and `full` may use.
+
+    Raises:
+        UsageError: the strategy runs images one at a time, and the engines take no such batch.
     """
+    least = smallest_batch_of(engines)
+    if least > 1 and strategy in ONE_BY_ONE:
+        raise UsageError(
+            f"strategy {strategy!r} runs single images, the engines take {least} at least. Use --strategy chain, or "
+            "build them with --min-batch 1"
+        )
+    made = _made(strategy, network, backend, engines, wrap=wrap, paths=paths, graphs=graphs)
+    return made if least == 1 else PaddedStrategy(made, least)
+
+
+def _made(
+    strategy: str,
+    network: NetworkSpec,
+    backend: Backend,
+    engines: Mapping[str, Engine],
+    *,
+    wrap: WrapCall,
+    paths: PathOptions | None,
+    graphs: GraphPlan | None,
+) -> Strategy:
     if strategy == "path":
         return PathStrategy(network, backend, engines, wrap=wrap, options=paths)
     if strategy == "fused":

@@ -19,6 +19,7 @@ from bdtool.runtime.factory import DEFAULT_STRATEGY, make_strategy
 from bdtool.runtime.intake import Intake
 from bdtool.runtime.loading import Loaded
 from bdtool.runtime.opening import open_engines
+from bdtool.runtime.padding import padded
 from bdtool.runtime.path_cache import PathOptions, PathStats
 from bdtool.runtime.paths import PathStrategy
 from bdtool.runtime.policies import keep_matrix_from
@@ -31,6 +32,7 @@ from bdtool.specs import NetworkSpec, PartSpec
 from engines.base import DEFAULT_BACKEND, DEFAULT_DEVICE, Backend, ContextBackend, Engine
 from engines.device_array import DeviceArray, DeviceArrayBackend, Images
 from engines.device_timer import DeviceTimer, timer_of
+from engines.engine_set import smallest_batch_of
 from engines.graph_modes import AUTO as AUTO_GRAPH
 from engines.graph_modes import GraphChoice, GraphPlan, chosen
 from export.bundle import Bundle
@@ -53,6 +55,7 @@ class Orchestrator:
         network: the bundle's parts, their images and activations in the types that the engines have.
         threads: CPU threads of one engine call.
         max_batch: images that run at once, by the bundle and its engines; more of them run in slices.
+        min_batch: images that the engines take at least; fewer of them take as long.
     """
 
     def __init__(
@@ -76,6 +79,7 @@ class Orchestrator:
         self._turns = Turns(needs_own_process=has_threads or timer_of(backend) is not None)
         self._engines = engines
         self.max_batch = max_batch
+        self.min_batch = smallest_batch_of(engines)
         self._graphs, self._paths = graphs, paths
         self._wrap = wrap
         self._current = backend.current if isinstance(backend, ContextBackend) else nullcontext
@@ -268,9 +272,9 @@ class Orchestrator:
 
     def _probability(self, part: PartSpec, images: np.ndarray) -> np.ndarray:
         """Return P(keep) of at most `max_batch` images, as the policy network's engine gives it."""
-        taken = self.prepare(images)
+        taken = padded(self.prepare(images), self.min_batch)
         engines = self._preprocessed().engines if self._intake.needs_preprocessed_parts(taken) else self._engines
-        return engines[part.name].run({part.inputs[0].name: taken})[part.outputs[0].name]
+        return engines[part.name].run({part.inputs[0].name: taken})[part.outputs[0].name][: len(images)]
 
     def decide(self, images: Any) -> np.ndarray:
         """Return what the policy network keeps, bool [N, K], without running anything else; see `keep_probability`."""

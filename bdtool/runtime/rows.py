@@ -14,6 +14,7 @@ import numpy as np
 
 from bdtool.runtime.binding import Binder
 from bdtool.runtime.controllers import Controller
+from bdtool.runtime.padding import padded
 from bdtool.specs import PartSpec, TensorSpec
 from engines.base import Buffer, Call
 from engines.device_timer import fastest_ms
@@ -80,15 +81,16 @@ class RowRunner:
         if step.shortcut_part is not None:
             self._run_rows(step.shortcut_part, before, after, self._others(kept))
         if results:
-            emitted = {name: self._spread(buffer.read(), kept) for name, buffer in results.items()}
+            emitted = {name: self._spread(buffer.read()[: len(kept)], kept) for name, buffer in results.items()}
             controller.observe(step.part.index or 0, emitted)
         return side if in_place else side ^ 1
 
     def _takes_everyone(self, step: Step, side: int, n_kept: int) -> bool:
-        if self._binder.backend.plans_by_batch:
+        n_run = max(n_kept, self._binder.min_batch)
+        if self._binder.backend.plans_by_batch or n_run >= self._n_images:
             return True
         # everyone cannot be cheaper for half of the images or fewer, however quick the block: nothing to measure then
-        return 2 * n_kept > self._n_images and n_kept >= self._everyone_from(step, side)
+        return 2 * n_run > self._n_images and n_run >= self._everyone_from(step, side)
 
     def _run_everyone(self, step: Step, side: int, kept: np.ndarray, controller: Controller) -> int:
         """Run a block on all images; those that drop it get what they had, or what the shortcut makes of it."""
@@ -132,7 +134,11 @@ class RowRunner:
         return math.ceil(n_images * self._shares[key])
 
     def _run_rows(self, part: PartSpec, before: Buffer, after: Buffer, rows: np.ndarray) -> Mapping[str, Buffer]:
-        """Run a part on some rows of `before`, results into the same rows of `after`; return what it emitted."""
+        """Run a part on some rows of `before`, results into the same rows of `after`; return what it emitted.
+
+        Where its engine takes no batch as small, the last row runs several times, as do the rows that are emitted.
+        """
+        rows = padded(rows, self._binder.min_batch)
         bound = self._row_calls.get((part.name, len(rows)))
         if bound is None:
             bound = self._bind_rows(part, len(rows))

@@ -334,7 +334,7 @@ def _output_rungs(subject: _Subject, oracle: Oracle, images: np.ndarray) -> list
     # what the policy engine says; where it is not what the oracle says, the rung before this one has failed
     if LEARNED in given:
         given[LEARNED] = chain.decide(few)
-    for strategy in other_strategies(place):
+    for strategy in other_strategies(place, chain):
         found = answers_of(subject.bundle, strategy, place, few, given)
         answers += [_Answer(strategy, name, given[name], result) for name, result in found.items()]
     return _compare_answers(answers, oracle, images)
@@ -374,7 +374,8 @@ def _compare_answers(answers: list[_Answer], oracle: Oracle, images: np.ndarray)
 def _lower_errors(subject: _Subject, images: np.ndarray, keep: np.ndarray, expected: np.ndarray) -> dict[str, float]:
     """Return the error of the logits that each strategy but `chain` and `full` gives, as a share of them."""
     bundle, place = subject.bundle, subject.place
-    answers = {name: answers_of(bundle, name, place, images, {"given": keep}) for name in other_strategies(place)}
+    names = other_strategies(place, subject.chain)
+    answers = {name: answers_of(bundle, name, place, images, {"given": keep}) for name in names}
     return {name: logits_error(expected, answer["given"].logits) for name, answer in answers.items()}
 
 

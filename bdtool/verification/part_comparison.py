@@ -8,6 +8,7 @@ import numpy as np
 
 from bdtool.errors import EngineError
 from bdtool.runtime.orchestrator import Orchestrator
+from bdtool.runtime.padding import padded
 from bdtool.specs import PIXELS
 from calibration.part_errors import CandidatePart
 from engines.base import ENGINE_BOUNDS
@@ -34,9 +35,11 @@ def compare_part(
     against_oracle = candidate.compare(expected, candidate.floats(onnx), slack=1 + is_int8_network)
     bound = ENGINE_BOUNDS["int8 network" if is_int8_network else candidate.precision]
     engine = runtime.engine(part)
-    taken = {t.name: images if t.dtype == PIXELS else feeds[t.name] for t in engine.inputs}
+    given = {t.name: images if t.dtype == PIXELS else feeds[t.name] for t in engine.inputs}
+    n_images = len(given[engine.inputs[0].name])  # of a block those that keep it
+    taken = {name: padded(values, runtime.min_batch) for name, values in given.items()}
     try:
-        outputs = run_plain(engine, part, taken)
+        outputs = {name: values[:n_images] for name, values in run_plain(engine, part, taken).items()}
     except EngineError:  # the engine of another part, for instance, refuses the shapes
         return against_oracle, Comparison(error=math.inf, tolerance=bound.tolerance)
     return against_oracle, compare_outputs(onnx, outputs, tolerance=bound.tolerance, share=bound.share)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from bdtool.runtime.factory import strategies_for
+from bdtool.runtime.factory import ONE_BY_ONE, strategies_for
 from bdtool.runtime.orchestrator import Orchestrator
 from bdtool.runtime.path_cache import PathOptions
 from bdtool.runtime.place import Place
@@ -17,9 +17,10 @@ LEARNED = "learned"
 _OTHERS = ("path", "fused", "graph")
 
 
-def other_strategies(place: Place) -> tuple[str, ...]:
-    """Return the strategies beside `chain` and `full` that the backend has there."""
-    return tuple(name for name in strategies_for(place.backend, place.device) if name in _OTHERS)
+def other_strategies(place: Place, chain: Orchestrator) -> tuple[str, ...]:
+    """Return the strategies beside `chain` and `full` that the backend has there, for engines as those of `chain`."""
+    others = [name for name in strategies_for(place.backend, place.device) if name in _OTHERS]
+    return tuple(name for name in others if chain.min_batch == 1 or name not in ONE_BY_ONE)
 
 
 def answers_of(

@@ -66,16 +66,17 @@ def test_profile_times_parts_on_the_device(monkeypatch, tmp_path, bdtool, bdtool
     assert "us to enqueue" in text
 
 
+@pytest.mark.parametrize("batches", [("--max-batch", 2), ("--min-batch", 8, "--opt-batch", 8, "--max-batch", 8)])
 @pytest.mark.parametrize(("precision", "calibrated"), [("fp32", False), ("fp16", False), ("fp16", True)])
-def test_verify_holds_on_engines_of_small_batches(
-    monkeypatch, tmp_path, bdtool, bdtool_json, bundle_copy, npz, precision, calibrated
+def test_verify_holds_on_engines_of_any_batch(
+    monkeypatch, tmp_path, bdtool, bdtool_json, bundle_copy, npz, precision, calibrated, batches
 ):
-    """Of fewer images than single parts are compared on, and than PyTorch runs at a time."""
+    """Of fewer images than single parts are compared on, and than PyTorch runs at a time; or of more."""
     if calibrated:
         bdtool("calibrate", bundle_copy, "--data", npz, "--precision", "fp16", "--max-accuracy-drop", 100)
     install_gpu(monkeypatch, tmp_path / "cache")
     words = (*TENSORRT, "--precision", precision)
-    bdtool("build", bundle_copy, *words, "--max-batch", 2)
+    bdtool("build", bundle_copy, *words, *batches)
     verified = bdtool_json("verify", bundle_copy, "--data", npz, *words)
     assert verified["n_images"] == 20
     assert [name for name, rung in verified["rungs"].items() if not rung["ok"]] == []
@@ -88,6 +89,20 @@ def test_profile_refuses_a_batch_above_the_engines(monkeypatch, tmp_path, bdtool
     message = bdtool("profile", bundle_copy, *quick, "--batch", 5, status=2).stderr
     assert "--batch 5: the engines were built for at most 4 images" in message
     assert "Give --batch 4 or less, or build again with --max-batch 5" in message
+
+
+def test_profile_refuses_a_batch_below_the_engines(monkeypatch, tmp_path, bdtool, bdtool_json, bundle_copy, npz):
+    install_gpu(monkeypatch, tmp_path / "cache")
+    bdtool("build", bundle_copy, *TENSORRT, "--min-batch", 8, "--opt-batch", 8, "--max-batch", 16)
+    quick = ("--data", npz, "--policy", "101", "--duration", "0.01", "--warmup", "0", *TENSORRT)
+    message = bdtool("profile", bundle_copy, *quick, status=2).stderr
+    assert "--batch 1: the engines were built for 8 images at least" in message
+    assert "Give --batch 8, or build again with --min-batch 1" in message
+    profile = bdtool_json("profile", bundle_copy, *quick, "--batch", 8, "--sweep")
+    assert list(profile["sweep"]) == ["8"]
+    left_out = [warning for warning in profile["warnings"] if "left out" in warning]
+    assert len(left_out) == 2
+    assert left_out[1] == "batch 1 left out of the sweep: engines were built with --min-batch 8"
 
 
 @pytest.mark.parametrize("batches", [(1, 1, 1), (4, 4, 8)])

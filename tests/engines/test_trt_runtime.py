@@ -24,6 +24,7 @@ from tests.fake_tensorrt import (
     ICudaEngine,
     ILogger,
     Runtime,
+    build_engines,
     install_gpu,
 )
 
@@ -146,12 +147,40 @@ def test_copy_that_fails_is_an_error(chain, driver):
         runtime.run(image, policy="101")
 
 
-def test_batch_below_the_profile_is_refused(driver, bundle_copy, tiny, pixels):
-    _build(bundle_copy, min_batch=2, opt_batch=2, max_batch=4)
+def test_engine_by_itself_refuses_a_batch_below_its_profile(driver, bundle_copy, tiny, pixels):
+    build_engines(bundle_copy, min_batch=2, opt_batch=2, max_batch=4)
     with Orchestrator.open(bundle_copy, **TENSORRT) as runtime:
-        assert runtime.run(pixels(tiny.model, 2), policy="111").logits.shape == (2, 10)
+        stem = runtime.engine(runtime.network.require("stem"))
         with pytest.raises(EngineError, match=r"input 'image': got batch 1, its engine takes 2 to 4\. Build it again"):
-            runtime.run(pixels(tiny.model, 1), policy="111")
+            stem.run({"image": pixels(tiny.model, 1)})
+
+
+@pytest.mark.parametrize("form", ["pixels", "preprocessed"])
+@pytest.mark.parametrize(("least", "most"), [(4, 4), (3, 8)])
+def test_fewer_images_than_engines_take_are_filled_up(
+    driver, bundle_copy, tiny, request, torch_logits, form, least, most
+):
+    """Static engines, and a profile that begins above one image; blocks that one image of the batch keeps, too."""
+    build_engines(bundle_copy, min_batch=least, opt_batch=least, max_batch=most)
+    images = request.getfixturevalue(form)(tiny.model, len(KEEP))
+    ready = preprocess(images, tiny.model.spec.preprocessing)
+    expected = torch_logits(tiny.model, ready, KEEP)
+    with Orchestrator.open(bundle_copy, **TENSORRT) as runtime:
+        assert runtime.min_batch == least
+        for n in range(1, len(KEEP) + 1):
+            ran = runtime.run(images[:n], policy=KEEP[:n])
+            np.testing.assert_allclose(ran.logits, expected[:n], atol=1e-4)
+            np.testing.assert_array_equal(ran.policy, KEEP[:n])
+            np.testing.assert_array_equal(runtime.run(images[:n]).policy, runtime.decide(images)[:n])
+    with Orchestrator.open(bundle_copy, strategy="full", **TENSORRT) as runtime:
+        full = runtime.run(images[:1])
+    np.testing.assert_allclose(full.logits, torch_logits(tiny.model, ready[:1]), atol=1e-4)
+
+
+def test_graphs_are_of_single_images(driver, bundle_copy):
+    build_engines(bundle_copy, min_batch=4, opt_batch=4, max_batch=4)
+    with pytest.raises(UsageError, match=r"'graph' runs single images, the engines take 4 at least\. Use --str"):
+        Orchestrator.open(bundle_copy, strategy="graph", **TENSORRT)
 
 
 def test_engine_file_that_cannot_be_read_back_is_quoted(driver, tiny_bundle):
@@ -302,17 +331,9 @@ def test_record_says_whether_an_engine_can_be_loaded(driver, bundle_copy):
         assert json.loads((store.directory / "head.engine.json").read_bytes())["loadable"] is loadable
 
 
-def _build(bundle, **options):
-    asked = TensorRTOptions(**options)
-    store = EngineStore(Bundle.open(bundle), identify_backend("tensorrt", "cuda:0", tensorrt=asked))
-    statuses = store.build(lambda: open_backend("tensorrt", "cuda:0", tensorrt=asked))
-    assert {status.status for status in statuses} == {"built"}
-    return store
-
-
 @pytest.mark.parametrize("recipe", [1, 99])
 def test_engines_that_another_version_built_otherwise_are_built_again(driver, bundle_copy, recipe):
-    store = _build(bundle_copy, max_batch=4)
+    store = build_engines(bundle_copy, max_batch=4)
     for path in store.directory.glob("*.engine.json"):
         record = json.loads(path.read_text())
         settings = {**json.loads(record["settings"]), "recipe": recipe}
@@ -322,13 +343,13 @@ def test_engines_that_another_version_built_otherwise_are_built_again(driver, bu
 
 
 def test_version_compatible_engines_are_loaded_where_they_were_asked_for(driver, bundle_copy, pixels, tiny):
-    _build(bundle_copy, version_compatible=True)
+    build_engines(bundle_copy, version_compatible=True)
     with Orchestrator.open(bundle_copy, backend="tensorrt", device="cuda:0") as runtime:
         assert runtime.run(pixels(tiny.model, 1)).logits.shape == (1, 10)
 
 
 def test_host_code_of_other_engines_is_refused(driver, bundle_copy):
-    store = _build(bundle_copy, version_compatible=True)
+    store = build_engines(bundle_copy, version_compatible=True)
     for path in store.directory.glob("*.engine.json"):
         record = json.loads(path.read_bytes())
         path.write_text(json.dumps({**record, "settings": TensorRTOptions().settings}))
@@ -345,7 +366,7 @@ def test_host_code_of_other_engines_is_refused(driver, bundle_copy):
     ],
 )
 def test_engines_serve_another_gpu_if_they_were_built_for_it(monkeypatch, driver, bundle_copy, level, other, serves):
-    built = _build(bundle_copy, hardware_compatibility=level)
+    built = build_engines(bundle_copy, hardware_compatibility=level)
     found = Driver((13, 0), (Gpu(other, (9, 0)),))
     monkeypatch.setattr("engines.registry.driver_from_libcuda", lambda: found)
     store = EngineStore(Bundle.open(bundle_copy), identify_backend("tensorrt", "cuda:0"))
@@ -354,14 +375,14 @@ def test_engines_serve_another_gpu_if_they_were_built_for_it(monkeypatch, driver
 
 
 def test_engines_for_ampere_and_later_do_not_serve_turing(monkeypatch, driver, bundle_copy):
-    _build(bundle_copy, hardware_compatibility="ampere-plus")
+    build_engines(bundle_copy, hardware_compatibility="ampere-plus")
     monkeypatch.setattr("engines.registry.driver_from_libcuda", lambda: Driver((13, 0), (Gpu("NVIDIA T4", (7, 5)),)))
     store = EngineStore(Bundle.open(bundle_copy), identify_backend("tensorrt", "cuda:0"))
     assert store.find_complete(store.network.parts) is None
 
 
 def test_batches_beyond_what_engines_take_run_in_slices(driver, bundle_copy, tiny, pixels, torch_logits):
-    _build(bundle_copy, max_batch=2)
+    build_engines(bundle_copy, max_batch=2)
     images = pixels(tiny.model, len(KEEP))
     with Orchestrator.open(bundle_copy, **TENSORRT) as runtime:
         logits = runtime.run(images, policy=KEEP).logits

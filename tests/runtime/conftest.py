@@ -69,11 +69,11 @@ class Fake(NamedTuple):
 def fake() -> Callable[..., Fake]:
     """Return a function that opens the network on a fake backend of its own."""
 
-    def opened(*, emits=(), has_policy=True, strategy="chain", max_batch=4, paths=None) -> Fake:
+    def opened(*, emits=(), has_policy=True, strategy="chain", min_batch=1, max_batch=4, paths=None) -> Fake:
         backend, network = FakeBackend(), _network(tuple(emits), has_policy)
         files = {part.name: b"{}" for part in network.parts}
         engines = {part.name: backend.load(part, files[part.name], layout="NCHW") for part in network.parts}
-        joinable = EngineSet(engines, backend=backend, files=files)
+        joinable = EngineSet(engines, backend=backend, files=files, min_batch=min_batch)
         runtime = Orchestrator(network, backend, joinable, strategy=strategy, max_batch=max_batch, paths=paths)
         return Fake(backend, network, runtime)
 

@@ -15,7 +15,7 @@ from engines.cuda_buffer import DeviceBuffer
 from engines.cuda_device import CudaDevice
 from engines.device_array import LEGACY_STREAM, device_array
 from engines.torchrt import TorchBackend
-from tests.fake_tensorrt import install_gpu
+from tests.fake_tensorrt import build_engines, install_gpu
 
 KEEP = np.array([[1, 0, 1], [0, 1, 0], [1, 1, 1]], dtype=bool)
 STREAM = 0x77
@@ -50,6 +50,14 @@ def driver(monkeypatch, tmp_path):
 
 def _open(bundle, strategy="chain"):
     return Orchestrator.open(bundle, backend="tensorrt", device="cuda:0", strategy=strategy)
+
+
+def test_fewer_than_the_engines_take_are_refused(driver, bundle_copy, tiny, pixels):
+    build_engines(bundle_copy, min_batch=4, opt_batch=4, max_batch=4)
+    with _open(bundle_copy) as runtime:
+        assert len(runtime.run(GpuArray(driver, pixels(tiny.model, 4)), policy="111").logits) == 4
+        with pytest.raises(DataError, match=r"images: 3 on the GPU remain for one call, the engines take 4 at"):
+            runtime.run(GpuArray(driver, pixels(tiny.model, 3)), policy="111")
 
 
 @pytest.mark.parametrize("form", ["pixels", "preprocessed"])

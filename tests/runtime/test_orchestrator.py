@@ -72,10 +72,10 @@ def shared_fake(fake):
     return fake(max_batch=5)
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["rows apart", "one batch size"])
+@pytest.fixture(scope="module", params=["rows apart", "one batch size", "three at least"])
 def shared_halting(fake, request):
-    opened = fake(emits=["halt"])
-    opened.backend.plans_by_batch = request.param
+    opened = fake(emits=["halt"], min_batch=3 if request.param == "three at least" else 1)
+    opened.backend.plans_by_batch = request.param == "one batch size"
     return opened
 
 
