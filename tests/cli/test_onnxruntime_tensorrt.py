@@ -29,7 +29,7 @@ def test_build_asks_for_the_profile_and_half_precision(ort, bdtool_json, bundle_
 def test_verify_compares_the_half_parts_that_it_makes(ort, bdtool_json, bundle_copy, npz):
     verified = bdtool_json("verify", bundle_copy, "--data", npz, *PLACE, "--precision", "fp16")
     assert verified["ok"] is True
-    assert 1e-5 < verified["rungs"]["onnx"]["worst"] <= verified["rungs"]["onnx"]["bound"] == 0.01
+    assert verified["rungs"]["logits"]["worst"] > 1e-5  # further from PyTorch than FP32 parts are
 
 
 def test_evaluate_gives_the_accuracy_of_the_cpu(ort, bdtool_json, bundle_copy, npz):

@@ -291,9 +291,9 @@ def test_half_engines_that_the_backend_makes_pass_every_rung(tiny: Any) -> None:
     result = _verify(tiny.bundle, TORCH_HALF)
     assert result.ok
     assert [rung.name for rung in result.rungs] == [*RUNGS, "accuracy"]
-    onnx, engines = _rung(result, "onnx"), _rung(result, "engines")
-    assert (onnx.bound, engines.bound) == (0.01, 0.01)
-    assert onnx.worst > 1e-5  # further from PyTorch than FP32 parts may be
+    bounds = {_rung(result, name).bound for name in ("onnx", "engines")}
+    assert bounds <= {1e-5, 1e-4, 0.01}  # the processor says which part is nearest to its bound
+    assert _rung(result, "logits").worst > 1e-5  # further from PyTorch than FP32 parts may be
     assert (_rung(result, "policy").worst, _rung(result, "policy").bound) == (0, 0)
     assert _rung(result, "logits").detail.startswith("policy learned; ")
     assert "strategies chain, path" in _rung(result, "logits").detail
