@@ -42,8 +42,9 @@ class NewDirectory(click.Path):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         path = Path(value)
-        if not str(value):
-            self.fail("'' is no name of a directory; give one", param, ctx)
+        if str(value) in ("", "-"):
+            hint = ": only --json writes to stdout; give one" if str(value) else "; give one"
+            self.fail(f"{str(value)!r} is no name of a directory{hint}", param, ctx)
         if path.exists() and not path.is_dir():
             self.fail(f"{str(value)!r} is a file, expected a directory to make; choose another name", param, ctx)
         if problem := _problem_of_link(path):

@@ -171,6 +171,9 @@ def test_dash_is_stdout_for_json_alone(bdtool, tiny, npz, tmp_path, monkeypatch)
     for words in (("fuse", tiny.bundle), ("report", tiny.bundle, "--data", npz)):
         message = bdtool(*words, "-o", "-", status=2).stderr
         assert "'-' is no name of a file: only --json writes to stdout; give one" in message
+    for words in (("export", tiny.path), ("pack", tiny.bundle)):
+        message = bdtool(*words, "-o", "-", status=2).stderr
+        assert "'-' is no name of a directory: only --json writes to stdout; give one" in message
 
 
 def test_directory_that_cannot_be_written_to_is_refused_at_the_door(bdtool, tiny, tmp_path, monkeypatch):
