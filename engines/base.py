@@ -7,7 +7,7 @@ TensorRT's channels last). Images, keep probabilities and logits are always plai
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -229,3 +229,8 @@ class ContextBackend(Protocol):
 
     def current(self) -> AbstractContextManager[None]:
         """Return a `with` for calls, one after the other; behind it the user's context is current again."""
+
+
+def context_of(backend: Backend) -> Callable[[], AbstractContextManager[None]]:
+    """Return what gives the `with` that a backend's calls need; of most it does nothing."""
+    return backend.current if isinstance(backend, ContextBackend) else nullcontext

@@ -13,7 +13,7 @@ from bdtool.runtime.path_cache import PathOptions
 from bdtool.runtime.paths import PathStrategy
 from bdtool.runtime.strategies import Strategy, WrapCall
 from bdtool.specs import NetworkSpec, PartSpec
-from engines.base import Backend, Engine
+from engines.base import Backend, Engine, context_of
 from engines.engine_set import smallest_batch_of
 from engines.graph_modes import GraphPlan
 from engines.registry import fuses, joins, plan_graphs, require_graphs
@@ -92,7 +92,8 @@ def make_strategy(
             f"strategy {strategy!r} runs single images, the engines take {least} at least. Use --strategy chain, or "
             "build them with --min-batch 1"
         )
-    made = _made(strategy, network, backend, engines, wrap=wrap, paths=paths, graphs=graphs)
+    with context_of(backend)():
+        made = _made(strategy, network, backend, engines, wrap=wrap, paths=paths, graphs=graphs)
     return made if least == 1 else PaddedStrategy(made, least)
 
 

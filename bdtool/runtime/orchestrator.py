@@ -16,12 +16,12 @@ import numpy as np
 from bdtool.errors import DataError, EngineError, PolicyError
 from bdtool.runtime.controllers import Controller, MaskController, all_finite, finite_probabilities
 from bdtool.runtime.factory import DEFAULT_STRATEGY, make_strategy
+from bdtool.runtime.image_forms import ImageForms
 from bdtool.runtime.intake import Intake
 from bdtool.runtime.loading import Loaded
 from bdtool.runtime.opening import open_engines
 from bdtool.runtime.padding import padded
 from bdtool.runtime.path_cache import PathOptions, PathStats
-from bdtool.runtime.paths import PathStrategy
 from bdtool.runtime.policies import keep_matrix_from
 from bdtool.runtime.requests import PolicyLike, PolicyReader
 from bdtool.runtime.result import RunResult, joined
@@ -29,7 +29,7 @@ from bdtool.runtime.strategies import Strategy, WrapCall
 from bdtool.runtime.thresholds import bundle_at
 from bdtool.runtime.turns import Turns
 from bdtool.specs import NetworkSpec, PartSpec
-from engines.base import DEFAULT_BACKEND, DEFAULT_DEVICE, Backend, ContextBackend, Engine
+from engines.base import DEFAULT_BACKEND, DEFAULT_DEVICE, Backend, Engine, context_of
 from engines.device_array import DeviceArray, DeviceArrayBackend, Images
 from engines.device_timer import DeviceTimer, timer_of
 from engines.engine_set import smallest_batch_of
@@ -77,16 +77,17 @@ class Orchestrator:
         self._library: Backend | None = backend  # None once it is closed
         has_threads = backend.threads > 1 or strategy == "path"  # which joins engines in the background
         self._turns = Turns(needs_own_process=has_threads or timer_of(backend) is not None)
-        self._engines = engines
         self.max_batch = max_batch
         self.min_batch = smallest_batch_of(engines)
         self._graphs, self._paths = graphs, paths
-        self._wrap = wrap
-        self._current = backend.current if isinstance(backend, ContextBackend) else nullcontext
-        self._strategy: Strategy | None = self._make_strategy(Loaded(network, engines))
-        self._load_preprocessed = preprocessed
-        self._preprocessed_strategy: Strategy | None = None
-        self._ran_preprocessed = False
+        self._current = context_of(backend)
+
+        def make(loaded: Loaded) -> Strategy:  # refers to no orchestrator: one that nobody closed is freed at once
+            found = loaded.network, backend, loaded.engines
+            return make_strategy(strategy, *found, wrap=wrap, paths=paths, graphs=graphs)
+
+        # None once it is closed
+        self._forms: ImageForms | None = ImageForms(Loaded(network, engines), make, preprocessed)
         self._intake = Intake(network)
         self._policies = PolicyReader(network, runs_all=strategy == "full")
 
@@ -219,7 +220,8 @@ class Orchestrator:
                     "a controller ran images on the runtime that was asking it; open another one for that"
                 )
             taken = images if isinstance(images, DeviceArray) else self.prepare(images)
-            strategy = self._strategy_for(taken)
+            forms = self._require_open()  # another thread may have closed it
+            strategy = forms.strategy_for(preprocessed=self._intake.needs_preprocessed_parts(taken))
             turns.is_running = True
             try:
                 logits, hits = strategy.run(taken, controller)
@@ -261,19 +263,19 @@ class Orchestrator:
             raise PolicyError("the bundle has no policy network; give a POLICY")
         self._require_open()  # before anything of the backend, which may have stayed behind in another process
         with self._turns.lock, self._current():
-            self._require_open()
-            if part.name not in self._engines:
+            forms = self._require_open()
+            if part.name not in forms.loaded.engines:
                 name = self.strategy_name
                 raise PolicyError(f"strategy {name!r} loads no policy network; open the bundle with 'chain'")
             taken = self._intake.checked(images)
             starts = range(0, len(taken), self.max_batch)
-            pieces = [self._probability(part, taken[start : start + self.max_batch]) for start in starts]
+            pieces = [self._probability(forms, part, taken[start : start + self.max_batch]) for start in starts]
         return finite_probabilities(np.concatenate(pieces))
 
-    def _probability(self, part: PartSpec, images: np.ndarray) -> np.ndarray:
+    def _probability(self, forms: ImageForms, part: PartSpec, images: np.ndarray) -> np.ndarray:
         """Return P(keep) of at most `max_batch` images, as the policy network's engine gives it."""
         taken = padded(self.prepare(images), self.min_batch)
-        engines = self._preprocessed().engines if self._intake.needs_preprocessed_parts(taken) else self._engines
+        engines = forms.engines_for(preprocessed=self._intake.needs_preprocessed_parts(taken))
         return engines[part.name].run({part.inputs[0].name: taken})[part.outputs[0].name][: len(images)]
 
     def decide(self, images: Any) -> np.ndarray:
@@ -284,11 +286,7 @@ class Orchestrator:
     @property
     def path_stats(self) -> PathStats | None:
         """What the path cache has done; None for other strategies. Preprocessed images may have one of their own."""
-        if not isinstance(self._strategy, PathStrategy):
-            return None
-        stats = self._strategy.cache.stats
-        other = self._preprocessed_strategy
-        return stats + other.cache.stats if isinstance(other, PathStrategy) else stats
+        return None if self._forms is None else self._forms.path_stats
 
     @property
     def graph_choice(self) -> GraphChoice | None:
@@ -296,8 +294,7 @@ class Orchestrator:
 
         After a `run`, what it used: engines that take preprocessed images have graphs of their own.
         """
-        strategy = self._require_open()
-        return (self._preprocessed_strategy or strategy).graph if self._ran_preprocessed else strategy.graph
+        return self._require_open().graph
 
     @property
     def device_timer(self) -> DeviceTimer | None:
@@ -306,28 +303,27 @@ class Orchestrator:
 
     def engine(self, part: PartSpec) -> Engine:
         """Return the loaded engine of a part (for verification and profiling)."""
-        self._require_open()
-        return self._engines[part.name]
+        return self._require_open().loaded.engines[part.name]
 
     def timed(self, wrap: WrapCall, *, paths: PathOptions | None = None) -> Orchestrator:
         """Return an orchestrator on the same engines whose every engine call goes through `wrap` (for profiling).
 
         Its path cache is its own, of `paths`; None: of the same. Close it when done.
         """
-        self._require_open()
+        forms = self._require_open()
         choice = self.graph_choice if self.strategy_name == "graph" else None  # modes are not compared again
         if choice is not None and paths is not None and paths is not self._paths:
             choice = replace(choice, speculation=None)  # which is of the masks that were frequent
         return Orchestrator(
             self.network,
             self._backend,
-            self._engines,
+            forms.loaded.engines,
             strategy=self.strategy_name,
             max_batch=self.max_batch,
             paths=paths or self._paths,
             graphs=self._graphs if choice is None else chosen(self._graphs, choice),
             wrap=wrap,
-            preprocessed=self._load_preprocessed,
+            preprocessed=forms.load_preprocessed,
         )
 
     def close(self) -> None:
@@ -335,12 +331,9 @@ class Orchestrator:
         if self._turns.are_inherited:
             return  # they are the parent's
         with self._turns.lock:
-            for strategy in (self._strategy, self._preprocessed_strategy):
-                if strategy is not None:
-                    strategy.close()
-            self._strategy = self._preprocessed_strategy = self._load_preprocessed = None
-            self._library, self._current = None, nullcontext
-            self._engines = {}
+            if self._forms is not None:
+                self._forms.close()
+            self._forms, self._library, self._current = None, None, nullcontext
 
     def __enter__(self) -> Orchestrator:
         self._require_open()
@@ -366,23 +359,11 @@ class Orchestrator:
 
     def _at_once(self, images: Images) -> int:
         """Return how many of these images one call of the strategy takes."""
-        limit = self._require_open().max_device_images
+        limit = self._require_open().strategy.max_device_images
         return self.max_batch if limit is None or isinstance(images, np.ndarray) else min(limit, self.max_batch)
 
     def _controller(self, keep: np.ndarray | None, run_policy: bool) -> Controller:
         return MaskController(keep, threshold=self.network.threshold, run_policy=run_policy)
-
-    def _make_strategy(self, loaded: Loaded) -> Strategy:
-        with self._current():
-            return make_strategy(
-                self.strategy_name,
-                loaded.network,
-                self._backend,
-                loaded.engines,
-                wrap=self._wrap,
-                paths=self._paths,
-                graphs=self._graphs,
-            )
 
     @property
     def _backend(self) -> Backend:
@@ -390,26 +371,8 @@ class Orchestrator:
             raise ValueError(_CLOSED)
         return self._library
 
-    def _require_open(self) -> Strategy:
-        if self._strategy is None:
+    def _require_open(self) -> ImageForms:
+        if self._forms is None:
             raise ValueError(_CLOSED)
         self._turns.require_own_process()
-        return self._strategy
-
-    def _strategy_for(self, taken: Images) -> Strategy:
-        """Return what runs on such images."""
-        strategy = self._require_open()
-        self._ran_preprocessed = self._intake.needs_preprocessed_parts(taken)
-        if not self._ran_preprocessed:
-            return strategy
-        if self._preprocessed_strategy is None:
-            self._preprocessed_strategy = self._make_strategy(self._preprocessed())
-        return self._preprocessed_strategy
-
-    def _preprocessed(self) -> Loaded:
-        if self._load_preprocessed is None:
-            raise DataError(
-                "images: got preprocessed float32, these engines take pixels. Pass uint8 [N, H, W, 3], or open the "
-                "bundle with Orchestrator.open, which builds engines for both"
-            )
-        return self._load_preprocessed()
+        return self._forms

@@ -179,7 +179,7 @@ def test_part_is_named_where_the_driver_says_something_like_it(opened, monkeypat
     capture = capturer.capture
 
     def refused_stem(self, engine, inputs, outputs, *, beside):
-        if engine is runtime._engines["stem"]:
+        if engine is runtime._forms.loaded.engines["stem"]:
             raise EngineError("cuStreamEndCapture: system not yet initialized")
         return capture(self, engine, inputs, outputs, beside=beside)
 
@@ -187,7 +187,7 @@ def test_part_is_named_where_the_driver_says_something_like_it(opened, monkeypat
     with pytest.raises(
         EngineError, match=r"part 'stem': cannot be captured: cu.*: system not yet .* Use --strategy chain"
     ):
-        NetworkGraphs(runtime.network, runtime._backend, runtime._engines)
+        NetworkGraphs(runtime.network, runtime._backend, runtime._forms.loaded.engines)
 
 
 def test_engines_that_no_graph_can_capture_are_refused(fake):
@@ -201,7 +201,7 @@ def test_block_that_writes_for_a_controller_is_refused(opened):
     writing = replace(first, writes=(*first.writes, "score"), outputs=(*first.outputs, score))
     parts = tuple(writing if part is first else part for part in runtime.network.parts)
     with pytest.raises(UsageError, match="decides before block 0; block_00 has outputs for a controller"):
-        NetworkGraphs(replace(runtime.network, parts=parts), runtime._backend, runtime._engines)
+        NetworkGraphs(replace(runtime.network, parts=parts), runtime._backend, runtime._forms.loaded.engines)
 
 
 # --- where it runs ----------------------------------------------------------------------------------------------------

@@ -237,7 +237,7 @@ with Orchestrator.open(sys.argv[1], strategy="path", threads=1, paths=options) a
         mask = [int(bit) for bit in format(number * 4 + 3, f"0{n_blocks}b")]
         for _ in range(5):
             runtime.run(image, policy=mask)
-        runtime._strategy.cache.settle()
+        runtime._forms.strategy.cache.settle()
         assert runtime.run(image, policy=mask).hits.all()
         assert runtime.path_stats.n_bytes <= options.max_bytes
     print(runtime.path_stats.joined, runtime.path_stats.n_paths, resident_bytes() - before)

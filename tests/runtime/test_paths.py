@@ -58,7 +58,7 @@ def test_path_is_bit_equal_to_the_chain_on_the_fake_backend(shared_path, fake_or
         result = shared_path.runtime.run(images_of(values), policy=keep)
         assert result.logits[:, 0].tolist() == [fake_oracle(v, row) for v, row in zip(values, keep, strict=True)]
         np.testing.assert_array_equal(result.policy, keep)
-        shared_path.runtime._strategy.cache.settle()
+        shared_path.runtime._forms.strategy.cache.settle()
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +189,9 @@ def test_wrap_sees_path_calls_of_single_images_and_of_mixed_batches(fake, images
         return lambda: (seen.append(part.name), call())
 
     options = PathOptions(ahead=[_bits("110101"), _bits("000001")], background=False)
-    strategy = make_strategy("path", opened.network, opened.backend, opened.runtime._engines, wrap=wrap, paths=options)
+    strategy = make_strategy(
+        "path", opened.network, opened.backend, opened.runtime._forms.loaded.engines, wrap=wrap, paths=options
+    )
     for keep in (_bits("110101")[None], np.stack([_bits("110101"), _bits("000001"), _bits("110011")])):
         strategy.run(images_of(range(len(keep))), MaskController(keep, threshold=0.5))
     assert seen == [name for name, _ in opened.backend.calls]
@@ -217,7 +219,7 @@ def test_failed_join_warns_once_and_its_images_run_through_the_chain(
     monkeypatch.setattr(opened.backend, "join", join)
     for _ in range(12):
         result = opened.runtime.run(images_of([5]), policy="110101")
-        opened.runtime._strategy.cache.settle()
+        opened.runtime._forms.strategy.cache.settle()
         assert result.logits[0, 0] == fake_oracle(5, _bits("110101"))
         assert not result.hits.any()
     assert len(tried) == 1
@@ -228,7 +230,7 @@ def test_failed_join_warns_once_and_its_images_run_through_the_chain(
 
 def test_failed_joins_do_not_keep_others_from_being_joined(path, images_of, monkeypatch):
     opened = path()
-    join, cache = opened.backend.join, opened.runtime._strategy.cache
+    join, cache = opened.backend.join, opened.runtime._forms.strategy.cache
     with monkeypatch.context() as patch:
         patch.setattr(opened.backend, "join", lambda name, pieces: [][0])
         for number in range(1, 21):
@@ -285,5 +287,5 @@ def test_path_engines_stay_bound_only_to_buffers_that_the_chain_keeps(path, imag
     runtime = path(ahead=[_bits("110101")], max_batch=32).runtime
     for n in range(1, 4 * MAX_LANES):
         runtime.run(images_of(range(n)), policy="110101")
-    (held,) = runtime._strategy.cache._paths.values()
+    (held,) = runtime._forms.strategy.cache._paths.values()
     assert len(held.calls) <= MAX_LANES
