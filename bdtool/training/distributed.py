@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as dist_functional
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -100,6 +100,27 @@ def synchronize_batch_norms(module: nn.Module) -> None:
             synchronize_batch_norms(child)
 
 
+class _SumOverProcesses(torch.autograd.Function):
+    """The sum of a tensor over all processes, each of which has a loss that depends on it: gradients add up as well.
+
+    `torch.distributed.nn.functional` has the same, deprecated since PyTorch 2.15; what it names instead is private.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        return _sum(values)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return _sum(*gradients)
+
+
+def _sum(values: Tensor) -> Tensor:
+    total = values.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total)
+    return total
+
+
 class _SharedBatchNorm(nn.BatchNorm2d):
     """Batch normalisation over all processes, which hold equally many images."""
 
@@ -117,7 +138,7 @@ class _SharedBatchNorm(nn.BatchNorm2d):
         # the statistics in float32, also under autocast
         wide = x.float()
         local = torch.stack([wide.mean(dim=(0, 2, 3)), (wide * wide).mean(dim=(0, 2, 3))])
-        mean, mean_square = dist_functional.all_reduce(local) / dist.get_world_size()  # type: ignore[no-untyped-call]
+        mean, mean_square = _SumOverProcesses.apply(local) / dist.get_world_size()
         variance = (mean_square - mean * mean).clamp(min=0)
         self._track(mean.detach(), variance.detach(), n_values=dist.get_world_size() * x.numel() // x.shape[1])
         y = (wide - mean[:, None, None]) * torch.rsqrt(variance + self.eps)[:, None, None]

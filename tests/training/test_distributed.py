@@ -1,9 +1,10 @@
 """Two processes, gloo on the CPU, started as users start them: by torchrun."""
 
+import copy
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from bdtool.errors import UsageError
 from bdtool.models.store import load_model
-from bdtool.training.distributed import Group, open_group
+from bdtool.training.distributed import Group, open_group, synchronize_batch_norms
 from export.files import exclusive_lock
 
 _GRADIENTS = '''
@@ -91,14 +93,36 @@ def test_process_that_fails_does_not_wait_for_the_others(calls: list[str]) -> No
     assert calls == ["set_device cuda:1", "init_process_group"]
 
 
-def test_wrapping_a_module_asks_for_nothing_deprecated() -> None:
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """A group of one process."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        with warnings.catch_warnings(action="error"):
-            wrapped = Group(rank=0, size=2, device=torch.device("cpu")).wrap(torch.nn.BatchNorm2d(3))
-    finally:
-        dist.destroy_process_group()
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("alone")
+def test_wrapping_a_module_asks_for_nothing_deprecated() -> None:
+    with warnings.catch_warnings(action="error"):
+        wrapped = Group(rank=0, size=2, device=torch.device("cpu")).wrap(nn.BatchNorm2d(3))
     assert wrapped.broadcast_buffers
+
+
+@pytest.mark.usefixtures("alone")
+def test_shared_batch_norm_of_one_process_is_the_plain_one_and_asks_for_nothing_deprecated() -> None:
+    images = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(0))
+    plain = nn.Sequential(nn.BatchNorm2d(3))
+    shared = copy.deepcopy(plain)
+    synchronize_batch_norms(shared)
+    outputs = []
+    for module in (plain, shared):
+        x = images.clone().requires_grad_()
+        with warnings.catch_warnings(action="error"):
+            y = module(x)
+            (y**3).sum().backward()
+        outputs.append((y, x.grad, module[0].weight.grad, module[0].running_var))
+    for one, other in zip(*outputs, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
 
 
 def run(*words: object, processes: int = 1) -> None:
