@@ -62,13 +62,18 @@ def open_group(device: torch.device) -> Iterator[Group]:
     """Join the processes that `torchrun` started, or give a group of one where it did not.
 
     Raises:
-        UsageError: it started more processes on this machine than torch sees GPUs.
+        UsageError: it started more processes on this machine than torch sees GPUs, or `device` is one GPU for all.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield Group(rank=0, size=1, device=device)
         return
     if device.type == "cuda":
+        if device.index is not None:
+            raise UsageError(
+                f"device {device}: under torchrun each process takes a GPU of its own, from cuda:0 on; give --device "
+                "cuda, and which GPUs these shall be in the environment variable CUDA_VISIBLE_DEVICES"
+            )
         device = _gpu_of(int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)

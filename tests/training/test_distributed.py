@@ -77,6 +77,13 @@ def test_more_processes_than_gpus_are_refused(calls: list[str], monkeypatch: pyt
     assert calls == []
 
 
+def test_one_gpu_for_all_processes_is_refused(calls: list[str]) -> None:
+    said = "device cuda:1: under torchrun each process takes a GPU of its own, .* give --device cuda, "
+    with pytest.raises(UsageError, match=said), open_group(torch.device("cuda:1")):
+        pass
+    assert calls == []
+
+
 def test_others_wait_while_the_first_reads_a_large_data_set(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The policy network's paths of ImageNet's 1.3 million pictures take half an hour; NCCL waits 10 minutes."""
     asked: dict[str, Any] = {}
