@@ -133,7 +133,8 @@ trunk_option = click.option(
     type=MODEL,
     metavar="MODEL",
     help="A trained classifier for a new policy network to start from: a resnet8 of pretrain (ImageNet: resnet10 with "
-    "--downscale 2), with the --mean, --std and --size of the MODEL. The policy network scales images down as it does.",
+    "--downscale 2), with the --mean, --std, --size and --resize-to of the MODEL. The policy network scales images "
+    "down as it does.",
 )
 
 

@@ -20,7 +20,8 @@ _SAME_COLOUR = 1e-3  # of pixels from 0 to 1: a quarter of a grey level, as mean
 def start_from_trunk(model: BlockDropModel, trunk: BlockDropModel) -> None:
     """Give the policy network of `model` the weights of `trunk`, all but its classifier.
 
-    Logs a warning where they look at whole images, and the paper's policy network of that family does not.
+    Logs a warning where they look at whole images, and the paper's policy network of that family does not, and where
+    `trunk` was made for pictures scaled otherwise: its features are less sure of them, but not wrong.
 
     Raises:
         UsageError: `trunk` has another architecture or shortcut than the policy network, or another input.
@@ -37,6 +38,7 @@ def start_from_trunk(model: BlockDropModel, trunk: BlockDropModel) -> None:
             + _command(wanted[0], policy_downscale(family), model.spec.preprocessing)
         )
     _check_trunk_input(model.spec.preprocessing, trunk.spec)
+    _warn_of_other_scaling(model.spec.preprocessing, trunk.spec)
     usual = policy_downscale(family)
     if trunk.spec.downscale < usual:
         logger.warning(
@@ -61,11 +63,33 @@ def _check_trunk_input(wanted: Preprocessing, trunk: ModelSpec) -> None:
     )
 
 
+def _warn_of_other_scaling(wanted: Preprocessing, trunk: ModelSpec) -> None:
+    got = trunk.preprocessing
+    if (got.resize, got.interpolation) == (wanted.resize, wanted.interpolation):
+        return
+    # pretrain has no --interpolation: it makes no trunk that is alike in that
+    remedy = f"; {_command(trunk.arch, trunk.downscale, wanted)} makes one" if got.resize != wanted.resize else ""
+    logger.warning(
+        "trunk: got one for pictures %s, the model takes them %s; its features may fit them less well than those of a "
+        "trunk scaled alike%s",
+        _scaling(got),
+        _scaling(wanted),
+        remedy,
+    )
+
+
+def _scaling(preprocessing: Preprocessing) -> str:
+    if preprocessing.resize is None:
+        return "as they are"
+    return f"scaled to {preprocessing.resize} pixels ({preprocessing.interpolation})"
+
+
 def _command(arch: str, downscale: int, wanted: Preprocessing) -> str:
     """Return the command that makes a trunk for the input of a model, in backquotes."""
     factor = f" --downscale {downscale}" if downscale > 1 else ""
     colours = f"--mean {_numbers(wanted.mean)} --std {_numbers(wanted.std)}"
-    return f"`bdtool train pretrain --arch {arch}{factor} {colours} --size {wanted.height}`"
+    resize = f" --resize-to {wanted.resize}" if wanted.resize is not None else ""
+    return f"`bdtool train pretrain --arch {arch}{factor} {colours} --size {wanted.height}{resize}`"
 
 
 def _input(preprocessing: Preprocessing) -> str:

@@ -168,6 +168,34 @@ def test_trunk_that_costs_more_than_the_papers_is_told(
     assert not warns or said[0].endswith("--downscale 2 --mean 0.5,0.4,0.45 --std 0.2,0.25,0.22 --size 64`")
 
 
+@pytest.mark.parametrize(
+    ("trunk_scaling", "said", "command"),
+    [
+        ({"resize": 73}, "scaled to 73 pixels (bilinear), the model takes them scaled to 64 pixels (bicubic)", True),
+        ({"resize": 64}, "scaled to 64 pixels (bilinear), the model takes them scaled to 64 pixels (bicubic)", False),
+        ({}, "as they are, the model takes them scaled to 64 pixels (bicubic)", True),
+        ({"resize": 64, "interpolation": "bicubic"}, "", False),
+    ],
+)
+def test_trunk_for_pictures_scaled_otherwise_is_told(
+    trunk_scaling: dict[str, Any],
+    said: str,
+    command: bool,
+    random_model: Callable[..., BlockDropModel],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    start = random_model("resnet18", size=64, has_policy=False)
+    trunk = random_model("resnet10", size=64, has_policy=False, downscale=2)
+    usual = trunk.spec.preprocessing
+    trunk.spec = dataclasses.replace(trunk.spec, preprocessing=dataclasses.replace(usual, **trunk_scaling))
+    scaled = dataclasses.replace(usual, resize=64, interpolation="bicubic")
+    start.spec = dataclasses.replace(start.spec, preprocessing=scaled)
+    with_policy(start, seed=0, trunk=trunk)
+    told = "".join(record.getMessage() for record in caplog.records)
+    assert told.startswith(f"trunk: got one for pictures {said}; ") if said else not told
+    assert told.endswith("--size 64 --resize-to 64` makes one") == command
+
+
 def test_trunk_of_a_rounded_mean_is_taken(random_model: Callable[..., BlockDropModel]) -> None:
     """That of CIFAR-10 stands in programs as 0.4914 and as 125.3 / 255."""
     model, trunk = random_model("resnet20"), random_model("resnet8")
