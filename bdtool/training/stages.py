@@ -68,7 +68,8 @@ def curriculum(
     Args:
         trunk: a trained classifier of a policy network's architecture, for a new policy network to start from: what
             tells the classes apart also tells easy images from hard ones, and a policy gradient alone takes long to
-            find it. The new one scales images down by as much as `trunk` does.
+            find it. The new one scales images down by as much as `trunk` does, and has a hidden layer as wide as the
+            one of `start`, where there is one.
 
     Raises:
         UsageError: `trunk` has another architecture, shortcut or input than the policy network; or the run would end
@@ -79,7 +80,7 @@ def curriculum(
         steps_per_epoch = place.train.n_images // options.batch
         options.check_all_learned(steps_per_epoch=steps_per_epoch, n_blocks=start.n_blocks)
     with place.reserved():
-        model = with_policy(start, seed=options.seed, trunk=trunk)
+        model = with_policy(start, seed=options.seed, n_hidden=start.spec.policy_hidden, trunk=trunk)
         return _train(
             model,
             "curriculum",

@@ -62,6 +62,15 @@ def test_policy_network_scales_images_down_as_its_trunk_does(
     assert policy.flops < whole.flops / 15
 
 
+def test_curriculum_from_a_trunk_keeps_the_hidden_layer_of_the_policy_network(
+    random_model: Callable[..., BlockDropModel], place: Callable[..., TrainingPlace]
+) -> None:
+    start, trunk = random_model("resnet8", policy_hidden=24), random_model("resnet8", has_policy=False)
+    options = CurriculumOptions(epochs=0.25, batch=64)
+    for given, width in ((start, 24), (without_policy(start), 0)):
+        assert curriculum(given, options, place(val=None), trunk=trunk).model.spec.policy_hidden == width
+
+
 def test_a_policy_network_that_is_taken_away_leaves_no_trace(random_model: Callable[..., BlockDropModel]) -> None:
     model = random_model("resnet8", policy_hidden=8, policy_downscale=2)
     assert without_policy(model).spec == random_model("resnet8", has_policy=False).spec
