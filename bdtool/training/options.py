@@ -158,6 +158,10 @@ class ImitateOptions(StageOptions):
     hidden: int = 64
     judges: int = 1200
 
+    def n_fit_steps(self, n_images: int) -> int:
+        """Return in how many steps the policy network learns from that many images."""
+        return max(1, round(self.epochs * n_images / self.batch))
+
     def blocks_of(self, n_blocks: int) -> tuple[int, int]:
         """Return `fewest` and `most` for a model of `n_blocks` blocks.
 

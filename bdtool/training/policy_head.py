@@ -37,7 +37,7 @@ class HeadFit:
         self._first = policy.logit if policy.hidden is None else policy.hidden
         behind = [] if self._first is policy.logit else [nn.ReLU(), policy.logit]
         self._head = nn.Sequential(self._first, *behind)
-        self._n_steps = max(1, round(options.epochs * len(targets) / options.batch))
+        self._n_steps = options.n_fit_steps(len(targets))
         self._step = 0
         self._optimizer = torch.optim.Adam(self._head.parameters(), lr=options.lr)
         factor = schedule_factor(options.schedule, self._n_steps)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +42,10 @@ from bdtool.training.provenance import finished_model, origin_of, run_request
 from bdtool.training.tasks import CurriculumTask, FinetuneTask, Paths, PretrainTask, Task
 from bdtool.training.teacher import Teacher
 from bdtool.training.trainer import Epoch, Trainer
+from bdtool.words import counted
+
+logger = logging.getLogger(__name__)
+_FEW_STEPS = 100  # of imitate: after 50 at its default rate a new policy network still keeps most blocks of all images
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +118,7 @@ def _imitate(
     start: BlockDropModel, options: ImitateOptions, place: TrainingPlace, trunk: BlockDropModel | None
 ) -> Trained:
     place.check_resume()
+    _warn_of_few_steps(options, place.train.n_images)
     model = with_policy(start, seed=options.seed, n_hidden=options.hidden, trunk=trunk)
     model.to(device=place.group.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     data = training_images(place.train, model.spec.preprocessing, device=torch.device("cpu")).facts
@@ -131,6 +137,20 @@ def _imitate(
     save_model(finished, place.output)
     place.checkpoint.unlink(missing_ok=True)
     return Trained(model=finished, figures=figures, epochs=[])
+
+
+def _warn_of_few_steps(options: ImitateOptions, n_images: int) -> None:
+    n_steps = options.n_fit_steps(n_images)
+    if n_steps < _FEW_STEPS:
+        logger.warning(
+            "imitate: epochs %g of %d images in batches of %d are %s, in which the policy network hardly learns: a new "
+            "one will keep nearly all blocks. Give a smaller --batch or more --epochs, for %d steps or more",
+            options.epochs,
+            n_images,
+            options.batch,
+            counted(n_steps, "step"),
+            2 * _FEW_STEPS,
+        )
 
 
 def finetune(

@@ -202,7 +202,7 @@ def test_imitate_makes_a_model_that_finetune_goes_on_with(
     bdtool: Callable[..., Result], base: Path, npz: Path, tmp_path: Path
 ) -> None:
     policy, model, figures = (tmp_path / name for name in ("policy.safetensors", "model.safetensors", "figures.json"))
-    words = ["--fewest", 1, "--most", 3, "--judges", 32, "--data", npz, "--val", npz]
+    words = ["--fewest", 1, "--most", 3, "--judges", 32, "--batch", 3, "--data", npz, "--val", npz]
     done = bdtool("train", "imitate", base, "--trunk", base, *words, "--json", figures, "-o", policy)
     first, second = done.stdout.splitlines()
     assert first.endswith(f"policy.safetensors: resnet8, {ImitateOptions().epochs:g} epochs")

@@ -222,6 +222,22 @@ def test_a_policy_without_hidden_layer_is_fitted_too(
     assert shares[-1] == pytest.approx(1)
 
 
+@pytest.mark.parametrize(("batch", "warns"), [(65, True), (64, False)])
+def test_steps_too_few_to_learn_in_are_told_before_the_search(
+    batch: int,
+    warns: bool,
+    random_model: Callable[..., BlockDropModel],
+    place: Callable[..., TrainingPlace],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    told: list[bool] = []
+    where = place(on_progress=lambda share, text: told.append("are 98 steps" in caplog.text))
+    options = ImitateOptions(epochs=100, batch=batch, fewest=3, most=3, judges=8, limit=64)
+    imitate(random_model("resnet8"), options, where)
+    assert told[0] == warns
+    assert ("Give a smaller --batch or more --epochs" in caplog.text) == warns
+
+
 def test_all_images_may_be_given_all_blocks(
     random_model: Callable[..., BlockDropModel], place: Callable[..., TrainingPlace]
 ) -> None:
