@@ -244,6 +244,7 @@ def finetune_cmd(start: Path, teacher: Path | None, **given: Any) -> None:
 
 def _run(given: dict[str, Any], spec: ModelSpec, start: str, stage: Callable[[TrainingPlace], Trained]) -> None:
     """Open the data, train, and print what came out; under torchrun the first process alone speaks."""
+    from bdtool.training.classes import warn_of_classes_without_images
     from bdtool.training.distributed import open_group
     from bdtool.training.place import TrainingPlace
 
@@ -261,6 +262,8 @@ def _run(given: dict[str, Any], spec: ModelSpec, start: str, stage: Callable[[Tr
         logs(given.get("tensorboard") if group.is_first else None, rewarded=rewarded) as log,
     ):
         train, val = _open(given, network)
+        if group.is_first:
+            warn_of_classes_without_images(train, network)
         with show(enabled=group.is_first, rewarded=rewarded) as (on_step, on_progress):
             trained = stage(
                 TrainingPlace(
