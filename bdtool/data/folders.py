@@ -115,7 +115,7 @@ def _class_numbers(folders: tuple[str, ...], *, network: NetworkSpec, root: Path
     if named:
         unknown = ", ".join(name for name in folders if name not in named)
         raise _OtherClasses(
-            f"{root}: class folders {unknown} are not among the model's labels, while others are",
+            f"{root}: class folders {unknown} are not among the model's labels ({_some(labels)}), while others are",
             "Name every folder after one label (`bdtool inspect MODEL` lists them)",
         )
     if set(folders) <= _SPLIT_FOLDERS:

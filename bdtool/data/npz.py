@@ -62,7 +62,8 @@ def checked_labels(labels: np.ndarray, *, n_images: int, n_classes: int, source:
     if wrong.size:
         raise DataError(
             f"{source}, array 'y': label {labels[wrong[0]]} of image {wrong[0]} is not in 0 to {n_classes - 1}, the "
-            f"classes of the model ({wrong.size} such labels). Use the model's class numbers"
+            f"classes of the model ({wrong.size} such labels). Use the model's class numbers, from 0 on; "
+            "`bdtool train pretrain --classes N` makes a model of N classes"
         )
     return labels.astype(np.int64)
 

@@ -150,7 +150,11 @@ def test_no_folder_named_after_a_label_is_refused(tmp_path: Path, names: tuple[s
     ("names", "network", "why"),
     [
         (("bird", "car", "plane"), NETWORK, "no class folder (bird, car, plane) has the name of a label of the model"),
-        (("ant", "dgo"), NETWORK, "class folders dgo are not among the model's labels, while others are."),
+        (
+            ("ant", "dgo"),
+            NETWORK,
+            "class folders dgo are not among the model's labels (cat, ant, dog), while others are.",
+        ),
         (("Cat", "cat"), NETWORK, "class folders Cat, cat are all the label cat, expected one folder for each."),
         (("a", "b"), UNNAMED, "got 2 class folders, the model has 3 classes without names."),
     ],

@@ -148,6 +148,7 @@ def test_batches_refuse_sizes_below_one(tmp_path: Path) -> None:
         ({"x": X, "y": Y[:4]}, r"array 'y': got int64 \[4\], expected whole numbers \[5\]"),
         ({"x": X, "y": Y.astype(float)}, "array 'y': got float64"),
         ({"x": X, "y": Y + 1}, "label 3 of image 2 is not in 0 to 2"),
+        ({"x": X, "y": Y + 1}, "`bdtool train pretrain --classes N` makes a model of N classes"),
         ({"x": X, "y": Y - 1}, "label -1 of image 0 is not in 0 to 2"),
         ({"x": np.array([None, "a"])}, "not a readable .npz file"),
         ({"x": X[:, :6]}, r"set\.npz\[0\]: got 8 x 6 pixels, the model takes 8 x 8.*--resize"),
