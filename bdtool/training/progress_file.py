@@ -25,10 +25,11 @@ def write_progress(path: Path, state: Mapping[str, Any]) -> None:
         with atomic_path(path) as temporary:
             torch.save({"format_version": FORMAT_VERSION, **state}, temporary)
     except (OSError, RuntimeError) as exc:  # of a full disk PyTorch says something of positions
-        raise TrainingError(
-            f"{path}: the checkpoint cannot be written ({str(exc).strip().splitlines()[0]}); the one before is whole. "
-            "Make room, then go on with --resume"
-        ) from exc
+        after = "the one before is whole. Make room, then go on with --resume"
+        if not path.exists():
+            after = "there is none before it. Make room, then start again"
+        reason = str(exc).strip().splitlines()[0]
+        raise TrainingError(f"{path}: the checkpoint cannot be written ({reason}); {after}") from exc
 
 
 def read_progress(path: Path, *, request: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,16 +23,24 @@ write_progress(Path(sys.argv[1]), {"request": {}, "step": 2, "weights": torch.ze
 """
 
 
-def test_full_disk_leaves_the_checkpoint_before(tmp_path):
-    path = tmp_path / "m.checkpoint"
-    write_progress(path, {"request": {}, "step": 1})
+def _said_on_a_small_disk(path):
     command = [sys.executable, "-c", _WRITE_ON_A_SMALL_DISK, str(path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    said = r"TrainingError: .*m\.checkpoint: the checkpoint cannot be written .*the one before is whole"
-    assert re.search(said, done.stderr)
+    return re.search(r"TrainingError: .*m\.checkpoint: the checkpoint cannot be written \(.*\); (.*)", done.stderr)[1]
+
+
+def test_full_disk_leaves_the_checkpoint_before(tmp_path):
+    path = tmp_path / "m.checkpoint"
+    write_progress(path, {"request": {}, "step": 1})
+    assert _said_on_a_small_disk(path) == "the one before is whole. Make room, then go on with --resume"
     assert read_progress(path, request={})["step"] == 1
     assert [file.name for file in tmp_path.iterdir()] == ["m.checkpoint"]
+
+
+def test_full_disk_at_the_first_checkpoint_says_that_there_is_none(tmp_path):
+    assert _said_on_a_small_disk(tmp_path / "m.checkpoint").startswith("there is none before it. ")
+    assert not list(tmp_path.iterdir())
 
 
 def test_run_of_an_older_version_goes_on(tmp_path):
