@@ -42,6 +42,7 @@ from bdtool.training.provenance import finished_model, origin_of, run_request
 from bdtool.training.tasks import CurriculumTask, FinetuneTask, Paths, PretrainTask, Task
 from bdtool.training.teacher import Teacher
 from bdtool.training.trainer import Epoch, Trainer
+from bdtool.training.trunk import command_for_trunk
 from bdtool.words import counted
 
 logger = logging.getLogger(__name__)
@@ -119,6 +120,12 @@ def _imitate(
 ) -> Trained:
     place.check_resume()
     _warn_of_few_steps(options, place.train.n_images)
+    if start.policy is None and trunk is None:
+        logger.warning(
+            "imitate: got no --trunk; the new policy network looks at images through random weights, which stay as "
+            "they are, and tells easy ones from hard ones less well. %s makes a trunk",
+            command_for_trunk(start.spec),
+        )
     model = with_policy(start, seed=options.seed, n_hidden=options.hidden, trunk=trunk)
     model.to(device=place.group.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     data = training_images(place.train, model.spec.preprocessing, device=torch.device("cpu")).facts

@@ -34,8 +34,7 @@ def start_from_trunk(model: BlockDropModel, trunk: BlockDropModel) -> None:
     if got != wanted:
         raise UsageError(
             f"trunk: got {got[0]} with shortcut {got[1]}, expected {wanted[0]} with {wanted[1]}, which the policy "
-            f"network of {model.spec.arch} is; make one with "
-            + _command(wanted[0], policy_downscale(family), model.spec.preprocessing)
+            f"network of {model.spec.arch} is; make one with {command_for_trunk(model.spec)}"
         )
     _check_trunk_input(model.spec.preprocessing, trunk.spec)
     _warn_of_other_scaling(model.spec.preprocessing, trunk.spec)
@@ -45,10 +44,16 @@ def start_from_trunk(model: BlockDropModel, trunk: BlockDropModel) -> None:
             "trunk: the policy network will look at whole images, as it does, for %d times the FLOPs of the paper's; "
             "make one like the paper's with %s",
             usual**2,
-            _command(layout.name, usual, model.spec.preprocessing),
+            command_for_trunk(model.spec),
         )
     weights = {name: tensor for name, tensor in trunk.base.state_dict().items() if not name.startswith("head.linear.")}
     model.policy.trunk.load_state_dict(weights)
+
+
+def command_for_trunk(spec: ModelSpec) -> str:
+    """Return the command that makes a trunk for the policy network of such a base, in backquotes."""
+    family = architecture(spec.arch).family
+    return _command(policy_trunk(family).name, policy_downscale(family), spec.preprocessing)
 
 
 def _check_trunk_input(wanted: Preprocessing, trunk: ModelSpec) -> None:

@@ -205,6 +205,25 @@ def test_trunk_for_pictures_scaled_otherwise_is_told(
     assert told.endswith("--size 64 --resize-to 64` makes one") == command
 
 
+@pytest.mark.parametrize(
+    ("has_policy", "trunk", "warns"), [(False, False, True), (False, True, False), (True, False, False)]
+)
+def test_imitation_without_a_trunk_says_how_to_make_one(
+    has_policy: bool,
+    trunk: bool,
+    warns: bool,
+    random_model: Callable[..., BlockDropModel],
+    place: Callable[..., TrainingPlace],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    start = random_model("resnet8", has_policy=has_policy)
+    options = ImitateOptions(epochs=1, fewest=3, most=3, judges=8, limit=16)
+    given = random_model("resnet8", has_policy=False) if trunk else None
+    imitate(start, options, place(val=None), trunk=given)
+    command = "`bdtool train pretrain --arch resnet8 --mean 0.5,0.4,0.45 --std 0.2,0.25,0.22 --size 32` makes a trunk"
+    assert (command in caplog.text) == ("got no --trunk" in caplog.text) == warns
+
+
 def test_trunk_of_a_rounded_mean_is_taken(random_model: Callable[..., BlockDropModel]) -> None:
     """That of CIFAR-10 stands in programs as 0.4914 and as 125.3 / 255."""
     model, trunk = random_model("resnet20"), random_model("resnet8")
