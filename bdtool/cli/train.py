@@ -1,4 +1,4 @@
-"""`bdtool train`: pretrain, deepen, curriculum, imitate, finetune."""
+"""`bdtool train`: pretrain, transfer, deepen, curriculum, imitate, finetune."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bdtool.cli.command import Group
-from bdtool.cli.options import MODEL, NEW_MODEL, colour_options, resize_to_option, size_option
+from bdtool.cli.options import DATA, MODEL, NEW_MODEL, colour_options, resize_to_option, size_option
 from bdtool.cli.output import emit
 from bdtool.cli.training_options import (
     POLICY_HELP,
@@ -105,6 +105,35 @@ def pretrain_cmd(
         downscale=downscale,
     )
     _run(given, spec, "", lambda place: pretrain(spec, options, place))
+
+
+@train_cmd.command("transfer")
+@click.argument("source", type=MODEL, metavar="MODEL")
+@click.option(
+    "--data", type=DATA, metavar="DATA", required=True, help="The images to train on, which say what classes there are."
+)
+@click.option("--classes", type=click.IntRange(min=1), help="Number of classes, where DATA does not say it.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the new random weights.")
+@click.option("-o", "--output", type=NEW_MODEL, required=True, metavar="MODEL", help="The MODEL file to write.")
+def transfer_cmd(source: Path, data: str, classes: int | None, seed: int, output: Path) -> None:
+    """Give the base of MODEL a new last layer, for the classes of DATA; then train it with `finetune --policy all`.
+
+    What ImageNet's weights see is a better start than random ones where there are few images. A policy network is left
+    out, as it decided for other pictures.
+
+    \b
+    Example:
+      bdtool train transfer resnet50.safetensors --data train -o start.safetensors
+      bdtool train finetune start.safetensors --policy all --base-lr 0.01 --data train --val val -o base.safetensors
+    """
+    from bdtool.models.store import load_model, save_model
+    from bdtool.training.base_spec import classes_of
+    from bdtool.training.transfer import transfer
+
+    model = load_model(source)
+    n_classes, labels = classes_of(data, model.spec.architecture, n_classes=classes)
+    save_model(transfer(model, n_classes=n_classes, labels=labels, seed=seed), output)
+    click.echo(f"{output}: {model.spec.arch}, {n_classes} classes in place of {model.spec.n_classes}")
 
 
 @train_cmd.command("deepen")

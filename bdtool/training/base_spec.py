@@ -47,9 +47,8 @@ def base_spec(
     Raises:
         UsageError: unknown architecture, impossible colours, or other than `n_classes` class folders.
     """
-    layout, folders = architecture(arch), class_names(data)
-    classes = n_classes or N_CLASSES.get(data.partition(":")[0]) or len(folders or ())
-    classes = classes or (10 if layout.family == "cifar" else 1000)
+    layout = architecture(arch)
+    classes, labels = classes_of(data, layout, n_classes=n_classes, usual=10 if layout.family == "cifar" else 1000)
     usual_mean, usual_std = (CIFAR10_MEAN, CIFAR10_STD) if layout.family == "cifar" else (IMAGENET_MEAN, IMAGENET_STD)
     try:
         preprocessing = default_preprocessing(
@@ -63,13 +62,33 @@ def base_spec(
     return ModelSpec(
         arch=arch,
         n_classes=classes,
-        labels=_labels(layout, data, folders, n_classes=classes),
+        labels=labels,
         preprocessing=preprocessing,
         shortcut=layout.default_shortcut,
         has_policy=False,
         provenance={},
         downscale=downscale,
     )
+
+
+def classes_of(
+    data: str, layout: Architecture, *, n_classes: int | None = None, usual: int | None = None
+) -> tuple[int, tuple[str, ...] | None]:
+    """Return how many classes there are, and their names where they have some.
+
+    Args:
+        data: a DATA form, as for `base_spec`.
+        n_classes: what was asked for.
+        usual: of data that does not say it; None refuses such data.
+
+    Raises:
+        UsageError: nothing says how many classes there are, or there are other than `n_classes` class folders.
+    """
+    folders = class_names(data)
+    classes = n_classes or N_CLASSES.get(data.partition(":")[0]) or len(folders or ()) or usual
+    if not classes:
+        raise UsageError(f"{data}: does not say how many classes there are; give --classes N")
+    return classes, _labels(layout, data, folders, n_classes=classes)
 
 
 def _are_ids(folders: tuple[str, ...], labels: tuple[str, ...]) -> bool:

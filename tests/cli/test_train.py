@@ -89,6 +89,24 @@ def test_deepened_base_says_where_it_comes_from_and_is_trained_on(
     assert created_by == ["finetune", "deepen", "pretrain"]
 
 
+def test_base_for_other_classes_is_trained_on_and_deployed(
+    bdtool: Callable[..., Result], bdtool_json: Callable[..., Any], tiny: Any, tmp_path: Path
+) -> None:
+    for index, picture in enumerate(synthetic_images(20, height=32, width=32)):
+        path = tmp_path / "pictures" / ("cat", "owl")[index % 2] / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(path)
+    start, model = tmp_path / "start.safetensors", tmp_path / "model.safetensors"
+    done = bdtool("train", "transfer", tiny.path, "--data", tmp_path / "pictures", "-o", start)
+    assert done.stdout == f"{start}: {tiny.model.spec.arch}, 2 classes in place of 10\n"
+    bdtool("train", "finetune", start, "--policy", "all", "--data", tmp_path / "pictures", *_QUICK, "-o", model)
+    bdtool("export", model, "-o", tmp_path / "bundle")
+    [row] = bdtool_json("run", tmp_path / "bundle", tmp_path / "pictures" / "owl" / "1.png")["images"]
+    assert row["label"] in ("cat", "owl")
+    created_by = [line.split()[3] for line in bdtool("inspect", model).stdout.splitlines() if "bdtool train" in line]
+    assert created_by[:2] == ["finetune", "transfer"]
+
+
 def test_reward_is_shown_where_there_is_a_policy_network(
     bdtool: Callable[..., Result], tiny: Any, base: Path, npz: Path, tmp_path: Path
 ) -> None:
