@@ -29,6 +29,22 @@ _TYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT8": "in
 _ONE_BATCH_ONLY = "implementation for fallback shapes"
 
 
+class _Held:
+    """An object of TensorRT to which only `value` refers: it is destroyed on its own GPU, whichever thread lets it go.
+
+    Without a context that is current CUDA takes GPU 0, starts a context there, and leaves it to the thread.
+    """
+
+    def __init__(self, device: CudaDevice, value: Any) -> None:
+        self.value = value
+        device.on_collection(self, _let_go, self.__dict__, device)
+
+
+def _let_go(members: dict[str, Any], device: CudaDevice) -> None:
+    """Destroy what they refer to, with the device, whose context is current, still there."""
+    members.clear()
+
+
 class TensorRTRuntime:
     """Loads engines of one library onto one device."""
 
@@ -37,13 +53,13 @@ class TensorRTRuntime:
         self.library = library
         self._cache = cache  # of the kernels that TensorRT-RTX compiles when it makes a context
         with device.current(), library.quoting(f"{library.name} does not start on cuda:{device.index}", EngineError):
-            self._runtime = library.module.Runtime(library.log)
+            self._runtime = _Held(device, library.module.Runtime(library.log))
         self._scratch_bytes = 0
         self._scratch: DeviceMemory | None = None
 
     def allow_host_code(self) -> None:
         """Let engines be loaded that bring TensorRT's lean runtime along, machine code that the host runs."""
-        self._runtime.engine_host_code_allowed = True
+        self._runtime.value.engine_host_code_allowed = True
 
     def save(self) -> None:
         """Keep what the library compiled for this GPU, if it has a cache for it, with the device's context current."""
@@ -57,7 +73,7 @@ class TensorRTRuntime:
             EngineError: the library refuses it (quoted), or its tensors are not those of the part.
         """
         engine = self._deserialize(part, data)
-        self._scratch_bytes = max(self._scratch_bytes, int(engine.device_memory_size_v2))
+        self._scratch_bytes = max(self._scratch_bytes, int(engine.value.device_memory_size_v2))
         return TensorRTEngine(part, engine, self, layout=layout)
 
     def layers(self, part: PartSpec, data: bytes) -> str:
@@ -69,23 +85,23 @@ class TensorRTRuntime:
         form = self.library.module.LayerInformationFormat.JSON
         engine = self._deserialize(part, data)
         with self.device.current(), self.library.quoting(f"part {part.name!r}: its layers", EngineError):
-            text: str = engine.create_engine_inspector().get_engine_information(form)
+            text: str = engine.value.create_engine_inspector().get_engine_information(form)
             return text
 
-    def _deserialize(self, part: PartSpec, data: bytes) -> Any:
+    def _deserialize(self, part: PartSpec, data: bytes) -> _Held:
         name = self.library.name
         loading = f"part {part.name!r}: {name} cannot load its engine"
         with self.device.current(), self.library.quoting(loading, EngineError):
-            engine = self._runtime.deserialize_cuda_engine(data)
+            engine = self._runtime.value.deserialize_cuda_engine(data)
             if engine is None:
                 reason = self.library.quoted() or "no reason given"
                 raise EngineError(
                     f"part {part.name!r}: {name} {self.library.module.__version__} cannot load its engine: {reason}. "
                     f"{_remedy(reason)}"
                 )
-        return engine
+            return _Held(self.device, engine)
 
-    def context(self, part: PartSpec, engine: Any, *, beside: bool = False) -> tuple[Any, DeviceMemory]:
+    def context(self, part: PartSpec, engine: _Held, *, beside: bool = False) -> tuple[_Held, DeviceMemory]:
         """Return a new execution context and the scratch memory it works in, which must live as long.
 
         Args:
@@ -94,20 +110,24 @@ class TensorRTRuntime:
         Raises:
             EngineError: the library gives none.
         """
+        context = self._new_context(part, engine)
+        # its own default is what the engine was built with, and details take time in each call (NvInferRuntime.h)
+        context.value.nvtx_verbosity = self.library.module.ProfilingVerbosity.LAYER_NAMES_ONLY
+        if self._cache is not None:
+            self._cache.keep_for(context.value)
+        scratch = self._new_scratch() if beside else self._shared_scratch()
+        context.value.set_device_memory(scratch.address, scratch.n_bytes)
+        return context, scratch
+
+    def _new_context(self, part: PartSpec, engine: _Held) -> _Held:
         what = f"part {part.name!r}: {self.library.name} makes no execution context"
         with self.device.current(), self.library.quoting(what, EngineError):
-            context = engine.create_execution_context(self._allocation(engine))
+            context = engine.value.create_execution_context(self._allocation(engine.value))
             if context is None:
                 reason = self.library.quoted() or "no reason given"
                 advice = ". Build it again with --max-batch 1" if _ONE_BATCH_ONLY in reason else ""
                 raise EngineError(f"{what}: {reason}{advice}")
-        # its own default is what the engine was built with, and details take time in each call (NvInferRuntime.h)
-        context.nvtx_verbosity = self.library.module.ProfilingVerbosity.LAYER_NAMES_ONLY
-        if self._cache is not None:
-            self._cache.keep_for(context)
-        scratch = self._new_scratch() if beside else self._shared_scratch()
-        context.set_device_memory(scratch.address, scratch.n_bytes)
-        return context, scratch
+            return _Held(self.device, context)
 
     def _allocation(self, engine: Any) -> Any:
         """Return what makes a context work in memory that we give: a strategy, in TensorRT-RTX within a config."""
@@ -137,7 +157,7 @@ class TensorRTRuntime:
 class TensorRTEngine(PartEngine):
     """One part, loaded. Its calls enqueue on the device's stream and do not wait."""
 
-    def __init__(self, part: PartSpec, engine: Any, runtime: TensorRTRuntime, *, layout: str) -> None:
+    def __init__(self, part: PartSpec, engine: _Held, runtime: TensorRTRuntime, *, layout: str) -> None:
         self.layout = layout
         super().__init__(part)
         self._engine = engine
@@ -187,7 +207,7 @@ class TensorRTCapturer:
 class _Context:
     """An execution context, with the shapes and addresses that it was last given."""
 
-    def __init__(self, part: PartSpec, engine: Any, runtime: TensorRTRuntime, *, beside: bool = False) -> None:
+    def __init__(self, part: PartSpec, engine: _Held, runtime: TensorRTRuntime, *, beside: bool = False) -> None:
         self._part = part
         self._engine = engine
         self._runtime = runtime
@@ -202,12 +222,12 @@ class _Context:
         shapes = {name: given[name].shape for name in inputs}
         addresses = {name: buffer.address for name, buffer in given.items()}
         self._check_batch(shapes)
-        enqueue, handle = self._trt.execute_async_v3, int(stream)
+        context, handle = self._trt, int(stream)
 
         def call() -> None:
             if addresses is not self._addresses:
                 self._point_to(shapes, addresses)
-            if not enqueue(handle):
+            if not context.value.execute_async_v3(handle):
                 raise self._error("does not run it")
 
         call.keep_alive = (self, given)  # type: ignore[attr-defined]  # the context has only the addresses
@@ -215,9 +235,9 @@ class _Context:
 
     def check_capturable(self, stream: Any) -> None:
         """Raise EngineError where the library says that its work cannot become part of a CUDA graph."""
-        if not hasattr(self._trt, "is_stream_capturable"):  # TensorRT has no such question
+        if not hasattr(self._trt.value, "is_stream_capturable"):  # TensorRT has no such question
             return
-        if not self._trt.is_stream_capturable(int(stream)):
+        if not self._trt.value.is_stream_capturable(int(stream)):
             raise self._error(
                 "cannot be captured in a CUDA graph. Use --strategy chain, or build it with a static batch"
             )
@@ -226,17 +246,17 @@ class _Context:
         self._addresses = {}  # until all of them are accepted
         if shapes != self._shapes:
             for name, shape in shapes.items():
-                if not self._trt.set_input_shape(name, shape):
+                if not self._trt.value.set_input_shape(name, shape):
                     raise self._error(f"refuses shape {list(shape)} of {name!r}")
             self._shapes = shapes
         for name, address in addresses.items():
-            if not self._trt.set_tensor_address(name, address):
+            if not self._trt.value.set_tensor_address(name, address):
                 raise self._error(f"refuses the memory of {name!r}")
         self._addresses = addresses
 
     def _check_batch(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         for name, given in shapes.items():
-            least, _, most = (shape[0] for shape in self._engine.get_tensor_profile_shape(name, 0))
+            least, _, most = (shape[0] for shape in self._engine.value.get_tensor_profile_shape(name, 0))
             if not least <= given[0] <= most:
                 raise EngineError(
                     f"part {self._part.name!r}, input {name!r}: got batch {given[0]}, its engine takes {least} to "
@@ -258,10 +278,10 @@ def _remedy(reason: str) -> str:
     return "Build it again on this machine"
 
 
-def _check_tensors(part: PartSpec, engine: Any) -> None:
+def _check_tensors(part: PartSpec, engine: _Held) -> None:
     """Raise EngineError unless the engine's tensors have the names and types of the part's."""
-    names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
-    found = {name: _TYPES.get(engine.get_tensor_dtype(name).name, "another type") for name in names}
+    names = [engine.value.get_tensor_name(i) for i in range(engine.value.num_io_tensors)]
+    found = {name: _TYPES.get(engine.value.get_tensor_dtype(name).name, "another type") for name in names}
     expected = {tensor.name: tensor.dtype for tensor in (*part.inputs, *part.outputs)}
     if found != expected:
         raise EngineError(

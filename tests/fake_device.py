@@ -31,6 +31,7 @@ class FakeDevice:
         self.copies = []  # "HtoD", "DtoH" and "DtoD", in order
         self.owners = {}  # address: the context that it belongs to, where it is not the primary one
         self.ordinals = {}  # address: the number of its GPU, where it is not 0
+        self.astray = []  # what was destroyed while the primary context was not current
         self.events, self.time_ms = [], 0.0  # each piece of work takes a millisecond, if nothing else is said
         self.launch_ms = 0.0
         self.copy_ms = {"HtoD": 0.0, "DtoH": 0.0, "DtoD": 0.0}
@@ -184,6 +185,12 @@ class FakeDevice:
 
     def forget(self, thing):
         """Note that such a thing is given back."""
+
+    def destroy(self, thing):
+        """Give a library's object back: on the GPU whose context is current, without one on GPU 0."""
+        self.forget(thing)
+        if not self._is_current():
+            self.astray.append(type(thing).__name__)
 
     def cuMemcpyHtoDAsync(self, target, source, n_bytes, stream):
         self._require_host(source, n_bytes)

@@ -176,12 +176,23 @@ class Builder:
         return self.notes.get("data", json.dumps(plan).encode())
 
 
-class Runtime:
-    """Its engines compute what their ONNX says, on the memory of `notes["driver"]`, in their formats."""
+class OnGpu:
+    """What has memory on the GPU of `notes["driver"]`."""
+
+    def __init__(self):
+        self.driver = FakeTensorRT.notes["driver"]
+
+    def __del__(self):
+        self.driver.destroy(self)
+
+
+class Runtime(OnGpu):
+    """Its engines compute what their ONNX says, on the memory of the driver, in their formats."""
 
     engine_host_code_allowed = False
 
     def __init__(self, log):
+        super().__init__()
         self.log = log
 
     def deserialize_cuda_engine(self, data):
@@ -196,10 +207,11 @@ class Runtime:
         return ICudaEngine(plan, self)
 
 
-class ICudaEngine:
+class ICudaEngine(OnGpu):
     device_memory_size_v2 = 4096
 
     def __init__(self, plan, runtime):
+        super().__init__()
         self.plan, self.runtime = plan, runtime
         self.tensors = list(plan["formats"])
         self.reference = OnnxReference(base64.b64decode(plan["model"]))
@@ -265,14 +277,14 @@ class IRuntimeCache:
         return f"kernels {self.kernels}".encode() if self.driver.contexts else None
 
 
-class IExecutionContext:
+class IExecutionContext(OnGpu):
     """Enqueues on the stand-in driver; shapes and addresses are those of the moment of the call, as in TensorRT."""
 
     nvtx_verbosity = "DETAILED"  # that of the engine
 
     def __init__(self, engine):
+        super().__init__()
         self.engine, self.shapes, self.addresses, self.scratch = engine, {}, {}, None
-        self.driver = FakeTensorRT.notes["driver"]
         self.ms = FakeTensorRT.notes.get("ms", {}).get(engine.tensors[-1], 1)  # by the name of what it computes
 
     def set_device_memory(self, memory, size):
@@ -302,9 +314,6 @@ class IExecutionContext:
         this = weakref.proxy(self)  # a graph does not keep alive what it was captured from
         self.driver.enqueue(lambda: this._compute(shapes, addresses), self.ms, stream)
         return True
-
-    def __del__(self):
-        self.driver.forget(self)
 
     def _compute(self, shapes, addresses):
         self.driver.use(self)

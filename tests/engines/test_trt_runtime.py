@@ -3,6 +3,7 @@
 import gc
 import json
 import re
+import threading
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from tests.fake_tensorrt import (
     FakeTensorRT,
     ICudaEngine,
     ILogger,
+    OnGpu,
     Runtime,
     build_engines,
     install_gpu,
@@ -131,6 +133,44 @@ def test_memory_is_given_back(driver, bundle_copy, tiny, preprocessed):
     del runtime
     gc.collect()
     assert (driver.memory, driver.host_memory) == ({}, {})
+
+
+@pytest.mark.parametrize("strategy", ["chain", "graph"])
+def test_engines_are_destroyed_on_their_gpu_whichever_thread_lets_them_go(
+    driver, bundle_copy, tiny, pixels, preprocessed, strategy
+):
+    """Without a context that is current CUDA would take GPU 0, and start a context there."""
+    held = [Orchestrator.open(bundle_copy, strategy=strategy, **TENSORRT)]
+    held[0].run(pixels(tiny.model, 1))
+    held[0].run(preprocessed(tiny.model, 1))
+
+    def let_go():
+        held.pop().close()
+        gc.collect()
+        assert driver.contexts == []
+
+    thread = threading.Thread(target=let_go)
+    thread.start()
+    thread.join()
+    assert not [one for one in gc.get_objects() if issubclass(type(one), OnGpu) and one.driver is driver]
+    assert driver.astray == []
+
+
+def test_engines_that_are_refused_are_destroyed_on_their_gpu(driver, tiny_bundle, monkeypatch):
+    backend = open_backend("tensorrt", "cuda:0")
+    head, stem = tiny_bundle.network.part("head"), tiny_bundle.network.part("stem")
+    data = backend.build(stem, tiny_bundle.part_path(stem).read_bytes(), layout="NCHW").data
+    for _ in range(2):
+        with pytest.raises(EngineError, match="build it again"):
+            backend.load(head, data, layout="NCHW")
+    monkeypatch.setattr(ICudaEngine, "device_memory_size_v2", 8192)
+    engine = backend.load(stem, data, layout="NCHW")
+    driver.failing = "cuMemAlloc"  # of larger scratch memory, when the execution context is there already
+    with pytest.raises(EngineError, match="refuses 8192 bytes of memory"):
+        engine.bind({}, {})
+    del engine
+    gc.collect()
+    assert driver.astray == []
 
 
 def test_engine_that_fails_is_named_and_quoted(chain, notes):
