@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +19,14 @@ def gpu_cache_path(kind: Literal["timing", "runtime"], *, gpu: str, cuda_version
 def gpu_cache_directory(kind: Literal["engines"], *, gpu: str, cuda_version: str, library: str) -> Path:
     """Return the directory of a cache that is many files, for one GPU model, CUDA version and library."""
     return _base() / kind / _key(gpu, cuda_version, library)
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock of a cache that is one file; whoever else holds it is waited for: a merge takes milliseconds."""
+    with path.with_suffix(".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def mark_used(directory: Path, prefix: str) -> None:

@@ -6,13 +6,13 @@ and add what they learned under a lock, so none loses the other's.
 
 from __future__ import annotations
 
-import fcntl
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from engines.gpu_cache import locked
 from export.files import write_bytes
 
 logger = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ class TimingCache:
 
     def _add(self, config: Any, learned: Any) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self._locked():
+        with locked(self.path):
             merged = config.create_timing_cache(self._read())  # another build may have written meanwhile
             if merged is None or not merged.combine(learned, False):
                 merged = learned  # the file is none that fits
@@ -61,9 +61,3 @@ class TimingCache:
             return self.path.read_bytes()
         except OSError:  # none yet, or not readable: the kernels race again
             return b""
-
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        with self.path.with_suffix(".lock").open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # waits: a merge takes milliseconds
-            yield

@@ -241,11 +241,14 @@ class ICudaEngine(OnGpu):
         return IExecutionContext(self)
 
     def create_runtime_config(self):
-        return IRuntimeConfig()
+        return IRuntimeConfig(self.tensors[-1])
 
 
 class IRuntimeConfig:
-    """Of TensorRT-RTX."""
+    """Of TensorRT-RTX, for an engine that computes `output`."""
+
+    def __init__(self, output):
+        self.output = output
 
     def set_execution_context_allocation_strategy(self, strategy):
         self.strategy = strategy
@@ -255,26 +258,25 @@ class IRuntimeConfig:
 
     def set_runtime_cache(self, cache):
         self.cache = cache
-        cache.kernels += 1
+        cache.kernels.add(self.output)
         return True
 
 
 class IRuntimeCache:
     """It holds for one GPU, that of the current context: it is neither read nor written without one."""
 
-    kernels = 0
-
     def __init__(self):
-        self.driver = FakeTensorRT.notes["driver"]
+        self.driver, self.kernels = FakeTensorRT.notes["driver"], set()
 
     def deserialize(self, blob):
+        """Add what is in a blob, as TensorRT-RTX 1.7.1 did over a stand-in for the driver."""
         if not self.driver.contexts or not blob.startswith(b"kernels "):
             return False
-        self.kernels = int(blob.split()[1])
+        self.kernels |= set(blob.decode().split()[1:])
         return True
 
     def serialize(self):
-        return f"kernels {self.kernels}".encode() if self.driver.contexts else None
+        return " ".join(["kernels", *sorted(self.kernels)]).encode() if self.driver.contexts else None
 
 
 class IExecutionContext(OnGpu):

@@ -1,6 +1,7 @@
 """Running TensorRT-RTX engines: what differs from TensorRT's, against the same stand-ins."""
 
 import gc
+import threading
 import weakref
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ from engines.trt_library import load_library
 from engines.trt_options import TensorRTOptions
 from engines.trt_runtime import TensorRTRuntime
 from export.bundle import Bundle
+from export.files import write_bytes
 from tests.fake_driver import FakeDriver
 from tests.fake_tensorrt import (
     FakeTensorRT,
@@ -35,7 +37,9 @@ def rtx(monkeypatch, tmp_path):
     return install_gpu(monkeypatch, tmp_path / "cache", rtx=True, sm=89)
 
 
-def test_rtx_compiles_at_once_and_keeps_what_it_compiled(rtx, bundle_copy, tiny, preprocessed, torch_logits, tmp_path):
+def test_rtx_compiles_at_once_and_keeps_what_it_compiled(
+    rtx, bundle_copy, tiny, pixels, preprocessed, torch_logits, tmp_path
+):
     images = preprocessed(tiny.model, 2)
     with Orchestrator.open(bundle_copy, **RTX) as runtime:
         logits = runtime.run(images, policy="101").logits
@@ -45,32 +49,84 @@ def test_rtx_compiles_at_once_and_keeps_what_it_compiled(rtx, bundle_copy, tiny,
     del runtime, config
     FakeTensorRT.notes.pop("runtime_config")
     gc.collect()
-    [file] = (tmp_path / "cache" / "bdtool" / "runtime").iterdir()
+    [file] = (tmp_path / "cache" / "bdtool" / "runtime").glob("*.cache")
     assert file.name == "NVIDIA-H200-cuda13.0-tensorrt-rtx1.7.1.cache"
-    first = int(file.read_bytes().split()[-1])
-    with Orchestrator.open(bundle_copy, **RTX) as runtime:
-        runtime.run(images, policy="101")
-        assert FakeTensorRT.notes["runtime_config"].cache.kernels > first  # it began with what was kept
+    compiled = set(file.read_bytes().decode().split()[1:])
+    assert len(compiled) > 1
+    with Orchestrator.open(bundle_copy, strategy="full", **RTX) as runtime:  # which is one engine
+        runtime.run(pixels(tiny.model, 1))
+        assert FakeTensorRT.notes["runtime_config"].cache.kernels >= compiled  # it began with what was kept
+
+
+def opened_cache(path):
+    """Return a runtime's cache in the file, and the library's object, as they are when the first engine has run."""
+    config = SimpleNamespace(create_runtime_cache=IRuntimeCache)
+    config.set_runtime_cache = lambda cache: setattr(config, "cache", cache) or True
+    cache = RuntimeCache(path)
+    cache.apply(config)
+    return cache, config.cache
 
 
 def test_damaged_runtime_cache_is_not_taken(rtx, tmp_path):
     """The library would take it as it is, and then make no execution context."""
-    config = SimpleNamespace(create_runtime_cache=IRuntimeCache)
-    config.set_runtime_cache = lambda cache: setattr(config, "cache", cache) or True
     path = tmp_path / "kernels.cache"
-
-    def taken_up():
-        cache = RuntimeCache(path)
-        cache.apply(config)
-        return cache, config.cache.kernels
-
     with CudaDevice(rtx, 0).current():
-        cache, _ = taken_up()
-        config.cache.kernels = 5
+        cache, library = opened_cache(path)
+        library.kernels = {"stem"}
         cache.save()
-        assert taken_up()[1] == 5
+        assert opened_cache(path)[1].kernels == {"stem"}
         path.write_bytes(path.read_bytes()[:-1] + b"7")
-        assert taken_up()[1] == 0
+        assert opened_cache(path)[1].kernels == set()
+
+
+def test_runtimes_that_were_open_at_once_keep_what_each_compiled(rtx, tmp_path):
+    path = tmp_path / "kernels.cache"
+    with CudaDevice(rtx, 0).current():
+        first, second, idle = opened_cache(path), opened_cache(path), opened_cache(path)
+        first[1].kernels = {"stem"}
+        second[1].kernels = {"head"}
+        for cache, _ in (first, second, idle):
+            cache.save()
+        assert opened_cache(path)[1].kernels == {"stem", "head"}
+        first[1].kernels.add("block")  # and it knows nothing of "head"
+        first[0].save()
+        assert opened_cache(path)[1].kernels == {"stem", "head", "block"}
+
+
+def test_runtime_that_is_collected_while_another_saves_waits_for_nobody(rtx, tmp_path, monkeypatch):
+    """Its kernels are saved when it is collected: under the lock, which the same thread holds, that would never end."""
+    path = tmp_path / "kernels.cache"
+    device = CudaDevice(rtx, 0)
+    with device.current():
+        (kept, library), (lost, other) = opened_cache(path), opened_cache(path)
+        library.kernels, other.kernels = {"stem"}, {"head"}
+        runtime = type("Cycle", (), {})()
+        runtime.itself = runtime
+        device.on_collection(runtime, lost.save)
+        del runtime
+        monkeypatch.setattr("engines.rtx_cache.write_bytes", _writing_with_garbage(write_bytes))
+        saving = threading.Thread(target=in_context, args=(device, kept.save), daemon=True)
+        saving.start()
+        saving.join(timeout=20)
+        assert not saving.is_alive()
+        gc.collect()
+        assert opened_cache(path)[1].kernels == {"stem", "head"}
+
+
+def in_context(device, call):
+    with device.current():
+        call()
+
+
+def _writing_with_garbage(write):
+    """Return `write`, as it is when there is so much garbage that Python collects it then, if it may."""
+
+    def written(path, data):
+        if gc.isenabled():
+            gc.collect()
+        write(path, data)
+
+    return written
 
 
 def test_runtime_cache_outlives_what_was_made_with_it(rtx, bundle_copy, tiny, preprocessed):
