@@ -105,8 +105,12 @@ class EngineStore:
         return network.with_pixels() if self.identity.takes_pixels else network
 
     def for_preprocessed(self) -> EngineStore:
-        """Return the store of engines that take preprocessed images, in the same directory under names of their own."""
-        return self._alike(replace(self.identity, takes_pixels=False), self.directory.parent)
+        """Return the store of engines that take preprocessed images, in the same directory under names of their own.
+
+        They run together with those of this store, so that only such fit as are built with the same settings.
+        """
+        identity = replace(self.identity, takes_pixels=False, settings=self.settings or None)
+        return self._alike(identity, self.directory.parent)
 
     def placed(self, directory: Path) -> EngineStore:
         """Return the store of such engines in another place."""
@@ -199,6 +203,14 @@ class EngineStore:
             records = store.find(parts, check_digests=check_digests)
             if len(records) == len(parts):
                 return store, records
+        return None
+
+    def found_settings(self) -> str | None:
+        """Return the settings of the engines that a runtime finds; None: there are none, or they are not all alike."""
+        for store in (self, *self._wider()):
+            settings = {record.settings for record in store.find(check_digests=False).values()}
+            if settings:
+                return settings.pop() if len(settings) == 1 else None
         return None
 
     def _wider(self) -> Iterator[EngineStore]:

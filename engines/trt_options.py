@@ -106,6 +106,17 @@ def default_max_batch(backend: str, precision: str, bundle_batch: int) -> int:
     return 1 if has_one_batch(backend, precision) else bundle_batch
 
 
+def options_from_settings(settings: str) -> TensorRTOptions | None:
+    """Return the options of `TensorRTOptions.settings`, but for the targets; None: they are another backend's."""
+    values = _values(settings)
+    if values.pop("recipe", None) != _RECIPE:
+        return None
+    try:
+        return TensorRTOptions(**values)
+    except (UsageError, TypeError):  # a record can hold anything
+        return None
+
+
 def largest_batch(settings: str) -> int | None:
     """Return the largest batch that engines of these settings take; None: any."""
     found: int | None = _setting(settings, "max_batch")
@@ -130,11 +141,15 @@ def has_host_code(settings: str) -> bool:
 
 def _setting(settings: str, name: str) -> Any:
     """Return one of `TensorRTOptions.settings`; None where another backend's record has its own text, or none."""
+    return _values(settings).get(name)
+
+
+def _values(settings: str) -> dict[str, Any]:
     try:
         values = json_from_bytes(settings)
     except (ValueError, TypeError):  # a record can hold anything
-        return None
-    return values.get(name) if isinstance(values, dict) else None
+        return {}
+    return values if isinstance(values, dict) else {}
 
 
 def flag_of(field_name: str) -> str:

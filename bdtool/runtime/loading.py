@@ -80,11 +80,6 @@ class Loader:
             store = self._own.for_preprocessed()
             parts = [part for part in parts_for(self._strategy, store.network) if part.reads_image]
             _, engines = self._load(store, parts, build=parts)
-            if engines.max_batch is not None and engines.max_batch < self.max_batch:
-                # they were built before the bundle was exported for larger batches
-                with ExitStack() as stack:
-                    store = self._build(store, parts, stack, resume=False)
-                    _, engines = self._load_from(store, store.find(parts, check_digests=False))
             self._preprocessed = Loaded(store.network, self._loaded.with_others(engines))
         return self._preprocessed
 
@@ -105,17 +100,15 @@ class Loader:
     def _load_from(self, store: EngineStore, records: Mapping[str, EngineRecord]) -> tuple[EngineStore, EngineSet]:
         return store, store.load(self._backend, records, joinable=self._strategy in ("path", "fused"))
 
-    def _build(
-        self, store: EngineStore, parts: Sequence[PartSpec], stack: ExitStack, *, resume: bool = True
-    ) -> EngineStore:
+    def _build(self, store: EngineStore, parts: Sequence[PartSpec], stack: ExitStack) -> EngineStore:
         """Build what the store lacks, there or elsewhere, and return the store that has it."""
-        found = store.find(parts) if resume else {}
+        found = store.find(parts)
         store.require_sources([part for part in parts if part.name not in found])  # elsewhere none of `found` is seen
         store = self._store_to_build_in(store, stack)
         logger.info(
             "building the %s engines that %s lacks for %s", store.precision, self._bundle.path, store.identity.target
         )
-        statuses = store.build(lambda: self._backend, parts=parts, resume=resume)
+        statuses = store.build(lambda: self._backend, parts=parts)
         failed = [status for status in statuses if status.status == "failed"]
         if failed:
             n_failed = counted(len(failed), f"{store.precision} engine")

@@ -12,10 +12,11 @@ from bdtool.runtime.masks import noted_masks
 from bdtool.runtime.path_cache import PathOptions
 from bdtool.runtime.recommendation import AUTO, read_recommendation
 from bdtool.specs import NetworkSpec
-from engines.base import Backend, Engine
+from engines.base import Backend, BackendIdentity, Engine
 from engines.graph_modes import GraphPlan
 from engines.registry import batch_options, identify_backend, open_backend, plan_graphs
 from engines.store import EngineStore
+from engines.trt_options import TensorRTOptions, options_from_settings
 from export.bundle import Bundle
 
 logger = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ def open_engines(
         require_strategy(strategy, backend, device)
     identity = identify_backend(backend, device)
     graphs = plan_graphs(backend, device, cuda_graph)
-    options = batch_options(backend, bundle.manifest.max_batch, precision=precision)
+    options = _build_options(bundle, identity, precision)
     settings = "" if options is None else options.settings
     store = EngineStore(bundle, identity, precision=precision, settings=settings)
     library = open_backend(backend, device, threads=threads, tensorrt=options)
@@ -73,3 +74,15 @@ def open_engines(
         graphs=graphs,
         loader=loader,
     )
+
+
+def _build_options(bundle: Bundle, identity: BackendIdentity, precision: str) -> TensorRTOptions | None:
+    """Return what engines are built with that the bundle lacks; None for a backend whose engines take any batch.
+
+    As those that it has: they run together, and engines of one batch size with none of another.
+    """
+    options = batch_options(identity.name, bundle.manifest.max_batch, precision=precision)
+    if options is None:
+        return None
+    found = EngineStore(bundle, identity, precision=precision).found_settings()
+    return options if found is None else options_from_settings(found) or options

@@ -164,6 +164,21 @@ def test_engines_for_several_architectures_serve_each_of_them(rtx, bundle_copy, 
         assert (bundle_copy / "engines" / "tensorrt-rtx-1.7.1-sm89-fp32" / "block_00.plan").is_file()
 
 
+def test_preprocessed_images_run_by_engines_of_one_batch_size(
+    rtx, monkeypatch, bundle_copy, tiny, preprocessed, torch_logits
+):
+    """As INT8 ones are, which would be built for single images where nobody says otherwise."""
+    monkeypatch.setattr("engines.trt_options.has_one_batch", lambda backend, precision: True)
+    for batch in (2, 1):
+        options = TensorRTOptions(sms=(89,), min_batch=batch, opt_batch=batch, max_batch=batch)
+        store = EngineStore(Bundle.open(bundle_copy), identify_backend("tensorrt-rtx", "cpu", tensorrt=options))
+        store.build(lambda options=options: open_backend("tensorrt-rtx", "cpu", tensorrt=options))
+        images = preprocessed(tiny.model, 2)
+        with Orchestrator.open(bundle_copy, **RTX) as runtime:
+            logits = runtime.run(images, policy="101").logits
+        np.testing.assert_allclose(logits, torch_logits(tiny.model, images, KEEP[[0, 0]]), atol=1e-4)
+
+
 def test_running_needs_a_device(rtx, bundle_copy):
     with pytest.raises(UsageError, match="backend 'tensorrt-rtx' runs its engines on a GPU: give --device cuda:0"):
         Orchestrator.open(bundle_copy, backend="tensorrt-rtx")
