@@ -24,6 +24,13 @@ from bdtool.errors import BackendError, EngineError
 from engines.device_timer import CopyWatch, DeviceTimer
 from export.packages import install_command
 
+FREE_MEMORY = "Free memory on the GPU: nvidia-smi lists who has it"
+START_AGAIN = "Work on the GPU failed, and this process can use it no more: start it again"
+_ADVICE = {
+    "CUDA_ERROR_OUT_OF_MEMORY": FREE_MEMORY,
+    "CUDA_ERROR_ILLEGAL_ADDRESS": START_AGAIN,
+    "CUDA_ERROR_LAUNCH_FAILED": START_AGAIN,
+}
 _TIMING_OF_13 = 12080  # cuEventElapsedTime_v2, which cuda-bindings 13 call, is in drivers since CUDA 12.8
 
 
@@ -35,7 +42,8 @@ def checked(cu: Any, result: tuple[Any, ...], what: str) -> Any:
     """
     status, *values = result
     if status != cu.CUresult.CUDA_SUCCESS:
-        raise EngineError(f"the CUDA driver refuses {what}: {status.name}")
+        advice = f". {_ADVICE[status.name]}" if status.name in _ADVICE else ""
+        raise EngineError(f"the CUDA driver refuses {what}: {status.name}{advice}")
     return values[0] if len(values) == 1 else tuple(values)
 
 

@@ -19,7 +19,7 @@ from bdtool.specs import PartSpec
 from engines.base import Buffer, Call, Engine, PartEngine, run_through_buffers
 from engines.capture import Captured
 from engines.cuda_buffer import DeviceBuffer, device_buffer
-from engines.cuda_device import CudaDevice, DeviceMemory
+from engines.cuda_device import FREE_MEMORY, START_AGAIN, CudaDevice, DeviceMemory
 from engines.rtx_cache import RuntimeCache
 from engines.trt_library import TensorRTLibrary
 
@@ -125,8 +125,8 @@ class TensorRTRuntime:
             context = engine.value.create_execution_context(self._allocation(engine.value))
             if context is None:
                 reason = self.library.quoted() or "no reason given"
-                advice = ". Build it again with --max-batch 1" if _ONE_BATCH_ONLY in reason else ""
-                raise EngineError(f"{what}: {reason}{advice}")
+                advice = "Build it again with --max-batch 1" if _ONE_BATCH_ONLY in reason else _cuda_advice(reason)
+                raise EngineError(f"{what}: {reason}" + (f". {advice}" if advice else ""))
             return _Held(self.device, context)
 
     def _allocation(self, engine: Any) -> Any:
@@ -273,9 +273,15 @@ def _remedy(reason: str) -> str:
     """Return what to do about an engine that was not loaded: it may be whole."""
     if re.search(r"[Ee]rror:? 35\b", reason):  # cudaErrorInsufficientDriver, also where there is no driver
         return "The driver is too old for this library, or there is none: `bdtool doctor` says what fits"
+    return _cuda_advice(reason) or "Build it again on this machine"
+
+
+def _cuda_advice(reason: str) -> str | None:
+    """Return what to do where it is CUDA that failed."""
     if re.search(r"out ?of ?memory", reason, re.IGNORECASE):
-        return "Free memory on the GPU: nvidia-smi lists who has it"
-    return "Build it again on this machine"
+        return FREE_MEMORY
+    # cudaErrorIllegalAddress and cudaErrorLaunchFailure, of whatever ran before: no call works after them
+    return START_AGAIN if re.search(r"cudaError (700|719)\b", reason) else None
 
 
 def _check_tensors(part: PartSpec, engine: _Held) -> None:

@@ -12,7 +12,7 @@ from bdtool import Orchestrator
 from bdtool.errors import BackendError, EngineError, UsageError
 from bdtool.runtime.preprocess import preprocess
 from engines.cuda_buffer import DeviceBuffer
-from engines.cuda_device import CudaDevice, open_device
+from engines.cuda_device import CudaDevice, checked, open_device
 from engines.graph_nodes import GraphNodes
 from engines.libcuda import Driver, Gpu
 from engines.registry import identify_backend, open_backend
@@ -111,7 +111,8 @@ def test_scratch_grows_with_what_is_loaded_later(chain, driver, tiny, preprocess
 @pytest.mark.parametrize(
     ("reason", "advice"),
     [
-        ("out of memory", ""),
+        ("no kernel", ""),
+        ("cudaError 2: out of memory", r"\. Free memory on the GPU: nvidia-smi lists who has it"),
         ("Myelin type has not implementation for fallback shapes: 5", r"\. Build it again with --max-batch 1"),
     ],
 )
@@ -187,6 +188,19 @@ def test_copy_that_fails_is_an_error(chain, driver):
         runtime.run(image, policy="101")
 
 
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [
+        ("CUDA_ERROR_OUT_OF_MEMORY", r"\. Free memory on the GPU: nvidia-smi lists who has it"),
+        ("CUDA_ERROR_LAUNCH_FAILED", r"\. Work on the GPU failed, and this process can use it no more: start it again"),
+        ("CUDA_ERROR_NOT_SUPPORTED", ""),
+    ],
+)
+def test_error_of_the_driver_says_what_to_do_next(driver, error, advice):
+    with pytest.raises(EngineError, match=f"^the CUDA driver refuses a stream: {error}{advice}$"):
+        checked(driver, (getattr(driver.CUresult, error),), "a stream")
+
+
 def test_engine_by_itself_refuses_a_batch_below_its_profile(driver, bundle_copy, tiny, pixels):
     build_engines(bundle_copy, min_batch=2, opt_batch=2, max_batch=4)
     with Orchestrator.open(bundle_copy, **TENSORRT) as runtime:
@@ -234,6 +248,7 @@ def test_engine_file_that_cannot_be_read_back_is_quoted(driver, tiny_bundle):
     [
         ("CUDA initialization failure with error: 35", "The driver is too old for this library, or there is none"),
         ("Error Code 2: OutOfMemory (Requested size was 64 bytes.)", "Free memory on the GPU: nvidia-smi lists"),
+        ("Error Code 1: Cuda Runtime (cudaError 719: launch failure)", "Work on the GPU failed, and this process"),
         ("Serialization assertion failed, error 351", "Build it again on this machine"),
     ],
 )
