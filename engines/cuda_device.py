@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from bdtool.errors import BackendError, EngineError
+from bdtool.errors import BackendError, DataError, EngineError
 from engines.device_timer import CopyWatch, DeviceTimer
 from export.packages import install_command
 
@@ -254,14 +254,24 @@ class CudaDevice:
         event.record()
         event.hold(stream)
 
-    def owns(self, address: int) -> bool:
-        """Say whether memory belongs to the primary context, or to a pool of this GPU, which belongs to none.
+    def require_own(self, address: int, what: str) -> None:
+        """Raise unless memory belongs to the primary context, or to a pool of this GPU, which belongs to none.
 
         Raises:
+            DataError: it is another GPU's, or another context's.
             EngineError: it is no device memory.
         """
-        context, ordinal = (self._of_pointer(name, address) for name in ("CONTEXT", "DEVICE_ORDINAL"))
-        return int(context) in (0, int(self.context)) and int(ordinal) == self.index
+        context, ordinal = (int(self._of_pointer(name, address)) for name in ("CONTEXT", "DEVICE_ORDINAL"))
+        if ordinal != self.index:
+            raise DataError(
+                f"{what}: their memory is on cuda:{ordinal}, the engines run on cuda:{self.index}. Copy them there "
+                f"first, or open the bundle with --device cuda:{ordinal}"
+            )
+        if context not in (0, int(self.context)):
+            raise DataError(
+                f"{what}: their memory belongs to another CUDA context than the primary one of cuda:{self.index}, as "
+                "pycuda.autoinit makes it. Import pycuda.autoprimaryctx instead, and make the array again"
+            )
 
     def _of_pointer(self, name: str, address: int) -> Any:
         attribute = getattr(self.cu.CUpointer_attribute, f"CU_POINTER_ATTRIBUTE_{name}")

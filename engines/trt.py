@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import Any
 
-from bdtool.errors import BackendError, DataError, EngineError
+from bdtool.errors import BackendError, EngineError
 from bdtool.specs import NetworkSpec, PartSpec
 from engines.base import PLAIN_LAYOUT, BackendIdentity, Buffer, BuiltEngine, Engine, JoinedEngine
 from engines.capture import Capturer
@@ -112,12 +112,7 @@ class TensorRTBackend:
         return DeviceBuffer(self._runtime.device, shape, dtype)
 
     def check_device_array(self, values: DeviceArray) -> None:
-        device = self._runtime.device
-        if not device.owns(values.address):
-            raise DataError(
-                f"images: their memory belongs to another CUDA context than the primary one of cuda:{device.index}, as "
-                "pycuda.autoinit makes it. Import pycuda.autoprimaryctx instead, and make the array again"
-            )
+        self._runtime.device.require_own(values.address, "images")
 
     def concatenate(self, values: Sequence[DeviceArray]) -> DeviceArray:
         return concatenate(self._runtime.device, values)

@@ -156,11 +156,18 @@ def test_batch_beyond_the_bundle_runs_in_slices(driver, tiny, preprocessed, torc
     np.testing.assert_allclose(logits[[0, 69]], torch_logits(tiny.model, images[[0, 69]], KEEP[[0, 0]]), atol=1e-4)
 
 
-@pytest.mark.parametrize(("context", "gpu"), [(0xBAD, 0), (0, 1)])  # pools belong to no context
-def test_memory_of_another_context_or_gpu_is_refused(driver, tiny, preprocessed, context, gpu):
+@pytest.mark.parametrize(
+    ("context", "gpu", "message"),
+    [
+        (0xBAD, 0, r"another CUDA context than the primary one of cuda:0.*pycuda\.autoprimaryctx"),
+        (0xBAD, 1, r"is on cuda:1, the engines run on cuda:0\. Copy them there first, or open .* --device cuda:1"),
+        (0, 1, "is on cuda:1, the engines run on cuda:0"),  # a pool's, which belongs to no context
+    ],
+)
+def test_memory_of_another_context_or_gpu_is_refused(driver, tiny, preprocessed, context, gpu, message):
     images = GpuArray(driver, preprocessed(tiny.model, 1))
     driver.owners[images.address], driver.ordinals[images.address] = context, gpu
-    with _open(tiny.bundle) as runtime, pytest.raises(DataError, match=r"another CUDA context.*pycuda\.autoprimaryctx"):
+    with _open(tiny.bundle) as runtime, pytest.raises(DataError, match=message):
         runtime.run(images)
 
 
