@@ -234,8 +234,9 @@ def test_learned_policy_decides_while_measured(network):
     samples = measure({"full": full, "chain": chain}, Workload(images=_images(6), keep=None), SHORT)
     assert sum(name == "policy" for name, _ in calls) == sum(name == "stem" for name, _ in calls)
     learned = chain.run(_images(6)).blocks_run
-    expected = [learned[i % 6] for i in range(N_ROUNDS * measuring.ROUND_IMAGES)]
-    assert samples["chain"].blocks_run.tolist() == expected
+    found = samples["chain"].blocks_run.tolist()
+    assert len(found) >= N_ROUNDS * measuring.LEAST_IMAGES  # the first request, as slow as the machine, says how many
+    assert found == [learned[i % 6] for i in range(len(found))]
 
 
 def test_part_table_counts_calls_for_each_image(network):
