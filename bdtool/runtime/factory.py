@@ -93,28 +93,16 @@ def make_strategy(
             "build them with --min-batch 1"
         )
     with context_of(backend)():
-        made = _made(strategy, network, backend, engines, wrap=wrap, paths=paths, graphs=graphs)
+        if strategy == "path":
+            made: Strategy = PathStrategy(network, backend, engines, wrap=wrap, options=paths)
+        elif strategy == "fused":
+            made = fused_strategy(network, backend, engines, wrap=wrap)
+        elif strategy == "graph":
+            from bdtool.runtime.graph import graph_strategy  # only GPUs need it
+
+            made = graph_strategy(network, backend, engines, wrap=wrap, paths=paths, graphs=graphs)
+        elif strategy == "full":
+            made = FullStrategy(network, backend, engines, wrap=wrap, graphs=graphs)
+        else:
+            made = ChainStrategy(network, backend, engines, wrap=wrap)
     return made if least == 1 else PaddedStrategy(made, least)
-
-
-def _made(
-    strategy: str,
-    network: NetworkSpec,
-    backend: Backend,
-    engines: Mapping[str, Engine],
-    *,
-    wrap: WrapCall,
-    paths: PathOptions | None,
-    graphs: GraphPlan | None,
-) -> Strategy:
-    if strategy == "path":
-        return PathStrategy(network, backend, engines, wrap=wrap, options=paths)
-    if strategy == "fused":
-        return fused_strategy(network, backend, engines, wrap=wrap)
-    if strategy == "graph":
-        from bdtool.runtime.graph import graph_strategy  # only GPUs need it
-
-        return graph_strategy(network, backend, engines, wrap=wrap, paths=paths, graphs=graphs)
-    if strategy == "full":
-        return FullStrategy(network, backend, engines, wrap=wrap, graphs=graphs)
-    return ChainStrategy(network, backend, engines, wrap=wrap)
