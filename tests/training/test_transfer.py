@@ -73,5 +73,8 @@ def test_data_says_what_classes_there_are(tmp_path: Path) -> None:
     assert classes_of(str(tmp_path / "train"), layout) == (2, ("cat", "owl"))
     assert classes_of("cifar100:data", layout) == (100, None)
     assert classes_of("train.npz", layout, n_classes=7) == (7, None)
+    (tmp_path / "train.npz").touch()
     with pytest.raises(UsageError, match=r"train\.npz: does not say how many classes there are; give --classes N"):
-        classes_of("train.npz", layout)
+        classes_of(str(tmp_path / "train.npz"), layout)
+    with pytest.raises(UsageError, match="'nowhere': no such file, directory or data set"):
+        classes_of("nowhere", layout)
