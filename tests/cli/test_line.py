@@ -126,8 +126,10 @@ def test_profile_gives_the_figures_of_the_contract(line, bdtool_json, npz):
     for strategy in result["strategies"].values():
         latency = strategy["latency_ms"]
         assert set(latency) == {"min", "mean", "median", "p90", "p95", "p99", "max"}
-        assert latency["min"] <= latency["median"] <= latency["p90"] <= latency["p95"] <= latency["p99"]
-        assert latency["p99"] <= latency["max"]
+        names = ("min", "median", "p90", "p95", "p99", "max")
+        held = [latency[name] for name in names if latency[name] is not None]  # p99 of a slow machine's few is not
+        assert held == sorted(held)
+        assert None not in (latency["min"], latency["median"], latency["max"])
         assert math.isclose(strategy["throughput_ips"], 1000 / latency["mean"])
     chain, full = result["strategies"]["chain"], result["strategies"]["full"]
     low, high = chain["ratio_to_full_iqr"]

@@ -56,9 +56,11 @@ def test_run_profile_and_report_decide_by_it(bdtool, bdtool_json, tiny, picture,
     words = ["profile", tiny.bundle, "--data", npz, "--policy", POLICY, "--duration", 0.01, "--strategy", "chain,path"]
     bdtool(*words, "--html", page, "--json", profiled)
     found = json.loads(profiled.read_text())
-    blocks = _kept(tiny.bundle, np.load(npz)["x"]).sum(axis=1).mean()
+    blocks = _kept(tiny.bundle, np.load(npz)["x"]).sum(axis=1)
     assert found["policy"] == POLICY
-    assert {found["strategies"][name]["blocks_mean"] for name in ("chain", "path")} == {blocks}
+    for strategy in (found["strategies"][name] for name in ("chain", "path")):
+        ran = np.arange(strategy["n_requests"]) % len(blocks)  # the last time around maybe not all of them
+        assert strategy["blocks_mean"] == pytest.approx(blocks[ran].mean())
     assert f"this policy: {POLICY}" in page.read_text(encoding="utf-8")
     other = tmp_path / "other.json"
     other.write_text(json.dumps({**found, "policy": "learned"}))
