@@ -377,10 +377,10 @@ def install_gpu(monkeypatch, cache_dir, *, rtx=False, sm=90, driver=None):
     return driver
 
 
-def build_engines(bundle, **options):
-    """Build a bundle's engines for `install_gpu`'s GPU by `TensorRTOptions`, and return where they are."""
+def build_engines(bundle, backend="tensorrt", device="cuda:0", **options):
+    """Build a bundle's engines by `TensorRTOptions`, where `install_gpu` was called, and return where they are."""
     asked = TensorRTOptions(**options)
-    store = EngineStore(Bundle.open(bundle), identify_backend("tensorrt", "cuda:0", tensorrt=asked))
-    statuses = store.build(lambda: open_backend("tensorrt", "cuda:0", tensorrt=asked))
+    store = EngineStore(Bundle.open(bundle), identify_backend(backend, device, tensorrt=asked))
+    statuses = store.build(lambda: open_backend(backend, device, tensorrt=asked))
     assert {status.status for status in statuses} == {"built"}
     return store

@@ -62,9 +62,8 @@ class ImageForms:
     @property
     def path_stats(self) -> PathStats | None:
         """What the path caches of both strategies have done; None where they have none."""
-        caches = [one.cache for one in (self.strategy, self._other) if isinstance(one, PathStrategy)]
-        stats = [cache.stats for cache in caches]
-        return None if not stats else stats[0] if len(stats) == 1 else stats[0] + stats[1]
+        stats = [one.cache.stats for one in (self.strategy, self._other) if isinstance(one, PathStrategy)]
+        return sum(stats[1:], start=stats[0]) if stats else None
 
     def close(self) -> None:
         for strategy in (self.strategy, self._other):

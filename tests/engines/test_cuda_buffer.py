@@ -153,3 +153,30 @@ def test_cycles_are_not_collected_while_any_thread_captures(driver):
     thread.join()
     assert seen == [False]
     assert gc.isenabled()
+
+
+def test_rows_move_by_runs_of_neighbours(driver):
+    device = CudaDevice(driver, 0)
+    values = np.arange(24, dtype=np.float32).reshape(6, 4)
+    source, target = (DeviceBuffer(device, shape, "float32") for shape in ((6, 4), (4, 4)))
+    source.write(values)
+    driver.copies.clear()
+    target.gather(source, np.array([1, 2, 3, 5]))
+    assert driver.copies == ["DtoD"] * 2
+    np.testing.assert_array_equal(target.read(), values[[1, 2, 3, 5]])
+    source.scatter(target, np.array([0, 1, 4, 5]))
+    np.testing.assert_array_equal(source.read(), values[[1, 2, 2, 3, 3, 5]])
+    other = DeviceBuffer(device, (6, 4), "float32")
+    other.copy_rows(source, np.array([0, 2, 3]))
+    np.testing.assert_array_equal(other.read(), [*values[[1]], 0 * values[0], *values[[2, 3]], *0 * values[:2]])
+    target.gather(source, np.array([], dtype=np.int64))
+    np.testing.assert_array_equal(target.first(2).read(), values[[1, 2]])
+
+
+def test_new_memory_is_zero_and_a_wrong_shape_is_refused(driver):
+    device = CudaDevice(driver, 0)
+    buffer = DeviceBuffer(device, (2, 3), "bfloat16")
+    with device.current():
+        assert buffer.read().tolist() == [[0, 0, 0], [0, 0, 0]]
+    with pytest.raises(ValueError, match=r"values \[3, 2\] for a buffer \[2, 3\]"):
+        buffer.write(np.zeros((3, 2), np.uint16))

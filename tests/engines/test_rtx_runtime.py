@@ -12,21 +12,14 @@ from bdtool import Orchestrator
 from bdtool.errors import EngineError, UsageError
 from engines.cuda_device import CudaDevice
 from engines.libcuda import driver_from_libcuda
-from engines.registry import identify_backend, open_backend
+from engines.registry import open_backend
 from engines.rtx_cache import RuntimeCache
-from engines.store import EngineStore
 from engines.trt_library import load_library
 from engines.trt_options import TensorRTOptions
 from engines.trt_runtime import TensorRTRuntime
-from export.bundle import Bundle
 from export.files import write_bytes
 from tests.fake_driver import FakeDriver
-from tests.fake_tensorrt import (
-    FakeTensorRT,
-    IExecutionContext,
-    IRuntimeCache,
-    install_gpu,
-)
+from tests.fake_tensorrt import FakeTensorRT, IExecutionContext, IRuntimeCache, build_engines, install_gpu
 
 RTX = {"backend": "tensorrt-rtx", "device": "cuda:0"}
 KEEP = np.array([[1, 0, 1], [0, 1, 0], [1, 1, 1], [0, 0, 0], [1, 0, 1]], dtype=bool)
@@ -146,16 +139,12 @@ def test_runtime_cache_outlives_what_was_made_with_it(rtx, bundle_copy, tiny, pr
 
 @pytest.mark.parametrize(("max_batch", "flags"), [(1, {"REQUIRE_USER_ALLOCATION"}), (2, set())])
 def test_rtx_may_allocate_where_the_batch_is_dynamic(rtx, bundle_copy, max_batch, flags):
-    options = TensorRTOptions(sms=(89,), max_batch=max_batch)
-    store = EngineStore(Bundle.open(bundle_copy), identify_backend("tensorrt-rtx", "cpu", tensorrt=options))
-    store.build(lambda: open_backend("tensorrt-rtx", "cpu", tensorrt=options))
+    build_engines(bundle_copy, "tensorrt-rtx", "cpu", sms=(89,), max_batch=max_batch)
     assert FakeTensorRT.notes["config"].flags_set == flags
 
 
 def test_engines_for_several_architectures_serve_each_of_them(rtx, bundle_copy, tiny, pixels):
-    options = TensorRTOptions(sms=(89, 90))
-    store = EngineStore(Bundle.open(bundle_copy), identify_backend("tensorrt-rtx", "cpu", tensorrt=options))
-    store.build(lambda: open_backend("tensorrt-rtx", "cpu", tensorrt=options))
+    store = build_engines(bundle_copy, "tensorrt-rtx", "cpu", sms=(89, 90))
     with Orchestrator.open(bundle_copy, **RTX) as runtime:
         assert runtime.run(pixels(tiny.model, 1)).logits.shape == (1, 10)
     assert [path.name for path in (bundle_copy / "engines").iterdir()] == ["tensorrt-rtx-1.7.1-sm89-sm90-fp32"]
@@ -170,9 +159,8 @@ def test_preprocessed_images_run_by_engines_of_one_batch_size(
     """As INT8 ones are, which would be built for single images where nobody says otherwise."""
     monkeypatch.setattr("engines.trt_options.has_one_batch", lambda backend, precision: True)
     for batch in (2, 1):
-        options = TensorRTOptions(sms=(89,), min_batch=batch, opt_batch=batch, max_batch=batch)
-        store = EngineStore(Bundle.open(bundle_copy), identify_backend("tensorrt-rtx", "cpu", tensorrt=options))
-        store.build(lambda options=options: open_backend("tensorrt-rtx", "cpu", tensorrt=options))
+        static = {"min_batch": batch, "opt_batch": batch, "max_batch": batch}
+        build_engines(bundle_copy, "tensorrt-rtx", "cpu", sms=(89,), **static)
         images = preprocessed(tiny.model, 2)
         with Orchestrator.open(bundle_copy, **RTX) as runtime:
             logits = runtime.run(images, policy="101").logits

@@ -1,7 +1,6 @@
 """Running TensorRT engines, against stand-ins for TensorRT and the driver that compute on host memory."""
 
 import gc
-import json
 import re
 import threading
 
@@ -9,17 +8,9 @@ import numpy as np
 import pytest
 
 from bdtool import Orchestrator
-from bdtool.errors import BackendError, EngineError, UsageError
+from bdtool.errors import EngineError, UsageError
 from bdtool.runtime.preprocess import preprocess
-from engines.cuda_buffer import DeviceBuffer
-from engines.cuda_device import CudaDevice, checked, open_device
-from engines.graph_nodes import GraphNodes
-from engines.libcuda import Driver, Gpu
-from engines.registry import identify_backend, open_backend
-from engines.store import EngineStore
-from engines.trt_options import TensorRTOptions
-from export.bundle import Bundle
-from tests.fake_driver import FakeDriver
+from engines.registry import open_backend
 from tests.fake_tensorrt import (
     FakeTensorRT,
     ICudaEngine,
@@ -188,19 +179,6 @@ def test_copy_that_fails_is_an_error(chain, driver):
         runtime.run(image, policy="101")
 
 
-@pytest.mark.parametrize(
-    ("error", "advice"),
-    [
-        ("CUDA_ERROR_OUT_OF_MEMORY", r"\. Free memory on the GPU: nvidia-smi lists who has it"),
-        ("CUDA_ERROR_LAUNCH_FAILED", r"\. Work on the GPU failed, and this process can use it no more: start it again"),
-        ("CUDA_ERROR_NOT_SUPPORTED", ""),
-    ],
-)
-def test_error_of_the_driver_says_what_to_do_next(driver, error, advice):
-    with pytest.raises(EngineError, match=f"^the CUDA driver refuses a stream: {error}{advice}$"):
-        checked(driver, (getattr(driver.CUresult, error),), "a stream")
-
-
 def test_engine_by_itself_refuses_a_batch_below_its_profile(driver, bundle_copy, tiny, pixels):
     build_engines(bundle_copy, min_batch=2, opt_batch=2, max_batch=4)
     with Orchestrator.open(bundle_copy, **TENSORRT) as runtime:
@@ -267,173 +245,11 @@ def test_engine_of_another_part_is_refused(driver, tiny_bundle):
         backend.load(head, built.data, layout="NCHW")
 
 
-def test_engine_without_weights_is_not_run(driver, bundle_copy):
-    options = TensorRTOptions(strip_weights=True)
-    store = EngineStore(Bundle.open(bundle_copy), identify_backend("tensorrt", "cuda:0", tensorrt=options))
-    store.build(lambda: open_backend("tensorrt", "cuda:0", tensorrt=options))
-    with pytest.raises(EngineError, match=r"built without weights.*again without --strip-weights"):
-        Orchestrator.open(bundle_copy, **TENSORRT)
-
-
 @pytest.mark.parametrize("strategy", ["path", "fused"])
 def test_strategies_that_tensorrt_lacks_are_refused(driver, bundle_copy, strategy):
     with pytest.raises(UsageError, match=f"'tensorrt' has no strategy '{strategy}', only chain, graph, full; or use"):
         Orchestrator.open(bundle_copy, strategy=strategy, **TENSORRT)
     assert not (bundle_copy / "engines").exists()
-
-
-# --- driver -----------------------------------------------------------------------------------------------------------
-
-
-def open_driver_error():
-    try:
-        open_device("cuda:0")
-    except BackendError as error:
-        return str(error)
-    return None
-
-
-@pytest.mark.parametrize(("supported", "bindings", "is_refused"), [(12040, "13.5.0", True), (12080, "13.5.0", False)])
-def test_bindings_too_new_for_the_driver_are_refused_at_once(monkeypatch, supported, bindings, is_refused):
-    driver = FakeDriver()
-    driver.version = supported
-    monkeypatch.setattr("engines.cuda_device.version", {"cuda-bindings": bindings}.get)
-    monkeypatch.setattr("cuda.bindings.driver", driver)
-    if is_refused:
-        with pytest.raises(
-            BackendError, match=r"need a driver of CUDA 12\.8, this one supports CUDA 12\.4.*bindings>=12"
-        ):
-            open_device("cuda:0")
-        open_device("cuda:0", stream=lambda: 0)  # of PyTorch, which times by itself
-    else:
-        open_device("cuda:0")
-
-
-def test_machine_without_a_driver_says_so():
-    error = open_driver_error()
-    if error is None:
-        pytest.skip("there is a GPU here")
-    assert error.startswith("device 'cuda:0': ")
-    assert "bdtool doctor" in error
-
-
-# --- buffers ----------------------------------------------------------------------------------------------------------
-
-
-def test_rows_move_by_runs_of_neighbours(driver):
-    device = CudaDevice(driver, 0)
-    values = np.arange(24, dtype=np.float32).reshape(6, 4)
-    source, target = (DeviceBuffer(device, shape, "float32") for shape in ((6, 4), (4, 4)))
-    source.write(values)
-    driver.copies.clear()
-    target.gather(source, np.array([1, 2, 3, 5]))
-    assert driver.copies == ["DtoD"] * 2
-    np.testing.assert_array_equal(target.read(), values[[1, 2, 3, 5]])
-    source.scatter(target, np.array([0, 1, 4, 5]))
-    np.testing.assert_array_equal(source.read(), values[[1, 2, 2, 3, 3, 5]])
-    other = DeviceBuffer(device, (6, 4), "float32")
-    other.copy_rows(source, np.array([0, 2, 3]))
-    np.testing.assert_array_equal(other.read(), [*values[[1]], 0 * values[0], *values[[2, 3]], *0 * values[:2]])
-    target.gather(source, np.array([], dtype=np.int64))
-    np.testing.assert_array_equal(target.first(2).read(), values[[1, 2]])
-
-
-def test_new_memory_is_zero_and_a_wrong_shape_is_refused(driver):
-    device = CudaDevice(driver, 0)
-    buffer = DeviceBuffer(device, (2, 3), "bfloat16")
-    with device.current():
-        assert buffer.read().tolist() == [[0, 0, 0], [0, 0, 0]]
-    with pytest.raises(ValueError, match=r"values \[3, 2\] for a buffer \[2, 3\]"):
-        buffer.write(np.zeros((3, 2), np.uint16))
-
-
-def test_capture_of_work_that_fails_leaves_the_stream_usable(driver):
-    device = CudaDevice(driver, 0)
-
-    def fail():
-        raise EngineError("no")
-
-    with pytest.raises(EngineError, match="no"):
-        device.capture(fail)
-    with device.current():
-        device.synchronize(device.capture_stream)  # the stand-in refuses it while that is still captured
-
-
-def test_work_of_others_does_not_join_a_capture(driver):
-    """Results name the device's stream, and whoever took one may put work there at any time."""
-    device, done = CudaDevice(driver, 0), []
-
-    def enqueue():
-        driver.enqueue(lambda: done.append("captured"), stream=int(device.capture_stream))
-        driver.enqueue(lambda: done.append("of others"), stream=int(device.stream))
-        with device.current():
-            device.synchronize()
-            device.hold_back(0x99)
-
-    assert int(device.capture_stream) != int(device.stream)
-    graph = device.capture(enqueue)
-    assert done == ["of others"]
-    with device.current():
-        device.launch(GraphNodes(driver, device.context).instantiate(graph))
-    assert done == ["of others", "captured"]
-
-
-def test_record_says_whether_an_engine_can_be_loaded(driver, bundle_copy):
-    for strip, loadable in ((True, False), (False, True)):
-        options = TensorRTOptions(strip_weights=strip)
-        store = EngineStore(Bundle.open(bundle_copy), identify_backend("tensorrt", "cuda:0", tensorrt=options))
-        store.build(lambda options=options: open_backend("tensorrt", "cuda:0", tensorrt=options))
-        assert json.loads((store.directory / "head.engine.json").read_bytes())["loadable"] is loadable
-
-
-@pytest.mark.parametrize("recipe", [1, 99])
-def test_engines_that_another_version_built_otherwise_are_built_again(driver, bundle_copy, recipe):
-    store = build_engines(bundle_copy, max_batch=4)
-    for path in store.directory.glob("*.engine.json"):
-        record = json.loads(path.read_text())
-        settings = {**json.loads(record["settings"]), "recipe": recipe}
-        path.write_text(json.dumps({**record, "settings": json.dumps(settings)}))
-    with Orchestrator.open(bundle_copy, **TENSORRT) as runtime:
-        assert runtime.max_batch == Bundle.open(bundle_copy).manifest.max_batch != 4
-
-
-def test_version_compatible_engines_are_loaded_where_they_were_asked_for(driver, bundle_copy, pixels, tiny):
-    build_engines(bundle_copy, version_compatible=True)
-    with Orchestrator.open(bundle_copy, backend="tensorrt", device="cuda:0") as runtime:
-        assert runtime.run(pixels(tiny.model, 1)).logits.shape == (1, 10)
-
-
-def test_host_code_of_other_engines_is_refused(driver, bundle_copy):
-    store = build_engines(bundle_copy, version_compatible=True)
-    for path in store.directory.glob("*.engine.json"):
-        record = json.loads(path.read_bytes())
-        path.write_text(json.dumps({**record, "settings": TensorRTOptions().settings}))
-    with pytest.raises(EngineError, match=r"cannot load its engine: IRuntime::getEngineHostCodeAllowed\(\) is false"):
-        Orchestrator.open(bundle_copy, backend="tensorrt", device="cuda:0")
-
-
-@pytest.mark.parametrize(
-    ("level", "other", "serves"),
-    [
-        ("none", "NVIDIA H100", False),  # another model of the same capability
-        ("same-compute-capability", "NVIDIA H100", True),
-        ("ampere-plus", "NVIDIA H100", True),
-    ],
-)
-def test_engines_serve_another_gpu_if_they_were_built_for_it(monkeypatch, driver, bundle_copy, level, other, serves):
-    built = build_engines(bundle_copy, hardware_compatibility=level)
-    found = Driver((13, 0), (Gpu(other, (9, 0)),))
-    monkeypatch.setattr("engines.registry.driver_from_libcuda", lambda: found)
-    store = EngineStore(Bundle.open(bundle_copy), identify_backend("tensorrt", "cuda:0"))
-    serving = store.find_complete(store.network.parts)
-    assert (serving is not None and serving[0].directory == built.directory) == serves
-
-
-def test_engines_for_ampere_and_later_do_not_serve_turing(monkeypatch, driver, bundle_copy):
-    build_engines(bundle_copy, hardware_compatibility="ampere-plus")
-    monkeypatch.setattr("engines.registry.driver_from_libcuda", lambda: Driver((13, 0), (Gpu("NVIDIA T4", (7, 5)),)))
-    store = EngineStore(Bundle.open(bundle_copy), identify_backend("tensorrt", "cuda:0"))
-    assert store.find_complete(store.network.parts) is None
 
 
 def test_batches_beyond_what_engines_take_run_in_slices(driver, bundle_copy, tiny, pixels, torch_logits):
