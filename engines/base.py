@@ -231,6 +231,11 @@ class ContextBackend(Protocol):
         """Return a `with` for calls, one after the other; behind it the user's context is current again."""
 
 
+def full_device_name(device: str) -> str:
+    """Return "cuda:0" for "cuda", as backends and directories of engines name it, and any other name as it is."""
+    return "cuda:0" if device == "cuda" else device
+
+
 def context_of(backend: Backend) -> Callable[[], AbstractContextManager[None]]:
     """Return what gives the `with` that a backend's calls need; of most it does nothing."""
     return backend.current if isinstance(backend, ContextBackend) else nullcontext

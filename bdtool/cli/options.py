@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
-from engines.base import DEFAULT_BACKEND, DEFAULT_DEVICE
+from engines.base import DEFAULT_BACKEND, DEFAULT_DEVICE, full_device_name
 from export.manifest import CALIBRATED, EXPORTED, MANIFEST_NAME, WEIGHTS_NAME
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
@@ -324,8 +325,20 @@ def backend_option(command: _Command) -> _Command:
     return option(command)
 
 
+def was_given(option: str) -> bool:
+    """Return whether the running command was given an option, by its parameter's name, or takes its default."""
+    return click.get_current_context().get_parameter_source(option) == ParameterSource.COMMANDLINE
+
+
 def device_option(*, help_text: str) -> Callable[[_Command], _Command]:
-    return click.option("--device", default=DEFAULT_DEVICE, show_default=True, metavar="cpu|cuda:N", help=help_text)
+    return click.option(
+        "--device",
+        default=DEFAULT_DEVICE,
+        show_default=True,
+        callback=lambda _ctx, _param, device: full_device_name(device),
+        metavar="cpu|cuda|cuda:N",
+        help=f"{help_text} cuda is cuda:0.",
+    )
 
 
 def precision_option(*, help_text: str) -> Callable[[_Command], _Command]:

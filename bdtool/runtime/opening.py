@@ -12,7 +12,7 @@ from bdtool.runtime.masks import noted_masks
 from bdtool.runtime.path_cache import PathOptions
 from bdtool.runtime.recommendation import AUTO, read_recommendation
 from bdtool.specs import NetworkSpec
-from engines.base import Backend, BackendIdentity, Engine
+from engines.base import Backend, BackendIdentity, Engine, full_device_name
 from engines.graph_modes import GraphPlan
 from engines.registry import batch_options, identify_backend, open_backend, plan_graphs
 from engines.store import EngineStore
@@ -47,6 +47,7 @@ def open_engines(
     cuda_graph: str,
 ) -> OpenedEngines:
     """Load the engines of a bundle, those that it lacks built first; arguments and errors as `Orchestrator.open`."""
+    device = full_device_name(device)
     if strategy != AUTO:
         parts_for(strategy, bundle.network)  # refuse an unknown one before the backend is opened
         require_strategy(strategy, backend, device)

@@ -111,7 +111,8 @@ class Orchestrator:
             bundle: the bundle's directory, or an opened `Bundle`.
             backend: "onnxruntime", "onnxruntime-tensorrt" (ONNX Runtime with its TensorRT provider), "torch",
                 "tensorrt" or "tensorrt-rtx".
-            device: "cpu", or "cuda:N" where the backend has it; never exchanged for another in silence.
+            device: "cpu", or "cuda:N" where the backend has it ("cuda" is "cuda:0"); never exchanged for another in
+                silence.
             strategy: "chain" (one engine call for each kept block), "path" (one engine for each frequent keep mask,
                 the chain for the others), "fused" (the whole network as one engine with an `If` for each block),
                 "graph" (likewise by CUDA graphs, for single images on a GPU), "full" (the whole ResNet as one engine)

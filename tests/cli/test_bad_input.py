@@ -327,13 +327,14 @@ def test_unknown_backend_and_device_list_the_known(bdtool, tiny, picture):
         assert "unknown device 'gpu'; expected cpu or cuda:N" in bdtool(*words, "--device", "gpu", status=2).stderr
 
 
-def test_gpu_that_is_not_there_is_refused_never_replaced(bdtool, bundle_copy, picture, digests, monkeypatch):
+@pytest.mark.parametrize("device", ["cuda:0", "cuda"])
+def test_gpu_that_is_not_there_is_refused_never_replaced(bdtool, bundle_copy, picture, digests, monkeypatch, device):
     import onnxruntime
 
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
     before = digests(bundle_copy)
     for words in (("build", bundle_copy), ("run", bundle_copy, picture), ("verify", bundle_copy)):
-        message = bdtool(*words, "--device", "cuda:0", status=1).stderr
+        message = bdtool(*words, "--device", device, status=1).stderr
         assert "device 'cuda:0': this onnxruntime has no CUDA provider" in message
     assert digests(bundle_copy) == before
     assert not (bundle_copy / "engines").exists()

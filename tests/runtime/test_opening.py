@@ -30,6 +30,12 @@ def test_unknown_strategy_backend_and_device_are_wrong_usage(tiny):
         Orchestrator.open(tiny.bundle, device="gpu")
 
 
+def test_cuda_is_the_first_gpu(bundle_copy):
+    with Orchestrator.open(bundle_copy, backend="fake", device="cuda"):
+        (directory,) = bundle_copy.glob("engines/fake-*")
+    assert directory.name == "fake-1-cuda0-fp32"
+
+
 def test_what_does_not_fit_is_refused_before_the_backend_is_opened(tiny, monkeypatch):
     monkeypatch.setattr("bdtool.runtime.opening.open_backend", lambda *_, **__: pytest.fail("it was opened"))
     with pytest.raises(UsageError, match="CUDA graph mode 'switch' runs on --backend torch, tensorrt, tensorrt-rtx wi"):
