@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.core import ParameterSource
 
 from bdtool.calibrating.request import CalibrationRequest
 from bdtool.cli.command import Command
@@ -19,6 +18,7 @@ from bdtool.cli.options import (
     policy_option,
     resize_option,
     threads_option,
+    was_given,
 )
 from bdtool.cli.output import emit, print_table, progress_of_steps, tell_when_stopped, warn
 from bdtool.words import counted, percent
@@ -141,7 +141,7 @@ def calibrate_cmd(
     _refuse_idle_percentile(request.method)
     opened = Bundle.open(bundle)
     images, judged = _open(data, evaluation, opened.network, split=split, resize=resize)
-    if not judged.has_labels and _was_given("max_accuracy_drop"):
+    if not judged.has_labels and was_given("max_accuracy_drop"):
         raise click.UsageError(
             f"--max-accuracy-drop needs labels, and {judged.description} has none: give labelled images with --eval, "
             "or leave it out"
@@ -212,12 +212,8 @@ def _failure(result: Calibrated) -> str:
 
 def _refuse_idle_percentile(method: str) -> None:
     """Refuse what somebody asked for and would not get."""
-    if _was_given("percentile") and method != "percentile":
+    if was_given("percentile") and method != "percentile":
         raise click.UsageError("--percentile is for --method percentile: give that, too, or leave it out")
-
-
-def _was_given(option: str) -> bool:
-    return click.get_current_context().get_parameter_source(option) == ParameterSource.COMMANDLINE
 
 
 def _print(result: Calibrated) -> None:

@@ -20,6 +20,7 @@ from bdtool.cli.training_options import (
     epoch_options,
     options_from,
     options_of,
+    refuse_idle,
     resume_options,
     run_options,
     trunk_option,
@@ -218,6 +219,8 @@ def imitate_cmd(base: Path, trunk: Path | None, **given: Any) -> None:
 
     options = options_from(ImitateOptions, given)
     start, first_trunk, digests = _load_both(base, trunk)
+    if start.spec.has_policy and first_trunk is None and options.hidden != start.spec.policy_hidden:
+        refuse_idle(["hidden"], f"{base} has a policy network already. Give a --trunk for a new one, or leave this out")
     _run(given, start.spec, digests, lambda place: imitate(start, options, place, trunk=first_trunk))
 
 
@@ -267,6 +270,11 @@ def finetune_cmd(start: Path, teacher: Path | None, **given: Any) -> None:
     from bdtool.training.stages import finetune
 
     options = options_from(FinetuneOptions, given)
+    if not options.trains_policy:
+        refuse_idle(
+            ["lr", "alpha", "entropy"],
+            "the policy network does not learn. The base's learning rate is --base-lr",
+        )
     model, taught_by, digests = _load_both(start, teacher)
     _run(given, model.spec, digests, lambda place: finetune(model, options, place, teacher=taught_by))
 

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import click
 
-from bdtool.cli.options import DATA, MODEL, NEW_DIRECTORY, NEW_MODEL, POLICY, FiniteRange, json_option, resize_option
+from bdtool.cli.options import (
+    DATA,
+    MODEL,
+    NEW_DIRECTORY,
+    NEW_MODEL,
+    POLICY,
+    FiniteRange,
+    json_option,
+    resize_option,
+    was_given,
+)
 from bdtool.training.options import StageOptions
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
@@ -91,6 +101,16 @@ def options_of(kind: type[StageOptions], help_texts: dict[str, str]) -> Callable
         return command
 
     return decorate
+
+
+def refuse_idle(options: Iterable[str], reason: str) -> None:
+    """Refuse what somebody asked for and would not get.
+
+    Raises:
+        click.UsageError: one of the options, by the names of their fields, was given.
+    """
+    if idle := ["--" + option.replace("_", "-") for option in options if was_given(option)]:
+        raise click.UsageError(f"{', '.join(idle)}: no effect, as {reason}")
 
 
 def _option_from_field(field: dataclasses.Field[Any], help_text: str) -> Callable[[_Command], _Command]:

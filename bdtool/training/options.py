@@ -211,6 +211,11 @@ class FinetuneOptions(TrainOptions):
         return threshold_range_of(self.policy)
 
     @property
+    def trains_policy(self) -> bool:
+        """Whether the policy network learns, or the base alone."""
+        return self.policy == "learned" and not self.freeze_policy
+
+    @property
     def single_policy(self) -> str:
         """The POLICY that it is measured with: of all the thresholds the policy network's own."""
         return self.policy if self.thresholds is None else "learned"

@@ -265,6 +265,19 @@ def test_imitate_refuses_what_it_would_not_do(
     assert "--tensorboard" in refused.stderr
 
 
+def test_what_would_have_no_effect_is_refused(
+    bdtool: Callable[..., Result], npz: Path, tiny: Any, tmp_path: Path
+) -> None:
+    words = ["--data", npz, "-o", tmp_path / "p.safetensors"]
+    for policy in (["--policy", "first:2"], ["--freeze-policy"], ["--freeze-policy", "--policy", "learned:0.1-0.9"]):
+        refused = bdtool("train", "finetune", tiny.path, *policy, "--lr", 0.1, "--alpha", 0.9, *words, status=2)
+        assert "--lr, --alpha: no effect, as the policy network does not learn" in " ".join(refused.stderr.split())
+        assert "--base-lr" in refused.stderr
+    refused = bdtool("train", "imitate", tiny.path, "--hidden", 32, *words, status=2)
+    assert "--hidden: no effect" in refused.stderr
+    assert "Give a --trunk" in " ".join(refused.stderr.split())
+
+
 @pytest.mark.parametrize(
     ("stage", "words"), [("finetune", []), ("curriculum", []), ("curriculum", ["--trunk"]), ("imitate", ["--trunk"])]
 )
