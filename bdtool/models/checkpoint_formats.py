@@ -176,8 +176,8 @@ def default_preprocessing(
 def published_weights(arch: Architecture, sha256: str) -> WeightsEnum | None:
     """Return which of torchvision's weights a file of that digest is; None: none of them.
 
-    The names of its files end with the first digits of their digests. They differ in how pictures are scaled: the first
-    (V1) were measured at 256 pixels, later ones at 232.
+    The names of its files end with the first digits of their digests. They differ in how pictures are scaled: the older
+    ones were measured at 256 pixels, those trained by its newer recipe (V2, and V1 of ResNeXt-101 64x4d) at 232.
     """
     from torchvision.models import get_model_weights
 
