@@ -119,8 +119,10 @@ class Orchestrator:
                 or "auto" (what `bdtool profile --strategy auto` recommended for this target and number of threads).
             threads: CPU threads of one engine call; None takes the processors that are there, at most 4. More than
                 one come from a pool that ONNX Runtime makes once in a process, and that each later session of the
-                process must use, the caller's own too: `SessionOptions.use_per_session_threads = False`.
-            precision: which parts to run: "fp32", or one that `bdtool calibrate` has added to the bundle.
+                process must use, the caller's own too: `SessionOptions.use_per_session_threads = False`. It keeps its
+                size: None takes that from then on, and another number is refused, 1 included.
+            precision: which parts to run: "fp32", or one that `bdtool calibrate` has added to the bundle; or "fp16",
+                which all backends but "onnxruntime" make of the fp32 parts where it was not added.
             paths: bounds of the path cache; None takes the defaults, with the masks that `bdtool build` noted.
             cuda_graph: how "graph" and "full" use CUDA graphs on a GPU. "auto" takes of what driver and packages
                 allow what is measured to be the fastest when the bundle is opened; for "graph" one of "policy-cache"
