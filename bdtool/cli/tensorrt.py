@@ -70,7 +70,11 @@ def tensorrt_options(command: _Command) -> _Command:
         ),
         click.option("--refit/--no-refit", default=None, help="TensorRT: weights can be exchanged later; needs a GPU."),
         click.option(
-            "--strip-weights", is_flag=True, default=None, help="TensorRT: leave the weights out; needs a GPU."
+            "--strip-weights",
+            is_flag=True,
+            default=None,
+            help="TensorRT: leave the weights out, for a program that refits the engines, as bdtool runs none such; "
+            "needs a GPU.",
         ),
     ]
     for option in reversed(options):
