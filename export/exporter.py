@@ -84,7 +84,8 @@ def export_bundle(
         modules: the PyTorch module of each part, in eval mode, by part name.
         weights_path: the MODEL file; the bundle keeps a copy.
         images: preprocessed float32 [n, 3, H, W], n >= 2; each part is compared on what they become inside the network.
-        force: replace an existing bundle. Engines in it are kept where it was exported from the same MODEL.
+        force: replace an existing bundle. Engines in it are kept where it was exported from the same MODEL, but for
+            those of calibrated precisions, whose parts are gone.
 
     Raises:
         BundleError: the target exists (and `force` is False), is not a bundle, or cannot be written.

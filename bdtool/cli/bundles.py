@@ -39,7 +39,12 @@ if TYPE_CHECKING:
     show_default=True,
     help="Largest batch that engines are run with; the runtime slices larger ones.",
 )
-@click.option("--force", is_flag=True, help="Replace an existing bundle.")
+@click.option(
+    "--force",
+    is_flag=True,
+    help="Replace an existing bundle. Of one of the same MODEL engines and frequent masks are kept, parts that `bdtool "
+    "calibrate` made are not.",
+)
 def export_cmd(model: Path, bundle: Path, max_batch: int, force: bool) -> None:
     """Export a MODEL to a BUNDLE of ONNX parts, each compared with PyTorch as it is written.
 
