@@ -180,9 +180,12 @@ class Orchestrator:
                 gives each batch the same bits, and a file must have a row for each image.
 
         Raises:
-            DataError: the images have another shape or type.
+            TypeError: the images are no array.
+            DataError: they have another shape or type, or are on a GPU that the engines do not run on.
             PolicyError: the policy does not fit.
-            EngineError: an engine fails, or a result on the host is not finite.
+            EngineError: an engine fails, or a result on the host is not finite; or the process is a fork of the one
+                that opened the runtime, and cannot use it.
+            ValueError: the runtime is closed.
         """
         intake = self._intake
         taken = intake.checked(images) if isinstance(images, np.ndarray) else intake.taken(images, self._backend)
