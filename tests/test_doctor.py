@@ -323,6 +323,13 @@ def test_render_puts_the_remedy_below_and_says_what_works() -> None:
     assert "no   demo (needs torch, onnx, onnxscript, plotly)" in text
 
 
+def test_the_torch_backend_runs_on_a_gpu_that_torch_sees() -> None:
+    findings = [Finding(name, "ok", "1.0") for name in ("onnx", "onnxruntime", "NVIDIA driver")]
+    assert "yes  build and run on the GPU (torch)" in render([*findings, Finding("torch", "ok", "sees the GPU")])
+    unseen = Finding("torch", "problem", "no GPU usable", "install another torch")
+    assert "no   build and run on the GPU (torch) (needs torch)" in render([*findings, unseen])
+
+
 def test_cuda_graphs_say_how_strategy_graph_runs(versions: dict[str, str]) -> None:
     versions.update({"cuda-bindings": "13.0", "nvidia-cuda-nvrtc": "13.0"})
     assert gpu.cuda_graphs(ONE_GPU) == Finding(

@@ -18,6 +18,7 @@ ABILITIES: dict[str, tuple[str, ...]] = {
     "import, train and evaluate a MODEL": ("torch", "torchvision", "safetensors", "Pillow"),
     "export": ("torch", "onnx", "onnxscript", "onnxruntime"),
     "build and run on the CPU": ("onnxruntime", "numpy", "Pillow"),
+    "build and run on the GPU (torch)": ("torch", "onnx", "onnxruntime", "NVIDIA driver"),
     "build and run on the GPU (onnxruntime)": ("onnxruntime", "onnxruntime on CUDA"),
     "build and run on the GPU (onnxruntime-tensorrt)": (
         "onnxruntime",
