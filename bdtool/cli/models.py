@@ -157,7 +157,7 @@ def models_cmd(json_file: str | None) -> None:
         columns = list(rows[0])
         cells = [[_cell(row[column]) for column in columns] for row in rows]
         print_table(columns, cells, title="Known architectures")
-        click.echo("CIFAR ResNets of any depth 6n + 2 are known by the same rule.")
+        click.echo("CIFAR ResNets of any depth 6n + 2 are known, too; but resnet50 and resnet152 are ImageNet's.")
 
     emit({"shipped": shipped, "architectures": rows}, json_file, text)
 
