@@ -88,7 +88,10 @@ if TYPE_CHECKING:
     help="Images that each part must see; one that fewer keep is topped up with images that drop it.",
 )
 @click.option(
-    "--include", type=click.Choice(["policy", "head"]), multiple=True, help="Quantize this part, too; may be repeated."
+    "--include",
+    type=click.Choice(["policy", "head"]),
+    multiple=True,
+    help="With --precision int8: quantize this part, too; may be repeated.",
 )
 @click.option(
     "--eval",
