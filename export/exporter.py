@@ -31,7 +31,6 @@ from export.files import (
     export_lock,
     is_leftover,
     json_from_bytes,
-    remove_leftovers,
     sha256_of_bytes,
     sha256_of_file,
     swap_directory,
@@ -255,18 +254,23 @@ def _put_in_place(partial: Path, target: Path, manifest: Manifest) -> None:
     Engines of the one before come along where it was exported from the same MODEL, with what was noted beside them:
     frequent masks, and the fastest strategy.
     """
-    listed = {partial / file.file for file in manifest.files.values()}
-    for file in (partial / "onnx").iterdir():  # an interrupted export of another model may have left some
-        if file not in listed:
-            file.unlink()
-    shutil.rmtree(partial / _RECORDS)
-    remove_leftovers(partial, _ENTRIES)
-    if (partial / "engines").exists():  # of a run that was killed in this very step
-        shutil.rmtree(partial / "engines")
+    mine = {partial / name for name in (MANIFEST_NAME, WEIGHTS_NAME, "onnx")}
+    mine |= {partial / file.file for file in manifest.files.values()}
+    # the others are the records, and what earlier runs left: of another model, or killed within `swap_directory`
+    for entry in (*partial.iterdir(), *(partial / "onnx").iterdir()):
+        if entry not in mine:
+            _remove(entry)
     before = _earlier_manifest(target)
     if (target / "engines").is_dir() and before is not None and before.weights_sha256 == manifest.weights_sha256:
         shutil.copytree(target / "engines", partial / "engines", ignore=_of_precisions(tuple(before.variants)))
     swap_directory(partial, target)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def calibrated_precisions(bundle: Path) -> tuple[str, ...]:

@@ -291,6 +291,19 @@ def test_killed_export_leaves_the_bundle_and_the_rerun_goes_on(other, bundle_cop
     assert Bundle.open(bundle_copy).manifest.provenance["model_sha256"] != ""
 
 
+def test_what_a_killed_run_had_not_yet_removed_of_the_bundle_before_does_not_stay(tiny, tmp_path):
+    """It lies where the new one was made, once the two have changed places."""
+    partial = tmp_path / ".bundle.partial"
+    for calibrated in ("onnx/int8/stem-0123456789ab.onnx", "calibration/mixed.json"):
+        (partial / calibrated).parent.mkdir(parents=True)
+        (partial / calibrated).touch()
+    (partial / "engines").symlink_to(tmp_path)
+    export_model(tiny.path, tmp_path / "bundle")
+    assert sorted(os.listdir(tmp_path / "bundle")) == ["manifest.json", "onnx", "weights.safetensors"]
+    assert "int8" not in os.listdir(tmp_path / "bundle" / "onnx")
+    assert os.listdir(tmp_path) == ["bundle"]
+
+
 def test_bundle_can_be_exported_anew_from_its_own_weights(bundle_copy, digests):
     before = digests(bundle_copy / "onnx")
     export_model(bundle_copy / "weights.safetensors", bundle_copy, force=True)
