@@ -46,7 +46,10 @@ def open_data(
     source = _open_form(data, network=network, resize=resize, split=split, labels=labels)
     source.image_at(0)  # refuse what cannot fit now, not after minutes of building
     place = path_from_data(data)
-    return source if place is None else replace(source, origin=f"{source.name} {place.resolve()}")
+    if place is None:
+        return source
+    part = f" ({split})" if has_splits(data) else ""  # not its name, which a symbolic link may change
+    return replace(source, origin=f"{place.resolve()}{part}")
 
 
 def class_names(data: str) -> tuple[str, ...] | None:
