@@ -23,7 +23,7 @@ def write_report(path: Path, data: ReportData) -> None:
     Raises:
         UsageError: the extra `report` is not installed.
     """
-    write_output(path, render(data).encode())
+    write_output(path, render(data).encode(errors="replace"))  # "?" for what is no UTF-8 in names of files
 
 
 def require_extra() -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import os
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -171,6 +172,13 @@ def test_the_file_is_one_page_and_replaces_the_old_one(varied: ReportData, tmp_p
     assert path.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
     assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
     assert path.stat().st_size < 6e6  # plotly.js is 4.8 MB of it
+
+
+def test_names_of_files_that_are_no_utf8_keep_no_page_from_being_written(varied: ReportData, tmp_path: Path) -> None:
+    picture = dataclasses.replace(varied.classes[0].easiest[0], name=os.fsdecode(b"photo\xe9.png"))
+    classes = (dataclasses.replace(varied.classes[0], easiest=(picture,)),)
+    write_report(tmp_path / "report.html", dataclasses.replace(varied, classes=classes))
+    assert "photo?.png" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 def test_too_few_numbers_of_blocks_are_named_instead_of_a_line(varied: ReportData) -> None:
