@@ -1,5 +1,7 @@
 """`bdtool run`: labels of image files, the likeliest first."""
 
+import os
+
 import pytest
 
 from bdtool import Orchestrator
@@ -37,3 +39,9 @@ def test_evaluate_shows_top_5_beside_the_accuracy(bdtool, bdtool_json, tiny, npz
     lines = bdtool(*words, "--policy", "learned", "--policy", "all").stdout.splitlines()
     assert lines[2].split()[:4] == ["policy", "accuracy", "top-5", "blocks"]
     assert lines[3].split()[3:5] == [f"{100 * found['accuracy_top5']:.2f}", "%"]
+
+
+def test_names_that_are_no_utf8_are_printed_as_they_are(bdtool, tiny, picture):
+    image = picture.with_name(os.fsdecode(b"photo\xe9.png"))
+    picture.rename(image)
+    assert b"photo\xe9.png " in bdtool("run", tiny.bundle, image).stdout_bytes
