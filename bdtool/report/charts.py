@@ -72,7 +72,10 @@ def latency_against_blocks(data: ReportData) -> Chart:
             why = f"Every timed image ran {words.blocks(counts[0])}, so there is no line to fit."
         else:
             numbers = ", ".join(f"{count:g}" for count in counts)
-            why = f"The timed images ran {numbers} blocks: too few numbers, or images of each, for a line."
+            why = (
+                f"The timed images ran {numbers} blocks: too few numbers, or images of each, or too close together "
+                "for a line."
+            )
         text = f"{why} Try a policy that varies from image to image."
         return Chart(name="latency-blocks", title=title, text=text)
     full_ms = data.full.median_ms

@@ -116,7 +116,7 @@ class ReportData:
     boundary: str
     n_timed_images: int
     strategies: tuple[StrategyLatency, ...]
-    line: BlocksLine | None  # None where all images run equally many blocks
+    line: BlocksLine | None  # None where images run equally, or nearly equally many blocks
     points: tuple[OperatingPoint, ...]  # the policy's own is the first
     paper_points: tuple[OperatingPoint, ...]
     usage: tuple[float, ...]  # share of images that keep each block

@@ -85,7 +85,8 @@ def report_from(
     vectors = np.unique(classified.keep, axis=0)
     strategies = tuple(_strategy(name, samples, profile.samples["full"]) for name, samples in profile.samples.items())
     dynamic = next((samples for name, samples in profile.samples.items() if heads_page(name)), None)
-    line = None if dynamic is None else fit_line(dynamic, profile.samples["full"].median_ms)
+    full_ms = profile.samples["full"].median_ms
+    line = None if dynamic is None else fit_line(dynamic, full_ms, n_blocks=network.n_blocks)
     return ReportData(
         bundle=bundle.path.resolve().name,
         arch=network.arch,

@@ -94,6 +94,18 @@ def test_latency_of_a_class_is_what_the_line_gives_for_its_blocks(tiny: Any, dat
         assert one.line_ms == pytest.approx(0.5 + 0.25 * one.blocks_mean)
 
 
+def test_requests_of_nearly_equal_work_give_no_line(tiny: Any, data: Path) -> None:
+    """As in the profile, whose line then goes through extra points: drawn out to `full` it would be noise."""
+    bundle = Bundle.open(tiny.bundle)
+    source = open_data(str(data), network=bundle.network)
+    profile = profiled(bundle, source, None)
+    blocks = np.tile([1.0, 1.25, 1.5], 40)
+    chain = Samples(latency_ms=0.5 + 0.25 * blocks, blocks_run=blocks, flops=blocks, batch=1)
+    profile = dataclasses.replace(profile, samples={**profile.samples, "chain": chain})
+    request = ReportRequest(made_by="bdtool report", bundle=tiny.bundle, data=str(data), output=Path("report.html"))
+    assert gather_report(profile, bundle, source, request).line is None
+
+
 def test_easiest_and_hardest_are_in_order(learned: ReportData) -> None:
     for one in learned.classes:
         easy, hard = ([picture.blocks_run for picture in side] for side in (one.easiest, one.hardest))
