@@ -29,10 +29,9 @@ _ACTIVATION_BYTES = 256 << 20  # of the largest activation of all images, in fp3
 _BATCH = 64
 
 
-def images_for_correction(network: NetworkSpec, n_images: int) -> np.ndarray:
-    """Return which images of a calibration set to correct on, spread evenly, int [n]: few enough for bounded memory."""
-    n = network.images_within(_ACTIVATION_BYTES // 2, at_most=min(n_images, _MOST_IMAGES))
-    return np.unique(np.linspace(0, n_images - 1, n).round().astype(np.int64))
+def n_images_for_correction(network: NetworkSpec) -> int:
+    """Return how many images of a calibration set to correct on: few enough for bounded memory."""
+    return network.images_within(_ACTIVATION_BYTES // 2, at_most=_MOST_IMAGES)
 
 
 def correct_biases(

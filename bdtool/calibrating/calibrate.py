@@ -26,7 +26,7 @@ from bdtool.runtime.read_only import is_read_only
 from bdtool.runtime.thresholds import threshold_of
 from bdtool.specs import PartSpec
 from bdtool.version import version
-from calibration.bias_correction import correct_biases, images_for_correction
+from calibration.bias_correction import correct_biases, n_images_for_correction
 from calibration.part_errors import part_errors
 from calibration.paths import TopUp, part_ranges
 from calibration.quantize import quantize_part
@@ -260,7 +260,7 @@ class _Calibration:
             network,
             self._fp32,
             models,
-            source.some(images_for_correction(network, len(source.keep))),
+            source.spread(n_images_for_correction(network)),
             at_least=self._request.at_least,
             chained=chained,
             on_part=lambda n_done: self._on_progress("correcting biases", n_done / n_parts),
@@ -356,9 +356,8 @@ class _Calibration:
         return PartModel(precision=obtained, data=data, error=error.error, tolerance=error.tolerance)
 
     def _part_errors(self, made: Candidates, source: CalibrationSet) -> dict[str, Comparison]:
-        first = next(source.batches())
-        few = replace(first, images=first.images[:_N_COMPARED], keep=first.keep[:_N_COMPARED])
-        return part_errors(self._bundle.network.with_activation(made.activation), self._fp32, made.models, few)
+        network = self._bundle.network.with_activation(made.activation)
+        return part_errors(network, self._fp32, made.models, source.spread(_N_COMPARED))
 
     def _gates(self, reference: Reference, candidate: Bundle, errors: Mapping[str, Comparison]) -> Gates:
         precision = self._request.precision

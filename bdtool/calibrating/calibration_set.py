@@ -57,8 +57,9 @@ class CalibrationSet:
             yield PathBatch(first=first, images=preprocess(batch.images, self.network.preprocessing), keep=bits)
             first += len(batch.images)
 
-    def some(self, rows: np.ndarray) -> PathBatch:
-        """Return the images of these numbers, int [n], as one batch of their own."""
+    def spread(self, n_images: int) -> PathBatch:
+        """Return at most so many images as one batch, evenly spread: data sets may list one class after another."""
+        rows = np.linspace(0, len(self.keep) - 1, min(n_images, len(self.keep))).round().astype(np.int64)
         images = self.images.images_at(rows.tolist())
         return PathBatch(first=0, images=preprocess(images, self.network.preprocessing), keep=self.keep[rows])
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from calibration.bias_correction import correct_biases, images_for_correction
+from calibration.bias_correction import correct_biases, n_images_for_correction
 from calibration.part_errors import CandidatePart
 from calibration.paths import PathBatch, part_ranges
 from calibration.quantize import quantize_part
@@ -95,9 +95,5 @@ def test_a_part_that_nobody_runs_is_corrected_on_images_that_top_it_up(bundle, p
     assert after["block_01"] != models["block_01"]
 
 
-def test_the_images_are_spread_and_bounded(bundle):
-    rows = images_for_correction(bundle.network, 10_000)
-    assert len(rows) == 256
-    assert (rows[0], rows[-1]) == (0, 9_999)
-    assert np.diff(rows).max() <= 40
-    assert images_for_correction(bundle.network, 3).tolist() == [0, 1, 2]
+def test_the_images_are_bounded(bundle):
+    assert n_images_for_correction(bundle.network) == 256
