@@ -47,8 +47,9 @@ from export.manifest import (
     why_no_manifest,
     write_manifest,
 )
-from export.onnx_model import OPSET, OnnxExporter, fold_batch_norm, structure
+from export.onnx_model import OnnxExporter, fold_batch_norm, structure
 from export.packages import installed_version
+from export.tracing import OPSET
 from export.walk import walk
 
 _RECORDS = "records"
@@ -164,8 +165,8 @@ def _write_parts(
     on_part: Callable[[ExportedPart], None],
 ) -> tuple[NetworkSpec, dict[str, PartFile]]:
     """Write every part and `full.onnx`; return the network with its full part, and the files by part name."""
+    writer = _PartWriter(partial, OnnxExporter((fold_batch_norm(modules[p.name]), p) for p in network.parts))
     network = network.with_full()
-    writer = _PartWriter(partial)
     files: dict[str, PartFile] = {}
     for probe in walk(network, modules, images):
         if probe.part.kind == "full":
@@ -180,9 +181,9 @@ def _write_parts(
 class _PartWriter:
     """Writes parts into the partial bundle, taking up what an interrupted run left there."""
 
-    def __init__(self, partial: Path) -> None:
+    def __init__(self, partial: Path, exporter: OnnxExporter) -> None:
         self._partial = partial
-        self._exporter = OnnxExporter()
+        self._exporter = exporter
         self._versions = {name: installed_version(name) for name in _WRITERS}
 
     def write(self, probe: Probe, module: nn.Module) -> ExportedPart:

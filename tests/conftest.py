@@ -177,22 +177,22 @@ def torch_logits() -> Callable[..., np.ndarray]:
 
 @pytest.fixture(scope="session")
 def shared_traces() -> Iterator[None]:
-    """Let all exports of the session share their traces: torch's exporter takes almost a second for each structure.
+    """Let all exports of the session share their traces: torch's exporter takes more than a second each time.
 
     Tests of the exporter itself export in a process of their own, where nothing is patched.
     """
     from export import onnx_model
 
-    trace, memory = onnx_model._trace, {}
+    trace, memory = onnx_model.traced, {}
 
-    def remembered(module: "torch.fx.GraphModule", part: "PartSpec") -> "onnx.ModelProto":
-        key = f"{part.inputs}{part.outputs}{onnx_model.structure(module)}"
-        if key not in memory:
-            memory[key] = trace(module, part)
-        return memory[key]
+    def remembered(modules: "list[tuple[torch.fx.GraphModule, PartSpec]]") -> "list[onnx.ModelProto]":
+        keys = [onnx_model.template_key(*module) for module in modules]
+        if new := {key: module for key, module in zip(keys, modules, strict=True) if key not in memory}:
+            memory.update(zip(new, trace(list(new.values())), strict=True))
+        return [memory[key] for key in keys]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(onnx_model, "_trace", remembered)
+        patch.setattr(onnx_model, "traced", remembered)
         yield
 
 

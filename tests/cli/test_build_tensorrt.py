@@ -38,7 +38,7 @@ def test_json_has_the_kernels_of_each_part(bdtool_json, bundle_copy):
     result = bdtool_json("build", bundle_copy, "--backend", "tensorrt-rtx", "--sm", "89", "--max-batch", "1")
     block = result["parts"]["block_00"]
     assert block["error"] is None
-    assert block["details"]["kernels"] == ["node_conv2d: float", "node_conv2d_1: float"]
+    assert block["details"]["kernels"] == ["node_conv_0: float", "node_conv_1: float"]
 
 
 def test_masks_are_counted_on_the_cpu_where_there_is_no_gpu(bdtool_json, bundle_copy, npz):

@@ -191,7 +191,7 @@ def test_failed_part_is_quoted_with_its_node_and_loses_no_other(bundle_copy):
     statuses = store.build(lambda: open_backend(RTX, "cpu", tensorrt=OPTIONS))
     [failed] = [status for status in statuses if status.status == "failed"]
     assert failed.name == "block_01"
-    assert "part 'block_01': tensorrt-rtx's ONNX parser refuses it: node 'node_" in failed.message
+    assert "part 'block_01': tensorrt-rtx's ONNX parser refuses it: node 'node_relu_0'" in failed.message
     assert "(Frobnicate)" in failed.message
     assert sum(status.status == "built" for status in statuses) == len(bundle.network.parts) - 1
 

@@ -15,7 +15,8 @@ from bdtool.pipeline import export_model
 from export.bundle import Bundle
 from export.check import OnnxReference
 from export.exporter import export_bundle
-from export.onnx_model import OPSET, OnnxExporter, fold_batch_norm
+from export.onnx_model import OnnxExporter, fold_batch_norm
+from export.tracing import OPSET
 
 
 @pytest.fixture(scope="module", params=["average-pool", "option-a"])
@@ -196,7 +197,7 @@ def test_part_with_wrong_weights_is_caught(tiny, tmp_path, preprocessed, monkeyp
 
 
 def test_weights_that_the_exporter_left_out_are_an_error(tiny, shared_traces, monkeypatch):
-    monkeypatch.setattr("export.onnx_model._trace", lambda module, part: onnx.ModelProto())
+    monkeypatch.setattr("export.onnx_model.traced", lambda modules: [onnx.ModelProto() for _ in modules])
     part = network_spec(tiny.model).part("head")
     with pytest.raises(ExportError, match=r"part 'head': the exporter left out the weights linear.bias, linear.weight"):
         OnnxExporter().onnx_from_module(fold_batch_norm(part_modules(tiny.model)["head"]), part)
