@@ -81,14 +81,7 @@ def test_classes_and_blocks_add_up(learned: ReportData) -> None:
 
 def test_latency_of_a_class_is_what_the_line_gives_for_its_blocks(tiny: Any, data: Path) -> None:
     """Not what a pass in the order of the data took: there, a machine that slows down slows the later classes."""
-    bundle = Bundle.open(tiny.bundle)
-    source = open_data(str(data), network=bundle.network)
-    profile = profiled(bundle, source, None)
-    blocks = np.tile([1.0, 2.0, 3.0], 40)
-    chain = Samples(latency_ms=0.5 + 0.25 * blocks, blocks_run=blocks, flops=blocks, batch=1)
-    profile = dataclasses.replace(profile, samples={**profile.samples, "chain": chain})
-    request = ReportRequest(made_by="bdtool report", bundle=tiny.bundle, data=str(data), output=Path("report.html"))
-    report = gather_report(profile, bundle, source, request)
+    report = _report_of_images_that_ran([1.0, 2.0, 3.0], tiny, data)
     assert len({one.blocks_mean for one in report.classes}) > 1
     for one in report.classes:
         assert one.line_ms == pytest.approx(0.5 + 0.25 * one.blocks_mean)
@@ -96,14 +89,19 @@ def test_latency_of_a_class_is_what_the_line_gives_for_its_blocks(tiny: Any, dat
 
 def test_requests_of_nearly_equal_work_give_no_line(tiny: Any, data: Path) -> None:
     """As in the profile, whose line then goes through extra points: drawn out to `full` it would be noise."""
+    assert _report_of_images_that_ran([1.0, 1.25, 1.5], tiny, data).line is None
+
+
+def _report_of_images_that_ran(blocks: list[float], tiny: Any, data: Path) -> ReportData:
+    """Return the report of a profile of 120 images that took 0.5 ms and 0.25 ms for each block."""
     bundle = Bundle.open(tiny.bundle)
     source = open_data(str(data), network=bundle.network)
     profile = profiled(bundle, source, None)
-    blocks = np.tile([1.0, 1.25, 1.5], 40)
-    chain = Samples(latency_ms=0.5 + 0.25 * blocks, blocks_run=blocks, flops=blocks, batch=1)
+    ran = np.tile(blocks, 120 // len(blocks))
+    chain = Samples(latency_ms=0.5 + 0.25 * ran, blocks_run=ran, flops=ran, batch=1)
     profile = dataclasses.replace(profile, samples={**profile.samples, "chain": chain})
     request = ReportRequest(made_by="bdtool report", bundle=tiny.bundle, data=str(data), output=Path("report.html"))
-    assert gather_report(profile, bundle, source, request).line is None
+    return gather_report(profile, bundle, source, request)
 
 
 def test_easiest_and_hardest_are_in_order(learned: ReportData) -> None:
