@@ -165,6 +165,7 @@ def _write_parts(
     on_part: Callable[[ExportedPart], None],
 ) -> tuple[NetworkSpec, dict[str, PartFile]]:
     """Write every part and `full.onnx`; return the network with its full part, and the files by part name."""
+    # folded anew when they are written: together they would be all weights once more
     writer = _PartWriter(partial, OnnxExporter((fold_batch_norm(modules[p.name]), p) for p in network.parts))
     network = network.with_full()
     files: dict[str, PartFile] = {}

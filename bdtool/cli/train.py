@@ -220,7 +220,7 @@ def imitate_cmd(base: Path, trunk: Path | None, **given: Any) -> None:
     options = options_from(ImitateOptions, given)
     start, first_trunk, digests = _load_both(base, trunk)
     if start.spec.has_policy and first_trunk is None and options.hidden != start.spec.policy_hidden:
-        refuse_idle(["hidden"], f"{base} has a policy network already. Give a --trunk for a new one, or leave this out")
+        refuse_idle(["hidden"], f"{base} has a policy network already. Give a --trunk for a new one, or leave it out")
     _run(given, start.spec, digests, lambda place: imitate(start, options, place, trunk=first_trunk))
 
 
@@ -273,7 +273,7 @@ def finetune_cmd(start: Path, teacher: Path | None, **given: Any) -> None:
     if not options.trains_policy:
         refuse_idle(
             ["lr", "alpha", "entropy"],
-            "the policy network does not learn. The base's learning rate is --base-lr",
+            "the policy network does not learn; leave it out. The base's learning rate is --base-lr",
         )
     model, taught_by, digests = _load_both(start, teacher)
     _run(given, model.spec, digests, lambda place: finetune(model, options, place, teacher=taught_by))
