@@ -13,6 +13,8 @@ from calibration.methods import DEFAULT_PERCENTILE, METHODS
 
 N_BINS = 2048  # over both signs, as TensorRT's calibrators had
 _N_LEVELS = 128  # of the int8 magnitudes that entropy compares with
+# A range below this counts as 0: its step of int8 would be subnormal, which some kernels flush to 0.
+_SMALLEST = float(np.finfo(np.float32).tiny) * _N_LEVELS
 _MSE_SHARES = np.linspace(0.2, 1, 161)  # of the largest value: steps of half a percent of it
 
 
@@ -42,9 +44,11 @@ class RangeCollector:
         largest = float(np.abs(values).max(initial=0.0))
         if not np.isfinite(largest):
             raise CalibrationError(f"activation {key!r} is not finite on a calibration image; check the weights")
+        if largest < _SMALLEST:
+            largest = 0.0
         before = self._histograms.get(key)
         limit = max(largest, before.limit if before else 0.0)
-        span = limit or 1.0  # of zeros alone
+        span = limit or 1.0  # of zeros alone, or as good as
         counts, _ = np.histogram(values, N_BINS, range=(-span, span))
         lowest, highest = float(values.min(initial=0.0)), float(values.max(initial=0.0))
         n_images = len(values)

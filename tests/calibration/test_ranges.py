@@ -91,6 +91,12 @@ def test_nothing_seen_and_nan_are_refused():
         _collected([[float("nan")]])
 
 
+@pytest.mark.parametrize("value", [1e-45, 1e-42, 1e-37])
+def test_values_too_small_for_a_step_of_int8_count_as_zeros(value):
+    assert _collected([[value, -value]]).range_of("x", method="min-max") == 1
+    assert _collected([[value, 1.0]]).range_of("x", method="min-max") == 1
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_zeros_that_came_first_leave_no_trace_in_the_range(method):
     later = np.random.default_rng(0).normal(scale=0.01, size=(8, 100)).astype(np.float32)
