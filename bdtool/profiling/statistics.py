@@ -44,7 +44,7 @@ class Samples:
             "min": float(latency.min()),
             "mean": float(latency.mean()),
             "median": self.median_ms,
-            **{f"p{p:g}": _percentile(latency, p) for p in percentiles},
+            **{f"p{p:.15g}": _percentile(latency, p) for p in percentiles},
             "max": float(latency.max()),
         }
 

@@ -49,6 +49,11 @@ def test_percentiles_that_the_requests_do_not_hold_are_none(n_requests, held):
     assert (summary["p0"], summary["p100"]) == (summary["min"], summary["max"])
 
 
+def test_percentiles_keep_their_digits():
+    summary = _samples(np.arange(100)).summary((99.99999, 100, 0.1))
+    assert list(summary) == ["min", "mean", "median", "p99.99999", "p100", "p0.1", "max"]
+
+
 def test_throughput_counts_the_images_of_a_request():
     assert _samples([2, 4, 6]).throughput_ips == 250
     assert _samples([2, 4, 6], batch=8).throughput_ips == 2000
