@@ -23,11 +23,7 @@ def threshold_of(policy: str | None) -> float | None:
     form, colon, number = (policy or "").strip().partition(":")
     if form != "learned" or not colon:
         return None
-    try:
-        threshold = float(number)
-    except ValueError:
-        threshold = math.nan
-    return _checked(threshold, f"policy {policy!r}")
+    return _checked(number, f"policy {policy!r}")
 
 
 def threshold_range_of(policy: str) -> tuple[float, float] | None:
@@ -38,7 +34,7 @@ def threshold_range_of(policy: str) -> tuple[float, float] | None:
     """
     if (match := _RANGE.fullmatch(policy.strip())) is None:
         return None
-    low, high = (_checked(float(match[name]), f"policy {policy!r}") for name in ("low", "high"))
+    low, high = (_checked(match[name], f"policy {policy!r}") for name in ("low", "high"))
     if low > high:
         raise PolicyError(f"policy {policy!r}: got LOW {low:g} above HIGH {high:g}. Write learned:{high:g}-{low:g}")
     return low, high
@@ -54,10 +50,14 @@ def bundle_at(threshold: float | None, bundle: Bundle) -> Bundle:
         return bundle
     if not bundle.network.has_policy:
         raise PolicyError(f"threshold {threshold!r}: the bundle has no policy network. Leave the threshold out")
-    return bundle.with_threshold(_checked(float(threshold), f"threshold {threshold!r}"))
+    return bundle.with_threshold(_checked(threshold, f"threshold {threshold!r}"))
 
 
-def _checked(threshold: float, source: str) -> float:
+def _checked(given: float | str, source: str) -> float:
+    try:
+        threshold = float(given)
+    except (TypeError, ValueError):
+        threshold = math.nan
     if not 0 <= threshold <= 1:  # NaN is not, either
         raise PolicyError(f"{source}: expected a threshold from 0 to 1; the higher it is, the fewer blocks run")
     return threshold

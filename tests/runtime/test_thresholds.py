@@ -64,9 +64,9 @@ def test_bundle_on_disk_stays_as_it_is(tiny):
     assert opened.with_threshold(None).network == opened.network == Bundle.open(tiny.bundle).network
 
 
-@pytest.mark.parametrize("threshold", [-0.1, 1.5, math.nan, math.inf])
+@pytest.mark.parametrize("threshold", [-0.1, 1.5, math.nan, math.inf, "high"])
 def test_threshold_that_is_no_probability_is_refused(tiny, threshold):
-    with pytest.raises(PolicyError, match=rf"threshold {threshold}: expected a threshold from 0 to 1"):
+    with pytest.raises(PolicyError, match=rf"threshold {threshold!r}: expected a threshold from 0 to 1"):
         Orchestrator.open(tiny.bundle, threshold=threshold)
 
 
