@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bdtool.data.batches import ImageSource
+from bdtool.data.batches import ImageSource, evenly_spread
 from bdtool.runtime.orchestrator import Orchestrator
 from bdtool.runtime.policies import PolicyRequest
 from bdtool.runtime.preprocess import preprocess
@@ -58,8 +58,8 @@ class CalibrationSet:
             first += len(batch.images)
 
     def spread(self, n_images: int) -> PathBatch:
-        """Return at most so many images as one batch, evenly spread: data sets may list one class after another."""
-        rows = np.linspace(0, len(self.keep) - 1, min(n_images, len(self.keep))).round().astype(np.int64)
+        """Return at most so many images as one batch, evenly spread."""
+        rows = evenly_spread(n_images, len(self.keep))
         images = self.images.images_at(rows.tolist())
         return PathBatch(first=0, images=preprocess(images, self.network.preprocessing), keep=self.keep[rows])
 

@@ -17,6 +17,11 @@ _N_NAMED = 10  # pictures that an error names
 _AT_ONCE = 64  # pictures that are looked through before the next ones
 
 
+def evenly_spread(n_images: int, among: int) -> np.ndarray:
+    """Return rows, int64, of at most `n_images` that stand for `among`: data sets may list one class after another."""
+    return np.linspace(0, among - 1, min(n_images, among)).round().astype(np.int64)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ImageBatch:
     """Images uint8 [N, H, W, 3], their labels int64 [N] where known, and a name for each, for messages.

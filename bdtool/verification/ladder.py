@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bdtool.data.batches import ImageBatch, ImageSource
+from bdtool.data.batches import ImageBatch, ImageSource, evenly_spread
 from bdtool.errors import EngineError
 from bdtool.runtime.orchestrator import Orchestrator
 from bdtool.runtime.place import Place
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from bdtool.verification.oracle import Oracle
 
 LOGITS_TOLERANCE = 1e-4  # largest |difference| between the chain's logits and PyTorch's
-_N_PROBES = 4  # images at most, on which single parts are compared
+_N_PROBES = 4  # images at most, on which single parts and other strategies are compared
 _N_NAMED = 5  # differences that a detail names
 _UNITS = {
     "digests": "files",
@@ -224,7 +224,7 @@ def _not_compared(name: str, bundle: Bundle) -> Rung:
 def _climb_exported(subject: _Subject, batch: ImageBatch) -> Iterator[Rung]:
     """Compare the parts that `bdtool export` wrote."""
     images, network, oracle = batch.images, subject.bundle.network, subject.oracle
-    few = images[: subject.n_probes]
+    few = images[evenly_spread(subject.n_probes, len(images))]
     every = np.ones((len(few), network.n_blocks), dtype=bool)
     yield from _part_rungs(subject, few, every)
     yield from _unless_it_fails(("policy",), lambda: _policy_rungs(subject.chain, oracle, images))
@@ -250,14 +250,15 @@ def _climb_lower(subject: _Subject, batch: ImageBatch) -> Iterator[Rung]:
     except EngineError as exc:  # without bits there are no paths to compare
         yield from (_rung(name, math.inf, 0.0, str(exc)) for name in ("policy", "logits", "top1"))
         return
-    few = batch.images[: subject.n_probes]
-    yield from _part_rungs(subject, few, keep[: len(few)])
+    few = evenly_spread(subject.n_probes, len(keep))
+    yield from _part_rungs(subject, batch.images[few], keep[few])
     flips = terms.policy_flips
     yield from _unless_it_fails(("policy",), lambda: _policy_rungs(chain, oracle, batch.images, measured=flips))
     try:
         expected = oracle.run(batch.images, keep)
         actual = run_in_slices(chain, batch.images, keep, size=network.bulk_batch)
-        others = _lower_errors(subject, batch.images[:_N_PROBES], keep[:_N_PROBES], expected.logits[:_N_PROBES])
+        few = evenly_spread(_N_PROBES, len(keep))
+        others = _lower_errors(subject, batch.images[few], keep[few], expected.logits[few])
     except EngineError as exc:
         yield from (_rung(name, math.inf, 0.0, str(exc)) for name in ("logits", "top1"))
         return
@@ -328,33 +329,34 @@ def _output_rungs(subject: _Subject, oracle: Oracle, images: np.ndarray) -> list
     answers = []
     for name, keep in policies.items():
         result = run_in_slices(chain, images, keep, size=chain.network.bulk_batch)
-        answers.append(_Answer("chain", name, keep, result))
-    few = images[:_N_PROBES]
-    given = {name: keep[:_N_PROBES] for name, keep in policies.items()}
+        answers.append(_Answer("chain", name, images, keep, result))
+    rows = evenly_spread(_N_PROBES, len(images))
+    few, given = images[rows], {name: keep[rows] for name, keep in policies.items()}
     # what the policy engine says; where it is not what the oracle says, the rung before this one has failed
     if LEARNED in given:
         given[LEARNED] = chain.decide(few)
     for strategy in other_strategies(place, chain):
         found = answers_of(subject.bundle, strategy, place, few, given)
-        answers += [_Answer(strategy, name, given[name], result) for name, result in found.items()]
-    return _compare_answers(answers, oracle, images)
+        answers += [_Answer(strategy, name, few, given[name], result) for name, result in found.items()]
+    return _compare_answers(answers, oracle)
 
 
 @dataclass(frozen=True)
 class _Answer:
-    """What a strategy answered on the first images to a policy, which should have kept `keep`, bool [n, K]."""
+    """What a strategy answered on images uint8 [n, H, W, 3] to a policy, which should have kept `keep`, bool [n, K]."""
 
     strategy: str
     policy: str
+    images: np.ndarray
     keep: np.ndarray
     result: RunResult
 
 
-def _compare_answers(answers: list[_Answer], oracle: Oracle, images: np.ndarray) -> list[Rung]:
+def _compare_answers(answers: list[_Answer], oracle: Oracle) -> list[Rung]:
     """Return the rungs logits and top1."""
     errors, changed = {}, 0
     for answer in answers:
-        result, expected = answer.result, oracle.run(images[: len(answer.keep)], answer.keep)
+        result, expected = answer.result, oracle.run(answer.images, answer.keep)
         error = float(np.abs(result.logits - expected.logits).max())
         if not np.array_equal(result.policy, answer.keep):  # it decided by itself, and otherwise
             error = math.inf

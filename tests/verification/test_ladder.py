@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -19,6 +20,7 @@ from bdtool.models.state import model_from_state
 from bdtool.models.store import save_model
 from bdtool.runtime import one_call, paths
 from bdtool.runtime.place import Place
+from bdtool.verification import ladder
 from bdtool.verification.ladder import Verification, verify
 from engines.onnxrt import OnnxRuntimeBackend
 from export.bundle import Bundle
@@ -269,6 +271,18 @@ def test_fused_engine_that_decides_otherwise_fails_the_logits_rung(tiny: Any, mo
     assert (rung.worst, rung.ok) == (math.inf, False)
     assert rung.detail.endswith("worst learned by fused")
     json.dumps(result.to_json(), allow_nan=False)
+
+
+def test_few_images_are_spread_over_the_sample(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = open_data("synthetic:12", network=Bundle.open(tiny.bundle).network)
+    spread = source.images_at([0, 4, 7, 11])
+    seen = []
+    compare_part, answers_of = ladder.compare_part, ladder.answers_of
+    monkeypatch.setattr(ladder, "compare_part", lambda *given: seen.append(given[2]) or compare_part(*given))
+    monkeypatch.setattr(ladder, "answers_of", lambda *given: seen.append(given[3]) or answers_of(*given))
+    assert _verify(tiny.bundle).ok
+    assert len(seen) > 2
+    assert all(np.array_equal(images, spread) for images in seen)
 
 
 def test_nan_passes_no_rung(tiny: Any) -> None:
