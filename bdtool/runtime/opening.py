@@ -64,7 +64,9 @@ def open_engines(
     loader = Loader(bundle, store, library, strategy=strategy)
     loaded = loader.load()
     if strategy in ("path", "graph") and paths is None:
-        masks = noted_masks(loader.store.directory, loaded.network.n_blocks, precision=precision)
+        # those of a read-only bundle may have been built elsewhere: what was noted beside engines is in the bundle
+        beside = loader.store if loader.store.directory.is_relative_to(bundle.engines_path) else store
+        masks = noted_masks(beside.directory, loaded.network.n_blocks, precision=precision)
         paths = PathOptions.of_counts(masks)
     return OpenedEngines(
         network=loaded.network,

@@ -13,6 +13,7 @@ import pytest
 from bdtool.errors import BundleError, EngineError, UsageError
 from bdtool.runtime.controllers import MaskController
 from bdtool.runtime.loading import Loader
+from bdtool.runtime.masks import MaskCount, write_masks
 from bdtool.runtime.orchestrator import Orchestrator
 from engines.registry import identify_backend, open_backend
 from engines.store import EngineStore
@@ -104,6 +105,17 @@ def test_read_only_bundle_runs_and_is_left_as_it_is(bundle_copy, monkeypatch, ca
     assert sorted(bundle_copy.rglob("*")) == before
     assert "is read-only and does not keep the engines onnxruntime-" in caplog.text
     assert "for this run only. Make it writable, or copy it, to keep them" in caplog.text
+
+
+def test_masks_noted_in_a_read_only_bundle_serve_engines_that_are_built_elsewhere(bundle_copy, monkeypatch):
+    """As of a bundle packed on a machine of another kind, whose engines it has not."""
+    others = bundle_copy / "engines" / "fake-1-other-fp32"
+    others.mkdir(parents=True)
+    write_masks(others, [MaskCount(mask="101", share=0.5)], source="sample", policy="learned")
+    real = os.access  # for root every place is writable, whatever its mode
+    monkeypatch.setattr(os, "access", lambda path, mode: path != bundle_copy and real(path, mode))
+    with Orchestrator.open(bundle_copy, backend="fake", strategy="path") as runtime:
+        assert runtime.run(_pixels(1), policy="101").hits.tolist() == [True]
 
 
 def test_engines_can_be_built_outside_the_bundle(bundle_copy, tmp_path, digests):
