@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import re
 from dataclasses import replace
-from importlib import metadata
 
 from bdtool.errors import BackendError, UsageError
 from engines.base import Backend, BackendIdentity
@@ -50,10 +49,13 @@ def identify_backend(name: str, device: str, *, tensorrt: TensorRTOptions | None
     if name == "fake":
         return BackendIdentity(name=name, version="1", target=_file_name(device), suffix=".json")
     if name == "torch":
-        version = metadata.version("torch").partition("+")[0]  # "+cu130" is no version of what it computes
-        target = _file_name(device)
         return BackendIdentity(
-            name=name, version=version, target=target, suffix=".onnx", converts_fp16=True, takes_pixels=device != "cpu"
+            name=name,
+            version=_torch_version(),
+            target=_file_name(device),
+            suffix=".onnx",
+            converts_fp16=True,
+            takes_pixels=device != "cpu",
         )
     target = f"cpu-{instruction_set()}" if device == "cpu" else _file_name(device)
     identity = BackendIdentity(
@@ -177,6 +179,12 @@ def _check(name: str, device: str, tensorrt: TensorRTOptions | None) -> None:
 
 def _file_name(device: str) -> str:
     return device.replace(":", "")
+
+
+def _torch_version() -> str:
+    if (version := installed_version("torch")) is None:
+        raise BackendError("torch is not installed; add it with: pip install torch")
+    return version.partition("+")[0]  # "+cu130" is no version of what it computes
 
 
 def _onnxruntime_version() -> str:

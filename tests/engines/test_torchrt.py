@@ -214,6 +214,12 @@ def test_cuda_without_a_gpu_says_what_to_do(monkeypatch):
         open_backend("torch", "cuda:1")
 
 
+def test_pytorch_that_is_not_installed_is_named_with_what_adds_it(tiny, monkeypatch):
+    monkeypatch.setattr("engines.registry.installed_version", lambda distribution: None)
+    with pytest.raises(BackendError, match="torch is not installed; add it with: pip install torch"):
+        Orchestrator.open(tiny.bundle, backend="torch")
+
+
 def test_threads_are_those_of_the_process():
     before = torch.get_num_threads()
     try:
