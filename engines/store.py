@@ -8,6 +8,7 @@ its record, so a build that is killed leaves nothing that looks finished.
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -355,14 +356,14 @@ class EngineStore:
         return record
 
     def _fitting_record(self, part: PartSpec) -> EngineRecord | None:
-        """Return the part's record, if there is one, it was made from the same content, and its engine is there."""
+        """Return the part's record, if it was made from the same content and its engine is there and can be read."""
         try:
             record = EngineRecord(**json_from_bytes(self._record_path(part).read_bytes()))
         except (OSError, ValueError, TypeError):
             return None
         fits = all(getattr(record, name) == value for name, value in self._key(part).items())
         fits = fits and is_of_recipe(record.settings)
-        own_file = record.file == self._engine_name(part) and (self.directory / record.file).is_file()
+        own_file = record.file == self._engine_name(part) and _is_readable(self.directory / record.file)
         return record if fits and own_file else None
 
     def _engine_name(self, part: PartSpec) -> str:
@@ -388,6 +389,10 @@ class EngineStore:
 
     def _record_path(self, part: PartSpec) -> Path:
         return self.directory / f"{self._stem(part)}.engine.json"
+
+
+def _is_readable(file: Path) -> bool:
+    return file.is_file() and os.access(file, os.R_OK)
 
 
 def _cached(record: EngineRecord) -> PartStatus:

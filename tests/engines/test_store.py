@@ -96,6 +96,13 @@ def test_damaged_engine_is_built_again_and_no_other(built, damage):
     assert _rebuilt(built) == set()
 
 
+def test_engine_that_cannot_be_read_is_built_again(built, monkeypatch):
+    engine = _store(built).directory / "block_01.json"
+    real = os.access  # root reads every file, whatever its mode
+    monkeypatch.setattr(os, "access", lambda path, mode: path != engine and real(path, mode))
+    assert _rebuilt(built) == {"block_01"}
+
+
 @pytest.mark.parametrize("field", ["onnx_sha256", "backend", "backend_version", "target", "precision", "part", "file"])
 def test_engine_of_other_content_or_target_is_built_again(built, field):
     record = built / "engines" / "fake-1-cpu-fp32" / "head.engine.json"
