@@ -266,6 +266,11 @@ def _checked_bits(policy: ArrayLike, *, n_blocks: int, source: str) -> np.ndarra
         values = np.asarray(policy)
     except ValueError as exc:
         raise PolicyError(f"{source}: rows differ in length ({exc}). Give {n_blocks} values for each image") from exc
+    except (TypeError, RuntimeError) as exc:  # PyTorch's, of a tensor on a GPU, or of one that takes part in a gradient
+        raise PolicyError(
+            f"{source}: the {type(policy).__name__} cannot be read ({exc}). Give a numpy array of {n_blocks} values "
+            "for each image"
+        ) from exc
     if values.ndim not in (1, 2) or values.shape[-1] != n_blocks or values.size == 0:
         raise PolicyError(
             f"{source}: got shape {list(values.shape)}, expected [{n_blocks}] or [N, {n_blocks}]. "

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -270,6 +271,8 @@ def test_given_array_is_not_shared() -> None:
         (["1", "0", "1"], "got dtype <U1"),
         ([None, 0, 1], "got dtype object"),
         ([[1, 0, 1], [1, 0]], "rows differ in length"),
+        (torch.ones(3, requires_grad=True), "the Tensor cannot be read .*grad.*Give a numpy array of 3 values"),
+        (torch.ones(3, device="meta"), "the Tensor cannot be read .*Give a numpy array of 3 values"),  # as of a GPU
     ],
 )
 def test_other_given_policies_are_refused(policy: Any, message: str) -> None:
