@@ -55,7 +55,7 @@ def bundle_at(threshold: float | None, bundle: Bundle) -> Bundle:
 
 def _checked(given: float | str, source: str) -> float:
     try:
-        threshold = float(given)
+        threshold = math.nan if isinstance(given, bool) else float(given)  # True is no 1 here
     except (TypeError, ValueError):
         threshold = math.nan
     if not 0 <= threshold <= 1:  # NaN is not, either
