@@ -127,7 +127,7 @@ def _unfit(network: NetworkSpec, options: PathOptions) -> dict[str, str]:
     if network.n_blocks > MAX_BLOCKS:
         reason = f"its kernel decides on at most {MAX_BLOCKS} blocks, and this network has {network.n_blocks}"
         return dict.fromkeys((POLICY_CACHE, SWITCH), reason)
-    return {} if options.ahead else {POLICY_CACHE: _NO_MASKS}
+    return {} if len(options.ahead) else {POLICY_CACHE: _NO_MASKS}  # it may be one array [n, K]
 
 
 def _choose(plan: GraphPlan, missing: Mapping[str, str], comparison: ModeComparison) -> GraphChoice:

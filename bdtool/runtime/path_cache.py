@@ -34,7 +34,7 @@ class PathOptions:
     Attributes:
         max_paths: engines kept; the least recently used one goes, for a mask that comes twice as often.
         max_bytes: memory of all engines kept, as the backend estimates it; weights that they share count once.
-        ahead: masks, bool [K] each, joined when the bundle is opened; the first are the most frequent.
+        ahead: masks, bool [K] each or [n, K], joined when the bundle is opened; the first are the most frequent.
         shares: of the images that take each of `ahead`, 0 to 1. None: as many take each, and none takes another.
         background: join engines of masks that come up while running, in a thread of its own.
     """

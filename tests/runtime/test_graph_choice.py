@@ -41,6 +41,12 @@ def test_modes_are_compared_on_masks_as_frequent_as_noted(driver, tiny):
     assert measured["policy-cache"] == pytest.approx(4 + 0.9 * begun + 0.1 * other)
 
 
+def test_masks_can_be_one_array(driver, tiny):
+    """As `runtime.decide` gives them."""
+    with _open(tiny.bundle, cuda_graph="policy-cache", paths=PathOptions(ahead=np.array(MASKS))) as runtime:
+        assert runtime.run(np.zeros((1, 32, 32, 3), np.uint8), policy=MASKS[1]).hits.tolist() == [True]
+
+
 def test_modes_are_compared_without_a_copy_of_given_bits(driver, tiny):
     """An image whose policy is learned has none: to the device goes the image alone, in every mode."""
     driver.copy_ms["HtoD"] = 1000
