@@ -39,18 +39,21 @@ class Intake:
         self._preprocess.are_pixels(taken)
         return taken
 
-    def prepare(self, images: np.ndarray) -> np.ndarray:
+    def prepare(self, images: np.ndarray, *, aside: bool = False) -> np.ndarray:
         """Return the network's input for a batch on the host; valid until the next call.
 
         It is float32 [N, 3, height, width]; pixels, uint8 [N, height, width, 3], stay what they are where the engines
         normalise them.
+
+        Args:
+            aside: leave what the call before returned as it is: it is in use.
 
         Raises:
             DataError: the images have another shape or type.
         """
         if self._takes_pixels:
             return self._warned_of(self._preprocess.checked(images))
-        if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.ndim != 4:
+        if aside or not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.ndim != 4:
             return self._warned_of(self._preprocess(images))
         # The same memory each time: new memory costs page faults, for one 32 x 32 image five times the arithmetic.
         if len(images) > len(self._input):

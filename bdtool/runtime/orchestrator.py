@@ -280,7 +280,8 @@ class Orchestrator:
 
     def _probability(self, forms: ImageForms, part: PartSpec, images: np.ndarray) -> np.ndarray:
         """Return P(keep) of at most `max_batch` images, as the policy network's engine gives it."""
-        taken = padded(self.prepare(images), self.min_batch)
+        aside = self._turns.is_running  # a controller asks: the images that it decides about may be read again
+        taken = padded(self._intake.prepare(images, aside=aside), self.min_batch)
         engines = forms.engines_for(preprocessed=self._intake.needs_preprocessed_parts(taken))
         return engines[part.name].run({part.inputs[0].name: taken})[part.outputs[0].name][: len(images)]
 

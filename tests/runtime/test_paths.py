@@ -177,6 +177,19 @@ def test_engines_that_cannot_be_joined_are_refused(fake):
         make_strategy("path", opened.network, opened.backend, engines)
 
 
+def test_controller_may_ask_for_the_policy_of_other_images(tiny, pixels):
+    images, keep = pixels(tiny.model, 4), np.array([[1, 0, 1], [1, 0, 1], [0, 1, 0], [0, 1, 0]], dtype=bool)
+
+    class Asking(MaskController):
+        def begin(self, n_images, probabilities):
+            super().begin(n_images, probabilities)
+            runtime.keep_probability(images[::-1])
+
+    with Orchestrator.open(tiny.bundle, strategy="path", paths=PathOptions(ahead=keep[::2])) as runtime:
+        expected = runtime.run(images, policy=keep).logits
+        np.testing.assert_array_equal(runtime.run_with(images, Asking(keep, threshold=0.5)).logits, expected)
+
+
 def test_mask_of_another_network_is_refused(path):
     with pytest.raises(UsageError, match=r"mask of shape \[7\] has no path; this network's masks have 6 bits"):
         path(ahead=[np.ones(7, dtype=bool)])
