@@ -212,6 +212,13 @@ class TorchEngine(PartEngine):
         return call
 
     def _call(self, x: Tensor) -> Tensor:
+        if not torch.is_autocast_enabled(self._device.type):
+            return self._computed(x)
+        # the caller's is for models of its own: parts say their types
+        with torch.autocast(self._device.type, enabled=False):
+            return self._computed(x)
+
+    def _computed(self, x: Tensor) -> Tensor:
         try:
             with torch.inference_mode():
                 return self._function(x)

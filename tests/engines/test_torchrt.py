@@ -178,6 +178,15 @@ def test_whole_bundle_equals_the_masked_forward(bundle_copy, tiny, preprocessed,
     assert result.logits.dtype == np.float32
 
 
+def test_autocast_of_the_caller_changes_nothing(tiny, pixels):
+    images = pixels(tiny.model, 4)
+    with Orchestrator.open(tiny.bundle, backend="torch") as runtime:
+        logits, probability = runtime.run(images).logits, runtime.keep_probability(images)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            np.testing.assert_array_equal(runtime.run(images).logits, logits)
+            np.testing.assert_array_equal(runtime.keep_probability(images), probability)
+
+
 def test_learned_policy_is_that_of_fp32_in_half_precision_too(bundle_copy, tiny, preprocessed):
     images = preprocessed(tiny.model, 12)
     kept = []
