@@ -116,4 +116,6 @@ def _from_host_dlpack(images: Any) -> np.ndarray | None:
     try:
         return np.from_dlpack(images)
     except (BufferError, RuntimeError, TypeError) as exc:
-        raise DataError(f"images: the {type(images).__name__} cannot be read ({exc}). Pass a numpy array") from exc
+        raise DataError(
+            f"images: the {type(images).__name__} cannot be read ({exc}). Pass a numpy array, uint8 or float32"
+        ) from exc

@@ -53,6 +53,8 @@ def test_tensor_on_the_host_is_taken_without_a_copy(fake, images_of):
     np.testing.assert_array_equal(runtime.run(torch.from_numpy(images)).logits, runtime.run(images).logits)
     with pytest.raises(DataError, match=r"images: the Tensor cannot be read \(.*grad.*Pass a numpy array"):
         runtime.run(torch.from_numpy(images).requires_grad_())
+    with pytest.raises(DataError, match=r"images: the Tensor cannot be read .* Pass a numpy array, uint8 or float32"):
+        runtime.run(torch.from_numpy(images).bfloat16())  # which numpy has no type for
 
 
 def test_policy_network_is_asked_about_tensors_on_the_host(fake, images_of):
