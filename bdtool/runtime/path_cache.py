@@ -34,7 +34,8 @@ class PathOptions:
     Attributes:
         max_paths: engines kept; the least recently used one goes, for a mask that comes twice as often.
         max_bytes: memory of all engines kept, as the backend estimates it; weights that they share count once.
-        ahead: masks, bool [K] each or [n, K], joined when the bundle is opened; the first are the most frequent.
+        ahead: masks, bool [K] each or [n, K], joined when the bundle is opened; of equally frequent ones the first
+            come first. May be those of sample images, as `Orchestrator.decide` gives them: repeated ones add up.
         shares: of the images that take each of `ahead`, 0 to 1. None: as many take each, and none takes another.
         background: join engines of masks that come up while running, in a thread of its own.
     """
@@ -61,10 +62,20 @@ class PathOptions:
         return cls(ahead=masks, shares=shares, background=background)
 
     def frequent(self) -> list[tuple[np.ndarray, float]]:
-        """Return the masks that are prepared for, bool [K] each, with the share of the images that take each."""
+        """Return the masks that are prepared for, bool [K] each, with the share of the images that take each.
+
+        They are different ones, the most frequent first.
+        """
         shares = [1 / len(self.ahead) for _ in self.ahead] if self.shares is None else self.shares
-        found = [(np.asarray(mask, dtype=bool), share) for mask, share in zip(self.ahead, shares, strict=True)]
-        return found[: self.max_paths]
+        masks: dict[bytes, np.ndarray] = {}
+        taken: dict[bytes, float] = {}
+        for given, share in zip(self.ahead, shares, strict=True):
+            mask = np.asarray(given, dtype=bool)
+            key = mask.tobytes()
+            masks.setdefault(key, mask)
+            taken[key] = taken.get(key, 0.0) + share
+        order = sorted(taken, key=taken.__getitem__, reverse=True)
+        return [(masks[key], taken[key]) for key in order[: self.max_paths]]
 
     def frequent_share(self) -> float:
         """Return the share of the images that takes one of the masks prepared for, 0 to 1."""
@@ -124,11 +135,10 @@ class PathCache:
         self._lock = threading.Lock()
         self._own_bytes = self._shared_bytes = self._hits = self._misses = self._joined = self._dropped = 0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="bdtool-paths") if options.background else None
-        ahead = {mask.tobytes(): mask for mask in (np.asarray(mask, dtype=bool) for mask in options.ahead)}
-        for key, mask in list(ahead.items())[: options.max_paths]:
+        for mask, _ in options.frequent():
             if not self._add(mask, ahead=True):
                 break
-            self._seen[key] = BUILD_AFTER
+            self._seen[mask.tobytes()] = BUILD_AFTER
 
     def get(self, mask: np.ndarray, n_images: int = 1) -> PathEngine | None:
         """Return the engine of a mask bool [K], or None; a mask seen often enough is then joined in the background."""

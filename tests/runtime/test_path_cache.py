@@ -68,6 +68,14 @@ def test_shares_default_to_equal_ones_of_all_masks_ahead():
     assert PathOptions().frequent() == []
 
 
+def test_masks_of_sample_images_are_as_frequent_as_they_come():
+    decided = np.stack([_mask(n) for n in (1, 2, 3, 2)])
+    masks, shares = zip(*PathOptions(ahead=decided, max_paths=2).frequent(), strict=True)
+    np.testing.assert_array_equal(masks, [_mask(2), _mask(1)])
+    assert shares == (0.5, 0.25)
+    assert PathOptions(ahead=decided).frequent_share() == 1
+
+
 def test_ahead_masks_that_do_not_fit_are_left_out(cache):
     held, joined = cache(max_paths=2, ahead=[_mask(n) for n in range(4)])
     assert joined == [format(n, "016b") for n in range(2)]
