@@ -185,7 +185,7 @@ class Orchestrator:
             PolicyError: the policy does not fit.
             EngineError: an engine fails, or a result on the host is not finite; or the process is a fork of the one
                 that opened the runtime, and cannot use it.
-            ValueError: the runtime is closed.
+            ValueError: the runtime is closed, or `first` is below 0.
         """
         intake = self._intake
         taken = intake.checked(images) if isinstance(images, np.ndarray) else intake.taken(images, self._backend)
