@@ -3,7 +3,10 @@
 The stand-in is `tests/fake_tensorrt.py`; running its engines is tested in `test_trt_runtime.py`.
 """
 
+import contextlib
+import signal
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -185,6 +188,30 @@ def test_library_that_gives_nothing_is_quoted(build, notes, monkeypatch):
     monkeypatch.setattr(Builder, "build_serialized_network", fail)
     with pytest.raises(EngineError, match="part 'block_00': tensorrt builds no engine of it: Error Code 2: out of mem"):
         build()
+
+
+def test_interrupt_that_comes_in_the_log_ends_the_build(build, monkeypatch):
+    """pybind11 prints whatever the log raises, and the library goes on."""
+    compile_ = Builder.build_serialized_network
+
+    def log(self, network, config):
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        return compile_(self, network, config)
+
+    monkeypatch.setattr(Builder, "build_serialized_network", log)
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        build()
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_interrupts_are_left_alone_where_they_are_ignored_and_in_threads(build, monkeypatch):
+    monkeypatch.setattr(signal, "signal", lambda *args: pytest.fail("signals belong to the main thread"))
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(build).result().error <= 1e-4
+    monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_IGN)
+    assert build().error <= 1e-4
 
 
 def test_builder_that_does_not_start_is_an_engine_error(build, monkeypatch):
