@@ -170,11 +170,18 @@ class EngineStore:
                 try:
                     self.source.model(part)
                 except BundleError as exc:
-                    others = sorted({path.name for path in self._bundle.engines_path.glob("*")} - {self.directory.name})
-                    there = f" (there are {', '.join(others)})" if others else ""
                     raise BundleError(
-                        f"an engine of part {part.name!r} has to be built for {self.directory.name}{there}. {exc}"
+                        f"an engine of part {part.name!r} has to be built for {self.directory.name}"
+                        f"{self._what_is_there(part)}. {exc}"
                     ) from exc
+
+    def _what_is_there(self, part: PartSpec) -> str:
+        """Say why no engine fits, as the end of a sentence: it is damaged, or there are others; "" for neither."""
+        record = self._fitting_record(part)
+        if record is not None and sha256_of_files([self.directory / record.file]) != [record.sha256]:
+            return f", as {record.file} there was changed or cut short (copy this bundle again)"
+        others = sorted({path.name for path in self._bundle.engines_path.glob("*")} - {self.directory.name})
+        return f" (there are {', '.join(others)})" if others else ""
 
     def find(self, parts: Sequence[PartSpec] | None = None, *, check_digests: bool = True) -> dict[str, EngineRecord]:
         """Return the records of `parts` (None: all) that fit the bundle; their engines are whole and of one layout.

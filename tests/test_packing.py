@@ -167,8 +167,11 @@ def test_build_does_not_pass_over_an_engine_that_is_damaged(built, tmp_path):
     _pack(built, tmp_path / "packed", engines="onnxruntime")
     store = EngineStore(Bundle.open(tmp_path / "packed"), identify_backend("onnxruntime", "cpu"))
     (store.directory / "head.onnx").write_bytes(b"other")
-    with pytest.raises(BundleError, match=r"part 'head'.*was left out by `bdtool pack`"):
+    damaged = r"part 'head' has to be built for onnxruntime.*, as head.onnx there was changed or cut short .*left out"
+    with pytest.raises(BundleError, match=damaged):
         store.build(lambda: pytest.fail("nothing to build from"))
+    with pytest.raises(BundleError, match=damaged):
+        Orchestrator.open(tmp_path / "packed")
 
 
 def test_damaged_engine_of_a_read_only_bundle_is_named_and_nothing_else(built, tmp_path, monkeypatch, caplog):
