@@ -63,7 +63,8 @@ def _reference_parts(bundle: Bundle, source: PartSource) -> PartSource:
     if not all(source.holds(part) for part in chain):
         raise BundleError(
             f"{bundle.path} has engines in place of {source.precision} ONNX parts, so there is nothing to compare them "
-            "with. Verify the bundle that it was packed from; `bdtool inspect` compares the digests of this one"
+            "with. Verify the bundle that it was packed from; `bdtool build` with this --backend and --precision "
+            "compares the engines with the digests in their records"
         )
     exported = PartSource(bundle, EXPORTED) if bundle.has_precision(EXPORTED) else source
     return exported if all(exported.holds(part) for part in chain) else source

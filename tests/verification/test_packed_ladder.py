@@ -109,5 +109,5 @@ def test_engines_without_parts_have_nothing_to_be_compared_with(bundle_copy, tmp
         lambda: open_backend("onnxruntime", "cpu")
     )
     packed = _packed(bundle_copy, tmp_path / "packed", engines="onnxruntime")
-    with pytest.raises(BundleError, match=r"engines in place of fp32 ONNX parts.* nothing to compare .* `bdtool insp"):
+    with pytest.raises(BundleError, match=r"engines in place of fp32 ONNX parts.* nothing to .* `bdtool build`"):
         _rungs(packed)
