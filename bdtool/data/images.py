@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from bdtool.errors import DataError
 from bdtool.specs import Interpolation, Preprocessing
+
+logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
 RESAMPLING: dict[Interpolation, Image.Resampling] = {
@@ -22,13 +25,23 @@ _FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
 _OPAQUE_MODES = frozenset({"1", "L", "RGB", "CMYK", "YCbCr"})
 _ALPHA_MODES = frozenset({"P", "PA", "LA", "La", "RGBA", "RGBa"})  # a palette may hold transparent colours
 _MAX_RESIZED_PIXELS = 100_000_000
+_UPRIGHT = {  # what turns a picture upright, by its EXIF orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def read_image(path: Path) -> np.ndarray:
     """Return the picture in a file as uint8 [H, W, 3], RGB, turned upright by its EXIF orientation.
 
     Grey, bilevel, CMYK and palette pictures become RGB, as do pictures whose alpha channel is opaque everywhere. Of an
-    animation the first frame is read; 16-bit RGB files keep the upper 8 bits, as Pillow reads them.
+    animation the first frame is read; 16-bit RGB files keep the upper 8 bits, as Pillow reads them. Where the EXIF
+    itself is damaged the picture stays as it lies.
 
     Raises:
         DataError: the file is missing, damaged, too large, no picture, or in a mode that has no safe way to RGB.
@@ -37,7 +50,7 @@ def read_image(path: Path) -> np.ndarray:
         with Image.open(path, formats=_FORMATS) as image:
             _check_size(*image.size)  # Pillow only warns of twice as many, and warnings belong to all threads
             image.load()
-            upright = ImageOps.exif_transpose(image)
+            upright = _turned_upright(image)
     except FileNotFoundError as exc:
         raise DataError(f"{path}: no such file. Check the path") from exc
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as exc:
@@ -47,6 +60,19 @@ def read_image(path: Path) -> np.ndarray:
     except Exception as exc:  # on damaged files Pillow's decoders raise almost anything: OSError, SyntaxError, KeyError
         raise DataError(f"{path}: cannot be read ({type(exc).__name__}: {exc}). Replace or remove the file") from exc
     return np.array(_rgb_from_image(upright, path=path), dtype=np.uint8)
+
+
+def _turned_upright(image: Image.Image) -> Image.Image:
+    """Return the picture as it is meant to be seen.
+
+    `ImageOps.exif_transpose` would write the rest of the EXIF anew, and refuses pictures where it cannot.
+    """
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception as exc:  # on damaged EXIF Pillow raises almost anything: SyntaxError, ValueError
+        logger.info("%s: its EXIF cannot be read (%s)", getattr(image, "filename", "a picture"), exc)
+        return image
+    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
 
 
 def _check_size(width: int, height: int) -> None:

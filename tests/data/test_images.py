@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision import transforms
 from torchvision.datasets.folder import default_loader
 
@@ -75,6 +75,32 @@ def test_exif_orientation_is_applied(tmp_path: Path) -> None:
     exif[0x0112] = 6  # shown turned by 90 degrees clockwise
     pixels = read_image(saved(image, tmp_path / "a.png", exif=exif))
     np.testing.assert_array_equal(pixels, np.rot90(COLOURS, k=-1))
+
+
+@pytest.mark.parametrize("orientation", range(1, 10))
+def test_every_exif_orientation_is_that_of_pillow(tmp_path: Path, orientation: int) -> None:
+    image = Image.fromarray(COLOURS)
+    exif = image.getexif()
+    exif[0x0112] = orientation
+    path = saved(image, tmp_path / "a.png", exif=exif)
+    with Image.open(path) as file:
+        np.testing.assert_array_equal(read_image(path), np.asarray(ImageOps.exif_transpose(file)))
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
+def test_picture_with_damaged_exif_is_read_as_it_lies(tmp_path: Path, suffix: str) -> None:
+    image = Image.fromarray(COLOURS)
+    plain = read_image(saved(image, tmp_path / f"plain.{suffix}"))
+    damaged = saved(image, tmp_path / f"damaged.{suffix}", exif=b"Exif\0\0damaged")
+    np.testing.assert_array_equal(read_image(damaged), plain)
+
+
+def test_picture_is_turned_whatever_the_other_exif_tags_are(tmp_path: Path) -> None:
+    """Pillow cannot write a resolution that is a text, but reads it."""
+    tags = b"\x01\x12\0\x03\0\0\0\x01\0\x06\0\0" + b"\x01\x1a\0\x02\0\0\0\x04abc\0"
+    exif = b"Exif\0\0MM\0*\0\0\0\x08\0\x02" + tags + bytes(4)
+    path = saved(Image.fromarray(COLOURS), tmp_path / "a.png", exif=exif)
+    np.testing.assert_array_equal(read_image(path), np.rot90(COLOURS, k=-1))
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tif", "gif"])
