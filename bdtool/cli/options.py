@@ -207,7 +207,7 @@ def _made_of(model: Any) -> str:
 BUNDLE = BundlePath(exists=True, file_okay=False, path_type=Path)
 MODEL = ModelPath(exists=True, dir_okay=False, path_type=Path)
 CHECKPOINT = CheckpointPath(exists=True, dir_okay=False, path_type=Path)
-IMAGE = ImagePath(exists=True, dir_okay=False, path_type=Path)
+IMAGE = ImagePath(exists=True, dir_okay=False, readable=False, path_type=Path)  # read_image names those that are not
 MODEL_OR_BUNDLE = ModelPath(exists=True, path_type=Path)
 NEW_BUNDLE = NewBundle(file_okay=False, path_type=Path)
 NEW_DIRECTORY = NewDirectory(file_okay=False, path_type=Path)

@@ -5,6 +5,7 @@ Each form of damage has its own tests beside the code that finds it; here it goe
 
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -235,6 +236,22 @@ def test_every_unreadable_image_is_named_and_the_others_are_classified(bdtool, b
 def test_unreadable_image_is_named(bdtool, tiny, tmp_path):
     (tmp_path / "i.png").write_text("no picture")
     assert "i.png: not a picture in a known format" in bdtool("run", tiny.bundle, tmp_path / "i.png", status=1).stderr
+
+
+def test_image_without_permission_does_not_stop_the_others(bdtool, tiny, tmp_path, monkeypatch):
+    secret, picture = _save(tmp_path / "secret.png", "RGB"), _save(tmp_path / "i.png", "RGB")
+    access, open_ = os.access, Image.open  # for root every file is readable, whatever its mode
+
+    def refuse(path, *args, **options):
+        if Path(path) == secret:
+            raise PermissionError(13, "Permission denied", str(path))
+        return open_(path, *args, **options)
+
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != secret and access(path, mode))
+    monkeypatch.setattr(Image, "open", refuse)
+    result = bdtool("run", tiny.bundle, secret, picture, status=1)
+    assert result.stdout.splitlines()[1].split()[0] == str(picture)
+    assert "secret.png: cannot be read (PermissionError: [Errno 13] Permission denied" in result.stderr
 
 
 def test_absent_image_is_wrong_usage(bdtool, tiny, tmp_path):
