@@ -43,6 +43,7 @@ logger = logging.getLogger(__name__)
 _N_COMPARED = 32  # images on whose paths single parts are compared
 _STAGING = "candidate-"  # what directories of parts on trial begin with
 _FLOAT_KINDS = ("policy", "head")  # stay fp32 unless asked
+_FILES = ("table", "plot")  # in `extra`: the bundle has them where it took the parts
 _NOT_RECORDED = ("part_errors", "obtained", "replaced")  # in the manifest: its parts say it, or it is gone
 
 
@@ -79,6 +80,7 @@ class Calibrated:
             "evaluated_on_calibration_images": self.evaluated_on_calibration_images,
             "replaced": self.replaced if self.ok else None,
             **self.extra,
+            **({} if self.ok else {name: None for name in _FILES if name in self.extra}),
         }
 
 

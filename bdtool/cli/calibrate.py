@@ -255,8 +255,8 @@ def _print(result: Calibrated) -> None:
         slow, n_left = len(result.extra["not_faster"]), len(blocks) - len(chosen)
         click.echo(
             f"\nint8 for {len(chosen)} of {len(blocks)} blocks, chosen on {counted(on['n_images'], 'other image')}; of "
-            f"the rest {slow} are not measurably faster in it, {n_left - slow} were given back for accuracy. "
-            f"See {result.extra['table']} and its plot"
+            f"the rest {slow} are not measurably faster in it, {n_left - slow} were given back for accuracy"
+            + (f". See {result.extra['table']} and its plot" if result.ok else "")
         )
 
 

@@ -47,13 +47,17 @@ def test_mixed_times_anew_what_it_takes_from_an_earlier_run(calibrate, bundle_co
     assert calibrate("--precision", "mixed", "--max-accuracy-drop", 100)["not_faster"] == []
 
 
-def test_mixed_that_loses_more_on_other_images_is_refused(bdtool, bundle_copy, labelled, monkeypatch):
+def test_mixed_that_loses_more_on_other_images_is_refused(bdtool, bdtool_json, bundle_copy, labelled, monkeypatch):
     chosen_on = "without the 5 of the gates"
     drop = property(lambda gates: 0.0 if gates.input_source.endswith(chosen_on) else 0.7)
     monkeypatch.setattr("bdtool.calibrating.gates.Gates.accuracy_drop", drop)
     words = ("calibrate", bundle_copy, "--data", labelled, "--precision", "mixed", "--eval-limit")
     told = bdtool(*words, 10, status=1)
     assert "blocks, chosen on 5 other images; of the rest" in told.stdout
+    assert "mixed.json" not in told.stdout
+    assert not (bundle_copy / "calibration").exists()
+    found = bdtool_json(*words, 10, status=1)
+    assert (found["table"], found["plot"]) == (None, None)
     assert "loses 0.70 percentage points of accuracy, allowed is 0.5. Try more images to choose on" in told.stderr
     assert "1 image for the gates, but mixed precision is chosen on one half" in bdtool(*words, 1, status=1).stderr
 
