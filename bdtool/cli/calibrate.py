@@ -16,6 +16,7 @@ from bdtool.cli.options import (
     data_option,
     json_option,
     policy_option,
+    refuse_idle,
     resize_option,
     threads_option,
     was_given,
@@ -23,6 +24,7 @@ from bdtool.cli.options import (
 from bdtool.cli.output import emit, print_table, progress_of_steps, tell_when_stopped, warn
 from bdtool.words import counted, percent
 from calibration.methods import METHODS
+from export.half_spec import HALF_DTYPES
 from export.manifest import CALIBRATED
 
 if TYPE_CHECKING:
@@ -141,7 +143,7 @@ def calibrate_cmd(
     from export.bundle import Bundle
 
     request = CalibrationRequest(include=frozenset(include), **asked)
-    _refuse_idle_percentile(request.method)
+    _refuse_idle(request, data)
     opened = Bundle.open(bundle)
     images, judged = _open(data, evaluation, opened.network, split=split, resize=resize)
     if not judged.has_labels and was_given("max_accuracy_drop"):
@@ -213,10 +215,17 @@ def _failure(result: Calibrated) -> str:
     )
 
 
-def _refuse_idle_percentile(method: str) -> None:
+def _refuse_idle(request: CalibrationRequest, data: str) -> None:
     """Refuse what somebody asked for and would not get."""
-    if was_given("percentile") and method != "percentile":
+    from bdtool.data.sources import has_splits
+
+    if was_given("percentile") and request.method != "percentile":
         raise click.UsageError("--percentile is for --method percentile: give that, too, or leave it out")
+    if request.precision in HALF_DTYPES:
+        reason = f"{request.precision} parts are typed from the fp32 ones and have no ranges; leave it out"
+        refuse_idle(["method", "bias_correction"], reason)
+    if not has_splits(data):
+        refuse_idle(["split"], f"{data} has one part alone; leave it out")
 
 
 def _print(result: Calibrated) -> None:

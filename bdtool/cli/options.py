@@ -6,7 +6,7 @@ import errno
 import math
 import os
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar
@@ -328,6 +328,16 @@ def backend_option(command: _Command) -> _Command:
 def was_given(option: str) -> bool:
     """Return whether the running command was given an option, by its parameter's name, or takes its default."""
     return click.get_current_context().get_parameter_source(option) == ParameterSource.COMMANDLINE
+
+
+def refuse_idle(options: Iterable[str], reason: str) -> None:
+    """Refuse what somebody asked for and would not get.
+
+    Raises:
+        click.UsageError: one of the options, by the names of their parameters, was given.
+    """
+    if idle := ["--" + option.replace("_", "-") for option in options if was_given(option)]:
+        raise click.UsageError(f"{', '.join(idle)}: no effect, as {reason}")
 
 
 def device_option(*, help_text: str) -> Callable[[_Command], _Command]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bdtool.cli.command import Group
-from bdtool.cli.options import DATA, MODEL, NEW_MODEL, colour_options, resize_to_option, size_option
+from bdtool.cli.options import DATA, MODEL, NEW_MODEL, colour_options, refuse_idle, resize_to_option, size_option
 from bdtool.cli.output import emit
 from bdtool.cli.training_options import (
     POLICY_HELP,
@@ -20,7 +20,6 @@ from bdtool.cli.training_options import (
     epoch_options,
     options_from,
     options_of,
-    refuse_idle,
     resume_options,
     run_options,
     trunk_option,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import click
@@ -17,7 +17,6 @@ from bdtool.cli.options import (
     FiniteRange,
     json_option,
     resize_option,
-    was_given,
 )
 from bdtool.training.options import StageOptions
 
@@ -101,16 +100,6 @@ def options_of(kind: type[StageOptions], help_texts: dict[str, str]) -> Callable
         return command
 
     return decorate
-
-
-def refuse_idle(options: Iterable[str], reason: str) -> None:
-    """Refuse what somebody asked for and would not get.
-
-    Raises:
-        click.UsageError: one of the options, by the names of their fields, was given.
-    """
-    if idle := ["--" + option.replace("_", "-") for option in options if was_given(option)]:
-        raise click.UsageError(f"{', '.join(idle)}: no effect, as {reason}")
 
 
 def _option_from_field(field: dataclasses.Field[Any], help_text: str) -> Callable[[_Command], _Command]:

@@ -23,6 +23,11 @@ def test_means_that_are_not_of_pixels_from_0_to_1_are_refused(bdtool, tiny, tmp_
         (("build", "--data", "x.npz"), "--data is for counting masks: give --paths or --coverage, too"),
         (("build", "--limit", "5"), "--limit is for counting masks"),
         (("calibrate", "--data", "x.npz", "--percentile", "99"), "--percentile is for --method percentile"),
+        (("calibrate", "--data", "x.npz", "--split", "test"), "--split: no effect, as x.npz has one part alone"),
+        (
+            ("calibrate", "--data", "x.npz", "--precision", "fp16", "--method", "mse", "--no-bias-correction"),
+            "--method, --bias-correction: no effect, as fp16 parts are typed from the fp32 ones",
+        ),
     ],
 )
 def test_option_that_would_do_nothing_is_refused(bdtool, tiny, words, message):
