@@ -89,4 +89,4 @@ def _choice(graphs: GraphPlan) -> GraphChoice:
 
 
 def _no_policy() -> np.ndarray:
-    raise UsageError("strategy 'full' runs every block and has no policy; open the bundle with strategy='chain'")
+    raise UsageError("strategy 'full' runs every block and has no policy; choose another, such as 'chain'")

@@ -39,7 +39,7 @@ class PolicyReader:
             every_block = np.ones((n_images, self._network.n_blocks), dtype=bool)
             if policy is None or self._keeps_every_block(policy, n_images, first):
                 return every_block
-            raise PolicyError("strategy 'full' runs every block; open the bundle with strategy='chain' for a policy")
+            raise PolicyError("strategy 'full' runs every block; choose another, such as 'chain', for a policy")
         if policy is None or isinstance(policy, str):
             return self._matrix_of(policy, n_images, first)
         return keep_matrix_from(policy, n_images, self._network.n_blocks)

@@ -159,7 +159,7 @@ def test_full_runs_one_engine_and_reports_every_block(fake, images_of):
 
 @pytest.mark.parametrize("policy", ["learned", "none", "0" + "1" * (K - 1), [1] * (K - 1) + [0], np.zeros(K)])
 def test_full_takes_no_policy_that_drops_a_block(fake, images_of, policy):
-    with pytest.raises(PolicyError, match=r"strategy 'full' runs every block; open the bundle with strategy='chain'"):
+    with pytest.raises(PolicyError, match=r"strategy 'full' runs every block; choose another, such as 'chain'"):
         fake(strategy="full").runtime.run(images_of([1]), policy=policy)
 
 
