@@ -9,7 +9,7 @@ and exits with the class's `exit_code`; wrong arguments to Python functions stay
     ├── CheckpointError         a checkpoint or MODEL file is damaged, or does not match its architecture
     ├── BundleError             a bundle is missing, damaged, too new, or in use
     │   ├── UnfitPartError      an ONNX file is not the part that the manifest tells of (export.bundle)
-    │   └── ChangedEngineError  an engine is not the one of its record (engines.store)
+    │   └── ChangedEngineError  an engine is not the one of its record (engines.engine_files)
     ├── ExportError             a part could not be exported, or its ONNX differs from PyTorch
     ├── CalibrationError        a precision could not be made, or costs more accuracy than allowed
     ├── DataError               images or labels cannot be used

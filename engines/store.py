@@ -1,17 +1,15 @@
 """Engines in a bundle: built once for each content and target, found again by what they were built from.
 
 `engines/<backend>-<version>-<target>-<precision>/` holds one engine file and one record for each part. The record says
-what the engine was built from; an engine whose record does not fit is built again. The engine file is written before
-its record, so a build that is killed leaves nothing that looks finished.
+what the engine was built from; an engine whose record does not fit is built again. `engine_files` has the files.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -27,20 +25,12 @@ from engines.base import (
     HostCodeBackend,
     LayoutError,
 )
+from engines.engine_files import EngineFiles
 from engines.engine_record import EngineRecord
 from engines.engine_set import EngineSet
 from engines.trt_options import has_host_code, is_of_recipe, largest_batch, smallest_batch
 from export.bundle import Bundle, UnfitPartError
-from export.files import (
-    advice_on,
-    exclusive_lock,
-    json_from_bytes,
-    remove_leftovers,
-    sha256_of_bytes,
-    sha256_of_files,
-    write_bytes,
-    write_json,
-)
+from export.files import advice_on, exclusive_lock, remove_leftovers, sha256_of_bytes
 from export.part_source import PartSource
 from export.pixels_spec import pixels_key
 
@@ -48,10 +38,6 @@ logger = logging.getLogger(__name__)
 
 _ABANDONED_S = 3600  # masks and recommendations are written beside the engines without the lock of a build
 _LOCK = ".build.lock"
-
-
-class ChangedEngineError(BundleError):
-    """An engine is not the one that its record was written for; a build makes it anew."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +84,7 @@ class EngineStore:
         self.settings = settings if identity.settings is None else identity.settings
         name = f"{identity.name}-{identity.version}-{identity.target}-{precision}"
         self.directory = (directory or bundle.engines_path) / name
+        self._files = EngineFiles(self.directory, suffix=identity.suffix)
 
     @cached_property
     def network(self) -> NetworkSpec:
@@ -178,7 +165,7 @@ class EngineStore:
     def _what_is_there(self, part: PartSpec) -> str:
         """Say why no engine fits, as the end of a sentence: it is damaged, or there are others; "" for neither."""
         record = self._fitting_record(part)
-        if record is not None and sha256_of_files([self.directory / record.file]) != [record.sha256]:
+        if record is not None and not self._files.whole([record]):
             return f", as {record.file} there was changed or cut short (copy this bundle again)"
         others = sorted({path.name for path in self._bundle.engines_path.glob("*")} - {self.directory.name})
         return f" (there are {', '.join(others)})" if others else ""
@@ -190,8 +177,7 @@ class EngineStore:
         """
         fitting = [record for part in parts or self.network.parts if (record := self._fitting_record(part))]
         if check_digests:
-            digests = sha256_of_files([self.directory / record.file for record in fitting])
-            fitting = [record for record, digest in zip(fitting, digests, strict=True) if digest == record.sha256]
+            fitting = self._files.whole(fitting)
         layouts = {record.layout for record in fitting}
         return {record.part: record for record in fitting} if len(layouts) <= 1 else {}
 
@@ -259,7 +245,7 @@ class EngineStore:
                     f"part {name!r}: its engine was built without weights, for a program that refits it; build it "
                     "again without --strip-weights to run it here"
                 )
-            data = self._read(record)
+            data = self._files.read(record)
             engines[name] = backend.load(self.network.part(name), data, layout=record.layout)
             if joinable:
                 files[name] = data
@@ -267,24 +253,6 @@ class EngineStore:
         least = max((smallest_batch(record.settings) for record in records.values()), default=1)
         most = min(limits, default=None)
         return EngineSet(engines, backend=backend, files=files, min_batch=least, max_batch=most)
-
-    def _read(self, record: EngineRecord) -> bytes:
-        """Return the engine whose digest the record has: what is run is what was compared when it was built."""
-        path = self.directory / record.file
-        try:
-            data = path.read_bytes()
-        except OSError as exc:
-            raise ChangedEngineError(
-                f"part {record.part!r}: its engine, {path}, cannot be read ({exc.strerror or exc}). Make it readable "
-                "or remove it, and run the same command again, which builds it anew"
-            ) from exc
-        if (digest := sha256_of_bytes(data)) != record.sha256:
-            raise ChangedEngineError(
-                f"part {record.part!r}: its engine, {path}, has SHA-256 {digest[:12]}..., its record "
-                f"says {record.sha256[:12]}...: it was changed or cut short. Run the same command again, which "
-                "builds it anew"
-            )
-        return data
 
     def _is_needed(self, part: PartSpec) -> bool:
         """Say whether a build has to make the part's engine: nothing runs without the others, `full` is an extra."""
@@ -347,34 +315,22 @@ class EngineStore:
         record = EngineRecord(
             **{"settings": self.settings, **self._key(part)},
             layout=built.layout,
-            file=self._engine_name(part),
+            file=self._files.engine_name(self._stem(part)),
             sha256=sha256_of_bytes(built.data),
             error=built.error,
             details=built.details,
             loadable=built.loadable,
         )
-        layers = self.directory / f"{self._stem(part)}.layers.json"
-        if built.layers is None:
-            layers.unlink(missing_ok=True)  # of an earlier engine
-        else:
-            write_bytes(layers, built.layers.encode())
-        write_bytes(self.directory / record.file, built.data)
-        write_json(self._record_path(part), asdict(record))
+        self._files.write(self._stem(part), record, built)
         return record
 
     def _fitting_record(self, part: PartSpec) -> EngineRecord | None:
         """Return the part's record, if it was made from the same content and its engine is there and can be read."""
-        try:
-            record = EngineRecord(**json_from_bytes(self._record_path(part).read_bytes()))
-        except (OSError, ValueError, TypeError):
+        record = self._files.record(self._stem(part))
+        if record is None or not is_of_recipe(record.settings):
             return None
         fits = all(getattr(record, name) == value for name, value in self._key(part).items())
-        fits = fits and is_of_recipe(record.settings)
-        own_file = record.file == self._engine_name(part) and _is_readable(self.directory / record.file)
-        return record if fits and own_file else None
-
-    def _engine_name(self, part: PartSpec) -> str:
-        return f"{self._stem(part)}{self.identity.suffix}"
+        return record if fits else None
 
     def _stem(self, part: PartSpec) -> str:
         """Return what the names of the part's files begin with."""
@@ -393,13 +349,6 @@ class EngineStore:
             "target": self.identity.target,
             "precision": self.precision,
         }
-
-    def _record_path(self, part: PartSpec) -> Path:
-        return self.directory / f"{self._stem(part)}.engine.json"
-
-
-def _is_readable(file: Path) -> bool:
-    return file.is_file() and os.access(file, os.R_OK)
 
 
 def _cached(record: EngineRecord) -> PartStatus:

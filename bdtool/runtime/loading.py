@@ -14,9 +14,10 @@ from bdtool.runtime.read_only import is_read_only, tell_not_kept, temporary_engi
 from bdtool.specs import NetworkSpec, PartSpec
 from bdtool.words import counted
 from engines.base import Backend, Engine
+from engines.engine_files import ChangedEngineError
 from engines.engine_record import EngineRecord
 from engines.engine_set import EngineSet
-from engines.store import ChangedEngineError, EngineStore
+from engines.store import EngineStore
 from export.bundle import Bundle
 
 logger = logging.getLogger(__name__)

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from bdtool.errors import BackendError, BundleError, EngineError
-from engines import registry
-from engines import store as store_module
+from engines import engine_files, registry
 from engines.base import BackendIdentity, LayoutError
 from engines.fake import FakeBackend
 from engines.layouts import run_plain
@@ -226,7 +225,7 @@ def test_full_disk_is_named(bundle_copy, monkeypatch):
     def full(path, data):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(store_module, "write_bytes", full)
+    monkeypatch.setattr(engine_files, "write_bytes", full)
     with pytest.raises(
         BundleError, match=r"engines cannot be written \(No space left on device\).*run the same command"
     ):
