@@ -32,11 +32,11 @@ from engines.base import (
 from engines.capture import Capturer
 from engines.check import check_engine
 from engines.cuda_device import open_device
-from engines.device_array import LEGACY_STREAM, PER_THREAD_STREAM, DeviceArray
+from engines.device_array import DeviceArray
 from engines.device_timer import CopyWatch, DeviceTimer
+from engines.torch_buffer import TorchBuffer, device_array_of, host_tensor, memory_order, owned_tensor, tensor_of
 from engines.torch_graph import TorchCapturer
-from engines.torch_onnx import Function, OnnxFunction, memory_format
-from engines.torch_streams import torch_stream
+from engines.torch_onnx import Function, OnnxFunction
 from export.files import sha256_of_bytes
 from export.ort_threads import checked_threads
 
@@ -99,7 +99,7 @@ class TorchBackend:
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
         tensor = torch.zeros(shape, dtype=getattr(torch, dtype), device=self.device)
-        return self._lasting(_TorchBuffer(tensor.contiguous(memory_format=_order(tensor)), self._copies))
+        return self._lasting(TorchBuffer(tensor.contiguous(memory_format=memory_order(tensor)), self._copies))
 
     def check_device_array(self, values: DeviceArray) -> None:
         if self.device.type == "cpu":
@@ -117,7 +117,7 @@ class TorchBackend:
             )
 
     def concatenate(self, values: Sequence[DeviceArray]) -> DeviceArray:
-        return _device_array(torch.cat([_owned(one) for one in values]))
+        return device_array_of(torch.cat([owned_tensor(one) for one in values]))
 
     def timer(self) -> DeviceTimer | None:
         if self.device.type == "cpu":
@@ -198,13 +198,13 @@ class TorchEngine(PartEngine):
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         [source], [result] = self._part.inputs, self._part.outputs
-        x = _host_tensor(feeds[source.name]).to(self._device)
-        x = x.contiguous(memory_format=_order(x))
+        x = host_tensor(feeds[source.name]).to(self._device)
+        x = x.contiguous(memory_format=memory_order(x))
         return {result.name: np.ascontiguousarray(self._call(x).cpu().numpy())}
 
     def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Call:
         [source], [result] = self._part.inputs, self._part.outputs
-        x, y = _tensor(inputs[source.name]), _tensor(outputs[result.name])
+        x, y = tensor_of(inputs[source.name]), tensor_of(outputs[result.name])
 
         def call() -> None:
             y.copy_(self._call(x))
@@ -224,134 +224,6 @@ class TorchEngine(PartEngine):
                 return self._function(x)
         except RuntimeError as exc:
             raise EngineError(f"part {self._part.name!r}: PyTorch failed to run it: {exc}") from exc
-
-
-class _TorchBuffer:
-    """A tensor; `first` shares its memory."""
-
-    def __init__(self, tensor: Tensor, copies: CopyWatch) -> None:
-        self.tensor = tensor
-        self._copies = copies
-        self._staging = _Staging(tensor) if tensor.is_cuda else None
-
-    def write(self, values: np.ndarray) -> None:
-        if self._staging is None:
-            self.tensor.copy_(_host_tensor(values))
-        else:
-            self._copies.run("h2d", self._staging.filled(values).to_device)
-
-    def copy_from(self, values: DeviceArray) -> None:
-        device = self.tensor.device
-        _wait_for(values.stream, device)
-        self.tensor.copy_(torch.as_tensor(values, device=device))
-        _hold_back(values.stream, device)
-
-    def copy_out(self) -> DeviceArray:
-        return _device_array(self.tensor.clone(memory_format=torch.contiguous_format))
-
-    def read(self) -> np.ndarray:
-        values = self.begin_read()
-        if self._staging is not None:
-            torch.cuda.current_stream(self.tensor.device).synchronize()
-        return values
-
-    def begin_read(self) -> np.ndarray:
-        if self._staging is None:
-            return self.tensor.numpy()
-        self._copies.run("d2h", self._staging.to_host)
-        return self._staging.values()
-
-    def first(self, n_rows: int) -> Buffer:
-        return _TorchBuffer(self.tensor[:n_rows], self._copies)
-
-    def gather(self, source: Buffer, rows: np.ndarray) -> None:
-        self.tensor.copy_(_tensor(source)[_host_tensor(rows).to(self.tensor.device)])
-
-    def scatter(self, source: Buffer, rows: np.ndarray) -> None:
-        self.tensor[_host_tensor(rows).to(self.tensor.device)] = _tensor(source)
-
-    def copy_rows(self, source: Buffer, rows: np.ndarray) -> None:
-        chosen = _host_tensor(rows).to(self.tensor.device)
-        self.tensor[chosen] = _tensor(source)[chosen]
-
-
-class _Staging:
-    """Page-locked host memory for what goes to and from a tensor on a GPU, made when it is first needed.
-
-    Copies of other host memory go through such memory anyway, allocated by PyTorch each time, and are waited for.
-    """
-
-    def __init__(self, tensor: Tensor) -> None:
-        self._tensor = tensor
-        self._host: Tensor | None = None
-        self._sent: torch.cuda.Event | None = None
-
-    def filled(self, values: np.ndarray) -> _Staging:
-        """Put values there, once what was sent from there last has arrived."""
-        if self._sent is not None:
-            self._sent.synchronize()
-        self._memory().copy_(_host_tensor(values))
-        return self
-
-    def to_device(self) -> None:
-        self._tensor.copy_(self._memory(), non_blocking=True)
-        if self._sent is None:
-            self._sent = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._sent.record(torch.cuda.current_stream(self._tensor.device))
-
-    def to_host(self) -> None:
-        self._memory().copy_(self._tensor, non_blocking=True)
-
-    def values(self) -> np.ndarray:
-        """Return what is there, once the device was waited for; the next copy overwrites it."""
-        return self._memory().numpy()
-
-    def _memory(self) -> Tensor:
-        if self._host is None:
-            self._host = torch.empty_like(self._tensor, device="cpu", pin_memory=True)
-        return self._host
-
-
-def _wait_for(stream: int, device: torch.device) -> None:
-    """Let PyTorch's current stream wait for another one, whose number is the driver's or, of two, has a meaning."""
-    if stream == PER_THREAD_STREAM:  # PyTorch has no name for it
-        torch.cuda.synchronize(device)
-    else:
-        torch.cuda.current_stream(device).wait_stream(torch_stream(stream, device))
-
-
-def _hold_back(stream: int, device: torch.device) -> None:
-    """Let another stream wait for PyTorch's current one: it may give the memory that was read to others next."""
-    if stream == PER_THREAD_STREAM:
-        torch.cuda.synchronize(device)
-    else:
-        torch_stream(stream, device).wait_stream(torch.cuda.current_stream(device))
-
-
-def _device_array(tensor: Tensor) -> DeviceArray:
-    """Return a contiguous tensor, made on PyTorch's current stream, as an array on its device for others.
-
-    The default stream waits for it, and its memory for the default stream: who takes it by `__cuda_array_interface__`
-    should wait for `stream` of it, but PyCUDA's kernels and PyTorch's `as_tensor` read the address alone.
-    """
-    stream = torch.cuda.current_stream(tensor.device).cuda_stream
-    if stream not in (0, LEGACY_STREAM):
-        _hold_back(LEGACY_STREAM, tensor.device)
-        tensor.record_stream(torch_stream(LEGACY_STREAM, tensor.device))
-    dtype = np.dtype(str(tensor.dtype).removeprefix("torch."))
-    return DeviceArray(
-        address=tensor.data_ptr(),
-        shape=tuple(tensor.shape),
-        dtype=dtype,
-        stream=stream,
-        owner=tensor,
-        device=tensor.device.index,
-    )
-
-
-def _owned(values: DeviceArray) -> Tensor:
-    assert isinstance(values.owner, Tensor)  # this backend made it
-    return values.owner
 
 
 class _TimingEvent:
@@ -383,20 +255,3 @@ def _usable_device(device: str) -> torch.device:
                 f"device {device!r}: PyTorch sees {torch.cuda.device_count()} GPU(s), cuda:0 is the first"
             )
     return torch.device(device)
-
-
-def _order(tensor: Tensor) -> torch.memory_format:
-    """Return how a tensor is to lie in memory: feature maps as convolutions want them, pixels as they come."""
-    is_map = tensor.dim() == 4 and tensor.is_floating_point()
-    return memory_format(tensor.device, tensor.dtype) if is_map else torch.contiguous_format
-
-
-def _host_tensor(values: np.ndarray) -> Tensor:
-    """Return a tensor of these values; torch would warn of sharing memory that is read-only."""
-    return torch.from_numpy(values if values.flags.writeable else values.copy())
-
-
-def _tensor(buffer: Buffer) -> Tensor:
-    if not isinstance(buffer, _TorchBuffer):
-        raise TypeError(f"expected a buffer of this backend, got {type(buffer).__name__}")
-    return buffer.tensor

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bdtool.errors import EngineError
-from engines import torchrt
+from engines import torch_buffer, torch_streams, torchrt
 from engines.cuda_device import CudaDevice
 from engines.device_timer import CopyWatch
 from engines.torch_graph import TorchCapturer
@@ -36,7 +36,7 @@ def test_memory_that_was_read_is_not_given_to_others_before(monkeypatch, stream,
     monkeypatch.setattr(torch.cuda, "default_stream", lambda device: other("default"))
     monkeypatch.setattr(torch.cuda, "ExternalStream", lambda stream, device: other(stream))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: waits.append(("all", "current")))
-    torchrt._hold_back(stream, torch.device("cuda:0"))
+    torch_streams.hold_back(stream, torch.device("cuda:0"))
     assert waits == [(waited_for, "current")]
 
 
@@ -48,7 +48,7 @@ def test_current_stream_waits_for_the_one_that_makes_an_array(monkeypatch, strea
     monkeypatch.setattr(torch.cuda, "default_stream", lambda device: "default")
     monkeypatch.setattr(torch.cuda, "ExternalStream", lambda stream, device: stream)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: waits.append("all"))
-    torchrt._wait_for(stream, torch.device("cuda:0"))
+    torch_streams.wait_for(stream, torch.device("cuda:0"))
     assert waits == [waited_for]
 
 
@@ -157,12 +157,12 @@ def test_staging_memory_is_filled_when_what_it_held_has_arrived(monkeypatch):
     empty_like = torch.empty_like
     monkeypatch.setattr(torch, "empty_like", lambda tensor, device, pin_memory: empty_like(tensor, device=device))
     tensor = torch.zeros(2, 3)
-    staging = torchrt._Staging(tensor)
+    staging = torch_buffer._Staging(tensor)
     for value in (1, 2):
         staging.filled(np.full((2, 3), value, np.float32)).to_device()
         assert tensor.unique().tolist() == [value]
     assert log == ["sent", "arrived", "sent"]
-    buffer = torchrt._TorchBuffer(tensor, CopyWatch())
+    buffer = torch_buffer.TorchBuffer(tensor, CopyWatch())
     buffer._staging = staging
     begun = buffer.begin_read()
     assert log[3:] == []
