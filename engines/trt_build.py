@@ -19,6 +19,7 @@ from bdtool.errors import EngineError
 from bdtool.specs import PartSpec, TensorSpec
 from engines.layouts import CHANNELS_LAST
 from engines.timing_cache import TimingCache
+from engines.trt_interrupts import cancelling
 from engines.trt_library import TensorRTLibrary
 from engines.trt_options import TensorRTOptions
 
@@ -58,13 +59,16 @@ def compile_part(
         EngineError: the library does not start or refuses the part (quoting it), or did not take the ONNX's types.
     """
     trt = library.module
-    with library.quoting(f"part {part.name!r}: {library.name} {trt.__version__} does not build it", EngineError):
+    failure = f"part {part.name!r}: {library.name} {trt.__version__} does not build it"
+    with library.quoting(failure, EngineError) as interrupts:
         builder = trt.Builder(library.log)
         network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         _parse(library, network, part, model)
         convolutions = _obtained_precision(trt, network, part, model)
         _set_formats(trt, network, part, layout)
         config = _config(library, builder, part, options)
+        monitor = cancelling(trt, interrupts)  # has to outlive the build
+        config.progress_monitor = monitor
         with nullcontext() if timing_cache is None else timing_cache.applied(config):
             data = builder.build_serialized_network(network, config)
         if data is None:

@@ -7,8 +7,6 @@ them build strongly typed networks only (10.x needs the flag, the others accept 
 from __future__ import annotations
 
 import logging
-import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +15,7 @@ from typing import Any
 from bdtool.errors import BackendError, UsageError
 from engines.extras import install_for
 from engines.libcuda import driver_from_libcuda
+from engines.trt_interrupts import interrupts_held
 from engines.trt_options import TENSORRT, TENSORRT_RTX
 from export import packages
 
@@ -75,15 +74,17 @@ class TensorRTLibrary:
         return not self.is_rtx
 
     @contextmanager
-    def quoting(self, what: str, error: type[BackendError]) -> Iterator[None]:
-        """Turn any failure inside into `error`, with what the library logged meanwhile; a Ctrl-C waits for its end.
+    def quoting(self, what: str, error: type[BackendError]) -> Iterator[list[int]]:
+        """Turn any failure inside into `error`, with what the library logged meanwhile.
+
+        A Ctrl-C waits for the end of what is inside, which gets the list of those that came.
 
         TensorRT says why it failed only in its log; the call itself gives None, False, or a bare TypeError.
         """
         self.log.errors.clear()
         try:
-            with _interrupts_held():
-                yield
+            with interrupts_held() as interrupts:
+                yield interrupts
         except BackendError:
             raise
         except Exception as exc:
@@ -133,27 +134,6 @@ def library_from_module(backend: str, module: Any) -> TensorRTLibrary:
     library = TensorRTLibrary(backend, module, _log_class(module)())
     _logs.append(library.log)
     return library
-
-
-@contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """Hold a Ctrl-C back until what is inside has ended.
-
-    Python raises it in the next line that it runs, which is one of the log that the library calls; there pybind11
-    prints "Exception caught in log()" and goes on, and the command would run to its end.
-    """
-    handle = signal.getsignal(signal.SIGINT)
-    if not callable(handle) or threading.current_thread() is not threading.main_thread():  # others get no signals
-        yield
-        return
-    came: list[int] = []
-    signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handle)
-        if came:
-            handle(came[0], None)
 
 
 def _import_tensorrt() -> Any:

@@ -36,6 +36,20 @@ class ILogger:
         pass
 
 
+class IProgressMonitor:
+    def __init__(self):
+        pass
+
+    def phase_start(self, phase, parent, n_steps):
+        raise NotImplementedError
+
+    def step_complete(self, phase, step):
+        raise NotImplementedError
+
+    def phase_finish(self, phase):
+        raise NotImplementedError
+
+
 class ITimingCache:
     def __init__(self, entries):
         self.entries = set(entries)
@@ -53,7 +67,7 @@ class IBuilderConfig:
     """Notes flags and attributes; a build adds the part's kernel to its timing cache."""
 
     def __init__(self):
-        self.flags_set, self.shapes, self.cache = {"TF32"}, {}, None
+        self.flags_set, self.shapes, self.cache, self.progress_monitor = {"TF32"}, {}, None, None
 
     def set_flag(self, flag):
         self.flags_set.add(flag)
@@ -162,6 +176,9 @@ class Builder:
     def build_serialized_network(self, network, config):
         tensors = [*network.inputs, *network.outputs]
         self.notes["formats"] = [tensor.allowed_formats for tensor in tensors]
+        if not _takes_steps(config.progress_monitor):
+            self.log.log(ILogger.ERROR, "Build canceled by user")
+            return None
         if config.cache is not None:
             config.cache.entries.add(self.notes["part"])
         plan = {
@@ -174,6 +191,13 @@ class Builder:
             "model": base64.b64encode(network.model).decode(),
         }
         return self.notes.get("data", json.dumps(plan).encode())
+
+
+def _takes_steps(monitor, n_steps=3):
+    monitor.phase_start("Building engine", None, n_steps)
+    goes_on = all(monitor.step_complete("Building engine", step) for step in range(n_steps))
+    monitor.phase_finish("Building engine")
+    return goes_on
 
 
 class OnGpu:
@@ -341,7 +365,7 @@ class FakeTensorRT:
     notes = {}
     __version__ = "10.14.1"
     ILogger, Builder, OnnxParser, Runtime = ILogger, Builder, OnnxParser, Runtime
-    LayerType, DataType = LayerType, DType
+    IProgressMonitor, LayerType, DataType = IProgressMonitor, LayerType, DType
     NetworkDefinitionCreationFlag = enum.IntEnum("N", {"EXPLICIT_BATCH": 0, "STRONGLY_TYPED": 1})
     TensorFormat = enum.IntEnum("F", {"LINEAR": 0, "HWC8": 2, "HWC": 8, "HWC16": 11})
     BuilderFlag = SimpleNamespace(**{n: n for n in ("TF32", "VERSION_COMPATIBLE", "STRIP_PLAN", "REFIT")})

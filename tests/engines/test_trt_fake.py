@@ -201,9 +201,10 @@ def test_interrupt_that_comes_in_the_log_ends_the_build(build, monkeypatch):
 
     monkeypatch.setattr(Builder, "build_serialized_network", log)
     handler = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as caught:
         build()
     assert signal.getsignal(signal.SIGINT) is handler
+    assert "Build canceled" in str(caught.value.__context__), "it ends at the next step, not with the engine"
 
 
 def test_interrupts_are_left_alone_where_they_are_ignored_and_in_threads(build, monkeypatch):

@@ -3,6 +3,7 @@
 import ctypes
 import gc
 import json
+import signal
 import weakref
 from dataclasses import replace
 
@@ -18,6 +19,7 @@ from engines.layouts import CHANNELS_LAST
 from engines.libcuda import Driver
 from engines.registry import identify_backend, open_backend
 from engines.store import EngineStore
+from engines.trt_interrupts import cancelling
 from engines.trt_library import load_library
 from engines.trt_options import TensorRTOptions
 from engines.trt_plan import plan_from_bytes
@@ -215,6 +217,24 @@ def test_garbage_is_refused_in_the_parsers_words(tiny_bundle):
     backend = open_backend(RTX, "cpu", tensorrt=OPTIONS)
     with pytest.raises(EngineError, match=r"part 'head': .*Failed to parse the ONNX model"):
         backend.build(tiny_bundle.network.part("head"), b"garbage", layout=CHANNELS_LAST)
+
+
+def test_interrupt_cancels_the_build(tiny_bundle, monkeypatch):
+    def pressed(trt, interrupts):
+        monitor = cancelling(trt, interrupts)
+
+        class Pressed(type(monitor)):
+            def step_complete(self, phase, step):
+                signal.raise_signal(signal.SIGINT)
+                return super().step_complete(phase, step)
+
+        return Pressed()
+
+    monkeypatch.setattr("engines.trt_build.cancelling", pressed)
+    backend, full = open_backend(RTX, "cpu", tensorrt=OPTIONS), tiny_bundle.network.require("full")
+    with pytest.raises(KeyboardInterrupt) as caught:
+        backend.build(full, (tiny_bundle.path / "onnx" / "full.onnx").read_bytes(), layout=CHANNELS_LAST)
+    assert "BuildCanceled" in str(caught.value.__context__)
 
 
 @pytest.mark.parametrize("option", ["refit", "strip_weights"])
