@@ -34,7 +34,12 @@ def heuristic_paths(request: PolicyRequest, images: ImageSource) -> Paths:
 
 
 def deployed_paths(
-    model: BlockDropModel, images: ImageSource, *, group: Group, thresholds: tuple[float, float] | None = None
+    model: BlockDropModel,
+    images: ImageSource,
+    *,
+    group: Group,
+    thresholds: tuple[float, float] | None = None,
+    seed: int = 0,
 ) -> Paths:
     """Return the paths that the policy network of `model` takes now for each image as it is, without augmentation.
 
@@ -44,6 +49,7 @@ def deployed_paths(
     Args:
         thresholds: draw one between these for each image of each step, in place of the model's own: the base then
             learns the paths that it will be deployed with at all of them.
+        seed: of these draws.
     """
     probability = torch.empty(images.n_images, model.n_blocks, device=group.device)
     classifier = TorchClassifier(model)
@@ -53,17 +59,19 @@ def deployed_paths(
     probability = group.from_first(probability).cpu()
     if thresholds is None:
         return _rows_of_images(probability >= classifier.network.threshold)
-    return lambda step: probability[step.images] >= torch.from_numpy(_thresholds(step, *thresholds))
+    return lambda step: probability[step.images] >= torch.from_numpy(_thresholds(step, *thresholds, seed=seed))
 
 
 def _rows_of_images(keep: Tensor) -> Paths:
     return lambda step: keep[step.images]
 
 
-def _thresholds(step: Step, low: float, high: float) -> np.ndarray:
+def _thresholds(step: Step, low: float, high: float, *, seed: int) -> np.ndarray:
     """Return a threshold for each image of a process, float32 [n, 1]; all processes together draw what one would."""
     n_batch = len(step.images) * step.n_ranks
-    numbers = np.random.Generator(np.random.Philox(key=0, counter=step.number << 64))  # far from those of other steps
+    numbers = np.random.Generator(
+        np.random.Philox(key=seed, counter=step.number << 64)
+    )  # far from those of other steps
     drawn: np.ndarray = numbers.uniform(low, high, (n_batch, 1)).astype(np.float32)
     return drawn[step.rank :: step.n_ranks]
 

@@ -219,7 +219,7 @@ def _fixed_paths(
     if not options.freeze_policy:
         return None
     model.to(device=place.group.device)
-    return deployed_paths(model, place.train, group=place.group, thresholds=options.thresholds)
+    return deployed_paths(model, place.train, group=place.group, thresholds=options.thresholds, seed=options.seed)
 
 
 def computes_in_bfloat16(amp: Amp, device: torch.device) -> bool:

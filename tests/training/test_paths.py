@@ -1,5 +1,6 @@
 """The paths that a base learns along: a policy network's own, at one threshold or many, or a heuristic's."""
 
+import dataclasses
 from collections.abc import Callable
 
 import numpy as np
@@ -9,8 +10,10 @@ from bdtool.models.model import BlockDropModel
 from bdtool.runtime.policies import parse_policy
 from bdtool.torch_classifier import TorchClassifier
 from bdtool.training.budget import shift_policy
+from bdtool.training.options import FinetuneOptions
 from bdtool.training.paths import deployed_paths, heuristic_paths
 from bdtool.training.place import TrainingPlace
+from bdtool.training.stages import _fixed_paths
 from bdtool.training.tasks import Step
 
 
@@ -42,6 +45,22 @@ def test_base_learns_the_paths_at_all_thresholds_between_two(
     assert torch.equal(steps[3], paths(Step(3, 10, index))), "a resumed run draws the same"
     shares = [paths(Step(3, 10, index[rank::2], rank=rank, n_ranks=2)) for rank in (0, 1)]
     assert torch.equal(torch.stack(shares, dim=1).flatten(0, 1), steps[3]), "processes draw what one would"
+
+
+def test_another_seed_draws_other_thresholds(
+    random_model: Callable[..., BlockDropModel], place: Callable[..., TrainingPlace]
+) -> None:
+    options = FinetuneOptions(policy="learned:0.2-0.9", freeze_policy=True)
+    model, where = random_model("resnet8", has_policy=True), place()
+    request = parse_policy(options.single_policy, n_blocks=3, has_policy_network=True)
+    step = Step(3, 10, torch.arange(256))
+    drawn = []
+    for seed in (0, 0, 1):
+        paths = _fixed_paths(model, request, dataclasses.replace(options, seed=seed), where)
+        assert paths is not None
+        drawn.append(paths(step))
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
 
 
 def test_processes_draw_the_rows_that_one_would(place: Callable[..., TrainingPlace]) -> None:
