@@ -116,7 +116,7 @@ def report_from(
         parts=_parts(network, profile.parts, classified.keep),
         warnings=tuple(profile.warnings),
         environment=_environment(profile, bundle),
-        commands=request.commands(),
+        commands=request.commands(has_labels=source.has_labels),
     )
 
 

@@ -29,15 +29,19 @@ class ReportRequest:
     resize: bool = False
     place: Place = field(default_factory=Place)
 
-    def commands(self) -> tuple[str, ...]:
-        """Return the command that makes this page, and what measures its accuracy and its latency alone."""
+    def commands(self, *, has_labels: bool) -> tuple[str, ...]:
+        """Return the command that makes this page, and what measures its accuracy and its latency alone.
+
+        Args:
+            has_labels: the images have some, without which nothing measures an accuracy.
+        """
         place = self.place
         shared = ["--data", self.data, *(["--policy", self.policy] if self.policy else [])]
         shared += ["--resize"] if self.resize else []
         shared += ["--backend", place.backend, "--device", place.device, "--precision", place.precision]
         shared += ["--threads", str(place.threads)] if place.threads else []
         bundle = str(self.bundle)
-        alone = [["evaluate", bundle, *shared, "--limit", str(self.limit)]]
+        alone = [["evaluate", bundle, *shared, "--limit", str(self.limit)]] if has_labels else []
         if not self.by_profile:
             alone.append(["profile", bundle, *shared, "--duration", f"{self.duration_s:g}"])
         return (self.made_by, *(shlex.join(["bdtool", *words]) for words in alone))

@@ -154,13 +154,23 @@ def test_a_fixed_policy_is_recognised(gathered: Callable[[str | None], ReportDat
 def test_commands_repeat_the_request() -> None:
     typed = "bdtool report 'my bundle' --data test.npz"
     given = {"bundle": Path("my bundle"), "data": "test.npz", "output": Path("r.html"), "policy": "first:2", "limit": 9}
-    report, evaluated, profiled = ReportRequest(made_by=typed, **given).commands()
+    report, evaluated, profiled = ReportRequest(made_by=typed, **given).commands(has_labels=True)
     assert report == typed
     assert evaluated.startswith("bdtool evaluate 'my bundle' --data test.npz --policy first:2 ")
     assert evaluated.endswith("--limit 9")
     assert profiled.startswith("bdtool profile 'my bundle' ")
-    page_of_profile = ReportRequest(made_by="bdtool profile B --html P", by_profile=True, **given).commands()
-    assert page_of_profile == ("bdtool profile B --html P", evaluated)
+    by_profile = ReportRequest(made_by="bdtool profile B --html P", by_profile=True, **given)
+    assert by_profile.commands(has_labels=True) == ("bdtool profile B --html P", evaluated)
+
+
+def test_a_page_without_labels_names_no_command_that_needs_them(tiny: Any) -> None:
+    bundle = Bundle.open(tiny.bundle)
+    source = open_data("synthetic:4", network=bundle.network, labels="optional")
+    settings = Settings(duration_s=0.01, warmup_ms=0)
+    profiled = profile(bundle, source, policy=None, strategies=["chain"], settings=settings, place=Place())
+    request = ReportRequest(made_by="bdtool report", bundle=tiny.bundle, data="synthetic:4", output=Path("r.html"))
+    commands = gather_report(profiled, bundle, source, request).commands
+    assert [command.split()[1] for command in commands] == ["report", "profile"]
 
 
 def test_the_line_is_found_despite_slow_requests() -> None:
