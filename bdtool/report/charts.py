@@ -107,6 +107,8 @@ def latency_against_blocks(data: ReportData) -> Chart:
         f"Fixed cost {words.milliseconds(line.fixed_ms)}, plus {words.milliseconds(line.per_block_ms)} for each block; "
         f"full takes {words.milliseconds(full_ms)}. {_break_even(data.n_blocks, line.break_even_blocks)}"
     )
+    if line.fixed_ms < 0:
+        text += " No cost is below 0: noise bends the line, so take its break-even with care."
     return _chart("latency-blocks", title, text, figure)
 
 

@@ -71,6 +71,14 @@ def test_the_fitted_line_is_said_in_words(page: Page, varied: ReportData) -> Non
     assert f"fewer than {varied.line.break_even_blocks:.1f} blocks" in page.text
 
 
+def test_a_line_with_a_negative_cost_is_said_to_be_bent(page: Page, varied: ReportData) -> None:
+    assert varied.line is not None
+    bent = dataclasses.replace(varied, line=dataclasses.replace(varied.line, fixed_ms=-0.4))
+    assert "Fixed cost -0.400 ms" in Page(render(bent)).text
+    assert "noise bends the line" in Page(render(bent)).text
+    assert "noise bends the line" not in page.text
+
+
 def test_classes_are_given_the_latency_of_the_line_where_there_is_one(varied: ReportData, fixed: ReportData) -> None:
     assert "by the line" in Page(render(varied)).text
     assert fixed.line is None
