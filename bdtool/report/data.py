@@ -140,6 +140,11 @@ class ReportData:
         return next((strategy for strategy in self.strategies if heads_page(strategy.name)), self.full)
 
     @property
+    def replaces_policy_network(self) -> bool:
+        """Whether a policy network runs whose bits the POLICY replaces: latencies hold its cost, FLOPs do not."""
+        return self.policy.partition(":")[0] != "learned" and any(part.kind == "policy" for part in self.parts)
+
+    @property
     def has_equal_policies(self) -> bool:
         return self.common_bits is not None
 

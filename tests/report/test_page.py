@@ -64,6 +64,14 @@ def test_the_headline_has_the_figures(page: Page) -> None:
         assert figure in page.text
 
 
+def test_flops_without_the_policy_network_are_said_to_be(varied: ReportData) -> None:
+    parts = (*varied.parts, dataclasses.replace(varied.parts[0], name="policy", kind="policy"))
+    learned, heuristic = (dataclasses.replace(varied, policy=name, parts=parts) for name in ("learned:0.7", "first:7"))
+    bare = dataclasses.replace(heuristic, parts=varied.parts)
+    said = ["without the policy network" in Page(render(one)).text for one in (learned, heuristic, bare)]
+    assert said == [False, True, False]
+
+
 def test_the_fitted_line_is_said_in_words(page: Page, varied: ReportData) -> None:
     assert varied.line is not None
     assert varied.line.break_even_blocks is not None
