@@ -270,8 +270,9 @@ def finetune_cmd(start: Path, teacher: Path | None, **given: Any) -> None:
 
     options = options_from(FinetuneOptions, given)
     if not options.trains_policy:
+        follows_network = options.policy.startswith("learned")  # whose reward is shown, with this gamma
         refuse_idle(
-            ["lr", "alpha", "entropy"],
+            ["lr", "alpha", "entropy", *([] if follows_network else ["gamma"])],
             "the policy network does not learn; leave it out. The base's learning rate is --base-lr",
         )
     model, taught_by, digests = _load_both(start, teacher)

@@ -69,9 +69,8 @@ def _rows_of_images(keep: Tensor) -> Paths:
 def _thresholds(step: Step, low: float, high: float, *, seed: int) -> np.ndarray:
     """Return a threshold for each image of a process, float32 [n, 1]; all processes together draw what one would."""
     n_batch = len(step.images) * step.n_ranks
-    numbers = np.random.Generator(
-        np.random.Philox(key=seed, counter=step.number << 64)
-    )  # far from those of other steps
+    # a counter that is far from those of other steps
+    numbers = np.random.Generator(np.random.Philox(key=seed, counter=step.number << 64))
     drawn: np.ndarray = numbers.uniform(low, high, (n_batch, 1)).astype(np.float32)
     return drawn[step.rank :: step.n_ranks]
 

@@ -273,6 +273,8 @@ def test_what_would_have_no_effect_is_refused(
         refused = bdtool("train", "finetune", tiny.path, *policy, "--lr", 0.1, "--alpha", 0.9, *words, status=2)
         assert "--lr, --alpha: no effect, as the policy network does not learn" in " ".join(refused.stderr.split())
         assert "--base-lr" in refused.stderr
+    refused = bdtool("train", "finetune", tiny.path, "--policy", "first:2", "--gamma", 2, *words, status=2)
+    assert "--gamma: no effect" in refused.stderr
     refused = bdtool("train", "imitate", tiny.path, "--hidden", 32, *words, status=2)
     assert "--hidden: no effect" in refused.stderr
     assert "Give a --trunk" in " ".join(refused.stderr.split())
