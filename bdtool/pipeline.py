@@ -33,6 +33,7 @@ def export_model(
         CheckpointError: the MODEL is damaged.
         BundleError, ExportError: as `export_bundle`.
     """
+    digest = sha256_of_file(model_path)  # before it is read: what replaces it later has another
     model = load_model(model_path)
     network = network_spec(model)
     on_start(network)
@@ -42,12 +43,13 @@ def export_model(
         network,
         part_modules(model),
         weights_path=model_path,
+        weights_sha256=digest,
         target=target,
         images=preprocess(probes, size),
         max_batch=max_batch,
         provenance={
             **model.spec.provenance,
-            "model_sha256": sha256_of_file(model_path),
+            "model_sha256": digest,
             "exported_by": f"bdtool {version()}",
         },
         force=force,

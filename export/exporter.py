@@ -21,7 +21,7 @@ import onnx
 import torch
 from torch import nn
 
-from bdtool.errors import BundleError
+from bdtool.errors import BundleError, ExportError
 from bdtool.specs import NetworkSpec, PartSpec
 from export.check import Probe, check_part
 from export.compose import compose_parts
@@ -71,6 +71,7 @@ def export_bundle(
     modules: Mapping[str, nn.Module],
     *,
     weights_path: Path,
+    weights_sha256: str | None = None,
     target: Path,
     images: np.ndarray,
     max_batch: int,
@@ -83,13 +84,15 @@ def export_bundle(
     Args:
         modules: the PyTorch module of each part, in eval mode, by part name.
         weights_path: the MODEL file; the bundle keeps a copy.
+        weights_sha256: of the file that `modules` were loaded from; None does not compare it with the copy.
         images: preprocessed float32 [n, 3, H, W], n >= 2; each part is compared on what they become inside the network.
         force: replace an existing bundle. Engines in it are kept where it was exported from the same MODEL, but for
             those of calibrated precisions, whose parts are gone.
 
     Raises:
         BundleError: the target exists (and `force` is False), is not a bundle, or cannot be written.
-        ExportError: a part's ONNX differs from PyTorch by more than its precision allows.
+        ExportError: a part's ONNX differs from PyTorch by more than its precision allows, or the MODEL file was
+            replaced meanwhile.
     """
     _check_target(target, force=force)
     target = target.resolve()  # "." has no name to derive another from, and a symbolic link must stay one
@@ -105,7 +108,7 @@ def export_bundle(
                 network=network,
                 files=files,
                 weights_file=WEIGHTS_NAME,
-                weights_sha256=_copy_weights(weights_path, partial),
+                weights_sha256=_copy_weights(weights_path, partial, weights_sha256),
                 max_batch=max_batch,
                 provenance=provenance,
                 environment=_environment(),
@@ -244,10 +247,17 @@ def _content_key(part: PartSpec, folded: torch.fx.GraphModule) -> str:
     return digest.hexdigest()
 
 
-def _copy_weights(weights_path: Path, partial: Path) -> str:
+def _copy_weights(weights_path: Path, partial: Path, expected: str | None) -> str:
+    """Copy the MODEL and return its digest, which is the expected one: exporting took minutes."""
     with atomic_path(partial / WEIGHTS_NAME) as temporary:
         shutil.copyfile(weights_path, temporary)
-    return sha256_of_file(partial / WEIGHTS_NAME)
+    found = sha256_of_file(partial / WEIGHTS_NAME)
+    if expected is not None and found != expected:
+        raise ExportError(
+            f"{weights_path} was replaced while it was exported: it had SHA-256 {expected[:12]}..., now it has "
+            f"{found[:12]}.... What was at the place of the bundle before is unchanged; run the same command again"
+        )
+    return found
 
 
 def _put_in_place(partial: Path, target: Path, manifest: Manifest) -> None:

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from bdtool.errors import BundleError
+from bdtool.errors import BundleError, ExportError
 from bdtool.pipeline import export_model
 from export.bundle import Bundle
 from export.exporter import export_bundle
-from export.files import exclusive_lock
+from export.files import exclusive_lock, sha256_of_file
 from export.manifest import Variant, read_manifest, write_manifest
 from export.packages import installed_version
 
@@ -323,6 +323,15 @@ def test_missing_weights_file_stops_the_export(tiny, tmp_path, preprocessed):
             **options,
         )
     assert not (tmp_path / "bundle").exists()
+
+
+def test_model_that_is_replaced_during_an_export_is_refused(other, tiny, tmp_path):
+    model = Path(shutil.copy(tiny.path, tmp_path / "model.safetensors"))
+    with pytest.raises(ExportError, match=r"model\.safetensors was replaced while it was exported: .* run the same"):
+        export_model(model, tmp_path / "bundle", on_part=lambda part: shutil.copy(other, model))
+    assert not (tmp_path / "bundle").exists()
+    shutil.copy(tiny.path, model)
+    assert export_model(model, tmp_path / "bundle").weights_sha256 == sha256_of_file(tiny.path)
 
 
 def test_bundle_that_another_export_finished_meanwhile_is_left_alone(other, tiny, tmp_path, digests, monkeypatch):
