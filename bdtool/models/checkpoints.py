@@ -79,7 +79,7 @@ def import_checkpoint(
     Args:
         path: a file by `torch.save` (any age) or `.safetensors`. The tensors may lie in an entry `state_dict`, or in
             the only one of `model_state_dict`, `model` and `net`, and their keys may all begin with "module.",
-            "_orig_mod." or "model.".
+            "_orig_mod.", "model." or "net.".
         arch: name of the ResNet, as in `known_architectures`.
         format: "akamaster", "torchvision" or "blockdrop"; "auto" tells them apart by their keys.
         classes: how many classes the head must have; None takes what it has.
@@ -170,7 +170,18 @@ def _bare(state: Mapping[Any, Any]) -> dict[str, Any]:
     bare = {str(key): value for key, value in state.items()}
     while prefix := next((one for one in _PREFIXES if bare and all(key.startswith(one) for key in bare)), None):
         bare = {key.removeprefix(prefix): value for key, value in bare.items()}
-    return bare
+    return _network_named_net(bare) or bare
+
+
+def _network_named_net(state: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the network of a known layout that a module holds as `net`, as Lightning's often do.
+
+    BlockDrop's older files have a policy network under that name, which is none.
+    """
+    if not state or not all(key.startswith("net.") for key in state):
+        return None
+    network = _bare({key.removeprefix("net."): value for key, value in state.items()})
+    return network if detect_format(network) not in (None, BLOCKDROP) else None
 
 
 def _require_resnet(path: Path, entries: Mapping[str, Any], *, has_policy: bool) -> None:

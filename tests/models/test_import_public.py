@@ -121,8 +121,11 @@ def test_safetensors_and_data_parallel_checkpoints_are_read_alike(tmp_path, resn
     assert first.spec.labels is None
 
 
-@pytest.mark.parametrize("entry", ["model", "model_state_dict", "net", None])
-@pytest.mark.parametrize("prefix", ["", "_orig_mod.", "model.", "module._orig_mod.", "_orig_mod.module."])
+PREFIXES = ["", "_orig_mod.", "model.", "module._orig_mod.", "_orig_mod.module.", "net.", "net._orig_mod."]
+
+
+@pytest.mark.parametrize("entry", ["model", "model_state_dict", "state_dict", "net", None])
+@pytest.mark.parametrize("prefix", PREFIXES)
 def test_wrapped_networks_are_found(tmp_path, resnet18_state, entry, prefix):
     """As training loops save them: beside their optimizer, after torch.compile, from a field of a larger module."""
     state = {f"{prefix}{key}": value for key, value in resnet18_state.items()}
