@@ -42,7 +42,7 @@ from bdtool.verification.oracle import is_own, model_in, oracle_for, why_no_pyto
 from bdtool.verification.part_comparison import compare_part
 from bdtool.verification.strategy_check import LEARNED, answers_of, other_strategies, run_in_slices
 from export.bundle import Bundle
-from export.check import Comparison
+from export.check import TOLERANCES, Comparison
 from export.manifest import EXPORTED
 from export.part_source import PartSource
 
@@ -50,7 +50,9 @@ if TYPE_CHECKING:
     from bdtool.models.model import BlockDropModel
     from bdtool.verification.oracle import Oracle
 
-LOGITS_TOLERANCE = 1e-4  # largest |difference| between the chain's logits and PyTorch's
+# Largest |difference| between the chain's logits and PyTorch's. Rounding grows with what is rounded: of logits above 10
+# it is the share of the largest one that export allows of a part.
+LOGITS_TOLERANCE = 1e-4
 _N_PROBES = 4  # images at most, on which single parts and other strategies are compared
 _N_NAMED = 5  # differences that a detail names
 _UNITS = {
@@ -354,23 +356,28 @@ class _Answer:
 
 def _compare_answers(answers: list[_Answer], oracle: Oracle) -> list[Rung]:
     """Return the rungs logits and top1."""
-    errors, changed = {}, 0
+    errors, bounds, changed = {}, {}, 0
     for answer in answers:
         result, expected = answer.result, oracle.run(answer.images, answer.keep)
         error = float(np.abs(result.logits - expected.logits).max())
         if not np.array_equal(result.policy, answer.keep):  # it decided by itself, and otherwise
             error = math.inf
-        errors[f"{answer.policy} by {answer.strategy}"] = error
+        name = f"{answer.policy} by {answer.strategy}"
+        errors[name], bounds[name] = error, _logits_bound(expected.logits)
         changed += int((result.classes != expected.classes).sum())
-    where = max(errors, key=lambda name: errors[name])
+    where = max(errors, key=lambda name: errors[name] / bounds[name])
     n_answers = sum(len(answer.keep) for answer in answers)
     policies = dict.fromkeys(answer.policy for answer in answers)
     others = dict.fromkeys(answer.strategy for answer in answers if answer.strategy != "chain")
     logits = f"policies {', '.join(policies)}; {_strategies(others)}; worst {where}"
     return [
-        _rung("logits", errors[where], LOGITS_TOLERANCE, logits),
+        _rung("logits", errors[where], bounds[where], logits),
         _rung("top1", changed / n_answers, 0.0, f"{changed} of {n_answers} predictions differ"),
     ]
+
+
+def _logits_bound(expected: np.ndarray) -> float:
+    return max(LOGITS_TOLERANCE, TOLERANCES[EXPORTED] * float(np.abs(expected).max()))
 
 
 def _lower_errors(subject: _Subject, images: np.ndarray, keep: np.ndarray, expected: np.ndarray) -> dict[str, float]:

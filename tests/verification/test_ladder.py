@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -18,6 +19,7 @@ from bdtool.data.sources import open_data
 from bdtool.errors import BackendError, BundleError
 from bdtool.models.state import model_from_state
 from bdtool.models.store import save_model
+from bdtool.pipeline import export_model
 from bdtool.runtime import one_call, paths
 from bdtool.runtime.place import Place
 from bdtool.verification import ladder
@@ -283,6 +285,19 @@ def test_few_images_are_spread_over_the_sample(tiny: Any, monkeypatch: pytest.Mo
     assert _verify(tiny.bundle).ok
     assert len(seen) > 2
     assert all(np.array_equal(images, spread) for images in seen)
+
+
+def test_large_logits_may_differ_by_more(random_model: Any, shared_traces: None, tmp_path: Path) -> None:
+    """As those of a classifier on cosines: each float32 sum has its own last digit."""
+    model = random_model("resnet8", shortcut="average-pool")
+    with torch.no_grad():
+        for weight in model.base.head.parameters():
+            weight *= 1e5
+    save_model(model, tmp_path / "large.safetensors")
+    export_model(tmp_path / "large.safetensors", tmp_path / "bundle")
+    result = _verify(tmp_path / "bundle")
+    assert result.ok, _failed(result)
+    assert _rung(result, "logits").worst > ladder.LOGITS_TOLERANCE
 
 
 def test_nan_passes_no_rung(tiny: Any) -> None:
