@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from bdtool.calibrating.request import CalibrationRequest
+from bdtool.errors import BundleError
 from bdtool.specs import NetworkSpec, PartSpec
 from bdtool.words import percent
 from calibration.walk import RunPart, everyone_where_nobody, walk_paths
 from export.bundle import Bundle
 from export.check import Probe
-from export.manifest import EXPORTED
+from export.manifest import EXPORTED, Variant
 from export.part_source import PartSource
 
 # Root mean square of the logits' difference over that of the logits. Bounds against gross mistakes, as those of parts:
@@ -39,15 +40,30 @@ class Terms:
 
 
 def terms_of(bundle: Bundle, source: PartSource) -> Terms:
-    """Return the terms that calibration noted; of parts that were never calibrated, its defaults."""
+    """Return the terms that calibration noted; of parts that were never calibrated, its defaults.
+
+    Raises:
+        BundleError: the manifest's record of the calibration was changed, so that it names none.
+    """
     if source.converted:
         return Terms()
-    variant = bundle.manifest.variants[source.precision]
-    gates = variant.calibration["gates"]
-    policy = bundle.network.find("policy")
+    try:
+        return _noted_terms(bundle.manifest.variants[source.precision], bundle.network.find("policy"))
+    except (KeyError, TypeError, ValueError) as exc:
+        raise BundleError(
+            f"{bundle.path}: the manifest's record of the {source.precision} calibration was changed "
+            f"({type(exc).__name__}: {exc}), expected a policy, and gates with max_accuracy_drop and policy_flips. "
+            f"Make the parts anew: bdtool calibrate --precision {source.precision}"
+        ) from exc
+
+
+def _noted_terms(variant: Variant, policy: PartSpec | None) -> Terms:
+    gates, text = variant.calibration["gates"], variant.calibration["policy"]
+    if not isinstance(text, str):
+        raise TypeError(f"policy is {text!r}")
     keeps_policy = policy is None or variant.files[policy.name].precision == EXPORTED
     return Terms(
-        policy=variant.calibration["policy"],  # its ranges hold for the paths of this one
+        policy=text,  # its ranges hold for the paths of this one
         policy_flips=None if keeps_policy else float(gates["policy_flips"]),
         max_accuracy_drop=float(gates["max_accuracy_drop"]),
     )

@@ -27,6 +27,7 @@ from bdtool.verification.ladder import Verification, verify
 from engines.onnxrt import OnnxRuntimeBackend
 from export.bundle import Bundle
 from export.files import sha256_of_file
+from export.manifest import Variant, read_manifest, write_manifest
 
 CPU = Place()
 RUNGS = ["digests", "manifest", "onnx", "engines", "policy", "logits", "top1"]
@@ -298,6 +299,27 @@ def test_large_logits_may_differ_by_more(random_model: Any, shared_traces: None,
     result = _verify(tmp_path / "bundle")
     assert result.ok, _failed(result)
     assert _rung(result, "logits").worst > ladder.LOGITS_TOLERANCE
+
+
+GATES = {"max_accuracy_drop": 0.5}
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {},
+        {"policy": "all"},
+        {"policy": "all", "gates": None},
+        {"policy": "all", "gates": {"max_accuracy_drop": "little"}},
+        {"policy": 5, "gates": GATES},
+    ],
+)
+def test_record_of_a_calibration_that_was_changed_is_named(bundle_copy: Path, record: dict[str, Any]) -> None:
+    manifest = read_manifest(bundle_copy)
+    variant = Variant(activation="int8", files=manifest.files, calibration=record)
+    write_manifest(bundle_copy, replace(manifest, variants={"int8": variant}))
+    with pytest.raises(BundleError, match=r"the int8 calibration was changed .* bdtool calibrate --precision"):
+        _verify(bundle_copy, Place(precision="int8"))
 
 
 def test_nan_passes_no_rung(tiny: Any) -> None:
