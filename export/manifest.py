@@ -22,11 +22,13 @@ from typing import Any, TypeGuard
 from bdtool.errors import BundleError
 from bdtool.specs import NetworkSpec, PartSpec, TensorSpec, dict_from_preprocessing, preprocessing_from_dict
 from export.files import json_from_bytes, write_json
+from export.half_spec import HALF_DTYPES
 from export.wiring import check_wiring
 
 FORMAT_VERSION = 2  # 2: pictures that are scaled bicubically, packed bundles
 EXPORTED = "fp32"  # the precision of the parts that `bdtool export` writes
 CALIBRATED = ("int8", "fp16", "bf16", "mixed")  # those that `bdtool calibrate` adds
+_ACTIVATIONS = {"int8": "int8", "mixed": "float32", **HALF_DTYPES}  # dtype of `x` between the parts of each
 DEFAULT_MAX_BATCH = 64
 MANIFEST_NAME = "manifest.json"
 WEIGHTS_NAME = "weights.safetensors"  # the MODEL that the bundle was exported from
@@ -257,7 +259,12 @@ def _variant_from_dict(name: str, data: Mapping[str, Any], network: NetworkSpec)
     missing = [part.name for part in network.parts if part.name not in files]
     if missing:
         raise BundleError(f"precision {name!r} lists no {', '.join(missing)}; run `bdtool calibrate` again")
-    return Variant(activation=str(data["activation"]), files=files, calibration=dict(data["calibration"]))
+    activation, expected = data["activation"], _ACTIVATIONS.get(name)
+    if expected not in (None, activation):  # buffers are made for it, and engines of the parts take no other
+        raise BundleError(
+            f"precision {name!r} has activation {activation!r}, expected {expected!r}; run `bdtool calibrate` again"
+        )
+    return Variant(activation=str(activation), files=files, calibration=dict(data["calibration"]))
 
 
 def _check_parts(network: NetworkSpec, data: Mapping[str, Any]) -> None:

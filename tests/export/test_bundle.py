@@ -202,6 +202,16 @@ def _drop(name):
     return lambda data: data["parts"].remove(_part(data, name))
 
 
+def _add_precision(name, activation):
+    """Add a precision whose parts are the exported ones."""
+
+    def change(data):
+        parts = {part["name"]: part for part in data["parts"]}
+        data["precisions"] = {name: {"activation": activation, "parts": parts, "calibration": {}}}
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -276,6 +286,11 @@ def _drop(name):
         (lambda data: data.update(stages=[10**12]), "blocks must be numbered 0 to 999999999999 in order"),
         (lambda data: data["preprocessing"].update(height=True), "numbers of pixels, above 0; got"),
         (lambda data: data["preprocessing"].update(sharpen=1), "unexpected keyword argument 'sharpen'"),
+        (
+            _add_precision("int8", activation="uint8"),
+            "precision 'int8' has activation 'uint8', expected 'int8'; run `bdtool calibrate` again",
+        ),
+        (_add_precision("mixed", activation=None), "precision 'mixed' has activation None, expected 'float32'"),
         (lambda data: data.update(parts=5), "the file was changed, export the model again"),
         (lambda data: data.update(stages=None), "the file was changed, export the model again"),
     ],
