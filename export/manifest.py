@@ -280,6 +280,12 @@ def _check_parts(network: NetworkSpec, data: Mapping[str, Any]) -> None:
             raise BundleError(
                 f"part {block.name!r} changes the shape but no shortcut is listed; export the model again"
             )
+    for part in network.parts:
+        if part.index is not None and part.kind not in ("block", "shortcut"):  # nobody would find it by its kind alone
+            raise BundleError(
+                f"part {part.name!r} has index {part.index!r}, expected null: only blocks and shortcuts have a number; "
+                "export the model again"
+            )
     if int(data["max_batch"]) < 1:
         raise BundleError(f"max_batch is {data['max_batch']}, expected at least 1; export the model again")
     if len({part.name for part in network.parts}) != len(network.parts):

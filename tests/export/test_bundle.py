@@ -287,6 +287,10 @@ def _add_precision(name, activation):
         (lambda data: data["preprocessing"].update(height=True), "numbers of pixels, above 0; got"),
         (lambda data: data["preprocessing"].update(sharpen=1), "unexpected keyword argument 'sharpen'"),
         (
+            lambda data: _part(data, "policy").update(index=0),
+            "part 'policy' has index 0, expected null: only blocks and shortcuts have a number",
+        ),
+        (
             _add_precision("int8", activation="uint8"),
             "precision 'int8' has activation 'uint8', expected 'int8'; run `bdtool calibrate` again",
         ),
