@@ -90,8 +90,12 @@ def quantize_part(
 
 
 def scale_of(largest: float) -> np.float32:
-    """Return the symmetric int8 scale of a tensor whose largest absolute value is given."""
-    return np.float32(max(largest, _SMALLEST_RANGE) / Q_MAX)
+    """Return the symmetric int8 scale of a tensor whose largest absolute value is given.
+
+    It is the one that the quantizer gives a convolution's input, whose range it takes as float32: what a part writes
+    and what the next one reads have equal scales, to the last bit.
+    """
+    return np.float32(float(np.float32(max(largest, _SMALLEST_RANGE))) / Q_MAX)
 
 
 def _with_qdq(fp32: onnx.ModelProto, ranges: Mapping[str, float]) -> onnx.ModelProto:

@@ -109,6 +109,15 @@ def test_blocks_of_a_stage_share_one_scale(quantized):
     assert output_scale(models["block_02"], "y") == input_scale(models["head"], "x")
 
 
+def test_what_a_block_reads_and_writes_has_one_scale_whatever_its_range(bundle, watched):
+    part = watched["block_00"]
+    data = bundle.part_path(part.part).read_bytes()
+    for largest in (0.1, 12.92075290276836, 3.923863274976611):  # float32 holds none of them
+        quantized = quantize_part(data, part.part, dict.fromkeys(part.watched, largest), integer_activations=True)
+        model = onnx.ModelProto.FromString(quantized)
+        assert output_scale(model, "y") == input_scale(model, "x")
+
+
 def test_parts_stay_close_to_fp32(bundle, quantized, pixels):
     batch = PathBatch(first=0, images=pixels, keep=ALL)
     network = bundle.network.with_activation("int8")
