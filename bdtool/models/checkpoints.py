@@ -39,6 +39,7 @@ from export.files import sha256_of_file
 
 _POLICY_ENTRIES = ("agent", "net")  # "net" is what the authors' older files call the policy network
 _WRAPPERS = ("model_state_dict", "model", "net")  # entries that training loops put a state_dict in, beside others
+_N_AVERAGED = "n_averaged"  # a counter that torch.optim.swa_utils.AveragedModel (EMA, SWA) has beside its `module`
 _NOTHING_GIVEN = GivenInput()
 _PREFIXES = ("module.", "_orig_mod.", "model.")  # of DataParallel, of torch.compile, of Lightning and the like
 
@@ -168,6 +169,8 @@ def _only_wrapper(content: Mapping[str, Any]) -> dict[str, Any] | None:
 def _bare(state: Mapping[Any, Any]) -> dict[str, Any]:
     """Drop from the keys what all of them begin with, where that says how the network was wrapped."""
     bare = {str(key): value for key, value in state.items()}
+    if all(key.startswith("module.") for key in bare.keys() - {_N_AVERAGED}):
+        bare.pop(_N_AVERAGED, None)
     while prefix := next((one for one in _PREFIXES if bare and all(key.startswith(one) for key in bare)), None):
         bare = {key.removeprefix(prefix): value for key, value in bare.items()}
     return _network_named_net(bare) or bare

@@ -135,6 +135,13 @@ def test_wrapped_networks_are_found(tmp_path, resnet18_state, entry, prefix):
     assert torch.equal(model.base.state_dict()["stem.conv.weight"], resnet18_state["conv1.weight"])
 
 
+def test_averaged_weights_are_imported_without_their_counter(tmp_path, resnet18_state):
+    averaged = {"n_averaged": torch.tensor(3), **{f"module.{key}": value for key, value in resnet18_state.items()}}
+    for content in (averaged, {"state_dict": averaged}, {"model": averaged, "epoch": 3}):
+        model = import_checkpoint(_saved(tmp_path, content), arch="resnet18")
+        assert torch.equal(model.base.state_dict()["stem.conv.weight"], resnet18_state["conv1.weight"])
+
+
 def test_two_networks_in_a_file_are_not_chosen_from(tmp_path, resnet18_state):
     settings = {"model": {"name": "resnet18"}, "model_state_dict": resnet18_state}
     assert import_checkpoint(_saved(tmp_path, settings), arch="resnet18").spec.arch == "resnet18"
