@@ -200,7 +200,7 @@ def _print_sweep(sweep: dict[str, Any]) -> None:
             name,
             batch,
             f"{row['throughput_ips']:.1f}",
-            f"{row['latency_ms']['median'] / int(batch):.3f}",
+            f"{row['latency_ms']['mean'] / int(batch):.3f}",
             f"{row['ratio_to_full']:.3f}",
             _range(row["ratio_to_full_iqr"]),
             f"{row['flops_ratio_to_full']:.3f}",

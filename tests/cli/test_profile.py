@@ -2,6 +2,7 @@
 
 import html
 import json
+import re
 import shlex
 import shutil
 
@@ -135,7 +136,11 @@ def test_precision_that_is_not_there_is_refused_before_engines_are_built(fresh, 
 
 def test_sweep_measures_each_batch(built, npz, bdtool, tmp_path):
     words = ("profile", built, "--data", npz, "--policy", "random:2", "--strategy", "chain,path", "--sweep", *QUICK)
-    assert "Throughput by batch" in bdtool(*words, "--json", tmp_path / "profile.json").stdout
+    table = bdtool(*words, "--json", tmp_path / "profile.json").stdout.partition("Throughput by batch")[2]
+    shown = re.findall(r"^ *(?:full|chain|path) +\d+ +([\d.]+) +([\d.]+)", table, re.MULTILINE)
+    assert len(shown) == 3 * 4
+    for images_per_s, ms in shown:
+        assert float(ms) == pytest.approx(1000 / float(images_per_s), abs=0.0006, rel=1e-3)
     sweep = json.loads((tmp_path / "profile.json").read_text())["sweep"]
     assert list(sweep) == ["1", "8", "32", "64"]
     for batch, strategies in sweep.items():
