@@ -42,7 +42,7 @@ class Epoch:
     accuracy: float
     blocks_mean: float
     reward: float
-    seconds: float
+    seconds: float  # of its steps, waiting for their images included
     note: str
     validation: Mapping[str, float]
 
@@ -110,7 +110,7 @@ class Trainer:
         self.step = 0
         self.epochs: list[Epoch] = []
         self._note = ""  # what the last step had to show
-        self._sums = torch.zeros(5, dtype=torch.float64)  # loss, correct, blocks, reward, seconds of this epoch's steps
+        self._sums = torch.zeros(5, dtype=torch.float64)  # loss, correct, blocks, reward, seconds of this epoch
         self._optimizers = task.optimizers()
         factor = schedule_factor(options.schedule, self.n_steps)
         self._schedulers = [torch.optim.lr_scheduler.LambdaLR(o, factor) for o in self._optimizers]
@@ -136,9 +136,11 @@ class Trainer:
                 self._finish_epoch(stop)  # the checkpoint is of a run that broke off while it measured
             following = ahead.submit(self._batch, self.step)
             while self.step < self.n_steps:
+                start = time.perf_counter()
                 batch = following.result()
                 following = ahead.submit(self._batch, self.step + 1)  # read while this step computes
                 self._train_step(batch)
+                self._sums[4] += time.perf_counter() - start
                 stopping = self._anyone(stop.requested)
                 if self._epoch_is_over() or stopping or time.monotonic() - saved > self._save_every_s:
                     self._save()  # before measuring, which may fail or be broken off
@@ -153,7 +155,6 @@ class Trainer:
         return Interrupted(f"stopped after {self.where}; the same command with --resume goes on")
 
     def _train_step(self, batch: _Batch) -> None:
-        start = time.perf_counter()
         self._note = self._task.begin_step(
             Step(self.step, self._steps_per_epoch, batch.index, rank=self._group.rank, n_ranks=self._group.size)
         )
@@ -169,7 +170,6 @@ class Trainer:
             scheduler.step()
         self.step += 1
         self._sums[:4] += means
-        self._sums[4] += time.perf_counter() - start
         if self._group.is_first:
             self._on_step(self._report())
 

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from bdtool.models.parts import network_spec
 from bdtool.models.state import meta_model
 from bdtool.models.store import load_model
 from bdtool.training.base_spec import base_spec
+from bdtool.training.images import MemoryImages
 from bdtool.training.options import CurriculumOptions, FinetuneOptions, PretrainOptions
 from bdtool.training.place import TrainingPlace
 from bdtool.training.stages import Trained, curriculum, finetune, pretrain
@@ -76,6 +78,20 @@ def test_run_after_a_kill_ends_like_an_unbroken_one(
     assert [(e.loss, e.accuracy, e.blocks_mean, e.reward) for e in broken.epochs] == [
         (e.loss, e.accuracy, e.blocks_mean, e.reward) for e in unbroken.epochs
     ]
+
+
+def test_time_of_an_epoch_holds_that_of_reading_its_images(
+    place: Callable[..., TrainingPlace], random_model: Callable[..., BlockDropModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = MemoryImages.batch
+
+    def slowly(images: MemoryImages, *given: Any) -> Any:
+        time.sleep(0.2)
+        return read(images, *given)
+
+    monkeypatch.setattr(MemoryImages, "batch", slowly)
+    [epoch] = pretrain(random_model("resnet8").spec, PretrainOptions(**_FAST | {"epochs": 1}), place()).epochs
+    assert epoch.seconds > 0.2 * 7, "8 steps, whose images are read one batch after another"
 
 
 @pytest.mark.parametrize("of", ["checkpoint", "MODEL"])
