@@ -33,7 +33,7 @@ def interrupts_held() -> Iterator[list[int]]:
 def cancelling(trt: Any, interrupts: list[int]) -> Any:
     """Return a progress monitor for a builder's config that cancels the build once there are interrupts.
 
-    A whole network takes TensorRT minutes. The caller keeps it until the build has ended.
+    Engines may take long to build where the library times kernels. The caller keeps the monitor until the end.
     """
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]  # a class of the module we were given
