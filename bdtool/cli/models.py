@@ -38,6 +38,11 @@ _OPTIONS = {"resize": "--resize-to"}  # where they are not called after what the
     show_default=True,
     help="Whose key names the checkpoint uses.",
 )
+@click.option(
+    "--entry",
+    metavar="NAME",
+    help="Where in the file the network is, as model_ema, or state_dict.model. Default: found by usual names.",
+)
 @click.option("--classes", type=click.IntRange(min=1), help="Refuse a checkpoint with another number of classes.")
 @colour_options(default="what the format's authors use")
 @resize_to_option(
@@ -65,6 +70,7 @@ def import_cmd(
     checkpoint: Path,
     arch: str,
     format_: str,
+    entry: str | None,
     classes: int | None,
     mean: tuple[float, ...] | None,
     std: tuple[float, ...] | None,
@@ -88,6 +94,7 @@ def import_cmd(
         checkpoint,
         arch=arch,
         format=format_,
+        entry=entry,
         classes=classes,
         mean=mean,  # type: ignore[arg-type]  # click checked that there are three
         std=std,  # type: ignore[arg-type]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bdtool.errors import CheckpointError, UsageError
 from bdtool.models.architectures import Architecture, ShortcutKind, architecture, known_architectures
+from bdtool.models.checkpoint_entries import POLICY_ENTRIES, entries_below, entries_with_networks, flat_entries
 from bdtool.models.checkpoint_files import read_checkpoint
 from bdtool.models.checkpoint_formats import (
     BLOCKDROP,
@@ -37,11 +38,7 @@ from bdtool.models.store import read_spec
 from bdtool.specs import Interpolation
 from export.files import sha256_of_file
 
-_POLICY_ENTRIES = ("agent", "net")  # "net" is what the authors' older files call the policy network
-_WRAPPERS = ("model_state_dict", "model", "net")  # entries that training loops put a state_dict in, beside others
-_N_AVERAGED = "n_averaged"  # a counter that torch.optim.swa_utils.AveragedModel (EMA, SWA) has beside its `module`
 _NOTHING_GIVEN = GivenInput()
-_PREFIXES = ("module.", "_orig_mod.", "model.")  # of DataParallel, of torch.compile, of Lightning and the like
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +63,7 @@ def import_checkpoint(
     *,
     arch: str,
     format: str = "auto",
+    entry: str | None = None,
     classes: int | None = None,
     mean: Colour | None = None,
     std: Colour | None = None,
@@ -83,6 +81,8 @@ def import_checkpoint(
             "_orig_mod.", "model." or "net.".
         arch: name of the ResNet, as in `known_architectures`.
         format: "akamaster", "torchvision" or "blockdrop"; "auto" tells them apart by their keys.
+        entry: where the file has the network, if in none of these or in several: "model_ema", or "state_dict.model"
+            for the keys of `state_dict` that begin with "model.".
         classes: how many classes the head must have; None takes what it has.
         mean: per channel RGB, of pixels scaled to 0..1; None is the format's own.
         std: as `mean`.
@@ -99,7 +99,7 @@ def import_checkpoint(
         CheckpointError: the file is unreadable or unsafe, or its tensors are not those of `arch`.
     """
     wanted = architecture(arch)
-    source = _read_source(path, format=format, shortcut=shortcut)
+    source = _read_source(path, format=format, entry=entry, shortcut=shortcut)
     if source.n_classes is not None and classes not in (None, source.n_classes):
         raise CheckpointError(
             f"{path}: its head has {source.n_classes} classes, not the {classes} asked for by --classes"
@@ -112,19 +112,21 @@ def import_checkpoint(
     return model_from_state(spec, {names[key]: tensor for key, tensor in source.tensors.items()})
 
 
-def _read_source(path: Path, *, format: str, shortcut: ShortcutKind | None) -> _Source:
+def _read_source(path: Path, *, format: str, entry: str | None, shortcut: ShortcutKind | None) -> _Source:
     asked = None if format == "auto" else find_format(format)
-    entries = _flat_entries(read_checkpoint(path))
+    content = read_checkpoint(path)
+    entries = flat_entries(content if entry is None else _content_of(path, content, entry))
     fmt = asked or detect_format(entries)
     if fmt is None and _is_model(path):
         place = shlex.quote(str(path))
         raise CheckpointError(f"{path} is a MODEL already. Go on with it: bdtool export {place} -o bundle")
     if fmt is None:
-        raise CheckpointError(
-            f"{path} looks like none of {', '.join(FORMATS)}: it holds {listing(sorted(entries)) or 'nothing'}; "
-            "rename its keys to one of these layouts"
-        )
-    prefixes = [f"{entry}." for entry in _POLICY_ENTRIES if any(key.startswith(f"{entry}.") for key in entries)]
+        advice = "rename its keys to one of these layouts"
+        if entry is None and (found := entries_with_networks(content)):
+            advice = f"name the network to import: {_choice(found)}"
+        held = listing(sorted(entries)) or "nothing"
+        raise CheckpointError(f"{path} looks like none of {', '.join(FORMATS)}: it holds {held}; {advice}")
+    prefixes = [f"{name}." for name in POLICY_ENTRIES if any(key.startswith(f"{name}.") for key in entries)]
     policy_prefix = prefixes[0] if fmt is BLOCKDROP and prefixes else None
     if fmt is BLOCKDROP:
         _require_resnet(path, entries, has_policy=policy_prefix is not None)
@@ -137,6 +139,7 @@ def _read_source(path: Path, *, format: str, shortcut: ShortcutKind | None) -> _
     provenance = {
         "source": path.name,
         "format": fmt.name,
+        **({} if entry is None else {"entry": entry}),
         "sha256": sha256_of_file(path),
         "created_by": "bdtool import",
     }
@@ -145,46 +148,15 @@ def _read_source(path: Path, *, format: str, shortcut: ShortcutKind | None) -> _
     )
 
 
-def _flat_entries(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Unwrap the state_dict, put BlockDrop's networks side by side as "resnet.conv1.weight", and drop "module."."""
-    networks = {name: content[name] for name in ("resnet", *_POLICY_ENTRIES) if isinstance(content.get(name), Mapping)}
-    if isinstance(content.get("state_dict"), Mapping):
-        flat = _bare(content["state_dict"])
-    elif wrapped := _only_wrapper(content):
-        flat = wrapped
-    elif networks:  # beside them lie the authors' epoch, reward and accuracy
-        flat = {f"{name}.{key}": value for name, network in networks.items() for key, value in _bare(network).items()}
-    else:
-        flat = _bare(content)
-    return {re.sub(r"^((?:resnet|agent|net)\.)?(?:module\.)+", r"\1", key): value for key, value in flat.items()}
+def _content_of(path: Path, content: Mapping[str, Any], entry: str) -> dict[str, Any]:
+    if below := entries_below(content, entry):
+        return below
+    advice = _choice(found) if (found := entries_with_networks(content)) else "leave --entry out"
+    raise CheckpointError(f"{path}: nothing lies in --entry {entry}; it holds {listing(sorted(content))}; {advice}")
 
 
-def _only_wrapper(content: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the network of a known layout in the wrappers of a checkpoint, where there is one, and not BlockDrop's."""
-    states = [_bare(content[name]) for name in _WRAPPERS if isinstance(content.get(name), Mapping)]
-    networks = [state for state in states if detect_format(state)]
-    return networks[0] if len(networks) == 1 and not {"resnet", "agent"} & content.keys() else None
-
-
-def _bare(state: Mapping[Any, Any]) -> dict[str, Any]:
-    """Drop from the keys what all of them begin with, where that says how the network was wrapped."""
-    bare = {str(key): value for key, value in state.items()}
-    if all(key.startswith("module.") for key in bare.keys() - {_N_AVERAGED}):
-        bare.pop(_N_AVERAGED, None)
-    while prefix := next((one for one in _PREFIXES if bare and all(key.startswith(one) for key in bare)), None):
-        bare = {key.removeprefix(prefix): value for key, value in bare.items()}
-    return _network_named_net(bare) or bare
-
-
-def _network_named_net(state: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the network of a known layout that a module holds as `net`, as Lightning's often do.
-
-    BlockDrop's older files have a policy network under that name, which is none.
-    """
-    if not state or not all(key.startswith("net.") for key in state):
-        return None
-    network = _bare({key.removeprefix("net."): value for key, value in state.items()})
-    return network if detect_format(network) not in (None, BLOCKDROP) else None
+def _choice(entries: list[str]) -> str:
+    return " or ".join(f"--entry {shlex.quote(entry)}" for entry in entries[:3])
 
 
 def _require_resnet(path: Path, entries: Mapping[str, Any], *, has_policy: bool) -> None:

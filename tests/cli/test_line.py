@@ -43,6 +43,14 @@ def test_import_says_what_it_took_by_default(line, bdtool, blockdrop_checkpoint,
     assert "does not say" not in bdtool(*words, *told).stdout
 
 
+def test_import_takes_the_network_that_is_asked_for(bdtool, tmp_path):
+    network = torchvision.models.resnet18(num_classes=7).state_dict()
+    torch.save({"state_dict_ema": network}, tmp_path / "net.pth")
+    words = ("import", tmp_path / "net.pth", "--arch", "resnet18", "-o", tmp_path / "model.safetensors")
+    assert "name the network to import: --entry state_dict_ema" in bdtool(*words, status=1).stderr
+    assert "resnet18, 7 classes" in bdtool(*words, "--entry", "state_dict_ema").stdout
+
+
 def test_import_of_an_imagenet_network_assumes_how_pictures_are_scaled(bdtool, tmp_path, monkeypatch):
     torch.save(torchvision.models.resnet18(num_classes=7).state_dict(), tmp_path / "net.pth")
     words = ("import", tmp_path / "net.pth", "--arch", "resnet18", "-o", tmp_path / "model.safetensors")

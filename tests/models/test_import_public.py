@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from bdtool.errors import CheckpointError, UsageError
 from bdtool.models import checkpoints
+from bdtool.models.checkpoint_entries import entries_with_networks
 from bdtool.models.checkpoints import import_checkpoint
 from bdtool.models.store import read_spec, save_model
 from bdtool.specs import dict_from_preprocessing
@@ -157,6 +158,67 @@ def test_prefix_of_some_keys_is_no_wrapper(tmp_path, resnet18_state):
     state = {key if key == "fc.bias" else f"model.{key}": value for key, value in resnet18_state.items()}
     with pytest.raises(CheckpointError, match=r"looks like none of .*: it holds fc\.bias, model"):
         import_checkpoint(_saved(tmp_path, state), arch="resnet18")
+
+
+NETWORK_ELSEWHERE = {
+    "averaged weights alone": ("state_dict_ema", lambda state: {"state_dict_ema": state, "epoch": 3}),
+    "averaged weights beside others": ("model_ema", lambda state: {"model": _zeros(state), "model_ema": state}),
+    "beside a loss with weights": (
+        "state_dict.model",
+        lambda state: {"state_dict": {**_prefixed(state, "model."), "criterion.weight": torch.ones(7)}, "epoch": 3},
+    ),
+    "one of two": ("student", lambda state: {**_prefixed(state, "student.module."), **_prefixed(state, "teacher.")}),
+    "deep within": ("trainer.model", lambda state: {"trainer": {"model": {"state_dict": state}, "step": 3}}),
+}
+
+
+def _zeros(state):
+    return {key: torch.zeros_like(value) for key, value in state.items()}
+
+
+def _prefixed(state, prefix):
+    return {f"{prefix}{key}": value for key, value in state.items()}
+
+
+@pytest.mark.parametrize("case", NETWORK_ELSEWHERE)
+def test_entry_names_the_network_in_a_file(tmp_path, resnet18_state, case):
+    entry, content_of = NETWORK_ELSEWHERE[case]
+    path = _saved(tmp_path, content_of(resnet18_state))
+    model = import_checkpoint(path, arch="resnet18", entry=entry)
+    assert torch.equal(model.base.state_dict()["stem.conv.weight"], resnet18_state["conv1.weight"])
+    assert model.spec.provenance["entry"] == entry
+
+
+@pytest.mark.parametrize(
+    ("case", "advice"),
+    [
+        ("averaged weights alone", "--entry state_dict_ema"),
+        ("beside a loss with weights", "--entry state_dict.model"),
+        ("one of two", "--entry student.module or --entry teacher"),
+        ("deep within", "--entry trainer.model.state_dict"),
+    ],
+)
+def test_networks_elsewhere_are_named(tmp_path, resnet18_state, case, advice):
+    path = _saved(tmp_path, NETWORK_ELSEWHERE[case][1](resnet18_state))
+    with pytest.raises(CheckpointError, match=rf"looks like none .*; name the network to import: {advice}$"):
+        import_checkpoint(path, arch="resnet18")
+    with pytest.raises(CheckpointError, match=rf"nothing lies in --entry nowhere; it holds .*; {advice}$"):
+        import_checkpoint(path, arch="resnet18", entry="nowhere")
+    with pytest.raises(CheckpointError, match=r"nothing lies in --entry epoch"):
+        import_checkpoint(path, arch="resnet18", entry="epoch")
+
+
+def test_entry_of_a_file_without_any(tmp_path, resnet18_state):
+    with pytest.raises(CheckpointError, match=r"nothing lies in --entry model; it holds .*; leave --entry out$"):
+        import_checkpoint(_saved(tmp_path, resnet18_state), arch="resnet18", entry="model")
+
+
+def test_networks_are_not_looked_for_without_end():
+    nested = {"layer1": torch.ones(1), "fc": torch.ones(1)}
+    assert entries_with_networks({"model": nested}) == ["model"]
+    for _ in range(5000):  # too deep for a search that calls itself for each dict
+        nested = {"model": nested}
+    assert entries_with_networks(nested) == []
 
 
 def test_provenance_names_the_file_by_its_digest_and_no_time(tmp_path, resnet18_state):
