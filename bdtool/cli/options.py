@@ -336,8 +336,14 @@ def refuse_idle(options: Iterable[str], reason: str) -> None:
     Raises:
         click.UsageError: one of the options, by the names of their parameters, was given.
     """
-    if idle := ["--" + option.replace("_", "-") for option in options if was_given(option)]:
+    if idle := [_as_given(option) for option in options if was_given(option)]:
         raise click.UsageError(f"{', '.join(idle)}: no effect, as {reason}")
+
+
+def _as_given(option: str) -> str:
+    """Return how the running command was given an option: "--no-fuse" where it is off."""
+    words = option.replace("_", "-")
+    return f"--no-{words}" if click.get_current_context().params[option] is False else f"--{words}"
 
 
 def device_option(*, help_text: str) -> Callable[[_Command], _Command]:

@@ -26,7 +26,7 @@ def test_means_that_are_not_of_pixels_from_0_to_1_are_refused(bdtool, tiny, tmp_
         (("calibrate", "--data", "x.npz", "--split", "test"), "--split: no effect, as x.npz has one part alone"),
         (
             ("calibrate", "--data", "x.npz", "--precision", "fp16", "--method", "mse", "--no-bias-correction"),
-            "--method, --bias-correction: no effect, as fp16 parts are typed from the fp32 ones",
+            "--method, --no-bias-correction: no effect, as fp16 parts are typed from the fp32 ones",
         ),
     ],
 )
