@@ -7,6 +7,8 @@ CREATED := $(VENV)/.stamp-created
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 FREEZE := $(VENV)-constraints
 OLDEST := $(VENV)-oldest
+# a process for each processor, within reason, as each loads PyTorch; one that is through takes over from others
+IN_PARALLEL := --numprocesses auto --maxprocesses 8 --dist worksteal
 
 # $(call timed,NAME,COMMAND): run COMMAND, then say how long it took
 timed = @start=$$(date +%s); echo "$(1) ..."; $(2) && echo "$(1): done in $$(( $$(date +%s) - start )) s"
@@ -31,7 +33,7 @@ demo: $(VENV)/.stamp-demo
 	@$(BIN)/bdtool demo
 
 test: lint
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest $(IN_PARALLEL)
 
 # what it lists is read from pyproject.toml, so that a bound cannot be older than what was tested
 test-oldest:
@@ -41,7 +43,7 @@ test-oldest:
 	    listed = (*project["dependencies"], *project["optional-dependencies"]["report"]); \
 	    print(*(re.sub(">=([^,]+).*", r"==\1", one) for one in listed), sep="\n")' > $(OLDEST)/constraints.txt
 	@$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c $(OLDEST)/constraints.txt -e '.[dev,demo]'
-	@$(OLDEST)/bin/python -m pytest
+	@$(OLDEST)/bin/python -m pytest $(IN_PARALLEL)
 
 lint: $(VENV)/.stamp-dev
 	$(call timed,ruff,$(BIN)/ruff check --quiet $(SOURCES) && $(BIN)/ruff format --check --quiet $(SOURCES))

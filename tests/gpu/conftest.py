@@ -1,5 +1,7 @@
 """Where the tests of GPU backends run: on this machine's GPU, and on stand-ins, which leave only the device untried."""
 
+import fcntl
+import os
 from typing import NamedTuple
 
 import pytest
@@ -20,6 +22,19 @@ class Place(NamedTuple):
 
 STAND_INS = {"tensorrt, stand-in": install_gpu, "onnxruntime, stand-in": install_onnxruntime}
 BACKENDS = ("torch", "tensorrt", "tensorrt-rtx", "onnxruntime", "onnxruntime-tensorrt")
+
+
+@pytest.fixture(autouse=True)
+def alone_on_the_gpu(request, tmp_path_factory):
+    """Processes that run tests in parallel (`make test`) take turns: free memory and latency are of one of them."""
+    if request.node.get_closest_marker("gpu") is None:
+        yield
+        return
+    own = tmp_path_factory.getbasetemp()
+    common = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+    with (common / "gpu.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 @pytest.fixture(params=[*STAND_INS, *(pytest.param(name, marks=pytest.mark.gpu) for name in BACKENDS)])
