@@ -365,9 +365,15 @@ class Orchestrator:
         return joined(results, concatenate=cast(DeviceArrayBackend, self._backend).concatenate)
 
     def _at_once(self, images: Images) -> int:
-        """Return how many of these images one call of the strategy takes."""
-        limit = self._require_open().strategy.max_device_images
-        return self.max_batch if limit is None or isinstance(images, np.ndarray) else min(limit, self.max_batch)
+        """Return how many of these images one call of the strategy takes that runs images of their form."""
+        self._require_open()  # before anything of the backend, as in `keep_probability`
+        if isinstance(images, np.ndarray):
+            return self.max_batch
+        with self._turns.lock, self._current():  # the strategy may have to be made
+            forms = self._require_open()
+            strategy = forms.strategy_for(preprocessed=self._intake.needs_preprocessed_parts(images))
+        limit = strategy.max_device_images
+        return self.max_batch if limit is None else min(limit, self.max_batch)
 
     def _controller(self, keep: np.ndarray | None, run_policy: bool) -> Controller:
         return MaskController(keep, threshold=self.network.threshold, run_policy=run_policy)

@@ -95,6 +95,19 @@ def test_every_graph_mode_leaves_logits_on_the_device(driver, tiny, preprocessed
         np.testing.assert_allclose(_values(driver, result.logits), torch_logits(tiny.model, images, KEEP), atol=1e-4)
 
 
+def test_each_form_of_images_has_a_graph_mode_of_its_own(driver, tiny, preprocessed, torch_logits):
+    """Plain launches take several images on the GPU at once, and CUDA graphs one."""
+    images = preprocessed(tiny.model, 3)
+    driver.instantiate_ms = driver.conditional_ms = 1000
+    with _open(tiny.bundle, "graph") as runtime:
+        assert runtime.graph_choice.mode == "off"
+        driver.instantiate_ms = driver.conditional_ms = 0
+        driver.launch_ms = 100
+        result = runtime.run(GpuArray(driver, images), policy=KEEP)
+        assert runtime.graph_choice.mode == "switch"
+        np.testing.assert_allclose(_values(driver, result.logits), torch_logits(tiny.model, images, KEEP), atol=1e-4)
+
+
 def test_logits_are_the_callers_to_keep(driver, tiny, preprocessed):
     images = preprocessed(tiny.model, 4)
     with _open(tiny.bundle) as runtime:
