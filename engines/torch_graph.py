@@ -11,6 +11,7 @@ from bdtool.errors import EngineError
 from engines.base import Buffer, Engine
 from engines.capture import Captured
 from engines.cuda_device import CudaDevice, checked, nothing_collected
+from engines.torch_errors import engine_error
 
 _WARM_UP_CALLS = 3  # cuDNN chooses its kernels and cuBLAS makes its workspace before anything is captured
 
@@ -53,7 +54,7 @@ class TorchCapturer:
                 with nothing_collected(), capturing:
                     call()
         except RuntimeError as exc:
-            raise EngineError(f"PyTorch cannot capture its work in a CUDA graph: {exc}") from exc
+            raise engine_error("PyTorch cannot capture its work in a CUDA graph", exc) from exc
         cu = self.device.cu
         raw: Any = cu.CUgraph(graph.raw_cuda_graph())
         _, n_nodes = checked(cu, cu.cuGraphGetNodes(raw, 0), "the captured work")

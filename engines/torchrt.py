@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import TypeVar
 
 import numpy as np
@@ -35,6 +35,7 @@ from engines.cuda_device import open_device
 from engines.device_array import DeviceArray
 from engines.device_timer import CopyWatch, DeviceTimer
 from engines.torch_buffer import TorchBuffer, device_array_of, host_tensor, memory_order, owned_tensor, tensor_of
+from engines.torch_errors import GPU_ERRORS, engine_error, gpu_errors_translated
 from engines.torch_graph import TorchCapturer
 from engines.torch_onnx import Function, OnnxFunction
 from export.files import sha256_of_bytes
@@ -98,8 +99,9 @@ class TorchBackend:
         raise UsageError("the torch backend has no conditionals; use --backend onnxruntime for strategy 'fused'")
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
-        tensor = torch.zeros(shape, dtype=getattr(torch, dtype), device=self.device)
-        return self._lasting(TorchBuffer(tensor.contiguous(memory_format=memory_order(tensor)), self._copies))
+        with gpu_errors_translated(f"memory for {dtype} {list(shape)} on {self.device}"):
+            tensor = torch.zeros(shape, dtype=getattr(torch, dtype), device=self.device)
+            return self._lasting(TorchBuffer(tensor.contiguous(memory_format=memory_order(tensor)), self._copies))
 
     def check_device_array(self, values: DeviceArray) -> None:
         if self.device.type == "cpu":
@@ -138,7 +140,8 @@ class TorchBackend:
         key = _key(part, data)
         function = self._functions.get(key)
         if function is None:
-            function = OnnxFunction(part, data, self.device, fuse=self._fuses)
+            with gpu_errors_translated(f"part {part.name!r}: its weights on {self.device}"):
+                function = OnnxFunction(part, data, self.device, fuse=self._fuses)
             self._functions[key] = self._lasting(function)
         return function
 
@@ -154,6 +157,8 @@ class _InOrder:
 
     Buffers are the same whatever the stream, and who takes results on the device does not wait for them. It waits for
     an event, as its owner may have given the other stream back since.
+
+    What fails on the GPU shows in whatever call comes next, so that here it becomes an EngineError.
 
     Memory belongs to the stream on which it was allocated, and PyTorch gives it to that stream's next work as soon as
     it is free: `wait` before that.
@@ -171,15 +176,23 @@ class _InOrder:
             stream.wait_event(self._done)
         self._stream = stream
 
-    def __exit__(self, *error: object) -> None:
-        if self._done is None:
-            self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._done.record(self._stream)
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        what = f"work on {self._device}"
+        try:
+            if self._done is None:
+                self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._done.record(self._stream)
+        except GPU_ERRORS as exc:
+            if error is None:
+                raise engine_error(what, exc) from exc
+        if isinstance(error, GPU_ERRORS):
+            raise engine_error(what, error) from error
 
     def wait(self) -> None:
-        """Let the host wait for all work so far; not that of a fork, which has no part in the parent's."""
+        """Let the host wait for all work so far, whatever failed; not in a fork, which has no part in the parent's."""
         if self._done is not None and self._process == os.getpid():
-            self._done.synchronize()
+            with suppress(*GPU_ERRORS):  # a finalizer's error would have nobody to go to, and each buffer has one
+                self._done.synchronize()
 
 
 def _key(part: PartSpec, data: bytes) -> tuple[str, str]:
@@ -198,9 +211,10 @@ class TorchEngine(PartEngine):
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         [source], [result] = self._part.inputs, self._part.outputs
-        x = host_tensor(feeds[source.name]).to(self._device)
-        x = x.contiguous(memory_format=memory_order(x))
-        return {result.name: np.ascontiguousarray(self._call(x).cpu().numpy())}
+        with gpu_errors_translated(f"part {self._part.name!r} on {self._device}"):
+            x = host_tensor(feeds[source.name]).to(self._device)
+            x = x.contiguous(memory_format=memory_order(x))
+            return {result.name: np.ascontiguousarray(self._call(x).cpu().numpy())}
 
     def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Call:
         [source], [result] = self._part.inputs, self._part.outputs
@@ -223,7 +237,7 @@ class TorchEngine(PartEngine):
             with torch.inference_mode():
                 return self._function(x)
         except RuntimeError as exc:
-            raise EngineError(f"part {self._part.name!r}: PyTorch failed to run it: {exc}") from exc
+            raise engine_error(f"part {self._part.name!r}: PyTorch failed to run it", exc) from exc
 
 
 class _TimingEvent:

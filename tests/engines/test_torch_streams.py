@@ -81,6 +81,81 @@ def test_work_on_another_stream_waits_for_the_work_before(monkeypatch):
     assert log == ["first", "first", before, "second", "second", behind, "first"]
 
 
+OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1 GiB free.")
+BROKEN = torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nCompile with ...")
+
+
+class _Failing:
+    """An event of a GPU on which work failed."""
+
+    def record(self, stream):
+        raise BROKEN
+
+    def synchronize(self):
+        raise BROKEN
+
+
+@pytest.fixture
+def broken_gpu(monkeypatch):
+    """Return a backend on a GPU on which work failed: no call of PyTorch's works any more."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "current")
+    monkeypatch.setattr(torch.cuda, "Event", _Failing)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    return TorchBackend(device="cuda:0")
+
+
+@pytest.mark.parametrize(
+    ("failure", "expected"),
+    [
+        (None, r"^work on cuda:0: CUDA error: an illegal memory access was encountered\. .* start it again$"),
+        (BROKEN, r"^work on cuda:0: CUDA error: an illegal memory access was encountered\. .* start it again$"),
+        (OUT_OF_MEMORY, r"^work on cuda:0: CUDA out of memory\. .* free\. Free memory on the GPU: nvidia-smi lists"),
+    ],
+)
+def test_work_that_fails_on_the_gpu_says_what_to_do_next(broken_gpu, failure, expected):
+    def fail():
+        with broken_gpu.current():
+            if failure is not None:
+                raise failure
+
+    with pytest.raises(EngineError, match=expected):
+        fail()
+
+
+def test_error_that_is_not_of_the_gpu_stays_what_it_is(broken_gpu):
+    with pytest.raises(RuntimeError, match="of a controller"), broken_gpu.current():
+        raise RuntimeError("of a controller")
+
+
+def test_letting_go_of_a_broken_gpu_is_quiet(broken_gpu, monkeypatch):
+    """A finalizer's error has nobody to go to: Python prints it, for each buffer."""
+    printed = []
+    monkeypatch.setattr("sys.unraisablehook", lambda failure: printed.append(failure.exc_value))
+    with pytest.raises(EngineError), broken_gpu.current():
+        pass
+    broken_gpu._lasting(_Failing())
+    assert printed == []
+
+
+@pytest.mark.parametrize("failing", ["zeros", "from_numpy"])
+def test_memory_that_a_gpu_has_not_got_is_named(monkeypatch, tiny_bundle, failing):
+    def fail(*arguments, **options):
+        raise OUT_OF_MEMORY
+
+    part = tiny_bundle.network.part("block_00")
+    model = tiny_bundle.part_path(part).read_bytes()
+    asked = {
+        "zeros": lambda: TorchBackend().allocate((1, 16), "float32"),
+        "from_numpy": lambda: TorchBackend().load(part, model, layout="NCHW"),
+    }
+    monkeypatch.setattr(torch, failing, fail)
+    named = r"(memory for float32 \[1, 16\]|'block_00': its weights) on cpu: .* Free memory"
+    with pytest.raises(EngineError, match=named):
+        asked[failing]()
+
+
 @pytest.mark.parametrize(("number", "expected"), [(0, []), (77, ["memory waits", "default waits for current"])])
 def test_default_stream_waits_for_what_is_handed_out(monkeypatch, number, expected):
     """Others read there without asking; on the default stream itself there is nothing to wait for."""
