@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -96,13 +97,15 @@ class TorchClassifier:
 @contextmanager
 def _float32() -> Iterator[None]:
     """Compute in inference mode, and convolutions in float32: by default cuDNN rounds their operands to TF32."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
+    cudnn: Any = torch.backends.cudnn
+    convolutions = cudnn.conv  # `cudnn.allow_tf32` cannot be read where RNNs have another precision
+    before = convolutions.fp32_precision
+    convolutions.fp32_precision = "ieee"
     try:
         with torch.inference_mode():
             yield
     finally:
-        torch.backends.cudnn.allow_tf32 = before
+        convolutions.fp32_precision = before
 
 
 def _finite(values: torch.Tensor, *, what: str) -> np.ndarray:

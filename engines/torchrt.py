@@ -10,7 +10,7 @@ import os
 import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -65,8 +65,8 @@ class TorchBackend:
         self._in_order = _InOrder(self.device) if self.device.type == "cuda" else None
         if self.device.type == "cpu":
             torch.set_num_threads(self.threads)
-        else:  # fp32 means fp32: by default cuDNN rounds the operands of convolutions to TF32
-            torch.backends.cudnn.allow_tf32 = False
+        else:
+            _convolve_in_fp32()
 
     def current(self) -> AbstractContextManager[None]:
         return nullcontext() if self._in_order is None else self._in_order
@@ -252,6 +252,15 @@ class _TimingEvent:
 
     def elapsed_time(self, end: _TimingEvent, /) -> float:
         return float(self._event.elapsed_time(end._event))
+
+
+def _convolve_in_fp32() -> None:
+    """Let fp32 mean fp32: by default cuDNN rounds the operands of convolutions to TF32."""
+    cudnn: Any = torch.backends.cudnn
+    cudnn.allow_tf32 = False
+    # without TF32 by that flag, what a program set for all of PyTorch counts (`torch.backends.fp32_precision`), unless
+    # they say it themselves; RNNs, too, as PyTorch does not give the flag where the two differ
+    cudnn.conv.fp32_precision = cudnn.rnn.fp32_precision = "ieee"
 
 
 def _usable_device(device: str) -> torch.device:

@@ -18,18 +18,19 @@ def test_slices_answer_as_the_whole_batch(tiny, pixels, is_given):
     assert np.array_equal(sliced.decide(images), whole.decide(images))
 
 
-@pytest.mark.parametrize("by_default", [True, False])
+@pytest.mark.parametrize("by_default", ["tf32", "ieee"])
 def test_fp32_means_fp32_on_a_gpu(tiny, pixels, monkeypatch, by_default):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", by_default)
-    allowed = []
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)  # the test's end puts back what depends on it
+    convolutions, found = torch.backends.cudnn.conv, []
+    convolutions.fp32_precision = by_default
     classifier = TorchClassifier(tiny.model)
     hooks = [
-        part.register_forward_hook(lambda *_: allowed.append(torch.backends.cudnn.allow_tf32))
+        part.register_forward_hook(lambda *_: found.append(convolutions.fp32_precision))
         for part in (tiny.model.base, tiny.model.policy)
     ]
     classifier.run(pixels(tiny.model, 2))
     classifier.decide(pixels(tiny.model, 2))
     for hook in hooks:
         hook.remove()
-    assert allowed == [False] * 3
-    assert torch.backends.cudnn.allow_tf32 == by_default, "training goes on as before"
+    assert found == ["ieee"] * 3
+    assert convolutions.fp32_precision == by_default, "training goes on as before"
