@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from bdtool.errors import BackendError, EngineError, UsageError
 from bdtool.runtime.chain import ChainStrategy
-from bdtool.runtime.graph_comparison import GraphStrategy, ModeComparison
+from bdtool.runtime.graph_comparison import GraphStrategy, ModeComparison, try_out
 from bdtool.runtime.masks import NOTE_MASKS
 from bdtool.runtime.one_call import BoundNetwork, Force, OneCallStrategy
 from bdtool.runtime.path_cache import PathOptions
@@ -59,7 +59,10 @@ def graph_strategy(
     found: dict[str, GraphStrategy] = {}
     for mode in (mode for mode in plan.modes if mode not in missing):
         try:
-            found[mode] = makers.make(mode)
+            made = makers.make(mode)
+            if not plan.is_forced:
+                try_out(made, network)
+            found[mode] = made
         except (BackendError, EngineError) as exc:
             if mode == plan.modes[-1]:  # the one that was asked for, or nothing is left
                 raise

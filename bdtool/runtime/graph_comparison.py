@@ -76,6 +76,16 @@ class ModeComparison:
         return np.resize(list(new.values()) or drawn, (_ROUNDS * _IMAGES, n_blocks))
 
 
+def try_out(strategy: GraphStrategy, network: NetworkSpec) -> None:
+    """Run a blank image that keeps every block: a graph that was built may still not start, for want of memory.
+
+    Raises:
+        EngineError: it does not run.
+    """
+    source, every = network.require("stem").inputs[0], np.ones((1, network.n_blocks), bool)
+    strategy.run(np.zeros(source.shape_for(1), source.dtype), MaskController(every, threshold=network.threshold))
+
+
 def _time_one(
     strategy: GraphStrategy,
     image: np.ndarray,

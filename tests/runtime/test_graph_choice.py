@@ -208,6 +208,19 @@ def test_mode_that_fails_is_left_out_and_the_reason_given(driver, monkeypatch, t
         _open(tiny.bundle, cuda_graph="switch")
 
 
+def test_mode_whose_graph_does_not_start_is_left_out(driver, tiny, preprocessed, torch_logits):
+    """As where the GPU has memory to build a graph, and none to run it."""
+    images, keep = preprocessed(tiny.model, 2), np.array(MASKS[:2])
+    driver.failing = "cuGraphLaunch"
+    with _open(tiny.bundle, paths=SOME) as runtime:
+        logits = runtime.run(images, policy=keep).logits
+        choice = runtime.graph_choice
+    assert (choice.mode, choice.reason.count("not switch: the CUDA driver refuses a graph launch")) == ("off", 1)
+    np.testing.assert_allclose(logits, torch_logits(tiny.model, images, keep), atol=1e-4)
+    with pytest.raises(EngineError, match="refuses a graph launch"):
+        _open(tiny.bundle, cuda_graph="switch").run(images, policy=keep)
+
+
 def test_network_of_many_blocks_takes_the_modes_that_need_no_kernel(driver, monkeypatch, tiny):
     monkeypatch.setattr("bdtool.runtime.graph.MAX_BLOCKS", 2)
     with _open(tiny.bundle, paths=SOME) as runtime:
