@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from bdtool.runtime.controllers import all_finite
 from bdtool.runtime.preprocess import Preprocessor
 from bdtool.runtime.result import RunResult, joined
 from bdtool.specs import PartSpec
+from engines.torch_precision import convolutions, exact, matrix_products
 
 
 class TorchClassifier:
@@ -49,7 +49,7 @@ class TorchClassifier:
 
     def keep_probability(self, images: np.ndarray) -> np.ndarray:
         """Return P(keep), float32 [N, K]."""
-        with _float32():
+        with _float32(self._device):
             rows = [self._model.keep_probability(self._inputs(images[s])) for s in self._slices(images)]
         return _finite(torch.cat(rows), what="probabilities")
 
@@ -60,7 +60,7 @@ class TorchClassifier:
 
     def run_part(self, part: PartSpec, values: np.ndarray) -> np.ndarray:
         """Return what the module of a part, of one input and one output, makes of float32 values [n, ...]."""
-        with _float32():
+        with _float32(self._device):
             result: np.ndarray = self._modules[part.name](torch.from_numpy(values).to(self._device)).cpu().numpy()
         return result
 
@@ -78,7 +78,7 @@ class TorchClassifier:
 
     def _run_slice(self, images: np.ndarray, policy: np.ndarray | None) -> RunResult:
         inputs = self._inputs(images)
-        with _float32():
+        with _float32(self._device):
             if policy is None and self._model.policy is None:
                 keep = torch.ones(len(images), self.network.n_blocks, dtype=torch.bool, device=inputs.device)
             elif policy is None:
@@ -95,17 +95,10 @@ class TorchClassifier:
 
 
 @contextmanager
-def _float32() -> Iterator[None]:
-    """Compute in inference mode, and convolutions in float32: by default cuDNN rounds their operands to TF32."""
-    cudnn: Any = torch.backends.cudnn
-    convolutions = cudnn.conv  # `cudnn.allow_tf32` cannot be read where RNNs have another precision
-    before = convolutions.fp32_precision
-    convolutions.fp32_precision = "ieee"
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        convolutions.fp32_precision = before
+def _float32(device: torch.device) -> Iterator[None]:
+    """Compute in inference mode, and in float32: by default cuDNN rounds the operands of convolutions to TF32."""
+    with torch.inference_mode(), exact(convolutions(device), matrix_products(device)):
+        yield
 
 
 def _finite(values: torch.Tensor, *, what: str) -> np.ndarray:

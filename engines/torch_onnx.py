@@ -17,6 +17,7 @@ from torch import Tensor
 from bdtool.errors import EngineError
 from bdtool.specs import PartSpec
 from engines.torch_fusion import FusedConv, fuse_convolutions
+from engines.torch_precision import exact, matrix_products
 
 Function = Callable[[Tensor], Tensor]
 _Attributes = Mapping[str, Any]
@@ -179,7 +180,15 @@ def _gemm(attributes: _Attributes, constants: list[Tensor | None], device: torch
         raise ValueError("its weights are not constants")
     matrix = (weight if attributes.get("transB") else weight.T).contiguous().to(device)
     vector = bias.to(device)
-    return lambda x: F.linear(x, matrix, vector)
+    products = matrix_products(device)
+    if weight.dtype != torch.float32:
+        return lambda x: F.linear(x, matrix, vector)
+
+    def call(x: Tensor) -> Tensor:
+        with exact(products):
+            return F.linear(x, matrix, vector)
+
+    return call
 
 
 def _average_pool(attributes: _Attributes, constants: list[Tensor | None], device: torch.device) -> Function:

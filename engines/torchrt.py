@@ -10,7 +10,7 @@ import os
 import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -38,6 +38,7 @@ from engines.torch_buffer import TorchBuffer, device_array_of, host_tensor, memo
 from engines.torch_errors import GPU_ERRORS, engine_error, gpu_errors_translated
 from engines.torch_graph import TorchCapturer
 from engines.torch_onnx import Function, OnnxFunction
+from engines.torch_precision import convolve_exactly
 from export.files import sha256_of_bytes
 from export.ort_threads import checked_threads
 
@@ -65,8 +66,7 @@ class TorchBackend:
         self._in_order = _InOrder(self.device) if self.device.type == "cuda" else None
         if self.device.type == "cpu":
             torch.set_num_threads(self.threads)
-        else:
-            _convolve_in_fp32()
+        convolve_exactly(self.device)
 
     def current(self) -> AbstractContextManager[None]:
         return nullcontext() if self._in_order is None else self._in_order
@@ -252,15 +252,6 @@ class _TimingEvent:
 
     def elapsed_time(self, end: _TimingEvent, /) -> float:
         return float(self._event.elapsed_time(end._event))
-
-
-def _convolve_in_fp32() -> None:
-    """Let fp32 mean fp32: by default cuDNN rounds the operands of convolutions to TF32."""
-    cudnn: Any = torch.backends.cudnn
-    cudnn.allow_tf32 = False
-    # without TF32 by that flag, what a program set for all of PyTorch counts (`torch.backends.fp32_precision`), unless
-    # they say it themselves; RNNs, too, as PyTorch does not give the flag where the two differ
-    cudnn.conv.fp32_precision = cudnn.rnn.fp32_precision = "ieee"
 
 
 def _usable_device(device: str) -> torch.device:

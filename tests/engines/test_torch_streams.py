@@ -124,16 +124,6 @@ def test_work_that_fails_on_the_gpu_says_what_to_do_next(broken_gpu, failure, ex
         fail()
 
 
-@pytest.mark.parametrize("everywhere", ["none", "tf32"])
-def test_fp32_means_fp32_whatever_the_program_says_of_the_rest(monkeypatch, everywhere):
-    cudnn = torch.backends.cudnn
-    monkeypatch.setattr(cudnn, "allow_tf32", True)
-    monkeypatch.setattr(torch.backends, "fp32_precision", everywhere)
-    torchrt._convolve_in_fp32()
-    assert cudnn.conv.fp32_precision == "ieee"
-    assert cudnn.allow_tf32 is False  # PyTorch raises where its flags do not agree
-
-
 def test_error_that_is_not_of_the_gpu_stays_what_it_is(broken_gpu):
     with pytest.raises(RuntimeError, match="of a controller"), broken_gpu.current():
         raise RuntimeError("of a controller")
