@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from bdtool.errors import EngineError, UsageError
+from bdtool.errors import BackendError, EngineError, UsageError
 from bdtool.runtime.controllers import Controller
 from bdtool.runtime.strategies import MAX_LANES, Outcome, Strategy, WrapCall, fill, take
 from bdtool.specs import NetworkSpec
@@ -68,7 +68,7 @@ class FullStrategy(Strategy):
             return self._engine.bind(inputs, outputs)
         try:
             return self._replayed(inputs, outputs)
-        except EngineError as error:
+        except (BackendError, EngineError) as error:
             if self._graphs is None or self._graphs.is_forced:
                 raise
             # a profile needs its baseline also where its work cannot be captured; it says that it is a weaker one

@@ -52,6 +52,21 @@ def test_work_that_cannot_be_captured_runs_plainly_and_says_why(driver, tiny, pr
         assert "CUDA_ERROR_INVALID_VALUE" in runtime.graph_choice.reason
 
 
+def test_where_nothing_can_be_captured_it_runs_plainly_and_says_why(
+    driver, monkeypatch, tiny, preprocessed, torch_logits
+):
+    """As where cuda-bindings are installed and cannot be imported: backend `torch` runs without."""
+
+    def fail(backend):
+        raise BackendError("cuda-bindings cannot be imported")
+
+    images = preprocessed(tiny.model, 2)
+    with Orchestrator.open(tiny.bundle, **PLACE) as runtime:
+        monkeypatch.setattr(type(runtime._backend), "capturer", fail)
+        np.testing.assert_allclose(runtime.run(images).logits, torch_logits(tiny.model, images), atol=1e-4)
+        assert (runtime.graph_choice.mode, runtime.graph_choice.reason) == ("off", "cuda-bindings cannot be imported")
+
+
 def test_graph_that_was_asked_for_and_cannot_be_is_an_error(driver, tiny, preprocessed):
     driver.failing = "cuGraphInstantiateWithParams"
     with (
