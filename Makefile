@@ -7,8 +7,8 @@ CREATED := $(VENV)/.stamp-created
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 FREEZE := $(VENV)-constraints
 OLDEST := $(VENV)-oldest
-# a process for each processor, within reason, as each loads PyTorch; one that is through takes over from others
-IN_PARALLEL := --numprocesses auto --maxprocesses 8 --dist worksteal
+# a process for each processor, as far as memory goes: each comes to 2.5 GB; one that is through takes over from others
+IN_PARALLEL := --numprocesses auto --maxprocesses 4 --dist worksteal
 
 # $(call timed,NAME,COMMAND): run COMMAND, then say how long it took
 timed = @start=$$(date +%s); echo "$(1) ..."; $(2) && echo "$(1): done in $$(( $$(date +%s) - start )) s"
