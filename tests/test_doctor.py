@@ -228,6 +228,29 @@ def test_gpu_provider_that_does_not_load_says_why_and_prints_nothing(
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize(("installed", "status"), [({}, "missing"), ({"left_behind": "1.0"}, "problem")])
+def test_folder_that_a_package_left_behind_is_not_the_package(
+    versions: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, installed: dict[str, str], status: str
+) -> None:
+    """Python imports it without an error: a package of nothing."""
+    versions |= installed
+    (tmp_path / "left_behind" / "__pycache__").mkdir(parents=True)
+    monkeypatch.syspath_prepend(tmp_path)
+    finding = packages.imported("it", "left_behind", distributions=("left_behind",), remedy="pip install it")
+    sys.modules.pop("left_behind")
+    assert isinstance(finding, Finding)
+    assert (finding.status, finding.remedy) == (status, "pip install it")
+
+
+def test_incomplete_onnxruntime_is_no_fault_of_the_probes(importable: Any) -> None:
+    importable("onnxruntime", "")
+    findings = [onnxruntime.onnxruntime_package(), onnxruntime.gpu_provider("CUDA", ONE_GPU)]
+    for finding in findings:
+        assert (finding.status, finding.detail) == ("problem", "it imports, but is incomplete")
+        assert finding.remedy is not None
+        assert "pip uninstall -y onnxruntime onnxruntime-gpu" in finding.remedy
+
+
 def test_onnxruntime_whose_cuda_provider_runs_is_ok(monkeypatch: pytest.MonkeyPatch) -> None:
     session = SimpleNamespace(get_providers=lambda: ["CUDAExecutionProvider"])
     monkeypatch.setattr(ort, "InferenceSession", lambda *arguments, **options: session)
@@ -236,7 +259,7 @@ def test_onnxruntime_whose_cuda_provider_runs_is_ok(monkeypatch: pytest.MonkeyPa
 
 
 def test_onnxruntime_without_a_tensorrt_provider_says_so(importable: Any) -> None:
-    importable("onnxruntime", "def get_available_providers(): return ['CPUExecutionProvider']")
+    importable("onnxruntime", "InferenceSession = None\ndef get_available_providers(): return ['CPUExecutionProvider']")
     finding = onnxruntime.gpu_provider("TensorRT", ONE_GPU)
     assert (finding.status, finding.detail[:44]) == ("missing", "this onnxruntime has no TensorRT provider; t")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 from bdtool.doctor.finding import Finding, first_line
 from bdtool.doctor.gpu import driver_detail, driver_remedy
 from bdtool.doctor.packages import imported
@@ -13,12 +15,17 @@ _ORT_CLEAN = f"pip uninstall -y onnxruntime onnxruntime-gpu && {_ORT_GPU}"
 
 
 def onnxruntime_package() -> Finding:
-    ort = imported("onnxruntime", "onnxruntime", distributions=("onnxruntime-gpu", "onnxruntime"), remedy=_ORT_CLEAN)
+    ort = _complete("onnxruntime", remedy=_ORT_CLEAN)
     if isinstance(ort, Finding):
         return ort
-    if not hasattr(ort, "InferenceSession"):  # the files of two packages mixed, or an empty folder left behind
-        return Finding("onnxruntime", "problem", "it imports, but is incomplete", _ORT_CLEAN)
     return Finding("onnxruntime", "ok", f"{ort.__version__}; {', '.join(ort.get_available_providers())}")
+
+
+def _complete(name: str, *, remedy: str) -> ModuleType | Finding:
+    ort = imported(name, "onnxruntime", distributions=("onnxruntime-gpu", "onnxruntime"), remedy=remedy)
+    if isinstance(ort, ModuleType) and not hasattr(ort, "InferenceSession"):  # the files of two packages mixed
+        return Finding(name, "problem", "it imports, but is incomplete", _ORT_CLEAN)
+    return ort
 
 
 # By title: the provider, and what makes its libraries available.
@@ -35,7 +42,7 @@ def gpu_provider(title: str, driver: Driver) -> Finding:
     """Say whether a session on the GPU can really be created; a listed provider may still fail to load."""
     name = f"onnxruntime on {title}"
     provider, remedy = _GPU_PROVIDERS[title]
-    ort = imported(name, "onnxruntime", distributions=("onnxruntime-gpu", "onnxruntime"), remedy=_ORT_GPU)
+    ort = _complete(name, remedy=_ORT_GPU)
     if isinstance(ort, Finding):
         return ort
     if provider not in ort.get_available_providers():

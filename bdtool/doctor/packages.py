@@ -156,12 +156,24 @@ def extra_package(name: str, driver: Driver) -> Finding:
 def imported(name: str, module: str, *, distributions: tuple[str, ...], remedy: str) -> ModuleType | Finding:
     """Import `module`; a Finding says that it is missing, or installed and broken."""
     try:
-        return importlib.import_module(module)
+        return _with_files(importlib.import_module(module))
     except Exception as exc:  # a broken package can raise anything while it is imported
         absent = isinstance(exc, ModuleNotFoundError) and module.startswith(exc.name or "?")
         if absent and not any(installed_version(distribution) for distribution in distributions):
             return Finding(name, "missing", "not installed", remedy)
         return Finding(name, "problem", f"cannot be imported: {first_line(exc)}", remedy)
+
+
+def _with_files(module: ModuleType) -> ModuleType:
+    """Give a module back, unless it is any folder of that name, such as one in which a removed package left its caches.
+
+    Raises:
+        ModuleNotFoundError: it is.
+    """
+    if getattr(module, "__file__", None) is None and hasattr(module, "__path__"):
+        places = ", ".join(map(str, module.__path__))
+        raise ModuleNotFoundError(f"nothing to import in {places}", name=module.__name__)
+    return module
 
 
 def version(module: Any, *distributions: str) -> str:
