@@ -73,7 +73,7 @@ def run_way(args: argparse.Namespace) -> dict[str, float]:
                     rows = slice(first, first + args.batch)
                     start = time.perf_counter()
                     run_batch(pool, runtimes, images[rows], keep[rows])
-                    times_ms[name].append((time.perf_counter() - start) * 1000 / args.batch)
+                    times_ms[name].append((time.perf_counter() - start) * 1000 / len(images[rows]))
     dynamic = network.flops_per_image(keep, with_policy=network.has_policy).mean()
     full = network.flops_per_image(np.ones_like(keep), with_policy=False).mean()
     return {name: statistics.median(times) for name, times in times_ms.items()} | {"flops": float(dynamic / full)}
