@@ -19,6 +19,7 @@ import onnxruntime as ort
 from bdtool.data.sources import open_data
 from bdtool.runtime.loading import Loader
 from bdtool.runtime.orchestrator import Orchestrator
+from bdtool.runtime.path_cache import PathOptions
 from bdtool.runtime.paths import parts_of_path
 from bdtool.runtime.policies import parse_policy
 from bdtool.specs import PartSpec
@@ -86,7 +87,9 @@ def in_place(bundle: Bundle, strategy: str, images: np.ndarray, keep: np.ndarray
         return timed
 
     rows = []
-    with Orchestrator.open(bundle, strategy=strategy, threads=1) as opened:
+    # joined ahead: until an engine of the path is there, the chain runs, in other pieces
+    paths = PathOptions(ahead=list(keep)) if strategy == "path" else None
+    with Orchestrator.open(bundle, strategy=strategy, threads=1, paths=paths) as opened:
         runtime = opened.timed(wrap)
         for index in range(rounds * REPEATS):
             image = images[index % len(images)][None]
