@@ -43,18 +43,24 @@ def main() -> None:
     runtimes = {name: Orchestrator.open(bundle, strategy=name, threads=args.threads) for name in ("full", "chain")}
     print(f"{bundle.network.arch}, {request.name}, {args.threads} threads")
     run_bounded(bundle, images, keep, args.threads)
-    before, start = resident_bytes(), time.perf_counter()
-    options = PathOptions(ahead=list(keep), max_paths=args.paths, max_bytes=2**40, background=False)
-    runtimes["path"] = Orchestrator.open(bundle, strategy="path", threads=args.threads, paths=options)
-    seconds, grown = time.perf_counter() - start, resident_bytes() - before
+    opened = [open_unbounded(bundle, masks, args.threads) for masks in (keep[:0], keep)]
+    (_, seconds_bare, grown_bare), (runtimes["path"], seconds, grown) = opened
     samples = measure(runtimes, Workload(images=images, keep=keep), Settings(duration_s=args.duration))
     stats = runtimes["path"].path_stats
     assert stats is not None
     print(f"without bounds: {stats.n_paths} paths, hits {stats.hit_rate:.1%}")
-    print(f"memory of the paths {grown / _MIB:.0f} MiB, estimate {stats.n_bytes / _MIB:.0f} MiB")
-    print(f"joined in {seconds / stats.n_paths * 1000:.1f} ms each")
+    print(f"memory of the paths {(grown - grown_bare) / _MIB:.0f} MiB, estimate {stats.n_bytes / _MIB:.0f} MiB")
+    print(f"joined in {(seconds - seconds_bare) / stats.n_paths * 1000:.1f} ms each")
     for name in ("chain", "path"):
         print(f"{name}: {samples[name].median_ms:.3f} ms, {samples[name].ratio_to(samples['full']):.3f} of full")
+
+
+def open_unbounded(bundle: Bundle, masks: np.ndarray, threads: int) -> tuple[Orchestrator, float, int]:
+    """Open a runtime with an engine for each mask; return it, the seconds and the bytes that the process grew by."""
+    before, start = resident_bytes(), time.perf_counter()
+    options = PathOptions(ahead=list(masks), max_paths=max(1, len(masks)), max_bytes=2**40, background=False)
+    runtime = Orchestrator.open(bundle, strategy="path", threads=threads, paths=options)
+    return runtime, time.perf_counter() - start, resident_bytes() - before
 
 
 def run_bounded(bundle: Bundle, images: np.ndarray, keep: np.ndarray, threads: int) -> None:
