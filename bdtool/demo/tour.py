@@ -17,13 +17,15 @@ from bdtool.demo.pictures import drawn_pictures
 from bdtool.errors import UsageError
 from bdtool.models.checkpoint_formats import CIFAR10_LABELS
 from bdtool.words import percent
-from export.files import atomic_path
+from export.files import atomic_path, remove_leftovers
 
 MODEL = "r32-cifar10"
 POLICIES = ("learned", "all")
 _MARK = ".bdtool-demo"
 _N_DRAWN = 200
 _N_PICTURES = 4
+_PICTURES = tuple(f"{name}.png" for name in CIFAR10_LABELS)
+_MADE = ("bundle", "train.npz", "test.npz", "report.html", *_PICTURES)  # in its directory
 
 
 def run_demo(output: Path) -> None:
@@ -58,11 +60,12 @@ def _prepare(output: Path) -> None:
         raise UsageError(f"{output} exists and was not made by the demo; choose another directory with -o")
     output.mkdir(parents=True, exist_ok=True)
     (output / _MARK).touch()
-    for entry in output.iterdir():  # not the directory itself, which may be a link or the working directory
+    remove_leftovers(output, _MADE)
+    for entry in (output / name for name in _MADE):  # nothing else: whoever ran its commands again may have files there
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
-        elif entry.name != _MARK:
-            entry.unlink()
+        else:
+            entry.unlink(missing_ok=True)
 
 
 def _draw_pictures(output: Path, train: Path, test: Path) -> list[Path]:
@@ -73,7 +76,7 @@ def _draw_pictures(output: Path, train: Path, test: Path) -> list[Path]:
             np.savez(file, x=images, y=labels)
     pictures = []
     for image, label in zip(images[:_N_PICTURES], labels, strict=False):
-        pictures.append(output / f"{CIFAR10_LABELS[label]}.png")
+        pictures.append(output / _PICTURES[label])
         Image.fromarray(image).save(pictures[-1])
     click.echo(f"{train}, {test}: {_N_DRAWN} pictures each, drawn for this demo (vehicles; no photographs)")
     return pictures

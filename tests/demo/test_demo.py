@@ -77,6 +77,15 @@ def test_earlier_demo_is_replaced_even_behind_a_link(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".bdtool-demo"]
 
 
+def test_earlier_demo_is_replaced_without_what_others_put_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    for name in (".bdtool-demo", "ship.png", "report.html", "mine/model.safetensors", "mine.npz"):
+        (tmp_path / name).touch()
+    tour._prepare(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {".bdtool-demo", "mine", "mine.npz"}
+    assert (tmp_path / "mine" / "model.safetensors").exists()
+
+
 def test_drawn_pictures_are_what_the_shipped_model_takes_them_for() -> None:
     images, labels = drawn_pictures(40, seed=1)
     model = load_model(shipped_models()["r32-cifar10"])
