@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import shlex
 import shutil
 import time
@@ -17,7 +18,7 @@ from bdtool.demo.pictures import drawn_pictures
 from bdtool.errors import UsageError
 from bdtool.models.checkpoint_formats import CIFAR10_LABELS
 from bdtool.words import percent
-from export.files import atomic_path, remove_leftovers
+from export.files import remove_leftovers, write_output
 
 MODEL = "r32-cifar10"
 POLICIES = ("learned", "all")
@@ -72,12 +73,15 @@ def _draw_pictures(output: Path, train: Path, test: Path) -> list[Path]:
     """Write drawn pictures as two .npz, and the first of each class of the second as a file of its own."""
     for seed, path in ((1, train), (0, test)):
         images, labels = drawn_pictures(_N_DRAWN, seed=seed)
-        with atomic_path(path) as temporary, temporary.open("wb") as file:
-            np.savez(file, x=images, y=labels)
+        file = io.BytesIO()
+        np.savez(file, x=images, y=labels)
+        write_output(path, file.getvalue())
     pictures = []
     for image, label in zip(images[:_N_PICTURES], labels, strict=False):
         pictures.append(output / _PICTURES[label])
-        Image.fromarray(image).save(pictures[-1])
+        file = io.BytesIO()
+        Image.fromarray(image).save(file, "PNG")
+        write_output(pictures[-1], file.getvalue())
     click.echo(f"{train}, {test}: {_N_DRAWN} pictures each, drawn for this demo (vehicles; no photographs)")
     return pictures
 

@@ -1,5 +1,7 @@
 """The demo runs the real commands on the shipped model."""
 
+import errno
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +17,7 @@ from bdtool.demo.pictures import drawn_pictures
 from bdtool.models.shipped import shipped_models
 from bdtool.models.store import load_model
 from bdtool.torch_classifier import TorchClassifier
+from export import files
 
 
 def _demo(output: Path, *, status: int = 0) -> Result:
@@ -58,6 +61,18 @@ def test_demo_without_the_extra_of_its_report_does_not_begin(tmp_path: Path, mon
     assert "the report needs plotly, which is not installed" in result.stderr
     assert result.stdout == ""
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["train.npz", "airplane.png"])
+def test_full_disk_is_told_with_the_file_that_found_no_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def write(path: Path, data: bytes) -> None:
+        if path.name == name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(files, "write_bytes", write)
+    assert f"{tmp_path / 'out' / name}: No space left on device" in _demo(tmp_path / "out", status=1).stderr
 
 
 def test_demo_leaves_other_directories_alone(tmp_path: Path) -> None:
