@@ -30,6 +30,7 @@ def test_points_on_a_line_give_the_line():
     line = fit_line(_on_the_line([0, 4, 7, 9]), FULL_MS)
     assert (line.fixed_ms, line.per_block_ms) == pytest.approx((FIXED_MS, BLOCK_MS))
     assert line.break_even_blocks == pytest.approx((FULL_MS - FIXED_MS) / BLOCK_MS)
+    assert line.latency_ms(4) == pytest.approx(FIXED_MS + 4 * BLOCK_MS)
     assert line.r_squared == pytest.approx(1)
     assert (line.n_counts, line.n_requests, line.points) == (4, 12, FROM_WORKLOAD)
 
@@ -78,6 +79,10 @@ def test_missed_requests_of_path_are_left_out():
     samples.latency_ms[3::4] = 100
     assert fit_line(replace(samples, hits=hits), FULL_MS).n_requests == 9
     assert fit_line(replace(samples, hits=hits), FULL_MS).r_squared == pytest.approx(1)
+
+
+def test_nothing_is_explained_where_every_number_of_blocks_takes_as_long():
+    assert fit_line(_samples(np.repeat([0, 1, 2], 3), [2.0] * 9), 1).r_squared is None
 
 
 def test_free_blocks_never_break_even():

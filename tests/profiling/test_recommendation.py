@@ -112,6 +112,7 @@ def test_damaged_file_is_refused_and_replaced(tmp_path, content):
         {"batch": 0},
         {"medians_ms": [1]},
         {"ratios_to_full": {"path": "low"}},
+        {"ratios_to_full": {"path": float("inf")}},
     ],
 )
 def test_recorded_nonsense_is_refused(tmp_path, wrong):
