@@ -93,7 +93,10 @@ def test_what_a_sample_leaves_is_a_set_of_its_own(tmp_path: Path) -> None:
     for again in (tmp_path / "link" / Path(data).name, tmp_path / "other.npz"):
         same = open_data(str(again), network=NETWORK)
         assert same.shared_with(sample).sum() == 2  # it is the same set, whatever leads there
-    assert not open_data("synthetic:5", network=NETWORK).shared_with(sample).any()
+    made = [open_data(f"synthetic:5:{seed}", network=NETWORK) for seed in (0, 1)]
+    assert not made[0].shared_with(sample).any()
+    assert not made[0].shared_with(made[1]).any()  # as many, but others
+    assert made[0].shared_with(made[0].drawn(2)).sum() == 2
     with pytest.raises(DataError, match="the rest: no images"):
         source.without(source, description="the rest")
 
@@ -112,6 +115,20 @@ def test_take_draws_what_a_sample_is(tmp_path: Path) -> None:
     source = open_data(npz(tmp_path, x=X, y=Y), network=NETWORK)
     assert source.take(2).names == tuple(source.drawn(2).names)
     assert len(source.take(99).images) == 5
+
+
+def test_sample_gives_pictures_in_their_own_size(tmp_path: Path) -> None:
+    """Training crops them anew in each epoch; what is in memory has one size only."""
+    source = open_data(folders(tmp_path, *(f"cat/{index}.png" for index in range(5))), network=NETWORK)
+    for index in range(5):
+        Image.new("RGB", (9 + index, 12), (index, 0, 0)).save(tmp_path / "cat" / f"{index}.png")
+    sample = source.drawn(2)
+    assert sample.picture_at is not None
+    for index, row in enumerate(sample.numbers.tolist()):
+        picture = sample.picture_at(index)
+        assert picture.shape == (12, 9 + row, 3)
+        assert picture[0, 0, 0] == row
+    assert open_data(npz(tmp_path, x=X), network=NETWORK).drawn(2).picture_at is None
 
 
 def test_sample_of_class_folders_has_all_classes_and_reads_nothing_else(
@@ -298,11 +315,27 @@ def test_cifar10_equals_torchvision(cifar_root: Path) -> None:
     np.testing.assert_array_equal(batch.labels, [3, 1, 4, 9])
 
 
+def test_parts_of_a_data_set_share_no_images(cifar_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.CIFAR10, "train_list", datasets.CIFAR10.test_list)
+    data, network = f"cifar10:{cifar_root}", cifar_network()
+    train, test, again = (open_data(data, network=network, split=split) for split in ("train", "test", "test"))
+    assert not train.shared_with(test).any()
+    assert again.shared_with(test).all()
+
+
 def test_unpacked_cifar10_may_be_given_itself(cifar_root: Path) -> None:
     """Under whatever name: what `--data DIR` with its files in it is told to be is then true."""
     folder = (cifar_root / "cifar-10-batches-py").rename(cifar_root / "mine")
     (folder / "data_batch_1").touch()
     assert open_data(f"cifar10:{folder}", network=cifar_network()).n_images == 4
+
+
+def test_data_set_that_is_not_there_is_not_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(datasets.CIFAR10, "download", asked.append)
+    with pytest.raises(DataError, match="data set not found"):
+        open_data(f"cifar10:{tmp_path}", network=cifar_network())
+    assert asked == []
 
 
 def test_cifar_for_a_model_of_other_classes_is_refused(cifar_root: Path) -> None:
