@@ -38,3 +38,17 @@ def test_each_goes_first_in_turn():
     changes = [order[0], *(b for a, b in pairwise(order) if a != b)]
     assert order.count("a") == order.count("b")
     assert len(changes) == N_ROUNDS + 1  # that of one round ends with the call that the next one begins with
+
+
+def test_times_are_in_milliseconds(monkeypatch):
+    now_s = 0.0
+
+    def taking(ms):
+        def call():
+            nonlocal now_s
+            now_s += ms / 1000
+
+        return call
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now_s)
+    np.testing.assert_allclose(times_in_turns(taking(2), taking(3)), [[2, 3]] * N_ROUNDS)
