@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import errno
 import io
 import logging
@@ -17,6 +18,7 @@ from bdtool.errors import BdtoolError
 from bdtool.runtime.read_only import one_warning
 
 logger = logging.getLogger(__name__)
+_PRINTABLE = "bdtool.printable"  # how stdout encodes
 _SPARED = ("torch", "torchvision", "onnxscript")  # where bundles are only run, they may be left out
 
 
@@ -78,8 +80,20 @@ def _is_without_directory() -> bool:
     return False
 
 
+def _printable(error: UnicodeError) -> tuple[str | bytes, int]:
+    """Let names of files that are no UTF-8 go out as they are, and escape what else stdout's encoding lacks: a label in
+    another script, or half a character in a manifest."""
+    try:
+        return codecs.lookup_error("surrogateescape")(error)
+    except UnicodeEncodeError as exc:
+        return codecs.lookup_error("backslashreplace")(exc)
+
+
 def _failure(error: BdtoolError) -> click.ClickException:
     return (_WrongUsage if error.exit_code == 2 else click.ClickException)(str(error))
+
+
+codecs.register_error(_PRINTABLE, _printable)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -103,7 +117,7 @@ def main(verbose: bool) -> None:
       bdtool run bundle photo.png
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="surrogateescape")  # names of files that are no UTF-8 go out as they are
+        sys.stdout.reconfigure(errors=_PRINTABLE)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Lines())
     logging.basicConfig(handlers=[handler], level=logging.INFO if verbose else logging.WARNING)

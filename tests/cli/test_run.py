@@ -1,10 +1,13 @@
 """`bdtool run`: labels of image files, the likeliest first."""
 
+import json
 import os
 
 import pytest
+from click.testing import CliRunner
 
 from bdtool import Orchestrator
+from bdtool.cli import main
 from bdtool.data.images import read_image
 from bdtool.inference import softmax
 
@@ -45,3 +48,13 @@ def test_names_that_are_no_utf8_are_printed_as_they_are(bdtool, tiny, picture):
     image = picture.with_name(os.fsdecode(b"photo\xe9.png"))
     picture.rename(image)
     assert b"photo\xe9.png " in bdtool("run", tiny.bundle, image).stdout_bytes
+
+
+@pytest.mark.parametrize("label", ["猫", "\ud800"])  # in another script than the locale's, and half a character
+def test_labels_that_stdout_cannot_encode_are_escaped(bundle_copy, picture, label):
+    manifest = bundle_copy / "manifest.json"
+    facts = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps(facts | {"labels": [f"{label} é {k}" for k in range(10)]}))
+    result = CliRunner(charset="latin-1").invoke(main, ["run", str(bundle_copy), str(picture)])
+    assert result.exit_code == 0, result.exception
+    assert f"{label.encode('ascii', 'backslashreplace').decode()} é " in result.stdout
