@@ -116,6 +116,7 @@ def read_spec(path: Path) -> ModelSpec:
             raise CheckpointError(
                 f"{path} has format_version {version}, this bdtool reads up to {FORMAT_VERSION}; upgrade bdtool"
             )
+        json.dumps(header["provenance"], allow_nan=False)  # else what is trained from it cannot be saved, hours later
         return _spec_from_header(header)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, UsageError) as exc:  # of 1e999
         raise CheckpointError(f"{path}: its header is damaged ({type(exc).__name__}: {exc}); import it again") from exc

@@ -178,6 +178,7 @@ def test_newer_format_is_refused(saved):
         {"shortcut": "bridge"},
         {"shortcut": []},
         {"provenance": 1},
+        {"provenance": {"seed": float("nan")}},
         {"format_version": None},
     ],
 )
