@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -64,10 +64,16 @@ def logs(directory: Path | None, *, rewarded: bool) -> Iterator[Callable[[Epoch]
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as exc:
         raise click.UsageError(f"--tensorboard needs the package tensorboard: {install_command('train')}") from exc
-    with SummaryWriter(os.fspath(directory)) as writer:
+    if directory.exists() and not os.access(directory, os.W_OK):  # else an epoch passes before it shows
+        raise click.UsageError(f"--tensorboard: {directory} cannot be written to. Choose another directory")
+    writer: SummaryWriter | None = None
+    with ExitStack() as opened:
 
         def log(epoch: Epoch) -> None:
+            nonlocal writer
             _print_epoch(epoch, rewarded=rewarded)
+            if writer is None:  # not before: what is refused leaves no event file without events
+                writer = opened.enter_context(SummaryWriter(os.fspath(directory)))
             for name in names:
                 writer.add_scalar(f"train/{name}", getattr(epoch, name), epoch.epoch)
             for name, value in epoch.validation.items():

@@ -265,6 +265,12 @@ def test_imitate_refuses_what_it_would_not_do(
     assert "--tensorboard" in refused.stderr
 
 
+def test_refused_run_leaves_no_event_file(bdtool: Callable[..., Result], tiny: Any, npz: Path, tmp_path: Path) -> None:
+    words = ("--data", npz, "--batch", 21, "-o", tmp_path / "p.safetensors", "--tensorboard", tmp_path / "events")
+    assert "expected at most the 20 images" in bdtool("train", "finetune", tiny.path, *words, status=2).stderr
+    assert not (tmp_path / "events").exists()
+
+
 def test_what_would_have_no_effect_is_refused(
     bdtool: Callable[..., Result], npz: Path, tiny: Any, tmp_path: Path
 ) -> None:
