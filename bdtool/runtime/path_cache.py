@@ -54,6 +54,13 @@ class PathOptions:
                 f"shares: got {list(self.shares)} for {len(self.ahead)} masks ahead; expected as many, of at least 0 "
                 "and of at most 1 together"
             )
+        for mask in map(np.asarray, self.ahead):
+            wrong = mask[(mask != 0) & (mask != 1)] if mask.dtype.kind in "iuf" else np.empty(0)
+            if wrong.size:
+                raise ValueError(
+                    f"ahead: got the value {wrong[0]:g}, expected only 0 (drop) and 1 (keep); `Orchestrator.decide` "
+                    "gives the bits of images"
+                )
 
     @classmethod
     def of_counts(cls, counts: Sequence[MaskCount], *, background: bool = True) -> PathOptions:

@@ -60,6 +60,14 @@ def test_shares_that_are_none_are_refused(shares):
         PathOptions(ahead=[_mask(1), _mask(2)], shares=shares)
 
 
+def test_probabilities_are_no_masks():
+    """Each would be taken for a mask that keeps every block."""
+    with pytest.raises(ValueError, match=r"ahead: got the value 0\.25, expected only 0 .*`Orchestrator\.decide` gives"):
+        PathOptions(ahead=np.array([[0.0, 1.0], [1.0, 0.25]]))
+    numbers = PathOptions(ahead=[[0, 1], [1.0, 0.0]]).frequent()
+    np.testing.assert_array_equal([mask for mask, _ in numbers], [[False, True], [True, False]])
+
+
 def test_shares_default_to_equal_ones_of_all_masks_ahead():
     options = PathOptions(ahead=[_mask(n) for n in range(4)], max_paths=3)
     masks, shares = zip(*options.frequent(), strict=True)
