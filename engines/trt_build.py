@@ -22,6 +22,7 @@ from engines.timing_cache import TimingCache
 from engines.trt_interrupts import cancelling
 from engines.trt_library import TensorRTLibrary
 from engines.trt_options import TensorRTOptions
+from engines.turing import TURING, products_as_convolutions
 
 _HARDWARE_COMPATIBILITY = {"ampere-plus": "AMPERE_PLUS", "same-compute-capability": "SAME_COMPUTE_CAPABILITY"}
 _ONNX_NAMES = {TensorProto.FLOAT: "float", TensorProto.FLOAT16: "half", TensorProto.BFLOAT16: "bf16"}
@@ -59,6 +60,8 @@ def compile_part(
         EngineError: the library does not start or refuses the part (quoting it), or did not take the ONNX's types.
     """
     trt = library.module
+    if TURING in options.sms:
+        model = products_as_convolutions(model)
     failure = f"part {part.name!r}: {library.name} {trt.__version__} does not build it"
     with library.quoting(failure, EngineError) as interrupts:
         builder = trt.Builder(library.log)
