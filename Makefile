@@ -7,8 +7,10 @@ CREATED := $(VENV)/.stamp-created
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 FREEZE := $(VENV)-constraints
 OLDEST := $(VENV)-oldest
-# a process for each processor, as far as memory goes: each comes to 2.5 GB; one that is through takes over from others
-IN_PARALLEL := --numprocesses auto --maxprocesses 4 --dist worksteal
+
+# $(call pytest,BIN): run all tests by the Python there, in a process for each processor, as far as memory goes: each
+# comes to 2.5 GB. Threads that wait sleep, as spinning would take the processor from another process.
+pytest = OMP_WAIT_POLICY=PASSIVE $(1)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 # $(call timed,NAME,COMMAND): run COMMAND, then say how long it took
 timed = @start=$$(date +%s); echo "$(1) ..."; $(2) && echo "$(1): done in $$(( $$(date +%s) - start )) s"
@@ -33,7 +35,7 @@ demo: $(VENV)/.stamp-demo
 	@$(BIN)/bdtool demo
 
 test: lint
-	@$(BIN)/python -m pytest $(IN_PARALLEL)
+	@$(call pytest,$(BIN))
 
 # what it lists is read from pyproject.toml, so that a bound cannot be older than what was tested
 test-oldest:
@@ -43,7 +45,7 @@ test-oldest:
 	    listed = (*project["dependencies"], *project["optional-dependencies"]["report"]); \
 	    print(*(re.sub(">=([^,]+).*", r"==\1", one) for one in listed), sep="\n")' > $(OLDEST)/constraints.txt
 	@$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c $(OLDEST)/constraints.txt -e '.[dev,demo]'
-	@$(OLDEST)/bin/python -m pytest $(IN_PARALLEL)
+	@$(call pytest,$(OLDEST)/bin)
 
 lint: $(VENV)/.stamp-dev
 	$(call timed,ruff,$(BIN)/ruff check --quiet $(SOURCES) && $(BIN)/ruff format --check --quiet $(SOURCES))
