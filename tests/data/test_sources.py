@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import os
-import pickle
-import sys
 import threading
 import zipfile
 from pathlib import Path
@@ -14,16 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from torchvision import datasets
 
 from bdtool.data import folders as folder_files
-from bdtool.data import torchvision_sets
 from bdtool.data.sources import ImageSource, open_data
 from bdtool.errors import DataError, UsageError
-from bdtool.specs import NetworkSpec
-from tests.data.sets import NETWORK, UNNAMED, X, Y, all_images, folders, npz
+from tests.data.sets import NETWORK, X, Y, all_images, folders, npz
 
 
 def test_npz_gives_its_images_and_labels(tmp_path: Path) -> None:
@@ -285,98 +278,6 @@ def test_data_set_without_its_directory_is_asked_for_it(data: str) -> None:
 def test_file_of_another_kind_is_no_data(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="not a form of DATA"):
         open_data(str(Path(folders(tmp_path, "a.png"), "a.png")), network=NETWORK)
-
-
-@pytest.fixture
-def cifar_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A CIFAR-10 of four images in torchvision's own layout, with its digests switched off."""
-    folder = tmp_path / "cifar-10-batches-py"
-    folder.mkdir()
-    data = np.arange(4 * 3072, dtype=np.uint32).astype(np.uint8).reshape(4, 3072)
-    (folder / "test_batch").write_bytes(pickle.dumps({"data": data, "labels": [3, 1, 4, 9]}))
-    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
-    monkeypatch.setattr(datasets.CIFAR10, "train_list", [])
-    monkeypatch.setattr(datasets.CIFAR10, "test_list", [["test_batch", None]])
-    monkeypatch.setitem(datasets.CIFAR10.meta, "md5", None)
-    return tmp_path
-
-
-def cifar_network(n_classes: int = 10) -> NetworkSpec:
-    preprocessing = dataclasses.replace(NETWORK.preprocessing, height=32, width=32)
-    return dataclasses.replace(UNNAMED, n_classes=n_classes, preprocessing=preprocessing)
-
-
-def test_cifar10_equals_torchvision(cifar_root: Path) -> None:
-    oracle = datasets.CIFAR10(cifar_root, train=False)
-    source = open_data(f"cifar10:{cifar_root}", network=cifar_network())
-    assert source.name == "cifar10-test"
-    batch = source.take(4)
-    np.testing.assert_array_equal(batch.images, np.stack([np.asarray(image) for image, _ in oracle]))
-    np.testing.assert_array_equal(batch.labels, [3, 1, 4, 9])
-
-
-def test_parts_of_a_data_set_share_no_images(cifar_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.CIFAR10, "train_list", datasets.CIFAR10.test_list)
-    data, network = f"cifar10:{cifar_root}", cifar_network()
-    train, test, again = (open_data(data, network=network, split=split) for split in ("train", "test", "test"))
-    assert not train.shared_with(test).any()
-    assert again.shared_with(test).all()
-
-
-def test_unpacked_cifar10_may_be_given_itself(cifar_root: Path) -> None:
-    """Under whatever name: what `--data DIR` with its files in it is told to be is then true."""
-    folder = (cifar_root / "cifar-10-batches-py").rename(cifar_root / "mine")
-    (folder / "data_batch_1").touch()
-    assert open_data(f"cifar10:{folder}", network=cifar_network()).n_images == 4
-
-
-def test_data_set_that_is_not_there_is_not_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[object] = []
-    monkeypatch.setattr(datasets.CIFAR10, "download", asked.append)
-    with pytest.raises(DataError, match="data set not found"):
-        open_data(f"cifar10:{tmp_path}", network=cifar_network())
-    assert asked == []
-
-
-def test_cifar_for_a_model_of_other_classes_is_refused(cifar_root: Path) -> None:
-    with pytest.raises(DataError, match="cifar10: has 10 classes, the model has 3"):
-        open_data(f"cifar10:{cifar_root}", network=cifar_network(3))
-
-
-@pytest.mark.parametrize(
-    ("name", "n_classes", "layout"),
-    [("cifar10", 10, "cifar-10-batches-py"), ("cifar100", 100, "cifar-100-python"), ("imagenet", 1000, "n01440764")],
-)
-def test_missing_files_name_the_expected_layout(tmp_path: Path, name: str, n_classes: int, layout: str) -> None:
-    with pytest.raises(DataError, match=layout):
-        open_data(f"{name}:{tmp_path}", network=cifar_network(n_classes))
-
-
-def imagenet(root: Path) -> str:
-    wnids = ["n01440764", "n01443537", "n01484850"]
-    torch.save(({wnid: (wnid,) for wnid in wnids}, ["n01440764"]), root / "meta.bin")
-    folders(root / "val", *(f"{wnid}/x.png" for wnid in wnids))
-    return f"imagenet:{root}"
-
-
-def test_imagenet_reads_the_validation_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(torchvision_sets.N_CLASSES, "imagenet", 3)
-    source = open_data(imagenet(tmp_path), network=UNNAMED)
-    assert source.name == "imagenet-val"
-    batch = source.take(3)
-    np.testing.assert_array_equal(batch.labels, [0, 1, 2])
-    np.testing.assert_array_equal(batch.images, X[:3])
-    assert batch.names[0] == "val/n01440764/x.png"
-
-
-def test_imagenet_with_missing_classes_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="got 3 class folders"):
-        open_data(imagenet(tmp_path), network=cifar_network(1000))
-
-
-def test_torchvision_is_not_loaded_for_other_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "torchvision", None)  # importing it now fails
-    assert open_data(npz(tmp_path, x=X), network=NETWORK).n_images == 5
 
 
 def test_files_are_decoded_side_by_side_and_stay_in_order(monkeypatch):
