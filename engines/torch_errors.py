@@ -20,11 +20,11 @@ _FATAL = re.compile(r"illegal memory access|unspecified launch failure")
 def engine_error(what: str, error: Exception) -> EngineError:
     """Return the error that says of `what` why PyTorch failed, in one line, and what to do."""
     reason = str(error).strip().partition("\n")[0].rstrip(".")
-    advice = advice_on(error)
+    advice = _advice_on(error)
     return EngineError(f"{what}: {reason}" + (f". {advice}" if advice else ""))
 
 
-def advice_on(error: Exception) -> str | None:
+def _advice_on(error: Exception) -> str | None:
     """Return what to do where it is the GPU that failed."""
     if isinstance(error, torch.OutOfMemoryError) or "CUDA error: out of memory" in str(error):
         return FREE_MEMORY

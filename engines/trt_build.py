@@ -22,7 +22,7 @@ from engines.timing_cache import TimingCache
 from engines.trt_interrupts import cancelling
 from engines.trt_library import TensorRTLibrary
 from engines.trt_options import TensorRTOptions
-from engines.turing import TURING, products_as_convolutions
+from engines.trt_turing import TURING, products_as_convolutions
 
 _HARDWARE_COMPATIBILITY = {"ampere-plus": "AMPERE_PLUS", "same-compute-capability": "SAME_COMPUTE_CAPABILITY"}
 _ONNX_NAMES = {TensorProto.FLOAT: "float", TensorProto.FLOAT16: "half", TensorProto.BFLOAT16: "bf16"}

@@ -8,7 +8,7 @@ from onnx.reference import ReferenceEvaluator
 
 from engines.registry import open_backend
 from engines.trt_options import TensorRTOptions
-from engines.turing import products_as_convolutions
+from engines.trt_turing import products_as_convolutions
 
 
 def _linear(*, transposed, weights=True, **attributes):
