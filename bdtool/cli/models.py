@@ -33,7 +33,7 @@ _OPTIONS = {"resize": "--resize-to"}  # where they are not called after what the
 @click.option(
     "--format",
     "format_",
-    type=click.Choice(["auto", "akamaster", "torchvision", "blockdrop"]),
+    type=click.Choice(["auto", "akamaster", "torchvision", "transformers", "blockdrop"]),
     default="auto",
     show_default=True,
     help="Whose key names the checkpoint uses.",
@@ -83,9 +83,12 @@ def import_cmd(
 ) -> None:
     """Turn a public checkpoint into a MODEL file, without running code from it.
 
+    CHECKPOINT is a file, or a directory as timm and transformers write it, which also says labels and input.
+
     \b
     Example:
       bdtool import resnet32-d509ac18.th --arch resnet32 -o model.safetensors
+      bdtool import resnet50.a1_in1k/ --arch resnet50 -o model.safetensors
     """
     from bdtool.models.checkpoints import import_checkpoint
     from bdtool.models.store import save_model
@@ -113,6 +116,8 @@ def import_cmd(
     click.echo(f"shortcut {spec.shortcut}, {colours}, resize {scaled}")
     if weights := spec.provenance.get("weights"):
         click.echo(f"by its digest it is torchvision's {weights}")
+    if input_file := spec.provenance.get("input"):
+        click.echo(f"what is not given is taken from {input_file}")
     given = {"shortcut": shortcut, "mean": mean, "std": std, "resize": resize_to, "interpolation": interpolation}
     if assumed := [name for name in _untold(spec) if given[name] is None]:
         worst = ", a shortcut nearly all of it" if "shortcut" in assumed else ""
@@ -124,11 +129,17 @@ def import_cmd(
 
 
 def _untold(spec: ModelSpec) -> list[str]:
-    """Return what a checkpoint like that leaves to whoever reads it; ImageNet's networks all have the same colours."""
+    """Return what a checkpoint like that leaves to whoever reads it.
+
+    ImageNet's networks all have the same colours, but where transformers' image processors were left as they are.
+    """
     from bdtool.models.architectures import architecture
 
+    if spec.provenance.keys() & {"weights", "input"}:
+        return []
     if architecture(spec.arch).family != "cifar":
-        return [] if "weights" in spec.provenance else ["resize", "interpolation"]
+        colours = ["mean", "std"] if spec.provenance["format"] == "transformers" else []
+        return [*colours, "resize", "interpolation"]
     return ["mean", "std"] if spec.shortcut == "projection" else ["shortcut", "mean", "std"]  # a projection has weights
 
 

@@ -141,7 +141,7 @@ class BundlePath(click.Path):
 
 
 class CheckpointPath(click.Path):
-    """A checkpoint file of another program."""
+    """A checkpoint of another program: its file, or a directory with it."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         from bdtool.models.shipped import shipped_models
@@ -149,8 +149,8 @@ class CheckpointPath(click.Path):
         if str(value) in shipped_models() and not Path(value).exists():
             what = "is a MODEL already, which ships with bdtool. Go on with it: bdtool export"
             self.fail(f"{str(value)!r} {what} {value} -o bundle", param, ctx)
-        if Path(value).is_dir():
-            self.fail(f"{str(value)!r} is a directory, expected a checkpoint file by torch.save", param, ctx)
+        if (Path(value) / MANIFEST_NAME).is_file():
+            self.fail(f"{str(value)!r} is a BUNDLE already, expected a checkpoint", param, ctx)
         return super().convert(value, param, ctx)
 
 
@@ -206,7 +206,7 @@ def _made_of(model: Any) -> str:
 
 BUNDLE = BundlePath(exists=True, file_okay=False, path_type=Path)
 MODEL = ModelPath(exists=True, dir_okay=False, path_type=Path)
-CHECKPOINT = CheckpointPath(exists=True, dir_okay=False, path_type=Path)
+CHECKPOINT = CheckpointPath(exists=True, path_type=Path)
 IMAGE = ImagePath(exists=True, dir_okay=False, readable=False, path_type=Path)  # read_image names those that are not
 MODEL_OR_BUNDLE = ModelPath(exists=True, path_type=Path)
 NEW_BUNDLE = NewBundle(file_okay=False, path_type=Path)

@@ -3,7 +3,8 @@
 | format | where from | networks |
 |---|---|---|
 | akamaster | github.com/akamaster/pytorch_resnet_cifar10 | CIFAR |
-| torchvision | torchvision.models.resnet* | ImageNet |
+| torchvision | torchvision.models.resnet*; timm's have the same keys | ImageNet |
+| transformers | Hugging Face's transformers, `ResNetForImageClassification` | ImageNet |
 | blockdrop | github.com/Tushar-N/blockdrop, `finetune.py`: ResNet and policy network in one file | both |
 """
 
@@ -21,7 +22,7 @@ from bdtool.specs import Interpolation, Preprocessing
 if TYPE_CHECKING:
     from torchvision.models import WeightsEnum
 
-FormatName = Literal["akamaster", "torchvision", "blockdrop"]
+FormatName = Literal["akamaster", "torchvision", "transformers", "blockdrop"]
 Colour = tuple[float, float, float]
 
 IMAGENET_MEAN: Colour = (0.485, 0.456, 0.406)
@@ -37,14 +38,23 @@ CIFAR10_LABELS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog"
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointFormat:
-    """How a project names its tensors. `{layer}` counts stages from 1, `{stage}` from 0, `{i}` blocks in a stage."""
+    """How a project names its tensors.
+
+    `{layer}` counts stages from 1, `{stage}` from 0, `{i}` blocks in a stage. Of a convolution or batch normalisation
+    `{kind}` is the word for it, and its number counts from 1 as `{n}`, from 0 as `{m}`; in a projection `{m}` is 0 for
+    the convolution and 1 for the other.
+    """
 
     name: FormatName
     families: tuple[Family, ...]
-    block: str
+    conv: str = "conv"  # the words for `{kind}`
+    bn: str = "bn"
+    stem: str = "{kind}1"
+    block: str  # what the keys of a block begin with
+    residual: str = "{kind}{n}"  # and how those of its residual branch go on
     projection: str
     head: str
-    base_prefix: str = ""
+    base_prefix: str = ""  # of all but the head's
     cifar_shortcut: ShortcutKind
 
     def shortcut(self, arch: Architecture) -> ShortcutKind:
@@ -58,29 +68,30 @@ class CheckpointFormat:
         if name.startswith("policy.trunk."):
             stages = policy_trunk(arch.family).stages
             return f"{policy_prefix}features." + self._network_key(name.removeprefix("policy.trunk."), stages)
+        if name.startswith("base.head.linear."):
+            return self.head + "." + name.removeprefix("base.head.linear.")
         return self.base_prefix + self._network_key(name.removeprefix("base."), arch.stages)
 
     def _network_key(self, name: str, stages: tuple[int, ...]) -> str:
-        """Translate a name inside one ResNet: "stem.bn.weight", "blocks.7.shortcut.conv.weight"."""
-        room, _, rest = name.partition(".")
-        if room == "stem":
-            layer, _, tensor = rest.partition(".")
-            return f"{layer}1.{tensor}"
-        if room == "head":
-            return self.head + rest.removeprefix("linear")
-        k, _, rest = rest.partition(".")
-        stage, i = _place(int(k), stages)
-        if not rest.startswith("shortcut."):
-            return self.block.format(layer=stage + 1, stage=stage, i=i) + "." + rest
-        _, layer, tensor = rest.split(".")
-        return self.projection.format(layer=stage + 1, stage=stage, i=i) + f".{int(layer == 'bn')}.{tensor}"
+        """Translate a name inside one ResNet: "stem.bn.weight", "blocks.7.bn2.bias", "blocks.7.shortcut.bn.bias"."""
+        *room, module, tensor = name.split(".")
+        is_bn = module.startswith("bn")
+        kind = self.bn if is_bn else self.conv
+        if room == ["stem"]:
+            return self.stem.format(kind=kind) + f".{tensor}"
+        stage, i = _place(int(room[1]), stages)
+        place = {"layer": stage + 1, "stage": stage, "i": i, "kind": kind}
+        if room[-1] == "shortcut":
+            return self.projection.format(m=int(is_bn), **place) + f".{tensor}"
+        n = int(module[-1])
+        return f"{self.block}.{self.residual}".format(n=n, m=n - 1, **place) + f".{tensor}"
 
 
 AKAMASTER = CheckpointFormat(
     name="akamaster",
     families=("cifar",),
     block="layer{layer}.{i}",
-    projection="layer{layer}.{i}.shortcut",
+    projection="layer{layer}.{i}.shortcut.{m}",
     head="linear",
     cifar_shortcut="option-a",
 )
@@ -88,20 +99,33 @@ TORCHVISION = CheckpointFormat(
     name="torchvision",
     families=("imagenet",),
     block="layer{layer}.{i}",
-    projection="layer{layer}.{i}.downsample",
+    projection="layer{layer}.{i}.downsample.{m}",
     head="fc",
+    cifar_shortcut="projection",
+)
+TRANSFORMERS = CheckpointFormat(
+    name="transformers",
+    families=("imagenet",),
+    conv="convolution",
+    bn="normalization",
+    stem="embedder.embedder.{kind}",
+    block="encoder.stages.{stage}.layers.{i}",
+    residual="layer.{m}.{kind}",
+    projection="encoder.stages.{stage}.layers.{i}.shortcut.{kind}",
+    head="classifier.1",
+    base_prefix="resnet.",
     cifar_shortcut="projection",
 )
 BLOCKDROP = CheckpointFormat(
     name="blockdrop",
     families=("cifar", "imagenet"),
     block="blocks.{stage}.{i}",
-    projection="ds.{stage}",
-    head="fc",
+    projection="ds.{stage}.{m}",
+    head="resnet.fc",
     base_prefix="resnet.",
     cifar_shortcut="average-pool",
 )
-FORMATS = {fmt.name: fmt for fmt in (AKAMASTER, TORCHVISION, BLOCKDROP)}
+FORMATS = {fmt.name: fmt for fmt in (AKAMASTER, TORCHVISION, TRANSFORMERS, BLOCKDROP)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +157,8 @@ def find_format(name: str) -> CheckpointFormat:
 def detect_format(keys: Collection[str]) -> CheckpointFormat | None:
     """Return the format that tensors of these names belong to, or None where they look like no known one."""
     tops = {key.partition(".")[0] for key in keys}
+    if {"resnet", "classifier"} <= tops:
+        return TRANSFORMERS
     if tops & {"resnet", "agent", "net"}:
         return BLOCKDROP
     if "layer1" not in tops:

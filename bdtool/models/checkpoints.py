@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bdtool.errors import CheckpointError, UsageError
 from bdtool.models.architectures import Architecture, ShortcutKind, architecture, known_architectures
+from bdtool.models.checkpoint_directories import HubDirectory, completed, read_directory
 from bdtool.models.checkpoint_entries import POLICY_ENTRIES, entries_below, entries_with_networks, flat_entries
 from bdtool.models.checkpoint_files import read_checkpoint
 from bdtool.models.checkpoint_formats import (
@@ -54,7 +55,7 @@ class _Source:
 
     @property
     def n_classes(self) -> int | None:
-        head = self.tensors.get(f"{self.fmt.base_prefix}{self.fmt.head}.weight")
+        head = self.tensors.get(f"{self.fmt.head}.weight")
         return len(head) if head is not None and head.dim() == 2 else None
 
 
@@ -78,9 +79,10 @@ def import_checkpoint(
     Args:
         path: a file by `torch.save` (any age) or `.safetensors`. The tensors may lie in an entry `state_dict`, or in
             the only one of `model_state_dict`, `model` and `net`, and their keys may all begin with "module.",
-            "_orig_mod.", "model." or "net.".
+            "_orig_mod.", "model." or "net.". Or a directory as timm and transformers write it, which also says what
+            of labels, mean, std, size, resize and interpolation is None.
         arch: name of the ResNet, as in `known_architectures`.
-        format: "akamaster", "torchvision" or "blockdrop"; "auto" tells them apart by their keys.
+        format: "akamaster", "torchvision", "transformers" or "blockdrop"; "auto" tells them apart by their keys.
         entry: where the file has the network, if in none of these or in several: "model_ema", or "state_dict.model"
             for the keys of `state_dict` that begin with "model.".
         classes: how many classes the head must have; None takes what it has.
@@ -99,12 +101,15 @@ def import_checkpoint(
         CheckpointError: the file is unreadable or unsafe, or its tensors are not those of `arch`.
     """
     wanted = architecture(arch)
-    source = _read_source(path, format=format, entry=entry, shortcut=shortcut)
+    given = GivenInput(mean=mean, std=std, resize=resize, size=size, interpolation=interpolation)
+    hub = read_directory(path, wanted, given=given) if path.is_dir() else None
+    if hub is not None:
+        path, given, labels = hub.weights, completed(given, hub.told), hub.labels if labels is None else labels
+    source = _read_source(path, hub, format=format, entry=entry, shortcut=shortcut)
     if source.n_classes is not None and classes not in (None, source.n_classes):
         raise CheckpointError(
             f"{path}: its head has {source.n_classes} classes, not the {classes} asked for by --classes"
         )
-    given = GivenInput(mean=mean, std=std, resize=resize, size=size, interpolation=interpolation)
     spec = _spec(source, wanted, classes=classes, given=given, labels=labels)
     network_from_spec(spec)  # refuse a size that it cannot take
     names = _names_by_key(source, spec)
@@ -112,7 +117,9 @@ def import_checkpoint(
     return model_from_state(spec, {names[key]: tensor for key, tensor in source.tensors.items()})
 
 
-def _read_source(path: Path, *, format: str, entry: str | None, shortcut: ShortcutKind | None) -> _Source:
+def _read_source(
+    path: Path, hub: HubDirectory | None, *, format: str, entry: str | None, shortcut: ShortcutKind | None
+) -> _Source:
     asked = None if format == "auto" else find_format(format)
     content = read_checkpoint(path)
     entries = flat_entries(content if entry is None else _content_of(path, content, entry))
@@ -137,8 +144,9 @@ def _read_source(path: Path, *, format: str, entry: str | None, shortcut: Shortc
             "or save the network's own weights"
         )
     provenance = {
-        "source": path.name,
+        "source": path.name if hub is None else f"{path.parent.resolve().name}/{path.name}",
         "format": fmt.name,
+        **({} if hub is None or hub.input_file is None else {"input": hub.input_file}),
         **({} if entry is None else {"entry": entry}),
         "sha256": sha256_of_file(path),
         "created_by": "bdtool import",

@@ -66,6 +66,18 @@ def test_import_of_an_imagenet_network_assumes_how_pictures_are_scaled(bdtool, t
     assert "does not say" not in text
 
 
+def test_import_of_a_directory_says_what_tells_the_input(bdtool, tmp_path):
+    network = torchvision.models.resnet18(num_classes=7).state_dict()
+    torch.save(network, tmp_path / "pytorch_model.bin")
+    described = {"mean": [0.5] * 3, "std": [0.2] * 3, "input_size": [3, 64, 64], "interpolation": "bicubic"}
+    config = {"architecture": "resnet18", "pretrained_cfg": described}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    text = bdtool("import", tmp_path, "--arch", "resnet18", "-o", tmp_path / "net.safetensors").stdout
+    assert "mean 0.5,0.5,0.5, std 0.2,0.2,0.2, resize 73 bicubic\n" in text
+    assert "what is not given is taken from config.json\n" in text
+    assert "does not say" not in text
+
+
 def test_export_says_how_close_the_parts_are(line):
     assert "9 parts, 3 blocks" in line[3].stdout  # policy, stem, 3 blocks, 2 shortcuts, head, full
     assert "worst difference from PyTorch" in line[3].stdout
