@@ -34,7 +34,7 @@ help:
 demo: $(VENV)/.stamp-demo
 	@$(BIN)/bdtool demo
 
-test: lint
+test: lint $(VENV)/triton
 	@$(call pytest,$(BIN))
 
 # what it lists is read from pyproject.toml, so that a bound cannot be older than what was tested
@@ -69,6 +69,12 @@ $(CREATED):
 	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(None if sys.version_info >= (3, 11) else "bdtool needs Python 3.11 or newer, and $(PYTHON) is %s. Name another one: make PYTHON=python3.12" % v)'
 	@$(PYTHON) -m venv $(VENV) || { echo "$(PYTHON) cannot create $(VENV); on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	@touch $@
+
+# NVIDIA's Triton, which tests start as a server: from a wheel that wants an older numpy, so apart and by itself
+$(VENV)/triton: | $(CREATED)
+	@rm -rf $@.part
+	@$(INSTALL) --no-deps --target $@.part nvidia-pytriton==0.7.0 && mv $@.part $@ || \
+	    echo "Triton cannot be installed here; tests that start it skip"
 
 constraints:
 	@rm -rf $(FREEZE)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from bdtool.errors import BundleError
 from bdtool.runtime import masks, recommendation
+from bdtool.serving.triton_files import BUNDLE, VERSION, write_triton_files
 from bdtool.words import counted
 from engines.copying import copy_engines
 from engines.registry import require_backend
@@ -32,7 +33,13 @@ class Packed:
 
 
 def pack(
-    bundle: Bundle, target: Path, *, precision: str = "fp32", engines: str | None = None, with_full: bool = False
+    bundle: Bundle,
+    target: Path,
+    *,
+    precision: str = "fp32",
+    engines: str | None = None,
+    with_full: bool = False,
+    for_triton: bool = False,
 ) -> Packed:
     """Write a bundle of one precision without weights, engines and `full`, whose parts are built where it is opened.
 
@@ -43,6 +50,7 @@ def pack(
         engines: a backend, whose engines in `bundle` are taken instead of the ONNX parts: nothing has to be built, but
             it opens only where these engines run.
         with_full: keep `full`, too, which `bdtool profile` and strategy `full` need.
+        for_triton: make `target` a model of Triton's repository that serves the bundle, which lies in it.
 
     Raises:
         BundleError: there are no parts of the precision, or no engines; a file is damaged; or `target` is taken, or
@@ -56,7 +64,11 @@ def pack(
     kept = {bundle.files_at(source.stored)[part.name].file for part in parts}
     variants = {name: variant for name, variant in bundle.manifest.variants.items() if name == precision}
     manifest = replace(bundle.manifest, variants=variants)
-    with _new_directory(target) as directory:
+    with _new_directory(target) as model:
+        directory = model
+        if for_triton:
+            write_triton_files(model, bundle, precision=precision, backend=engines)
+            directory = model / VERSION / BUNDLE
         if engines is None:
             for part in parts:
                 path = directory / bundle.files_at(source.stored)[part.name].file

@@ -98,9 +98,16 @@ def export_cmd(model: Path, bundle: Path, max_batch: int, force: bool) -> None:
     "only on machines like that which they were built for.",
 )
 @click.option("--with-full", is_flag=True, help="Keep `full`, too: profile and strategy full need it.")
+@click.option("--triton", is_flag=True, help="Make a model for the repository of NVIDIA's Triton Inference Server.")
 @json_option
 def pack_cmd(
-    bundle: Path, packed: Path, precision: str, engines: str | None, with_full: bool, json_file: str | None
+    bundle: Path,
+    packed: Path,
+    precision: str,
+    engines: str | None,
+    with_full: bool,
+    triton: bool,
+    json_file: str | None,
 ) -> None:
     """Copy a BUNDLE for deployment, with only what running it needs.
 
@@ -111,11 +118,14 @@ def pack_cmd(
     Example:
       bdtool pack bundle -o packed
       bdtool pack bundle -o packed --precision int8 --engines onnxruntime
+      bdtool pack bundle -o models/r32-cifar10 --triton
     """
     from bdtool.packing import pack
     from export.bundle import Bundle
 
-    result = pack(Bundle.open(bundle), packed, precision=precision, engines=engines, with_full=with_full)
+    result = pack(
+        Bundle.open(bundle), packed, precision=precision, engines=engines, with_full=with_full, for_triton=triton
+    )
     kind = f"engines ({', '.join(result.engines)})" if engines else "ONNX"
     if result.precision != precision:
         kind += f", which backends that make {precision} themselves convert"

@@ -70,3 +70,11 @@ def test_pack_says_where_fp16_is_still_to_be_made(bdtool, bdtool_json, bundle_co
 
 def test_manifest_of_a_whole_bundle_says_nothing_of_packing(bundle_copy):
     assert "left_out" not in json.loads((bundle_copy / "manifest.json").read_text())
+
+
+def test_model_for_triton_holds_a_bundle_that_commands_take(bdtool, bundle_copy, picture, tmp_path):
+    model = tmp_path / "models" / "small"
+    assert f"{model}: 8 fp32 parts, ONNX; " in bdtool("pack", bundle_copy, "-o", model, "--triton").stdout
+    assert 'backend: "python"' in (model / "config.pbtxt").read_text()
+    bdtool("build", model / "1" / "bundle")
+    bdtool("run", model / "1" / "bundle", picture)

@@ -1,0 +1,1 @@
+"""A bundle behind NVIDIA's Triton Inference Server."""
