@@ -34,13 +34,16 @@ class Imitation:
 
     Args:
         images: labelled; each is taken as it is deployed, and flipped.
+        goes_on: the layers were trained before, and begin from what they say.
 
     Raises:
         UsageError: `options` ask for more blocks than the model has.
     """
 
-    def __init__(self, model: BlockDropModel, images: ImageSource, options: ImitateOptions) -> None:
-        self._model, self._images, self._options = model.eval(), images, options
+    def __init__(
+        self, model: BlockDropModel, images: ImageSource, options: ImitateOptions, *, goes_on: bool = False
+    ) -> None:
+        self._model, self._images, self._options, self._goes_on = model.eval(), images, options, goes_on
         self._fewest, self._most = options.blocks_of(model.n_blocks)
         self._base = frozen_copy(model.base, dtype=torch.float32)
         judges = images.drawn(options.judges, seed=options.seed)
@@ -98,7 +101,8 @@ class Imitation:
         losses, features = self._survey.losses, self._survey.features
         n_blocks = blocks_by_rank(losses.cpu().numpy(), fewest=self._fewest, most=self._most)
         targets = self.masks[self._model.n_blocks - torch.from_numpy(n_blocks)].float()
-        return HeadFit(self._model.policy, features, targets.to(features.device), self._options)
+        targets = targets.to(features.device)
+        return HeadFit(self._model.policy, features, targets, self._options, goes_on=self._goes_on)
 
 
 class _Survey:

@@ -24,17 +24,28 @@ class HeadFit:
     Args:
         features: float32 [2, N, n_features], of the images and of the flipped images.
         targets: keep bits, float32 [N, K].
+        goes_on: begin from what the layers say of the features themselves, as they were trained before.
     """
 
     name = "policy network"
 
-    def __init__(self, policy: PolicyNetwork, features: Tensor, targets: Tensor, options: ImitateOptions) -> None:
+    def __init__(
+        self,
+        policy: PolicyNetwork,
+        features: Tensor,
+        targets: Tensor,
+        options: ImitateOptions,
+        *,
+        goes_on: bool = False,
+    ) -> None:
         self._mean, self._std = features.mean(dim=(0, 1)), features.std(dim=(0, 1))
         # a feature that hardly varies on these images says nothing; scaled up, it would decide on others
         self._std[self._std <= _LEAST_SPREAD * self._std.mean()] = torch.inf
         self._features = (features - self._mean) / self._std  # as Adam's steps are alike for all weights
         self._targets, self._batch = targets, options.batch
         self._first = policy.logit if policy.hidden is None else policy.hidden
+        if goes_on:
+            _scale(self._first, self._mean, self._std)
         behind = [] if self._first is policy.logit else [nn.ReLU(), policy.logit]
         self._head = nn.Sequential(self._first, *behind)
         self._n_steps = options.n_fit_steps(len(targets))
@@ -84,6 +95,13 @@ class HeadFit:
         self._optimizer.load_state_dict(state["optimizer"])
         self._scheduler.load_state_dict(state["scheduler"])
         self._generator.set_state(state["generator"])
+
+
+@torch.no_grad()
+def _scale(layer: nn.Linear, mean: Tensor, std: Tensor) -> None:
+    """Let a layer that takes features take (features - mean) / std, with the same outcome."""
+    layer.bias.add_(layer.weight @ mean)
+    layer.weight.mul_(std.where(std.isfinite(), 0))
 
 
 @torch.no_grad()

@@ -129,7 +129,7 @@ def _imitate(
     model = with_policy(start, seed=options.seed, n_hidden=options.hidden, trunk=trunk)
     model.to(device=place.group.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     data = training_images(place.train, model.spec.preprocessing, device=torch.device("cpu")).facts
-    imitation = Imitation(model, place.train, options)
+    imitation = Imitation(model, place.train, options, goes_on=model is start)
     figures = run_pieces(
         imitation,
         place,

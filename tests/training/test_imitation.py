@@ -93,6 +93,18 @@ def test_a_feature_that_hardly_varied_decides_nothing(n_hidden: int) -> None:
     assert 0 < first.weight.abs().max() < 100
 
 
+@pytest.mark.parametrize("n_hidden", [0, 16])
+def test_trained_layers_go_on_from_what_they_say(
+    random_model: Callable[..., BlockDropModel], place: Callable[..., TrainingPlace], n_hidden: int
+) -> None:
+    start, where = random_model("resnet8", policy_hidden=n_hidden), place()
+    images = where.train.take(32).images
+    before = TorchClassifier(start).keep_probability(images)
+    options = ImitateOptions(epochs=1, batch=256, lr=1e-9, fewest=1, most=3, judges=8, hidden=n_hidden)
+    trained = imitate(start, options, where)
+    np.testing.assert_allclose(TorchClassifier(trained.model).keep_probability(images), before, atol=1e-4)
+
+
 def test_layers_learn_at_the_scheduled_rate_from_what_the_seed_draws() -> None:
     features = torch.randn(2, 40, 64, generator=torch.Generator().manual_seed(0))
     targets = (features[0, :, :2] > 0).float()
