@@ -29,7 +29,11 @@ _OPTIONS = {"resize": "--resize-to"}  # where they are not called after what the
 
 @click.command("import", cls=Command)
 @click.argument("checkpoint", type=CHECKPOINT)
-@click.option("--arch", required=True, metavar="NAME", help="Architecture, for instance resnet32; see `bdtool models`.")
+@click.option(
+    "--arch",
+    metavar="NAME",
+    help="Architecture, for instance resnet32; see `bdtool models`. Default: the one that the tensors fit.",
+)
 @click.option(
     "--format",
     "format_",
@@ -68,7 +72,7 @@ _OPTIONS = {"resize": "--resize-to"}  # where they are not called after what the
 @click.option("-o", "--output", "model", type=NEW_MODEL, required=True, metavar="MODEL", help="The file to write.")
 def import_cmd(
     checkpoint: Path,
-    arch: str,
+    arch: str | None,
     format_: str,
     entry: str | None,
     classes: int | None,
@@ -87,8 +91,8 @@ def import_cmd(
 
     \b
     Example:
-      bdtool import resnet32-d509ac18.th --arch resnet32 -o model.safetensors
-      bdtool import resnet50.a1_in1k/ --arch resnet50 -o model.safetensors
+      bdtool import resnet32-d509ac18.th -o model.safetensors
+      bdtool import resnet50.a1_in1k/ -o model.safetensors
     """
     from bdtool.models.checkpoints import import_checkpoint
     from bdtool.models.store import save_model

@@ -18,15 +18,29 @@ _PROCESSOR = "preprocessor_config.json"
 
 @dataclass(frozen=True, kw_only=True)
 class HubDirectory:
-    """What a directory holds: the file of weights, and what is said of labels and of the network's input.
+    """What a directory says of labels and of the network's input.
 
     `input_file` is the name of the file that says all of the latter; None: none does.
     """
 
-    weights: Path
     labels: tuple[str, ...] | None
     told: GivenInput
     input_file: str | None
+
+
+def weights_file(directory: Path) -> Path:
+    """Return the file of weights in a directory.
+
+    Raises:
+        UsageError: there is none.
+    """
+    for name in _WEIGHTS:
+        if (directory / name).is_file():
+            return directory / name
+    raise UsageError(
+        f"{directory} is a directory without {' or '.join(_WEIGHTS)}, which those of Hugging Face's hub have; "
+        "expected one, or a checkpoint's file"
+    )
 
 
 def read_directory(directory: Path, arch: Architecture, *, given: GivenInput) -> HubDirectory:
@@ -38,15 +52,8 @@ def read_directory(directory: Path, arch: Architecture, *, given: GivenInput) ->
         given: what the user says of the input, which wins.
 
     Raises:
-        UsageError: no weights in it.
         CheckpointError: a file that cannot be read, or a network or pictures that bdtool does not have.
     """
-    weights = next((directory / name for name in _WEIGHTS if (directory / name).is_file()), None)
-    if weights is None:
-        raise UsageError(
-            f"{directory} is a directory without {' or '.join(_WEIGHTS)}, which those of Hugging Face's hub have; "
-            "expected one, or a checkpoint's file"
-        )
     config, processor = HubSettings.read(directory / _CONFIG), HubSettings.read(directory / _PROCESSOR)
     if config is not None and hub_timm.is_timm(config):
         hub_timm.require_network(config, arch)
@@ -58,7 +65,7 @@ def read_directory(directory: Path, arch: Architecture, *, given: GivenInput) ->
         told = GivenInput() if processor is None else hub_transformers.network_input(processor, given=given)
         source = _PROCESSOR
     is_whole = None not in (told.mean, told.std, told.resize, told.interpolation)
-    return HubDirectory(weights=weights, labels=labels, told=told, input_file=source if is_whole else None)
+    return HubDirectory(labels=labels, told=told, input_file=source if is_whole else None)
 
 
 def completed(given: GivenInput, told: GivenInput) -> GivenInput:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bdtool.errors import CheckpointError, UsageError
 from bdtool.models.architectures import Architecture, ShortcutKind, architecture, known_architectures
-from bdtool.models.checkpoint_directories import HubDirectory, completed, read_directory
+from bdtool.models.checkpoint_directories import completed, read_directory, weights_file
 from bdtool.models.checkpoint_entries import POLICY_ENTRIES, entries_below, entries_with_networks, flat_entries
 from bdtool.models.checkpoint_files import read_checkpoint
 from bdtool.models.checkpoint_formats import (
@@ -58,11 +58,17 @@ class _Source:
         head = self.tensors.get(f"{self.fmt.head}.weight")
         return len(head) if head is not None and head.dim() == 2 else None
 
+    def within(self, directory: Path, input_file: str | None) -> _Source:
+        """Return it with the directory named, and the file in there that says what the input is, if one does."""
+        named = {"source": f"{directory.resolve().name}/{self.path.name}"}
+        told = {} if input_file is None else {"input": input_file}
+        return replace(self, provenance=self.provenance | named | told)
+
 
 def import_checkpoint(
     path: Path,
     *,
-    arch: str,
+    arch: str | None = None,
     format: str = "auto",
     entry: str | None = None,
     classes: int | None = None,
@@ -81,7 +87,7 @@ def import_checkpoint(
             the only one of `model_state_dict`, `model` and `net`, and their keys may all begin with "module.",
             "_orig_mod.", "model." or "net.". Or a directory as timm and transformers write it, which also says what
             of labels, mean, std, size, resize and interpolation is None.
-        arch: name of the ResNet, as in `known_architectures`.
+        arch: name of the ResNet, as in `known_architectures`; None is the one that the tensors fit.
         format: "akamaster", "torchvision", "transformers" or "blockdrop"; "auto" tells them apart by their keys.
         entry: where the file has the network, if in none of these or in several: "model_ema", or "state_dict.model"
             for the keys of `state_dict` that begin with "model.".
@@ -100,12 +106,16 @@ def import_checkpoint(
         UsageError: unknown architecture or format, or labels, mean, std or size that do not fit.
         CheckpointError: the file is unreadable or unsafe, or its tensors are not those of `arch`.
     """
-    wanted = architecture(arch)
+    wanted = None if arch is None else architecture(arch)
+    directory = path if path.is_dir() else None
+    source = _read_source(path if directory is None else weights_file(path), format, entry=entry, shortcut=shortcut)
+    path = source.path
+    wanted = wanted or _architecture_of(source)
     given = GivenInput(mean=mean, std=std, resize=resize, size=size, interpolation=interpolation)
-    hub = read_directory(path, wanted, given=given) if path.is_dir() else None
-    if hub is not None:
-        path, given, labels = hub.weights, completed(given, hub.told), hub.labels if labels is None else labels
-    source = _read_source(path, hub, format=format, entry=entry, shortcut=shortcut)
+    if directory is not None:
+        hub = read_directory(directory, wanted, given=given)
+        given, labels = completed(given, hub.told), hub.labels if labels is None else labels
+        source = source.within(directory, hub.input_file)
     if source.n_classes is not None and classes not in (None, source.n_classes):
         raise CheckpointError(
             f"{path}: its head has {source.n_classes} classes, not the {classes} asked for by --classes"
@@ -117,9 +127,7 @@ def import_checkpoint(
     return model_from_state(spec, {names[key]: tensor for key, tensor in source.tensors.items()})
 
 
-def _read_source(
-    path: Path, hub: HubDirectory | None, *, format: str, entry: str | None, shortcut: ShortcutKind | None
-) -> _Source:
+def _read_source(path: Path, format: str, *, entry: str | None, shortcut: ShortcutKind | None) -> _Source:
     asked = None if format == "auto" else find_format(format)
     content = read_checkpoint(path)
     entries = flat_entries(content if entry is None else _content_of(path, content, entry))
@@ -144,9 +152,8 @@ def _read_source(
             "or save the network's own weights"
         )
     provenance = {
-        "source": path.name if hub is None else f"{path.parent.resolve().name}/{path.name}",
+        "source": path.name,
         "format": fmt.name,
-        **({} if hub is None or hub.input_file is None else {"input": hub.input_file}),
         **({} if entry is None else {"entry": entry}),
         "sha256": sha256_of_file(path),
         "created_by": "bdtool import",
@@ -266,11 +273,29 @@ def _check_tensors(source: _Source, spec: ModelSpec, names: Mapping[str, str]) -
 
 def _hint(source: _Source, tried: Architecture) -> str:
     """Return "; it looks like --arch NAME" where the tensors fit another depth, else advice without a name."""
+    fitting = _fitting(source)
+    if fitting is not None and fitting != tried:
+        return f"; it looks like --arch {fitting.name}"
+    return "; check --arch, --format and the shortcut kind"
+
+
+def _architecture_of(source: _Source) -> Architecture:
+    fitting = _fitting(source)
+    if fitting is None:
+        raise CheckpointError(
+            f"{source.path} (format {source.fmt.name}) fits no architecture that bdtool knows. Name the nearest with "
+            "--arch to see what differs, or another --format or --shortcut"
+        )
+    return fitting
+
+
+def _fitting(source: _Source) -> Architecture | None:
+    """Return the architecture whose tensors are those of the file."""
     for name in (*known_architectures(), *_cifar_depth(source)):
         arch = architecture(name)
-        if name != tried.name and arch.family in source.fmt.families and not _difference(source, _spec(source, arch)):
-            return f"; it looks like --arch {name}"
-    return "; check --arch, --format and the shortcut kind"
+        if arch.family in source.fmt.families and not _difference(source, _spec(source, arch)):
+            return arch
+    return None
 
 
 def _cifar_depth(source: _Source) -> list[str]:

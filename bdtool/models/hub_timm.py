@@ -27,7 +27,8 @@ def require_network(config: HubSettings, arch: Architecture) -> None:
         CheckpointError: it does.
     """
     if config.values["architecture"] != arch.name:
-        raise config.problem(f"architecture is {config.values['architecture']!r}, and --arch {arch.name}")
+        name = config.values["architecture"]
+        raise config.problem(f"architecture is {name!r}, which is another network than {arch.name!r}")
     arguments = config.inner("model_args")
     if unknown := sorted(arguments.values.keys() - _HARMLESS):
         raise config.problem(f"model_args has {', '.join(unknown)}, which may change what the layers do")

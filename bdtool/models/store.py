@@ -207,7 +207,7 @@ def _unreadable(path: Path, exc: Exception) -> CheckpointError:
     if path.suffix == ".npz":
         return CheckpointError(f"{path} is a file of arrays, as --data takes them, expected a MODEL (.safetensors)")
     if _is_of_torch(path):
-        command = f"bdtool import {shlex.quote(str(path))} --arch NAME -o model.safetensors (names: bdtool models)"
+        command = f"bdtool import {shlex.quote(str(path))} -o model.safetensors"
         return CheckpointError(f"{path} is a file by torch.save, not a MODEL; make one of it: {command}")
     return CheckpointError(
         f"{path} is no MODEL, or not a whole one: as a safetensors file it is damaged ({exc}). Copy or import it again"

@@ -297,6 +297,26 @@ def test_weights_of_another_type_are_named(tmp_path, resnet18_state, dtype):
         import_checkpoint(path, arch="resnet18")
 
 
+@pytest.mark.parametrize("arch", ["resnet18", "resnext50_32x4d", "wide_resnet50_2"])
+def test_architecture_that_the_tensors_fit_is_taken(tmp_path, arch):
+    path = _saved(tmp_path, getattr(torchvision.models, arch)(num_classes=7).state_dict())
+    assert import_checkpoint(path).spec.arch == arch
+
+
+def test_depth_that_nobody_lists_is_found_too(tmp_path, make_model):
+    state = _akamaster_state(make_model("resnet26", shortcut="option-a", has_policy=False), blocks_per_stage=4)
+    assert import_checkpoint(_saved(tmp_path, state)).spec.arch == "resnet26"
+
+
+def test_tensors_that_fit_no_architecture_ask_for_one(tmp_path, resnet18_state):
+    del resnet18_state["bn1.weight"]
+    path = _saved(tmp_path, resnet18_state)
+    with pytest.raises(CheckpointError, match=r"\(format torchvision\) fits no architecture .* Name the nearest with"):
+        import_checkpoint(path)
+    with pytest.raises(CheckpointError, match=r"does not fit --arch resnet18 \(1 missing: bn1\.weight\)"):
+        import_checkpoint(path, arch="resnet18")
+
+
 def test_unknown_format_and_unrecognised_keys_list_the_known_formats(tmp_path):
     path = _saved(tmp_path, {"weights": torch.zeros(3)})
     with pytest.raises(UsageError, match="known: auto, akamaster, torchvision, transformers, blockdrop"):
