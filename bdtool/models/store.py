@@ -106,9 +106,7 @@ def read_spec(path: Path) -> ModelSpec:
     """
     text = _read_metadata(path).get(_METADATA_KEY)
     if text is None:
-        raise CheckpointError(
-            f"{path} is a safetensors file but not a MODEL of bdtool; run `bdtool import` on it first"
-        )
+        raise CheckpointError(f"{path} is a safetensors file, not a MODEL; {_how_to_import(path)}")
     try:
         header = json_from_bytes(text)
         version = int(header["format_version"])
@@ -199,6 +197,11 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         raise _unreadable(path, exc) from exc
 
 
+def _how_to_import(path: Path) -> str:
+    # not `model.safetensors`, which foreign ones are often called
+    return f"make one of it: bdtool import {shlex.quote(str(path))} -o imported.safetensors"
+
+
 def _unreadable(path: Path, exc: Exception) -> CheckpointError:
     if isinstance(exc, OSError):
         return CheckpointError(f"{path} cannot be read: {exc.strerror or exc}")
@@ -207,8 +210,7 @@ def _unreadable(path: Path, exc: Exception) -> CheckpointError:
     if path.suffix == ".npz":
         return CheckpointError(f"{path} is a file of arrays, as --data takes them, expected a MODEL (.safetensors)")
     if _is_of_torch(path):
-        command = f"bdtool import {shlex.quote(str(path))} -o model.safetensors"
-        return CheckpointError(f"{path} is a file by torch.save, not a MODEL; make one of it: {command}")
+        return CheckpointError(f"{path} is a file by torch.save, not a MODEL; {_how_to_import(path)}")
     return CheckpointError(
         f"{path} is no MODEL, or not a whole one: as a safetensors file it is damaged ({exc}). Copy or import it again"
     )

@@ -326,7 +326,7 @@ def test_commands_to_copy_quote_their_paths(bdtool, tiny, picture, blockdrop_che
     message = bdtool("run", bundle, picture, "--strategy", "auto", status=1).stderr
     assert f"Run `bdtool profile {quoted}bundle' --strategy auto" in message
     message = bdtool("export", shutil.copy(blockdrop_checkpoint, place / "c.t7"), "-o", place / "n", status=1).stderr
-    assert f"make one of it: bdtool import {quoted}c.t7' -o model.safetensors" in message
+    assert f"make one of it: bdtool import {quoted}c.t7' -o imported.safetensors" in message
     message = bdtool("run", shutil.copy(tiny.path, place / "m.safetensors"), picture, status=2).stderr
     assert f"bdtool export {quoted}m.safetensors' -o bundle" in message
     (bundle / "manifest.json").write_text("")

@@ -16,6 +16,13 @@ def test_checkpoint_is_not_overwritten_by_its_own_import(bdtool, blockdrop_check
     assert sha256_of_file(checkpoint) == before
 
 
+def test_weights_in_a_directory_are_not_overwritten_by_their_import(bdtool, tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    message = bdtool("import", tmp_path, "-o", tmp_path / "model.safetensors", status=2).stderr
+    assert f"model.safetensors lies in {tmp_path}, given as CHECKPOINT, and would be overwritten" in message
+    assert (tmp_path / "model.safetensors").read_bytes() == b"weights"
+
+
 def test_no_command_writes_over_what_it_reads(bdtool, tiny, npz, picture, tmp_path):
     bits = tmp_path / "p.npy"
     np.save(bits, np.array([1, 0, 1]))

@@ -152,7 +152,7 @@ def test_absent_file_and_absent_folder_are_named(make_model, tmp_path):
 
 def test_foreign_safetensors_file_is_refused(saved):
     save_file(load_file(saved), saved, metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match="not a MODEL of bdtool; run `bdtool import`"):
+    with pytest.raises(CheckpointError, match="is a safetensors file, not a MODEL; make one of it: bdtool import"):
         load_model(saved)
 
 
