@@ -63,10 +63,10 @@ class HubSettings:
         raise self.problem(f"{key} is {self.values[key]!r}, expected three numbers")
 
     def share(self, key: str, usual: float) -> float:
-        """Return a number above 0, at most 1."""
+        """Return a number from 0.01 to 1."""
         value = self.values.get(key, usual)
-        if not isinstance(value, int | float) or not 0 < value <= 1:
-            raise self.problem(f"{key} is {value!r}, expected a number above 0, at most 1")
+        if not isinstance(value, int | float) or not 0.01 <= value <= 1:
+            raise self.problem(f"{key} is {value!r}, expected a number from 0.01 to 1")
         return float(value)
 
     def interpolation(self, key: str, names: Mapping[Any, Interpolation], given: GivenInput) -> Interpolation | None:
