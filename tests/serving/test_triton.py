@@ -165,6 +165,7 @@ def test_configuration_that_does_not_fit_is_refused(model, parameters, error, me
 
 
 _TRITON = Path(sys.prefix, "triton")  # where `make test` puts NVIDIA's wheel with the server
+_PROGRAM = _TRITON / "pytriton" / "tritonserver" / "bin" / "tritonserver"
 _STUB = "triton_python_backend_stub"
 
 
@@ -176,7 +177,7 @@ class _Server:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self._port = free.getsockname()[1]
-        server = _TRITON / "pytriton" / "tritonserver"
+        server = _PROGRAM.parents[1]
         backend = directory / "backends" / "python"
         backend.mkdir(parents=True)
         python = f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -191,7 +192,7 @@ class _Server:
         options |= {"http-address": "127.0.0.1", "allow-grpc": "false", "allow-metrics": "false"}
         words = [f"--{name}={value}" for name, value in options.items()]
         with self.log_path.open("wb") as log:
-            command = [server / "bin" / "tritonserver", "--disable-auto-complete-config", *words]
+            command = [_PROGRAM, "--disable-auto-complete-config", *words]
             self._process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
 
     @property
@@ -242,6 +243,11 @@ def serve(tmp_path):
     name, version = platform.libc_ver()
     if name != "glibc" or tuple(map(int, version.split("."))) < (2, 35):
         pytest.skip(f"Triton needs glibc 2.35 or newer, this is {name} {version}")
+    tried = subprocess.run([_PROGRAM, "--help"], capture_output=True, text=True)
+    if "--model-repository" not in tried.stdout + tried.stderr:
+        pytest.skip(f"Triton does not start here: {tried.stderr.strip()}")
+    if not os.access("/dev/shm", os.W_OK):
+        pytest.skip("Triton's Python backend needs shared memory, and /dev/shm cannot be written")
     servers = []
 
     def start(model):
