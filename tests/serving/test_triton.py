@@ -1,17 +1,9 @@
 """What `bdtool pack --triton` writes, and the Python that Triton runs of it: in a real server where there is one."""
 
-import http.client
 import json
-import os
-import platform
-import shutil
-import socket
-import subprocess
 import sys
-import sysconfig
-import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from contextlib import ExitStack
 from types import ModuleType
 
 import numpy as np
@@ -24,6 +16,7 @@ from bdtool.packing import pack
 from bdtool.serving import triton
 from bdtool.serving.triton import TritonPythonModel
 from export.bundle import Bundle
+from tests.triton_server import Connection, TritonServer, why_not
 
 _PIXELS = synthetic_images(7, height=32, width=32)
 _LABELS = ["ant", "two  words", "line\nbreak", *"defghij"]
@@ -164,112 +157,31 @@ def test_configuration_that_does_not_fit_is_refused(model, parameters, error, me
         _opened(model, **parameters)
 
 
-_TRITON = Path(sys.prefix, "triton")  # where `make test` puts NVIDIA's wheel with the server
-_PROGRAM = _TRITON / "pytriton" / "tritonserver" / "bin" / "tritonserver"
-_STUB = "triton_python_backend_stub"
-
-
-class _Server:
-    """Triton, serving a repository over HTTP."""
-
-    def __init__(self, repository, directory):
-        self.log_path = directory / "log"
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self._port = free.getsockname()[1]
-        server = _PROGRAM.parents[1]
-        backend = directory / "backends" / "python"
-        backend.mkdir(parents=True)
-        python = f"{sys.version_info.major}.{sys.version_info.minor}"
-        for file in (*(server / "backends" / "python").glob("*.*"), server / "python_backend_stubs" / python / _STUB):
-            shutil.copy(file, backend)
-        libraries = [sysconfig.get_config_var("LIBDIR"), str(_TRITON / "nvidia_pytriton.libs")]
-        environment = os.environ | {  # the stub takes the first Python of PATH
-            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
-            "LD_LIBRARY_PATH": os.pathsep.join(libraries),
-        }
-        options = {"model-repository": repository, "backend-directory": backend.parent, "http-port": self._port}
-        options |= {"http-address": "127.0.0.1", "allow-grpc": "false", "allow-metrics": "false"}
-        words = [f"--{name}={value}" for name, value in options.items()]
-        with self.log_path.open("wb") as log:
-            command = [_PROGRAM, "--disable-auto-complete-config", *words]
-            self._process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-
-    @property
-    def log(self):
-        return self.log_path.read_text(errors="replace")
-
-    def wait(self):
-        """Return whether it serves; False where it ended instead."""
-        while self._process.poll() is None:
-            try:
-                if self._ask("GET", "/v2/health/ready")[0] == 200:
-                    return True
-            except OSError:
-                pass
-            time.sleep(0.1)
-        return False
-
-    def infer(self, pixels, **output):
-        """Return the outputs by name, of `output` as asked for."""
-        image = {"name": "image", "shape": pixels.shape, "datatype": "UINT8", "data": pixels.ravel().tolist()}
-        body = {"inputs": [image]} | ({"outputs": [output]} if output else {})
-        status, answer = self._ask("POST", "/v2/models/small/infer", json.dumps(body))
-        assert status == 200, answer
-        return {one["name"]: np.array(one["data"]).reshape(one["shape"]) for one in json.loads(answer)["outputs"]}
-
-    def stop(self):
-        self._process.terminate()
-        self._process.wait()
-
-    def _ask(self, method, path, body=None):
-        connection = http.client.HTTPConnection("127.0.0.1", self._port)
-        try:
-            connection.request(method, path, body)
-            response = connection.getresponse()
-            return response.status, response.read()
-        finally:
-            connection.close()
-
-
 @pytest.fixture
 def serve(tmp_path):
     """Return a function that starts Triton on the repository of a model."""
-    if not _TRITON.is_dir():
-        pytest.skip("Triton is not installed: make test does it, where there is a wheel for this machine")
-    library = Path(sysconfig.get_config_var("LIBDIR") or "", sysconfig.get_config_var("INSTSONAME") or "")
-    if not library.is_file() or library.suffix == ".a":
-        pytest.skip("this Python has no shared library, which Triton's Python backend loads")
-    name, version = platform.libc_ver()
-    if name != "glibc" or tuple(map(int, version.split("."))) < (2, 35):
-        pytest.skip(f"Triton needs glibc 2.35 or newer, this is {name} {version}")
-    tried = subprocess.run([_PROGRAM, "--help"], capture_output=True, text=True)
-    if "--model-repository" not in tried.stdout + tried.stderr:
-        pytest.skip(f"Triton does not start here: {tried.stderr.strip()}")
-    if not os.access("/dev/shm", os.W_OK):
-        pytest.skip("Triton's Python backend needs shared memory, and /dev/shm cannot be written")
-    servers = []
-
-    def start(model):
-        servers.append(_Server(model.parent, tmp_path / f"server-{len(servers)}"))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.stop()
+    if reason := why_not():
+        pytest.skip(reason)
+    with ExitStack() as stack:
+        yield lambda model: stack.enter_context(TritonServer(model.parent, tmp_path / "server"))
 
 
 def test_real_server_answers_as_the_runtime(model, serve):
     server = serve(model)
     expected = _expected(model / "1" / "bundle")
-    assert server.wait(), server.log
-    answer = server.infer(_PIXELS)
+    assert server.is_ready(), server.log
+
+    def infer(pixels, **output):
+        with Connection(server.port) as client:
+            return client.infer("small", pixels, **output)
+
+    answer = infer(_PIXELS)
     assert np.array_equal(answer["logits"].astype(np.float32), expected.logits)
     assert np.array_equal(answer["keep"], expected.policy)
     with ThreadPoolExecutor(7) as pool:  # requests that wait for one another become a batch
-        answers = list(pool.map(lambda n: server.infer(_PIXELS[n : n + 1])["logits"][0], range(7)))
+        answers = list(pool.map(lambda n: infer(_PIXELS[n : n + 1])["logits"][0], range(7)))
     np.testing.assert_allclose(np.array(answers), expected.logits, rtol=1e-4, atol=1e-4)
-    best = server.infer(_PIXELS[:1], name="logits", parameters={"classification": 1})["logits"]
+    best = infer(_PIXELS[:1], name="logits", parameters={"classification": 1})["logits"]
     labels = (model / "labels.txt").read_text().splitlines()
     assert best[0][0].split(":")[1:] == [str(expected.classes[0]), labels[expected.classes[0]]]
 
@@ -278,6 +190,6 @@ def test_real_server_shows_why_it_does_not_serve(model, serve):
     config = model / "config.pbtxt"
     config.write_text(config.read_text().replace('"chain"', '"train"'))
     server = serve(model)
-    assert not server.wait()
+    assert not server.is_ready()
     assert "UsageError" in server.log
     assert "train" in server.log
