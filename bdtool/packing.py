@@ -9,10 +9,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from bdtool.errors import BundleError
+from bdtool.errors import BundleError, UsageError
 from bdtool.runtime import masks, recommendation
 from bdtool.serving.triton_files import BUNDLE, VERSION, write_triton_files
 from bdtool.words import counted
+from engines.base import DEFAULT_BACKEND
 from engines.copying import copy_engines
 from engines.registry import require_backend
 from export.bundle import Bundle
@@ -55,11 +56,16 @@ def pack(
     Raises:
         BundleError: there are no parts of the precision, or no engines; a file is damaged; or `target` is taken, or
             cannot be written.
-        UsageError: no such precision or backend.
+        UsageError: no such precision or backend, or for Triton a precision that neither bundle nor backend has.
     """
     if engines is not None:
         require_backend(engines)
     source = PartSource(bundle, precision, converts_fp16=True)
+    if for_triton and engines is None and source.stored != precision:
+        raise UsageError(
+            f"{bundle.path} has no {precision} parts, and {DEFAULT_BACKEND}, which would serve them, makes none. Name "
+            "a backend that does, with engines that were built for it (--engines), or calibrate the bundle first"
+        )
     parts = [part for part in bundle.network.parts if with_full or part.kind != "full"]
     kept = {bundle.files_at(source.stored)[part.name].file for part in parts}
     variants = {name: variant for name, variant in bundle.manifest.variants.items() if name == precision}

@@ -58,6 +58,12 @@ def test_engines_for_a_gpu_are_served_on_one(bundle_copy, tmp_path):
     assert "label_filename" not in config, "the network has no labels"
 
 
+def test_precision_that_the_served_backend_lacks_is_refused(bundle_copy, tmp_path):
+    with pytest.raises(UsageError, match=r"has no fp16 parts, and onnxruntime, which would serve them, makes none"):
+        pack(Bundle.open(bundle_copy), tmp_path / "models" / "small", precision="fp16", for_triton=True)
+    assert not (tmp_path / "models").exists()
+
+
 class _Tensor:
     """A tensor as Triton's Python backend has it: memory that others see by DLPack."""
 
