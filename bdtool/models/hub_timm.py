@@ -38,7 +38,8 @@ def require_network(config: HubSettings, arch: Architecture) -> None:
 
 def labels(config: HubSettings) -> tuple[str, ...] | None:
     """Return the names of the classes, where they are listed."""
-    names = config.values.get("label_names", config.inner("pretrained_cfg").values.get("label_names"))
+    cfg = _pretrained(config).values
+    names = config.values.get("label_names", cfg.get("label_names", cfg.get("labels")))  # the last: older files
     return tuple(map(str, names)) if isinstance(names, list) else None
 
 
@@ -48,7 +49,7 @@ def network_input(config: HubSettings, *, given: GivenInput) -> GivenInput:
     Raises:
         CheckpointError: bdtool does not have that, and what is `given` does not replace it.
     """
-    cfg = config.inner("pretrained_cfg")
+    cfg = _pretrained(config)
     side = _side(cfg)
     resize = None if side is None else int(side / cfg.share("crop_pct", _CROP))
     if cfg.values.get("crop_mode", "center") != "center":
@@ -60,6 +61,11 @@ def network_input(config: HubSettings, *, given: GivenInput) -> GivenInput:
         resize=resize,
         interpolation=cfg.interpolation("interpolation", _INTERPOLATIONS, given),
     )
+
+
+def _pretrained(config: HubSettings) -> HubSettings:
+    """Return what is said of the weights: in older files beside the architecture."""
+    return config.inner("pretrained_cfg") if "pretrained_cfg" in config.values else config
 
 
 def _side(cfg: HubSettings) -> int | None:

@@ -149,6 +149,15 @@ def test_directory_of_timm_says_labels_and_input(directory):
     assert spec.provenance["input"] == "config.json"
 
 
+def test_older_directory_of_timm_says_all_beside_the_architecture(directory):
+    config = TIMM["pretrained_cfg"] | {"architecture": "resnet18", "num_classes": 3, "labels": ["ant", "bee", "cow"]}
+    path = directory(config, keys="torchvision")
+    spec = import_checkpoint(path).spec
+    assert spec.labels == ("ant", "bee", "cow")
+    assert (spec.preprocessing.mean, spec.preprocessing.std) == ((0.5, 0.4, 0.3), (0.2, 0.2, 0.1))
+    assert _input(path) == (224, 224, 235, "bicubic")
+
+
 def test_what_a_user_gives_wins_over_the_directory(directory):
     path = directory(TIMM, keys="torchvision")
     assert _input(path, size=288) == (288, 288, 302, "bicubic")  # 235 of 224, as of 288
