@@ -9,7 +9,9 @@ from bdtool.models.checkpoint_formats import GivenInput
 from bdtool.models.hub_settings import HubSettings
 from bdtool.specs import Interpolation
 
-_CROP = 0.875  # `crop_pct` where the file has none: timm's own default
+# Where the file says nothing, timm's own defaults:
+_CROP = 0.875
+_INTERPOLATION: Interpolation = "bicubic"
 # Arguments that a model was made with and that leave its layers as they are.
 _HARMLESS = {"num_classes", "in_chans", "global_pool", "drop_rate", "drop_path_rate", "drop_block_rate"}
 _INTERPOLATIONS: dict[str, Interpolation] = {name: name for name in get_args(Interpolation)}
@@ -59,7 +61,7 @@ def network_input(config: HubSettings, *, given: GivenInput) -> GivenInput:
         std=cfg.colour("std"),
         size=side,
         resize=resize,
-        interpolation=cfg.interpolation("interpolation", _INTERPOLATIONS, given),
+        interpolation=cfg.interpolation("interpolation", _INTERPOLATIONS, given) or _INTERPOLATION,
     )
 
 

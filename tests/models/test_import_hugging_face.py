@@ -158,6 +158,13 @@ def test_older_directory_of_timm_says_all_beside_the_architecture(directory):
     assert _input(path) == (224, 224, 235, "bicubic")
 
 
+def test_timm_scales_bicubically_where_its_file_does_not_say_how(directory):
+    settings = {key: value for key, value in TIMM["pretrained_cfg"].items() if key != "interpolation"}
+    path = directory(TIMM | {"pretrained_cfg": settings}, keys="torchvision")
+    assert _input(path) == (224, 224, 235, "bicubic")
+    assert _input(path, interpolation="bilinear") == (224, 224, 235, "bilinear")
+
+
 def test_what_a_user_gives_wins_over_the_directory(directory):
     path = directory(TIMM, keys="torchvision")
     assert _input(path, size=288) == (288, 288, 302, "bicubic")  # 235 of 224, as of 288
