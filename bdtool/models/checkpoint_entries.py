@@ -12,7 +12,8 @@ POLICY_ENTRIES = ("agent", "net")  # "net" is what the authors' older files call
 _WRAPPERS = ("model_state_dict", "model", "net")  # entries that training loops put a state_dict in, beside others
 _N_AVERAGED = "n_averaged"  # a counter that torch.optim.swa_utils.AveragedModel (EMA, SWA) has beside its `module`
 _DEEPEST = 8  # dicts within dicts, or names in a key, that a network is looked for in
-_PREFIXES = ("module.", "_orig_mod.", "model.")  # of DataParallel, of torch.compile, of Lightning and the like
+# Of DataParallel, of torch.compile, of Lightning and the like, and of transformers around timm's models:
+_PREFIXES = ("module.", "_orig_mod.", "model.", "timm_model.")
 
 
 def flat_entries(content: Mapping[str, Any]) -> dict[str, Any]:

@@ -85,8 +85,8 @@ def import_checkpoint(
     Args:
         path: a file by `torch.save` (any age) or `.safetensors`. The tensors may lie in an entry `state_dict`, or in
             the only one of `model_state_dict`, `model` and `net`, and their keys may all begin with "module.",
-            "_orig_mod.", "model." or "net.". Or a directory as timm and transformers write it, which also says what
-            of labels, mean, std, size, resize and interpolation is None.
+            "_orig_mod.", "model.", "net." or "timm_model.". Or a directory as timm and transformers write it, which
+            also says what of labels, mean, std, size, resize and interpolation is None.
         arch: name of the ResNet, as in `known_architectures`; None is the one that the tensors fit.
         format: "akamaster", "torchvision", "transformers" or "blockdrop"; "auto" tells them apart by their keys.
         entry: where the file has the network, if in none of these or in several: "model_ema", or "state_dict.model"

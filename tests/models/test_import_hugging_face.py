@@ -175,6 +175,14 @@ def test_what_a_user_gives_wins_over_the_directory(directory):
     assert spec.labels == ("x", "y", "z")
 
 
+def test_directory_of_transformers_around_timm(tmp_path, resnet18):
+    save_file({f"timm_model.{key}": value for key, value in resnet18.items()}, tmp_path / "model.safetensors")
+    config = TIMM | {"model_type": "timm_wrapper", "model_args": None}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert import_checkpoint(tmp_path).spec.labels == ("ant", "bee", "cow")
+    assert _input(tmp_path) == (224, 224, 235, "bicubic")
+
+
 def test_newer_weights_are_taken_where_there_are_both(directory):
     path = directory(weights="pytorch_model.bin")
     assert import_checkpoint(path, arch="resnet18").spec.provenance["source"] == "downloaded/pytorch_model.bin"
