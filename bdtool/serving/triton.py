@@ -5,6 +5,7 @@ Only the server has `triton_python_backend_utils`; a repository's `model.py` tak
 
 from __future__ import annotations
 
+import ctypes
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,10 @@ from bdtool.runtime.orchestrator import Orchestrator
 from bdtool.serving.triton_files import BUNDLE, IMAGE, KEEP, LOGITS
 
 _READ = {"backend": str, "precision": str, "strategy": str, "cuda_graph": str, "threads": int, "threshold": float}
+_TAKEN = b"used_dltensor"  # DLPack's name for a capsule whose tensor somebody took; it has to outlive them
+_set_capsule_name = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.py_object, ctypes.c_char_p)(
+    ("PyCapsule_SetName", ctypes.pythonapi)
+)
 
 
 class TritonPythonModel:
@@ -53,13 +58,25 @@ class TritonPythonModel:
         ends = np.cumsum([len(batch) for batch in images])[:-1]
         answers = zip(np.split(result.logits, ends), np.split(result.policy.view(np.uint8), ends), strict=True)
         return [
-            triton.InferenceResponse([triton.Tensor.from_dlpack(LOGITS, logits), triton.Tensor.from_dlpack(KEEP, keep)])
+            triton.InferenceResponse([_given(triton.Tensor, LOGITS, logits), _given(triton.Tensor, KEEP, keep)])
             for logits, keep in answers
         ]
 
     def finalize(self) -> None:
         """Close the bundle."""
         self._runtime.close()
+
+
+def _given(tensor: Any, name: str, values: np.ndarray) -> Any:
+    """Return Triton's tensor of an array, uncopied.
+
+    Triton renames the capsule that it takes to a name of its own. numpy knows DLPack's only, and would write a
+    traceback to the server's log for each.
+    """
+    capsule = values.__dlpack__()
+    given = tensor.from_dlpack(name, capsule)
+    _set_capsule_name(capsule, _TAKEN)
+    return given
 
 
 def _options(parameters: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
