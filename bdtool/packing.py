@@ -73,8 +73,8 @@ def pack(
     with _new_directory(target) as model:
         directory = model
         if for_triton:
-            write_triton_files(model, bundle, precision=precision, backend=engines)
             directory = model / VERSION / BUNDLE
+            directory.mkdir(parents=True)
         if engines is None:
             for part in parts:
                 path = directory / bundle.files_at(source.stored)[part.name].file
@@ -87,6 +87,9 @@ def pack(
             copied = _copy_all_engines(bundle, directory, f"{engines}-[0-9]*-{precision}", digests)
         for noted in bundle.engines_path.glob(f"*-{precision}/{masks.FILE}"):
             _copy(noted, directory / "engines" / noted.parent.name)
+        if for_triton:
+            on_cpu = all("-cpu" in name for name in copied)  # their target; there are none where ONNX parts go
+            write_triton_files(model, bundle, precision=precision, backend=engines, on_cpu=on_cpu)
         write_manifest(directory, replace(manifest, left_out=frozenset(manifest.listed) - kept))
     return Packed(
         n_parts=len(parts),

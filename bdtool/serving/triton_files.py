@@ -39,15 +39,15 @@ parameters [
 """
 
 
-def write_triton_files(directory: Path, bundle: Bundle, *, precision: str, backend: str | None) -> None:
-    """Write configuration, labels and the Python that Triton runs; the bundle belongs into `VERSION`/`BUNDLE`.
+def write_triton_files(directory: Path, bundle: Bundle, *, precision: str, backend: str | None, on_cpu: bool) -> None:
+    """Write configuration, labels and the Python that Triton runs beside the bundle in `VERSION`/`BUNDLE`.
 
     Args:
         directory: of the model; its name is the model's in Triton.
         backend: whose engines are packed; None: those of ONNX Runtime are built where the server first starts.
+        on_cpu: serve it there, and not on a GPU.
     """
     network = bundle.network
-    backend = backend or DEFAULT_BACKEND
     config = _CONFIG.format(
         max_batch=bundle.manifest.max_batch,
         image=IMAGE,
@@ -58,11 +58,10 @@ def write_triton_files(directory: Path, bundle: Bundle, *, precision: str, backe
         n_classes=network.n_classes,
         labels="" if network.labels is None else f', label_filename: "{_LABELS}"',
         n_blocks=network.n_blocks,
-        kind="KIND_CPU" if backend == DEFAULT_BACKEND else "KIND_GPU",
-        backend=backend,
+        kind="KIND_CPU" if on_cpu else "KIND_GPU",
+        backend=backend or DEFAULT_BACKEND,
         precision=precision,
     )
-    (directory / VERSION / BUNDLE).mkdir(parents=True)
     write_bytes(directory / "config.pbtxt", config.encode())
     write_bytes(directory / VERSION / "model.py", _MODEL.encode())
     if network.labels is not None:

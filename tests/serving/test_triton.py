@@ -1,6 +1,7 @@
 """What `bdtool pack --triton` writes, and the Python that Triton runs of it: in a real server where there is one."""
 
 import json
+import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -48,11 +49,19 @@ def test_directory_has_what_triton_looks_for(model):
     assert not list(model.rglob("weights.safetensors"))
 
 
-def test_engines_for_a_gpu_are_served_on_one(bundle_copy, tmp_path):
+@pytest.mark.parametrize(
+    ("targets", "kind"), [(["cpu"], "KIND_CPU"), (["cuda0"], "KIND_GPU"), (["cpu", "cuda0"], "KIND_GPU")]
+)
+def test_engines_are_served_where_they_run(bundle_copy, tmp_path, targets, kind):
     Orchestrator.open(bundle_copy, backend="torch", precision="fp16").close()
+    [built] = (bundle_copy / "engines").iterdir()
+    if "cuda0" in targets:
+        shutil.copytree(built, built.with_name(built.name.replace("-cpu-", "-cuda0-")))
+    if "cpu" not in targets:
+        shutil.rmtree(built)
     pack(Bundle.open(bundle_copy), tmp_path / "models" / "small", precision="fp16", engines="torch", for_triton=True)
     config = (tmp_path / "models" / "small" / "config.pbtxt").read_text()
-    assert "kind: KIND_GPU" in config
+    assert f"kind: {kind}" in config
     assert '{ key: "backend", value: { string_value: "torch" } }' in config
     assert '{ key: "precision", value: { string_value: "fp16" } }' in config
     assert "label_filename" not in config, "the network has no labels"
