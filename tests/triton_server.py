@@ -22,6 +22,7 @@ _SERVER = _WHEEL / "pytriton" / "tritonserver"
 _PROGRAM = _SERVER / "bin" / "tritonserver"
 _STUB = "triton_python_backend_stub"
 _LEAST_GLIBC = (2, 35)
+_PATIENCE_S = 60  # with a server that is told to end
 
 
 def why_not() -> str | None:
@@ -77,7 +78,11 @@ class TritonServer:
 
     def __exit__(self, *_: object) -> None:
         self._process.terminate()
-        self._process.wait()
+        try:
+            self._process.wait(_PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
 
     @property
     def log(self) -> str:

@@ -54,7 +54,7 @@ def network_input(processor: HubSettings, *, given: GivenInput) -> GivenInput:
     Raises:
         CheckpointError: bdtool does not have that, and what is `given` does not replace it.
     """
-    for key, expected in (("do_rescale", True), ("rescale_factor", 1 / 255)):
+    for key, expected in (("do_rescale", True), ("rescale_factor", 1 / 255), ("rescale_offset", False)):
         processor.require(key, expected)
     is_normalized = processor.values.get("do_normalize", True)
     side, resize = _sizes(processor, given) if processor.values.get("do_resize", True) else (None, None)

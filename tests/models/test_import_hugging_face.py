@@ -276,6 +276,7 @@ def test_configurations_of_other_networks_or_pictures_are_refused(directory, con
     [
         ({"do_rescale": False}, r"preprocessor_config\.json: do_rescale is False, expected True"),
         ({"rescale_factor": 1.0}, r"rescale_factor is 1\.0, expected 0\.0039"),
+        ({"rescale_offset": True}, r"rescale_offset is True, expected False"),
         ({"resample": 1}, r"resample is 1, expected 2 \(bilinear\) or 3 \(bicubic\); give --interpolation"),
         ({"crop_pct": "x"}, r"crop_pct is 'x', expected a number from 0\.01 to 1"),
         ({"crop_pct": 1e-310}, r"crop_pct is 1e-310, expected a number from 0\.01 to 1"),
