@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +12,7 @@ from pathlib import Path
 from bdtool.errors import BundleError, UsageError
 from bdtool.runtime import masks, recommendation
 from bdtool.serving.triton_files import BUNDLE, VERSION, write_triton_files
+from bdtool.specs import PartSpec
 from bdtool.words import counted
 from engines.base import DEFAULT_BACKEND
 from engines.copying import copy_engines
@@ -76,10 +77,7 @@ def pack(
             directory = model / VERSION / BUNDLE
             directory.mkdir(parents=True)
         if engines is None:
-            for part in parts:
-                path = directory / bundle.files_at(source.stored)[part.name].file
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write_bytes(path, bundle.part_bytes(part, source.stored))
+            _copy_parts(bundle, directory, parts, source.stored)
             copied = []
         else:
             kept = set()
@@ -98,6 +96,13 @@ def pack(
         size_bytes=_size(target),
         whole_size_bytes=_size(bundle.path),
     )
+
+
+def _copy_parts(bundle: Bundle, directory: Path, parts: Sequence[PartSpec], precision: str) -> None:
+    for part in parts:
+        path = directory / bundle.files_at(precision)[part.name].file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(path, bundle.part_bytes(part, precision))
 
 
 def _copy_all_engines(bundle: Bundle, directory: Path, pattern: str, digests: dict[str, str]) -> list[str]:

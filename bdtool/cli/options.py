@@ -150,7 +150,8 @@ class CheckpointPath(click.Path):
             what = "is a MODEL already, which ships with bdtool. Go on with it: bdtool export"
             self.fail(f"{str(value)!r} {what} {value} -o bundle", param, ctx)
         if (Path(value) / MANIFEST_NAME).is_file():
-            self.fail(f"{str(value)!r} is a BUNDLE already, expected a checkpoint", param, ctx)
+            what = "is a BUNDLE already, expected a checkpoint. Go on with it: bdtool build"
+            self.fail(f"{str(value)!r} {what} {shlex.quote(str(value))}", param, ctx)
         return super().convert(value, param, ctx)
 
 

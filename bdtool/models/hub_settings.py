@@ -12,6 +12,8 @@ from bdtool.models.checkpoint_formats import Colour, GivenInput
 from bdtool.specs import Interpolation
 from export.files import json_from_bytes
 
+WHERE_HARMLESS = "Where that does not matter, give the file of weights itself, and measure the accuracy"
+
 
 @dataclass(frozen=True, kw_only=True)
 class HubSettings:
@@ -51,7 +53,7 @@ class HubSettings:
         """Refuse another value than that; a key that is not there has it."""
         value = self.values.get(key, expected)
         if value != expected:
-            raise self.problem(f"{key} is {value!r}, expected {expected!r}: bdtool has no such network or pictures")
+            raise self.problem(f"{key} is {value!r}, expected {expected!r}, as bdtool has no other. {WHERE_HARMLESS}")
 
     def colour(self, key: str) -> Colour | None:
         """Return three numbers, or None where the key is not there."""

@@ -6,7 +6,7 @@ from typing import get_args
 
 from bdtool.models.architectures import Architecture
 from bdtool.models.checkpoint_formats import GivenInput
-from bdtool.models.hub_settings import HubSettings
+from bdtool.models.hub_settings import WHERE_HARMLESS, HubSettings
 from bdtool.specs import Interpolation
 
 # Where the file says nothing, timm's own defaults:
@@ -30,10 +30,14 @@ def require_network(config: HubSettings, arch: Architecture) -> None:
     """
     if config.values["architecture"] != arch.name:
         name = config.values["architecture"]
-        raise config.problem(f"architecture is {name!r}, which is another network than {arch.name!r}")
+        raise config.problem(
+            f"architecture is {name!r}, which is another network than {arch.name!r}; `bdtool models` lists ours"
+        )
     arguments = config.inner("model_args")
     if unknown := sorted(arguments.values.keys() - _HARMLESS):
-        raise config.problem(f"model_args has {', '.join(unknown)}, which may change what the layers do")
+        raise config.problem(
+            f"model_args has {', '.join(unknown)}, which may change what the layers do. {WHERE_HARMLESS}"
+        )
     for settings in (config, arguments):
         settings.require("global_pool", "avg")
 
