@@ -4,6 +4,7 @@ real models with random weights, exported once in a session."""
 import functools
 import importlib.util
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -25,6 +26,9 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 settings.register_profile("bdtool", deadline=None)  # how long an example takes depends on what else the machine does
 settings.load_profile("bdtool")
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's background job; tests of Ctrl-C hand it on
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class LabelledImages(NamedTuple):
