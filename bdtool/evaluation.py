@@ -62,7 +62,7 @@ def evaluate(
     """Classify every image and count.
 
     Args:
-        policy: a POLICY; None is the policy network, or `all` where there is none.
+        policy: a POLICY; None is what the network was trained for (`NetworkSpec.default_policy`).
         on_batch: called after each batch with its number of images.
 
     Raises:

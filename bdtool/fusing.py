@@ -92,9 +92,9 @@ class _Check:
         return result.error
 
     def _policy(self, image: np.ndarray) -> np.ndarray:
-        policy = self.network.find("policy")
-        if policy is None:
-            return np.ones(self.network.n_blocks, bool)
+        if (always := self.network.default_keep()) is not None:
+            return always
+        policy = self.network.require("policy")
         [probability] = OnnxReference(self.pieces[policy.name]).run({"image": image}).values()
         keep: np.ndarray = probability[0] >= self.network.threshold
         return keep

@@ -115,7 +115,7 @@ def _network_facts(network: NetworkSpec) -> dict[str, Any]:
         "labels": None if network.labels is None else list(network.labels),
         "stages": list(network.stages),
         "K": network.n_blocks,
-        "policy": "learned" if network.has_policy else None,
+        "policy": "learned" if network.has_policy else network.mask,
         "preprocessing": dict_from_preprocessing(network.preprocessing),
         "full_flops": network.full_flops,
     }

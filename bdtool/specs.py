@@ -132,7 +132,11 @@ class Preprocessing:
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkSpec:
-    """A whole network: its parts in running order, and what a user must know to feed it and to read its answer."""
+    """A whole network: its parts in running order, and what a user must know to feed it and to read its answer.
+
+    `mask` is for a base that was trained for one mask: its keep bits, block 0 first ("1" for kept). None: every block,
+    or what the policy network keeps.
+    """
 
     arch: str
     n_classes: int
@@ -141,6 +145,7 @@ class NetworkSpec:
     stages: tuple[int, ...]  # blocks per stage
     threshold: float = DEFAULT_THRESHOLD  # keep a block when the policy's probability is at least this
     parts: tuple[PartSpec, ...]
+    mask: str | None = None
 
     def __post_init__(self) -> None:
         if self.labels is not None and len(self.labels) != self.n_classes:
@@ -148,6 +153,7 @@ class NetworkSpec:
         indices = [part.index for part in self.blocks]
         if len(indices) != self.n_blocks or indices != list(range(len(indices))):
             raise ValueError(f"blocks must be numbered 0 to {self.n_blocks - 1} in order; got {indices}")
+        require_mask(self.mask, n_blocks=self.n_blocks, has_policy=self.has_policy)
 
     @property
     def blocks(self) -> tuple[PartSpec, ...]:
@@ -160,6 +166,17 @@ class NetworkSpec:
     @property
     def has_policy(self) -> bool:
         return any(part.kind == "policy" for part in self.parts)
+
+    @property
+    def default_policy(self) -> str:
+        """The POLICY that holds where nobody gives one: what the network was trained for."""
+        return "learned" if self.has_policy else self.mask or "all"
+
+    def default_keep(self) -> np.ndarray | None:
+        """Return the keep bits of every image by the default policy, bool [K]; None where a policy network decides."""
+        import numpy as np
+
+        return None if self.has_policy else np.array([bit == "1" for bit in self.mask or "1" * self.n_blocks])
 
     def part(self, name: str) -> PartSpec:
         for part in self.parts:
@@ -249,6 +266,20 @@ class NetworkSpec:
             fixed += self.require("policy").flops
         keep = np.asarray(keep, dtype=bool)
         return fixed + keep @ kept_cost + ~keep @ dropped_cost
+
+
+def require_mask(mask: object, *, n_blocks: int, has_policy: bool) -> None:
+    """Refuse what is not the mask of a network; None always is.
+
+    Raises:
+        ValueError: it is not one bit for each block, or there is a policy network, which decides.
+    """
+    if mask is None:
+        return
+    if not isinstance(mask, str) or len(mask) != n_blocks or set(mask) - {"0", "1"}:
+        raise ValueError(f"mask {mask!r}: expected a string of {n_blocks} bits, 0 or 1 for each block")
+    if has_policy:
+        raise ValueError(f"mask {mask!r}: got a policy network, too, and only one of them can decide")
 
 
 def dict_from_preprocessing(preprocessing: Preprocessing) -> dict[str, Any]:

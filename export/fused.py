@@ -7,7 +7,8 @@ For deployments that can hold only one file. It takes one image at a time, becau
     logits float32 [1, classes]
     keep   bool [K]                 which blocks ran
 
-Without a policy network every block that is not forced off is kept.
+Without a policy network it keeps the blocks of the mask that the network was trained for, or every one, where not
+forced otherwise.
 """
 
 from __future__ import annotations
@@ -56,10 +57,11 @@ class _Builder:
     def conditions(self, image: str, force: str, *, keep: str) -> list[str]:
         """Add what decides: the policy network, the threshold and `force`; return one condition for each block."""
         n_blocks = self._network.n_blocks
-        policy = self._network.find("policy")
-        if policy is None:
-            self._constant("decided", np.ones(n_blocks, dtype=bool))
+        policy, decided = self._network.find("policy"), self._network.default_keep()
+        if decided is not None:
+            self._constant("decided", decided)
         else:
+            assert policy is not None
             probability = self.inline(policy, image)
             self._constant("threshold", np.array(self._network.threshold, dtype=np.float32))
             self._constant("flat", np.array([n_blocks], dtype=np.int64))

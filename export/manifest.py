@@ -25,12 +25,14 @@ from export.files import json_from_bytes, write_json
 from export.half_spec import HALF_DTYPES
 from export.wiring import check_wiring
 
-FORMAT_VERSION = 2  # 2: pictures that are scaled bicubically, packed bundles
+# 2: pictures that are scaled bicubically, packed bundles; 3: networks that were trained for one mask
+FORMAT_VERSION = 3
 EXPORTED = "fp32"  # the precision of the parts that `bdtool export` writes
 CALIBRATED = ("int8", "fp16", "bf16", "mixed")  # those that `bdtool calibrate` adds
 _ACTIVATIONS = {"int8": "int8", "mixed": "float32", **HALF_DTYPES}  # dtype of `x` between the parts of each
 DEFAULT_MAX_BATCH = 64
 MANIFEST_NAME = "manifest.json"
+_LEARNED = "learned"  # what `policy` says where a policy network decides; else the mask, or null
 WEIGHTS_NAME = "weights.safetensors"  # the MODEL that the bundle was exported from
 _COPY = "copy the bundle again, or export the model again to another place"
 _DTYPES = ("float32", "float16", "bfloat16", "int8", "uint8")
@@ -92,8 +94,7 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
     write_json(
         directory / MANIFEST_NAME,
         {
-            # so that an older bdtool reads what it can
-            "format_version": FORMAT_VERSION if manifest.left_out or _is_bicubic(network) else 1,
+            "format_version": _format_version(manifest),
             "arch": network.arch,
             "n_classes": network.n_classes,
             "labels": None if network.labels is None else list(network.labels),
@@ -101,7 +102,7 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
             "stages": list(network.stages),
             "threshold": network.threshold,
             "max_batch": manifest.max_batch,
-            "policy": "learned" if network.has_policy else None,
+            "policy": _LEARNED if network.has_policy else network.mask,
             "preprocessing": dict_from_preprocessing(network.preprocessing),
             "parts": [_dict_from_part(part, manifest.files[part.name]) for part in network.parts],
             "weights": {"file": manifest.weights_file, "sha256": manifest.weights_sha256},
@@ -113,8 +114,11 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
     )
 
 
-def _is_bicubic(network: NetworkSpec) -> bool:
-    return network.preprocessing.interpolation == "bicubic"
+def _format_version(manifest: Manifest) -> int:
+    """Return the first version that knows all of it, so that an older bdtool reads what it can."""
+    if manifest.network.mask is not None:
+        return 3
+    return 2 if manifest.left_out or manifest.network.preprocessing.interpolation == "bicubic" else 1
 
 
 def why_no_manifest(directory: Path) -> str | None:
@@ -215,6 +219,7 @@ def _manifest_from_dict(data: Mapping[str, Any]) -> Manifest:
         stages=tuple(map(int, data["stages"])),
         threshold=threshold,
         parts=parts,
+        mask=None if data["policy"] == _LEARNED else data["policy"],
     )
     _check_parts(network, data)
     check_wiring(network)
@@ -269,10 +274,12 @@ def _variant_from_dict(name: str, data: Mapping[str, Any], network: NetworkSpec)
 
 def _check_parts(network: NetworkSpec, data: Mapping[str, Any]) -> None:
     missing = [kind for kind in ("stem", "head", "full") if network.find(kind) is None]
-    if data["policy"] == "learned" and not network.has_policy:
+    if data["policy"] == _LEARNED and not network.has_policy:
         missing.append("policy")
     if missing:
         raise BundleError(f"no {' and no '.join(missing)} part is listed; export the model again")
+    if data["policy"] is None and network.has_policy:
+        raise BundleError(f"policy is null but a policy part is listed, expected {_LEARNED!r}; export the model again")
     if data["K"] != network.n_blocks:
         raise BundleError(f"K is {data['K']} but the stages {list(network.stages)} have {network.n_blocks} blocks")
     for block in network.blocks:

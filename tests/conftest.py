@@ -91,6 +91,7 @@ def random_model() -> Callable[..., "BlockDropModel"]:
         downscale: int = 1,
         policy_downscale: int = 0,
         size: int | None = None,
+        mask: str | None = None,
         seed: int = 0,
     ) -> BlockDropModel:
         layout = architecture(arch)
@@ -106,6 +107,7 @@ def random_model() -> Callable[..., "BlockDropModel"]:
             policy_hidden=policy_hidden,
             downscale=downscale,
             policy_downscale=policy_downscale,
+            mask=mask,
         )
         model = build_model(spec, seed=seed)
         _stir_batch_norms(model, seed)

@@ -13,7 +13,7 @@ class CalibrationRequest:
 
     Attributes:
         precision: one of `export.manifest.CALIBRATED`.
-        policy: a POLICY; None is the policy network, or `all` where there is none.
+        policy: a POLICY; None is what the network was trained for (`NetworkSpec.default_policy`).
         limit: calibration images to draw.
         seed: draws them.
         method: one of `calibration.methods.METHODS`.

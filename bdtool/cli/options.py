@@ -260,7 +260,8 @@ def json_option(command: _Command) -> _Command:
 
 _POLICY_HELP = (
     "learned[:THRESHOLD], all, none, first:K, random:K[:SEED], random:LOW-HIGH[:SEED], distribute:K, a string of 0 and "
-    "1, or FILE.npy. Default: learned where the model has a policy network, else all."
+    "1, or FILE.npy. Default: learned where the model has a policy network, else the bits that its base was trained "
+    "for, else all."
 )
 
 

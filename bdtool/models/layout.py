@@ -41,6 +41,7 @@ def network_from_spec(spec: ModelSpec) -> NetworkSpec:
         preprocessing=spec.preprocessing,
         stages=spec.architecture.stages,
         parts=tuple(part.spec for part in _parts(spec)),
+        mask=spec.mask,
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from bdtool.errors import UsageError
 from bdtool.models.architectures import Architecture, ShortcutKind, architecture, policy_downscale
-from bdtool.specs import Preprocessing
+from bdtool.specs import Preprocessing, require_mask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,8 +17,9 @@ class ModelSpec:
 
     `policy_hidden` is the width of the policy network's hidden layer, 0 for none. Base and policy network first average
     `downscale` x `downscale` and `policy_downscale` x `policy_downscale` pixels into one; 0 for the latter becomes the
-    paper's, 1 for CIFAR's architectures and 2 for ImageNet's. `provenance` says how the weights came to be, as JSON
-    values; it holds no time stamps, so that equal input gives equal files.
+    paper's, 1 for CIFAR's architectures and 2 for ImageNet's. `mask` is for a base that was trained for one mask: its
+    keep bits, block 0 first. `provenance` says how the weights came to be, as JSON values; it holds no time stamps, so
+    that equal input gives equal files.
     """
 
     arch: str
@@ -31,6 +32,7 @@ class ModelSpec:
     policy_hidden: int = 0
     downscale: int = 1
     policy_downscale: int = 0
+    mask: str | None = None
 
     def __post_init__(self) -> None:
         if self.policy_downscale == 0:
@@ -46,6 +48,10 @@ class ModelSpec:
             raise UsageError(f"{self.arch}: {len(self.labels)} labels for {self.n_classes} classes; give one for each")
         if self.shortcut not in get_args(ShortcutKind):
             raise UsageError(f"unknown shortcut {self.shortcut!r}; known: {', '.join(get_args(ShortcutKind))}")
+        try:
+            require_mask(self.mask, n_blocks=self.architecture.n_blocks, has_policy=self.has_policy)
+        except ValueError as exc:
+            raise UsageError(f"{self.arch}: {exc}") from exc
 
     @property
     def architecture(self) -> Architecture:

@@ -27,9 +27,10 @@ if TYPE_CHECKING:
 
     from bdtool.models.model import BlockDropModel
 
-# 2: policy networks with a hidden layer; 3: networks that scale images down; 4: ResNeXt, wide ResNets, bicubic scaling
-FORMAT_VERSION = 4
-_VERSION_OF = {"policy_hidden": 2, "downscale": 3, "policy_downscale": 3}  # the first that has each of these fields
+# 2: policy networks with a hidden layer; 3: networks that scale images down; 4: ResNeXt, wide ResNets, bicubic scaling;
+# 5: bases that were trained for one mask
+FORMAT_VERSION = 5
+_VERSION_OF = {"policy_hidden": 2, "downscale": 3, "policy_downscale": 3, "mask": 5}  # the first with each field
 _METADATA_KEY = (
     "bdtool"  # one key only: safetensors does not keep the order of several, and equal input gives equal bytes
 )
@@ -138,14 +139,20 @@ def _header_from_spec(spec: ModelSpec) -> dict[str, Any]:
 
 def _format_version(spec: ModelSpec, optional: Collection[str]) -> int:
     """Return the first version that knows all of it, so that an older bdtool reads what it can."""
+    versions = {_VERSION_OF[name] for name in optional}
     if not spec.arch.startswith("resnet") or spec.preprocessing.interpolation != "bilinear":  # "resnext...", too
-        return FORMAT_VERSION
-    return max((_VERSION_OF[name] for name in optional), default=1)
+        versions.add(4)
+    return max(versions, default=1)
 
 
-def _optional(spec: ModelSpec) -> dict[str, int]:
+def _optional(spec: ModelSpec) -> dict[str, int | str]:
     """Return the fields that not every version of bdtool knows, where they are not what those take for granted."""
-    usual = {"policy_hidden": 0, "downscale": 1, "policy_downscale": policy_downscale(spec.architecture.family)}
+    usual = {
+        "policy_hidden": 0,
+        "downscale": 1,
+        "policy_downscale": policy_downscale(spec.architecture.family),
+        "mask": None,
+    }
     return {name: getattr(spec, name) for name in _VERSION_OF if getattr(spec, name) != usual[name]}
 
 
@@ -158,7 +165,8 @@ def _spec_from_header(header: Mapping[str, Any]) -> ModelSpec:
         shortcut=header["shortcut"],
         has_policy=bool(header["has_policy"]),
         provenance=dict(header["provenance"]),
-        **{name: int(header[name]) for name in _VERSION_OF if name in header},
+        **{name: int(header[name]) for name in _VERSION_OF if name in header and name != "mask"},
+        mask=header.get("mask"),
     )
     if tuple(header["stages"]) != spec.architecture.stages:
         raise ValueError(f"stages {header['stages']} are not those of {spec.arch}, {list(spec.architecture.stages)}")

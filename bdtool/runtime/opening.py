@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from bdtool.runtime.factory import parts_for, require_strategy
 from bdtool.runtime.loading import Loader
-from bdtool.runtime.masks import noted_masks
+from bdtool.runtime.masks import MaskCount, noted_masks
 from bdtool.runtime.path_cache import PathOptions
 from bdtool.runtime.recommendation import AUTO, read_recommendation
 from bdtool.specs import NetworkSpec
@@ -67,7 +67,7 @@ def open_engines(
         # those of a read-only bundle may have been built elsewhere: what was noted beside engines is in the bundle
         beside = loader.store if loader.store.directory.is_relative_to(bundle.engines_path) else store
         masks = noted_masks(beside.directory, loaded.network.n_blocks, precision=precision)
-        paths = PathOptions.of_counts(masks)
+        paths = PathOptions.of_counts(masks or _own_mask(loaded.network))
     return OpenedEngines(
         network=loaded.network,
         backend=library,
@@ -77,6 +77,10 @@ def open_engines(
         graphs=graphs,
         loader=loader,
     )
+
+
+def _own_mask(network: NetworkSpec) -> list[MaskCount]:
+    return [] if network.mask is None else [MaskCount(mask=network.mask, share=1.0)]
 
 
 def _build_options(bundle: Bundle, identity: BackendIdentity, precision: str) -> TensorRTOptions | None:

@@ -173,8 +173,8 @@ class Orchestrator:
                 CuPy, PyTorch). Nothing of it passes through the host, and the logits come back likewise: as an array on
                 the device with `__cuda_array_interface__`, the caller's to keep, whose values nobody has looked at.
                 Engines of a GPU take uint8; parts that read images are built again when the first float32 ones come.
-            policy: None for the policy network's own decision (every block, where the bundle has none), a POLICY text,
-                or zeros and ones [K] or [N, K].
+            policy: None for the policy network's own decision (where the bundle has none, the mask that the base was
+                trained for, or every block), a POLICY text, or zeros and ones [K] or [N, K].
             first: number of the first image in its data set, from which POLICY texts that draw bits for each image
                 (`random:7`) or read them (a file of rows) go on. None: the batch is the whole data set, so `random:7`
                 gives each batch the same bits, and a file must have a row for each image.

@@ -31,11 +31,13 @@ class PolicyRequest:
         name: canonical text, the same for equal requests: `random:3` becomes `random:3:0`.
         draw: computes the keep matrix from the images' numbers; None where the policy network decides.
         n_rows: number of rows of a file that gives each image of one data set its own bits; None otherwise.
+        mask: the bits of all images, bool [K], where it gives all the same; None otherwise.
     """
 
     name: str
     draw: Callable[[np.ndarray], np.ndarray] | None
     n_rows: int | None = None
+    mask: np.ndarray | None = None
 
     @property
     def is_learned(self) -> bool:
@@ -70,16 +72,21 @@ class PolicyRequest:
 
 
 def parse_policy_for(network: NetworkSpec, text: str | None) -> PolicyRequest:
-    """Read a POLICY for a network; see `parse_policy`."""
+    """Read a POLICY for a network, None for its default: `learned` where it has a policy network, else the mask that it
+    was trained for, else `all`; see `parse_policy`.
+    """
     return parse_policy(
-        text, n_blocks=network.n_blocks, has_policy_network=network.has_policy, threshold=network.threshold
+        network.default_policy if text is None else text,
+        n_blocks=network.n_blocks,
+        has_policy_network=network.has_policy,
+        threshold=network.threshold,
     )
 
 
 def parse_policy(
-    text: str | None, *, n_blocks: int, has_policy_network: bool, threshold: float = DEFAULT_THRESHOLD
+    text: str, *, n_blocks: int, has_policy_network: bool, threshold: float = DEFAULT_THRESHOLD
 ) -> PolicyRequest:
-    """Read one of `POLICY_FORMS`; None is `learned` where the model has a policy network, else `all`.
+    """Read one of `POLICY_FORMS`.
 
     `learned` keeps the blocks whose probability is at least `threshold`; `learned:THRESHOLD` has to name the same.
 
@@ -90,8 +97,6 @@ def parse_policy(
     Raises:
         PolicyError: unknown form, a number or length that does not fit the model, or an unreadable file.
     """
-    if text is None:
-        text = "learned" if has_policy_network else "all"
     text = text.strip()
     if text == "learned" or text.startswith("learned:"):
         return _learned(text, has_policy_network=has_policy_network, threshold=threshold)
@@ -154,7 +159,7 @@ def _learned(text: str, *, has_policy_network: bool, threshold: float) -> Policy
 
 
 def _fixed(name: str, keep: np.ndarray) -> PolicyRequest:
-    return PolicyRequest(name=name, draw=functools.partial(_repeat_row, keep))
+    return PolicyRequest(name=name, draw=functools.partial(_repeat_row, keep), mask=keep)
 
 
 def _from_bits(text: str, *, n_blocks: int) -> PolicyRequest:

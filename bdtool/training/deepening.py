@@ -27,8 +27,13 @@ def deepen(model: BlockDropModel, arch: str) -> BlockDropModel:
 
     Raises:
         UsageError: `arch` does not exist, does not go on from the architecture of `model`, or has more blocks in a
-            stage of which `model` has the first alone.
+            stage of which `model` has the first alone; or `model` was trained for one mask.
     """
+    if model.spec.mask is not None:
+        raise UsageError(
+            f"the base was trained for the mask {model.spec.mask} alone, so that its other blocks are no start; give a "
+            "MODEL that was trained with every block"
+        )
     shallow, deep = model.spec.architecture, architecture(arch)
     _check_goes_on(shallow, deep)
     provenance = {

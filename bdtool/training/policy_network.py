@@ -28,7 +28,7 @@ def with_policy(
     """
     if model.policy is not None and trunk is None:
         return model
-    spec = dataclasses.replace(model.spec, has_policy=True, policy_hidden=n_hidden)
+    spec = dataclasses.replace(model.spec, has_policy=True, policy_hidden=n_hidden, mask=None)
     if trunk is not None:
         spec = dataclasses.replace(spec, policy_downscale=trunk.spec.downscale)
     network_from_spec(spec)  # refuse a size that the policy network cannot take
@@ -41,7 +41,10 @@ def with_policy(
     return grown
 
 
-def without_policy(model: BlockDropModel) -> BlockDropModel:
-    bare = build_model(dataclasses.replace(model.spec, has_policy=False, policy_hidden=0, policy_downscale=0))
+def without_policy(model: BlockDropModel, *, mask: str | None = None) -> BlockDropModel:
+    """Return a model with the base of `model` alone, and the keep bits of the one mask that it is trained for."""
+    bare = build_model(
+        dataclasses.replace(model.spec, has_policy=False, policy_hidden=0, policy_downscale=0, mask=mask)
+    )
     bare.base.load_state_dict(model.base.state_dict())
     return bare

@@ -193,7 +193,7 @@ def finetune(
         )
     taught_by = None if teacher is None else Teacher(teacher, start.spec, device=place.group.device)
     with place.reserved():
-        model = start if request.is_learned else without_policy(start)
+        model = start if request.is_learned else without_policy(start, mask=_mask_of(request))
         if options.blocks:
             shift_policy(model, place.train, options.blocks)
         paths = _fixed_paths(model, request, options, place)
@@ -205,6 +205,12 @@ def finetune(
             lambda m, amp: FinetuneTask(m, options, paths, teacher=taught_by, amp=amp),
             origins=origin_of("teacher", teacher),
         )
+
+
+def _mask_of(request: PolicyRequest) -> str | None:
+    """Return the keep bits that a base is trained for, where they are the same for all images and drop a block."""
+    mask = request.mask
+    return None if mask is None or mask.all() else bits_of(mask)
 
 
 def _fixed_paths(

@@ -13,6 +13,7 @@ from torch import Tensor
 from bdtool.errors import UsageError
 from bdtool.models.model import BlockDropModel
 from bdtool.models.model_spec import ModelSpec
+from bdtool.runtime.policies import keep_of
 from bdtool.training.passes import frozen_copy
 
 # temperature and weight of the teacher, of Zagoruyko and Komodakis, ICLR 2017, for the ResNets of CIFAR-10
@@ -30,6 +31,8 @@ class Teacher:
     def __init__(self, teacher: BlockDropModel, learner: ModelSpec, *, device: torch.device) -> None:
         _check(teacher.spec, learner)
         self._base = frozen_copy(teacher.base, dtype=torch.float32).to(device)
+        mask = teacher.spec.mask
+        self._keep = None if mask is None else torch.from_numpy(keep_of(mask)).to(device)
         mine, theirs = teacher.spec.preprocessing, learner.preprocessing
         scale = np.divide(theirs.std, mine.std)
         offset = np.subtract(theirs.mean, mine.mean) / mine.std
@@ -40,7 +43,8 @@ class Teacher:
     @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:
         """Return logits float32 [N, n_classes] for images as the learner takes them, float32 [N, 3, H, W]."""
-        answers: Tensor = self._base(images * self._scale + self._offset)
+        keep = None if self._keep is None else self._keep.expand(len(images), -1)
+        answers: Tensor = self._base(images * self._scale + self._offset, keep)
         return answers
 
 
@@ -62,8 +66,8 @@ def distillation_loss(logits: Tensor, taught: Tensor, labels: Tensor) -> Tensor:
 def _check(teacher: ModelSpec, learner: ModelSpec) -> None:
     if teacher.has_policy:
         raise UsageError(
-            "teacher: got a MODEL with a policy network, expected a base alone, which runs all of its blocks; "
-            "`bdtool train pretrain` and `bdtool import` make one"
+            "teacher: got a MODEL with a policy network, expected a base alone, which runs the same blocks for every "
+            "image; `bdtool train pretrain` and `bdtool import` make one"
         )
     got, wanted = (spec.labels or spec.n_classes for spec in (teacher, learner))
     if got != wanted:

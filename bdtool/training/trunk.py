@@ -24,7 +24,8 @@ def start_from_trunk(model: BlockDropModel, trunk: BlockDropModel) -> None:
     `trunk` was made for pictures scaled otherwise: its features are less sure of them, but not wrong.
 
     Raises:
-        UsageError: `trunk` has another architecture or shortcut than the policy network, or another input.
+        UsageError: `trunk` has another architecture or shortcut than the policy network, or another input; or it was
+            trained for one mask.
     """
     assert model.spec.policy_downscale == trunk.spec.downscale
     assert model.policy is not None
@@ -35,6 +36,11 @@ def start_from_trunk(model: BlockDropModel, trunk: BlockDropModel) -> None:
         raise UsageError(
             f"trunk: got {got[0]} with shortcut {got[1]}, expected {wanted[0]} with {wanted[1]}, which the policy "
             f"network of {model.spec.arch} is; make one with {command_for_trunk(model.spec)}"
+        )
+    if trunk.spec.mask is not None:
+        raise UsageError(
+            f"trunk: got one that was trained for the mask {trunk.spec.mask}, and a policy network runs all of its "
+            f"blocks; make another with {command_for_trunk(model.spec)}"
         )
     _check_trunk_input(model.spec.preprocessing, trunk.spec)
     _warn_of_other_scaling(model.spec.preprocessing, trunk.spec)

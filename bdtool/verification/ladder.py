@@ -320,7 +320,7 @@ def _policy_rungs(
 
 
 def _output_rungs(subject: _Subject, oracle: Oracle, images: np.ndarray) -> list[Rung]:
-    """Compare logits and classes on equal keep bits: every block, half of them, and what the policy network chose."""
+    """Compare logits and classes on equal keep bits: every block, half of them, and what the network does by itself."""
     chain, place = subject.chain, subject.place
     n_blocks = chain.network.n_blocks
     policies = {"all": np.ones((len(images), n_blocks), dtype=bool)}
@@ -328,6 +328,8 @@ def _output_rungs(subject: _Subject, oracle: Oracle, images: np.ndarray) -> list
     policies[half.name] = half.matrix(len(images))
     if chain.network.has_policy:
         policies[LEARNED] = oracle.decide(images)
+    elif (mask := chain.network.mask) is not None:
+        policies[mask] = parse_policy_for(chain.network, mask).matrix(len(images))
     answers = []
     for name, keep in policies.items():
         result = run_in_slices(chain, images, keep, size=chain.network.bulk_batch)

@@ -107,6 +107,27 @@ def test_base_for_other_classes_is_trained_on_and_deployed(
     assert created_by[:2] == ["finetune", "transfer"]
 
 
+def test_base_that_was_trained_for_a_mask_is_deployed_with_it(
+    bdtool: Callable[..., Result], bdtool_json: Callable[..., Any], base: Path, npz: Path, picture: Path, tmp_path: Path
+) -> None:
+    model, bundle, packed = (tmp_path / name for name in ("model.safetensors", "bundle", "packed"))
+    words = ("train", "finetune", base, "--policy", "101", "--data", npz, "--val", npz, *_QUICK, "-o", model)
+    trained = bdtool_json(*words)
+    bdtool("export", model, "-o", bundle)
+    bdtool("pack", bundle, "-o", packed)
+    for place in (model, bundle, packed):
+        assert bdtool_json("inspect", place)["policy"] == "101"
+        measured = bdtool_json("evaluate", place, "--data", npz)
+        assert (measured["policy"], measured["accuracy"]) == ("101", trained["figures"]["accuracy"])
+    for place in (bundle, packed):
+        assert bdtool_json("run", place, picture)["images"][0]["policy"] == "101"
+    profiled = bdtool_json("profile", bundle, "--data", npz, "--strategy", "path", "--duration", 0.05, "--warmup", 0)
+    assert profiled["policy"] == "101"
+    assert profiled["strategies"]["path"]["blocks_mean"] == 2
+    bdtool("calibrate", bundle, "--data", npz, "--precision", "fp16")
+    assert bdtool_json("inspect", bundle)["precisions"]["fp16"]["policy"] == "101"
+
+
 def test_reward_is_shown_where_there_is_a_policy_network(
     bdtool: Callable[..., Result], tiny: Any, base: Path, npz: Path, tmp_path: Path
 ) -> None:

@@ -43,6 +43,14 @@ def test_network_without_policy_runs_all_blocks(export_random, picture, said_by_
     assert said.endswith("with 3 of 3 blocks")
 
 
+def test_network_that_was_trained_for_a_mask_runs_it(bdtool, export_random, picture, said_by_bdtool, tmp_path):
+    bundle = export_random("resnet8", shortcut="average-pool", has_policy=False, mask="101").bundle
+    bdtool("fuse", bundle, "-o", tmp_path / "model.onnx")
+    for said in (_said(_PARTS, bundle, picture), _said(_FUSED, tmp_path / "model.onnx", picture)):
+        assert said == said_by_bdtool(bundle)
+        assert said.endswith("with 2 of 3 blocks")
+
+
 def test_one_file(bdtool, tiny, picture, said_by_bdtool, tmp_path):
     bdtool("fuse", tiny.bundle, "-o", tmp_path / "model.onnx")
     assert _said(_FUSED, tmp_path / "model.onnx", picture) == said_by_bdtool(tiny.bundle)

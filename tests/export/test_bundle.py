@@ -101,8 +101,8 @@ def test_directory_that_is_not_there_is_said_to_be_missing(tmp_path):
 
 
 def test_newer_format_asks_for_an_upgrade(bundle_copy):
-    _edit(bundle_copy, lambda data: data.update(format_version=3, parts="something else by then"))
-    with pytest.raises(BundleError, match=r"format_version 3 is newer than this bdtool reads \(2\); upgrade bdtool"):
+    _edit(bundle_copy, lambda data: data.update(format_version=4, parts="something else by then"))
+    with pytest.raises(BundleError, match=r"format_version 4 is newer than this bdtool reads \(3\); upgrade bdtool"):
         Bundle.open(bundle_copy)
 
 
@@ -117,10 +117,33 @@ def test_scaling_that_older_versions_do_not_know_is_of_a_newer_format(bundle_cop
     assert read_manifest(bundle_copy) == changed
 
 
+def test_mask_that_a_base_was_trained_for_is_of_a_newer_format(export_random):
+    """Older versions would run every block."""
+    bundle = export_random("resnet8", has_policy=False, mask="101").bundle
+    data = json.loads((bundle / "manifest.json").read_text())
+    assert (data["format_version"], data["policy"]) == (3, "101")
+    assert read_manifest(bundle).network.mask == "101"
+
+
+@pytest.mark.parametrize(
+    ("policy", "says"),
+    [
+        (None, "policy is null but a policy part is listed, expected 'learned'"),
+        ("101", "mask '101': got a policy network, too, and only one of them can decide"),
+        ("sometimes", "mask 'sometimes': expected a string of 3 bits"),
+        (101, "mask 101: expected a string of 3 bits"),
+    ],
+)
+def test_policy_that_is_not_the_networks_is_refused(bundle_copy, policy, says):
+    _edit(bundle_copy, lambda data: data.update(policy=policy))
+    with pytest.raises(BundleError, match=says):
+        Bundle.open(bundle_copy)
+
+
 @pytest.mark.parametrize("version", ["1", None, True, 1.0, 0, -1, []])
 def test_format_version_must_be_a_number(bundle_copy, version):
     _edit(bundle_copy, lambda data: data.update(format_version=version))
-    with pytest.raises(BundleError, match=r"format_version is .*, expected a number from 1 to 2"):
+    with pytest.raises(BundleError, match=r"format_version is .*, expected a number from 1 to 3"):
         Bundle.open(bundle_copy)
 
 

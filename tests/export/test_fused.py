@@ -56,6 +56,14 @@ def test_without_a_policy_network_everything_is_kept(export_random, preprocessed
     np.testing.assert_allclose(answer["logits"], torch_logits(plain.model, image, np.ones((1, 3), bool)), atol=1e-4)
 
 
+def test_mask_of_the_network_decides_where_nothing_is_forced(export_random, preprocessed, torch_logits):
+    tuned = export_random("resnet8", has_policy=False, mask="011")
+    image = preprocessed(tuned.model, 1)
+    answer = OnnxReference(_fuse(Bundle.open(tuned.bundle))).run({"image": image})
+    assert answer["keep"].tolist() == [False, True, True]
+    np.testing.assert_allclose(answer["logits"], torch_logits(tuned.model, image, answer["keep"][None]), atol=1e-4)
+
+
 def test_fused_model_has_an_if_for_each_block_and_each_weight_once(tiny):
     bundle = Bundle.open(tiny.bundle)
     model = onnx.ModelProto.FromString(_fuse(bundle))

@@ -45,6 +45,7 @@ def make_model() -> MakeModel:
         policy_hidden: int = 0,
         downscale: int = 1,
         policy_downscale: int = 0,
+        mask: str | None = None,
         seed: int = 0,
         size: int | None = None,
     ) -> BlockDropModel:
@@ -61,6 +62,7 @@ def make_model() -> MakeModel:
             policy_hidden=policy_hidden,
             downscale=downscale,
             policy_downscale=policy_downscale,
+            mask=mask,
         )
         model = build_model(spec, seed=seed)
         stir_batch_norms(model)

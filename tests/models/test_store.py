@@ -63,6 +63,7 @@ def test_round_trip_gives_the_same_model_in_eval_mode(make_model, tmp_path, has_
         ("resnet8", {"policy_hidden": 16, "policy_downscale": 2}, 3),
         ("resnet8", {"downscale": 2}, 3),
         ("resnet18", {"policy_downscale": 1}, 3),
+        ("resnet8", {"has_policy": False, "mask": "101"}, 5),
     ],
 )
 def test_what_older_versions_do_not_know_is_stored_where_it_is_used(make_model, tmp_path, arch, fields, version):
@@ -73,14 +74,14 @@ def test_what_older_versions_do_not_know_is_stored_where_it_is_used(make_model, 
     with safe_open(path, framework="numpy") as file:
         header = json.loads(file.metadata()["bdtool"])
     assert header["format_version"] == version
-    assert {
-        name: header[name] for name in ("policy_hidden", "downscale", "policy_downscale") if name in header
-    } == fields
+    newer = ("policy_hidden", "downscale", "policy_downscale", "mask")
+    assert {name: header[name] for name in newer if name in header} == {n: fields[n] for n in newer if n in fields}
     loaded = load_model(path)
     assert loaded.spec == model.spec
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
-        assert torch.equal(loaded.keep_probability(images), model.keep_probability(images))
+        if loaded.policy is not None:
+            assert torch.equal(loaded.keep_probability(images), model.keep_probability(images))
         assert torch.equal(loaded(images), model(images))
 
 
@@ -157,8 +158,8 @@ def test_foreign_safetensors_file_is_refused(saved):
 
 
 def test_newer_format_is_refused(saved):
-    _rewrite(saved, header={"format_version": 5})
-    with pytest.raises(CheckpointError, match="format_version 5, this bdtool reads up to 4"):
+    _rewrite(saved, header={"format_version": 6})
+    with pytest.raises(CheckpointError, match="format_version 6, this bdtool reads up to 5"):
         load_model(saved)
 
 
@@ -180,6 +181,10 @@ def test_newer_format_is_refused(saved):
         {"provenance": 1},
         {"provenance": {"seed": float("nan")}},
         {"format_version": None},
+        {"mask": "101"},  # beside a policy network
+        {"has_policy": False, "mask": "10"},
+        {"has_policy": False, "mask": "121"},
+        {"has_policy": False, "mask": [1, 0, 1]},
     ],
 )
 def test_damaged_header_is_refused_with_a_reason(saved, header):

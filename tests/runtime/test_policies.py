@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bdtool.errors import PolicyError
-from bdtool.runtime.policies import PolicyRequest, bits_of, keep_matrix_from, keep_of, parse_policy
+from bdtool.models.model import BlockDropModel
+from bdtool.models.parts import network_spec
+from bdtool.runtime.policies import PolicyRequest, bits_of, keep_matrix_from, keep_of, parse_policy, parse_policy_for
 
 K = 15
 
 
-def parse(text: str | None, *, n_blocks: int = K, has_policy_network: bool = False) -> PolicyRequest:
+def parse(text: str, *, n_blocks: int = K, has_policy_network: bool = False) -> PolicyRequest:
     return parse_policy(text, n_blocks=n_blocks, has_policy_network=has_policy_network)
 
 
@@ -27,11 +30,18 @@ def saved(path: Path, values: Any) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize(("has_policy_network", "name"), [(True, "learned"), (False, "all")])
-def test_default_depends_on_the_policy_network(has_policy_network: bool, name: str) -> None:
-    request = parse(None, has_policy_network=has_policy_network)
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [({}, "learned"), ({"has_policy": False}, "all"), ({"has_policy": False, "mask": "101"}, "101")],
+)
+def test_default_is_what_the_network_was_trained_for(
+    random_model: Callable[..., BlockDropModel], options: dict[str, Any], name: str
+) -> None:
+    network = network_spec(random_model("resnet8", **options))
+    request = parse_policy_for(network, None)
     assert request.name == name
-    assert request.is_learned == has_policy_network
+    assert request.is_learned == network.has_policy
+    assert network.has_policy or bits_of(request.matrix(1)[0]) == {"all": "111"}.get(name, name)
 
 
 def test_learned_has_no_fixed_matrix() -> None:

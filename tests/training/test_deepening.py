@@ -77,6 +77,11 @@ def test_architecture_that_does_not_go_on_is_refused(
         deepen(random_model(shallow), arch)
 
 
+def test_base_that_was_trained_for_a_mask_is_refused(random_model: Callable[..., BlockDropModel]) -> None:
+    with pytest.raises(UsageError, match=r"trained for the mask 101100 alone, so that its other blocks are no start"):
+        deepen(random_model("resnet14", has_policy=False, mask="101100"), "resnet20")
+
+
 def _assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():

@@ -10,15 +10,17 @@ import pytest
 import torch
 
 from bdtool.errors import PolicyError, UsageError
+from bdtool.evaluation import evaluate
 from bdtool.inspection import tuned_for
 from bdtool.models.model import BlockDropModel
+from bdtool.models.store import load_model
 from bdtool.torch_classifier import TorchClassifier
 from bdtool.training.base_spec import base_spec
 from bdtool.training.budget import shift_policy
 from bdtool.training.options import CurriculumOptions, FinetuneOptions, ImitateOptions, PretrainOptions
 from bdtool.training.place import TrainingPlace
 from bdtool.training.policy_network import with_policy, without_policy
-from bdtool.training.stages import computes_in_bfloat16, curriculum, finetune, imitate, pretrain
+from bdtool.training.stages import Trained, computes_in_bfloat16, curriculum, finetune, imitate, pretrain
 from bdtool.training.tasks import FinetuneTask, PretrainTask
 
 
@@ -116,6 +118,32 @@ def test_images_of_a_sample_keep_their_rows(
     np.save(tmp_path / "rows.npy", rows)
     options = FinetuneOptions(epochs=1, batch=32, policy=str(tmp_path / "rows.npy"), limit=64)
     assert finetune(random_model("resnet8"), options, place(val=None)).epochs[0].blocks_mean == 1
+
+
+@pytest.mark.parametrize(
+    ("policy", "mask"), [("101", "101"), ("first:2", "110"), ("all", None), ("111", None), ("random:2", None)]
+)
+def test_base_that_learned_along_one_path_runs_it_by_default(
+    policy: str, mask: str | None, random_model: Callable[..., BlockDropModel], place: Callable[..., TrainingPlace]
+) -> None:
+    for start in (random_model("resnet8"), random_model("resnet8", has_policy=False, mask="011")):
+        trained = finetune(start, FinetuneOptions(epochs=0.25, batch=32, policy=policy), place())
+        assert trained.model.spec.mask == load_model(place().output).spec.mask == mask
+        by_default = evaluate(TorchClassifier(trained.model), place().val)
+        assert by_default.policy == (mask or "all")
+        assert mask is None or by_default.accuracy == trained.figures["accuracy"]
+
+
+@pytest.mark.parametrize("stage", [curriculum, imitate])
+def test_new_policy_network_takes_the_place_of_a_mask(
+    stage: Callable[..., Trained], random_model: Callable[..., BlockDropModel], place: Callable[..., TrainingPlace]
+) -> None:
+    options = {
+        curriculum: CurriculumOptions(epochs=0.25, batch=64),
+        imitate: ImitateOptions(epochs=1, batch=64, fewest=1, most=3, judges=32, limit=64),
+    }[stage]
+    model = stage(random_model("resnet8", has_policy=False, mask="011"), options, place(val=None)).model
+    assert (model.spec.has_policy, model.spec.mask) == (True, None)
 
 
 def test_rows_of_training_images_are_not_measured_on_others(

@@ -35,6 +35,15 @@ def test_teacher_sees_pictures_as_it_was_trained_on_them(
     torch.testing.assert_close(taught, expected, atol=1e-4, rtol=1e-4)
 
 
+def test_teacher_that_was_trained_for_a_mask_answers_by_it(random_model: Callable[..., BlockDropModel]) -> None:
+    teacher = random_model("resnet8", has_policy=False, mask="110", seed=3)
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    taught = Teacher(teacher, teacher.spec, device=_CPU).logits(images)
+    keep = torch.tensor([[True, True, False]]).expand(4, 3)
+    with torch.no_grad():
+        torch.testing.assert_close(taught, teacher(images, keep), atol=1e-4, rtol=1e-4)
+
+
 def test_loss_is_of_labels_and_of_answers_at_temperature_4() -> None:
     generator = torch.Generator().manual_seed(0)
     logits, taught = (5 * torch.randn(6, 10, generator=generator) for _ in range(2))

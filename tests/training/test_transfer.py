@@ -21,6 +21,12 @@ from bdtool.training.transfer import transfer
 from tests.conftest import LabelledImages
 
 
+def test_mask_that_the_base_was_trained_for_stays(random_model: Callable[..., BlockDropModel]) -> None:
+    """Only its blocks have learned anything of late."""
+    start = random_model("resnet8", has_policy=False, mask="101")
+    assert transfer(start, n_classes=3).spec.mask == "101"
+
+
 @pytest.mark.parametrize("arch", ["resnet14", "resnet18"])
 def test_all_but_the_last_layer_stays(arch: str, random_model: Callable[..., BlockDropModel]) -> None:
     start = random_model(arch, has_policy=True)

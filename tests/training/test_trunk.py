@@ -70,6 +70,12 @@ def test_trunk_of_another_architecture_is_refused(
         curriculum(random_model("resnet8"), CurriculumOptions(epochs=0.1), place(), trunk=random_model("resnet20"))
 
 
+def test_trunk_that_was_trained_for_a_mask_is_refused(random_model: Callable[..., BlockDropModel]) -> None:
+    trunk = random_model("resnet8", has_policy=False, mask="110")
+    with pytest.raises(UsageError, match=r"trained for the mask 110, .* runs all of its blocks; make another with `bd"):
+        start_from_trunk(random_model("resnet20"), trunk)
+
+
 @pytest.mark.parametrize(("arch", "wanted", "downscale"), [("resnet14", "resnet8", 1), ("resnet18", "resnet10", 2)])
 def test_command_that_makes_the_trunk_fits_the_model_and_scales_images_down_as_the_paper_does(
     random_model: Callable[..., BlockDropModel], arch: str, wanted: str, downscale: int

@@ -78,6 +78,17 @@ def test_whole_bundle_passes_every_rung_in_order(tiny: Any) -> None:
     assert _rung(result, "top1").detail == "0 of 60 predictions differ"  # policies by strategies: 3 x 12, 2 x 3 x 4
 
 
+def test_mask_that_a_base_was_trained_for_is_compared(export_random: Any, tmp_path: Path) -> None:
+    bundle = shutil.copytree(export_random("resnet8", has_policy=False, mask="101").bundle, tmp_path / "bundle")
+    result = _verify(bundle)
+    assert result.ok
+    assert "all, random:1:0, 101" in _rung(result, "logits").detail
+    _edit_manifest(bundle, policy="110")
+    result = _verify(bundle)
+    assert _failed(result) == ["manifest"]
+    assert "mask is '110', the MODEL says '101'" in _rung(result, "manifest").detail
+
+
 def test_policy_network_with_a_hidden_layer_passes_every_rung(export_random: Any) -> None:
     hidden = export_random("resnet8", shortcut="average-pool", policy_hidden=16)
     assert hidden.model.policy.hidden.out_features == 16
