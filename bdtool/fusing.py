@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import onnx
 from bdtool.data.synthetic import synthetic_images
 from bdtool.errors import BundleError, ExportError
 from bdtool.runtime.paths import parts_of_path
+from bdtool.runtime.policies import bits_of
 from bdtool.runtime.preprocess import preprocess
 from bdtool.specs import NetworkSpec, dict_from_preprocessing
 from engines.base import ENGINE_TOLERANCE
@@ -23,6 +25,7 @@ from export.fused import fuse_parts
 from export.fused_spec import FORCE_DROP, FORCE_KEEP
 
 _N_MASKS = 4
+_N_PICTURES = 2  # of one path: a batch
 
 
 def write_fused(bundle: Bundle, path: Path) -> float:
@@ -40,23 +43,61 @@ def write_fused(bundle: Bundle, path: Path) -> float:
     model = fuse_parts(network, pieces)
     check = _Check(network, OnnxReference(model), pieces)
     error = max(check.error(mask, seed) for seed, mask in enumerate([*_masks(network.n_blocks), None]))
-    try:
-        write_output(path, _with_metadata(model, network))
-    except OSError as exc:
-        raise BundleError(f"{path} cannot be written ({exc.strerror or exc}); choose another place") from exc
+    _write(path, model, network, threshold=network.threshold)
     return error
 
 
-def _with_metadata(fused: bytes, network: NetworkSpec) -> bytes:
-    model = onnx.ModelProto.FromString(fused)
+def write_path(bundle: Bundle, path: Path, mask: np.ndarray) -> float:
+    """Write the parts of one mask's path as one ONNX file at `path`, without `If`; return its error as `write_fused`.
+
+    It takes batches. The file is compared with its own parts, run one after another, on two pictures.
+
+    Args:
+        mask: the blocks to keep, bool [K].
+
+    Raises:
+        ExportError: the model gives other logits.
+        BundleError: the file cannot be written.
+    """
+    network = bundle.network
+    pieces = [(part, bundle.part_bytes(part)) for part in parts_of_path(network, mask)]
+    model = compose_parts("path", pieces)
+    images = _pictures(network, _N_PICTURES, seed=0)
+    x = {"image": images}
+    for part, piece in pieces:
+        x = OnnxReference(piece).run({part.inputs[0].name: next(iter(x.values()))})
+    error = _error(x, OnnxReference(model).run({"image": images}))
+    _write(path, model, network, policy=bits_of(mask))
+    return error
+
+
+def _write(path: Path, model: bytes, network: NetworkSpec, **decision: float | str) -> None:
+    """Write a model with what its caller must know in its metadata; `decision` says how its blocks were chosen."""
+    written = onnx.ModelProto.FromString(model)
     facts = {
         "preprocessing": dict_from_preprocessing(network.preprocessing),
         "labels": network.labels,
-        "threshold": network.threshold,
+        **decision,
     }
-    onnx.helper.set_model_props(model, {name: json.dumps(fact) for name, fact in facts.items()})
-    written: bytes = model.SerializeToString(deterministic=True)
-    return written
+    onnx.helper.set_model_props(written, {name: json.dumps(fact) for name, fact in facts.items()})
+    try:
+        write_output(path, written.SerializeToString(deterministic=True))
+    except OSError as exc:
+        raise BundleError(f"{path} cannot be written ({exc.strerror or exc}); choose another place") from exc
+
+
+def _pictures(network: NetworkSpec, n: int, *, seed: int) -> np.ndarray:
+    size = network.preprocessing
+    return preprocess(synthetic_images(n, height=size.height, width=size.width, seed=seed), size)
+
+
+def _error(expected: Mapping[str, np.ndarray], actual: Mapping[str, np.ndarray]) -> float:
+    result = compare_outputs(expected, actual, tolerance=ENGINE_TOLERANCE)
+    if not result.ok:
+        raise ExportError(
+            f"the fused model differs from its parts by {result.error:.2g} of the logits' range; report this"
+        )
+    return result.error
 
 
 def _masks(n_blocks: int) -> list[np.ndarray]:
@@ -75,8 +116,7 @@ class _Check:
     def error(self, mask: np.ndarray | None, seed: int) -> float:
         """Return the error of the logits for a mask bool [K]; None leaves it to the policy network."""
         network = self.network
-        size = network.preprocessing
-        image = preprocess(synthetic_images(1, height=size.height, width=size.width, seed=seed), size)
+        image = _pictures(network, 1, seed=seed)
         expected_keep = self._policy(image) if mask is None else mask
         force = np.zeros(network.n_blocks) if mask is None else np.where(mask, FORCE_KEEP, FORCE_DROP)
         path = [(part, self.pieces[part.name]) for part in parts_of_path(network, expected_keep)]
@@ -84,12 +124,7 @@ class _Check:
         actual = self.fused.run({"image": image, "force": force.astype(np.uint8)})
         if (actual["keep"] != expected_keep).any():
             raise ExportError("the fused model keeps other blocks than its parts do; report this")
-        result = compare_outputs(expected, actual, tolerance=ENGINE_TOLERANCE)
-        if not result.ok:
-            raise ExportError(
-                f"the fused model differs from its parts by {result.error:.2g} of the logits' range; report this"
-            )
-        return result.error
+        return _error(expected, actual)
 
     def _policy(self, image: np.ndarray) -> np.ndarray:
         if (always := self.network.default_keep()) is not None:

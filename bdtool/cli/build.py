@@ -13,6 +13,7 @@ from bdtool.cli.command import Command
 from bdtool.cli.options import (
     BUNDLE,
     NEW_FILE,
+    POLICY,
     FiniteRange,
     backend_option,
     data_option,
@@ -30,6 +31,9 @@ from bdtool.words import percent
 from engines.base import DEFAULT_DEVICE
 
 if TYPE_CHECKING:
+    import numpy as np
+
+    from bdtool.runtime.policies import PolicyRequest
     from engines.base import Backend
     from engines.engine_record import EngineRecord
     from engines.store import EngineStore, PartStatus
@@ -122,7 +126,14 @@ def build_cmd(
     type=FiniteRange(min=0, max=1),
     help="Keep the blocks whose probability is at least this. Default: the bundle's threshold.",
 )
-def fuse_cmd(bundle: Path, model: Path, threshold: float | None) -> None:
+@click.option(
+    "--policy",
+    type=POLICY,
+    metavar="POLICY",
+    help="The blocks of this mask alone, the same for all images: a static model, without If. K bits, first:K, "
+    "distribute:K, all, none, or FILE.npy with one row.",
+)
+def fuse_cmd(bundle: Path, model: Path, threshold: float | None, policy: str | None) -> None:
     """Write a BUNDLE as one ONNX file, policy included, with an If for each block.
 
     For deployments that can hold only one file. It takes one preprocessed image, float32 [1, 3, H, W], and gives the
@@ -130,19 +141,39 @@ def fuse_cmd(bundle: Path, model: Path, threshold: float | None) -> None:
     Its ONNX metadata hold `preprocessing`, `labels` and `threshold`, as JSON. It is compared with the parts of the
     bundle before it is written.
 
+    With --policy it is the path of one mask, a plain static ResNet of fewer blocks: images float32 [N, 3, H, W] to
+    logits, for TensorRT and whatever else takes no If. `policy` is then in the metadata in place of `threshold`.
+
     \b
     Example:
       bdtool fuse bundle -o model.onnx
       bdtool fuse bundle -o model.onnx --threshold 0.7
+      bdtool fuse bundle -o model.onnx --policy 100010001011110
     """
-    from bdtool.fusing import write_fused
+    from bdtool.fusing import write_fused, write_path
+    from bdtool.runtime.policies import parse_policy_for
     from bdtool.runtime.thresholds import bundle_at
     from export.bundle import Bundle
 
-    error = write_fused(bundle_at(threshold, Bundle.open(bundle)), model)
+    opened = bundle_at(threshold, Bundle.open(bundle))
+    if policy is None:
+        error = write_fused(opened, model)
+    elif threshold is not None:
+        raise click.UsageError("--threshold is of the policy network, which --policy leaves out. Give one of them")
+    else:
+        error = write_path(opened, model, _one_mask(parse_policy_for(opened.network, policy)))
     click.echo(
         f"{model}: {model.stat().st_size / 1e6:.1f} MB; worst difference from the parts: {error:.1e} of the range"
     )
+
+
+def _one_mask(request: PolicyRequest) -> np.ndarray:
+    if request.mask is None:
+        raise click.BadParameter(
+            f"{request.name} keeps other blocks of each image. Give K bits, or leave --policy out",
+            param_hint="--policy",
+        )
+    return request.mask
 
 
 def _build_parts(store: EngineStore, open_it: Callable[[], Backend], *, resume: bool) -> list[PartStatus]:

@@ -9,6 +9,7 @@ import onnxruntime
 import pytest
 
 from bdtool import Orchestrator
+from export.compose import compose_parts
 from export.fused import fuse_parts
 
 
@@ -87,6 +88,45 @@ def test_fuse_writes_no_model_that_differs_from_the_parts(monkeypatch, bdtool, b
     monkeypatch.setattr("bdtool.fusing.fuse_parts", lambda network, pieces: fuse_parts(*wrong(network, pieces)))
     assert message in bdtool("fuse", bundle_copy, "-o", tmp_path / "model.onnx", status=1).stderr
     assert not (tmp_path / "model.onnx").exists()
+
+
+@pytest.mark.parametrize(("policy", "bits"), [("101", "101"), ("first:1", "100"), ("all", "111"), ("none", "000")])
+def test_one_path_is_a_static_model_for_batches(bdtool, bundle_copy, tmp_path, policy, bits):
+    file = tmp_path / "model.onnx"
+    assert "worst difference" in bdtool("fuse", bundle_copy, "-o", file, "--policy", policy).output
+    model = onnx.load(file)
+    assert "If" not in {node.op_type for node in model.graph.node}
+    assert json.loads({entry.key: entry.value for entry in model.metadata_props}["policy"]) == bits
+    session = onnxruntime.InferenceSession(file.read_bytes(), _options(), providers=["CPUExecutionProvider"])
+    images = np.random.default_rng(0).normal(size=(3, 3, 32, 32)).astype(np.float32)
+    with Orchestrator.open(bundle_copy) as runtime:
+        expected = runtime.run(images, policy=policy)
+    [logits] = session.run(None, {"image": images})
+    np.testing.assert_allclose(logits, expected.logits, atol=1e-4)
+
+
+def test_no_path_that_differs_from_its_parts_is_written(monkeypatch, bdtool, bundle_copy, tmp_path):
+    def wrong(name, pieces):
+        head, weights = pieces[-1]
+        return compose_parts(name, [*pieces[:-1], (head, _doubled(weights))])
+
+    monkeypatch.setattr("bdtool.fusing.compose_parts", wrong)
+    message = bdtool("fuse", bundle_copy, "-o", tmp_path / "model.onnx", "--policy", "101", status=1).stderr
+    assert "of the logits' range" in message
+    assert not (tmp_path / "model.onnx").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--policy", "learned"), "learned keeps other blocks of each image. Give K bits, or leave --policy out"),
+        (("--policy", "random:2"), "random:2:0 keeps other blocks of each image"),
+        (("--policy", "101", "--threshold", "0.7"), "--threshold is of the policy network, which --policy leaves out"),
+    ],
+)
+def test_what_is_not_one_path_is_refused(bdtool, bundle_copy, tmp_path, words, says):
+    output = bdtool("fuse", bundle_copy, "-o", tmp_path / "model.onnx", *words, status=2).output
+    assert says in " ".join(output.split())
 
 
 def test_fuse_into_a_missing_directory_says_so(bdtool, bundle_copy, tmp_path):

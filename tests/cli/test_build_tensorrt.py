@@ -41,6 +41,21 @@ def test_json_has_the_kernels_of_each_part(bdtool_json, bundle_copy):
     assert block["details"]["kernels"] == ["node_conv_0: float", "node_conv_1: float"]
 
 
+def test_fused_path_of_one_mask_is_built_without_bdtool(bdtool, bundle_copy, tmp_path):
+    trt = pytest.importorskip("tensorrt_rtx_bindings")
+    bdtool("fuse", bundle_copy, "-o", tmp_path / "model.onnx", "--policy", "101")
+    logger = trt.Logger(trt.Logger.ERROR)
+    builder = trt.Builder(logger)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    assert trt.OnnxParser(network, logger).parse((tmp_path / "model.onnx").read_bytes())
+    config, profile = builder.create_builder_config(), builder.create_optimization_profile()
+    profile.set_shape("image", (1, 3, 32, 32), (1, 3, 32, 32), (8, 3, 32, 32))
+    config.add_optimization_profile(profile)
+    config.num_compute_capabilities = 1
+    config.set_compute_capability(trt.ComputeCapability.SM89, 0)
+    assert builder.build_serialized_network(network, config) is not None
+
+
 def test_masks_are_counted_on_the_cpu_where_there_is_no_gpu(bdtool_json, bundle_copy, npz):
     words = ("build", bundle_copy, "--backend", "tensorrt-rtx", "--sm", "89", "--precision", "fp16")
     found = bdtool_json(*words, "--coverage", 1, "--data", npz)
