@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bdtool.cli.command import Group
-from bdtool.cli.options import DATA, MODEL, NEW_MODEL, colour_options, refuse_idle, resize_to_option, size_option
+from bdtool.cli.options import (
+    DATA,
+    MODEL,
+    NEW_MODEL,
+    colour_options,
+    refuse_idle,
+    resize_to_option,
+    size_option,
+    was_given,
+)
 from bdtool.cli.output import emit
 from bdtool.cli.training_options import (
     POLICY_HELP,
@@ -244,7 +253,8 @@ def _load_both(start: Path, other: Path | None) -> tuple[BlockDropModel, BlockDr
         "base_lr": "Highest learning rate of the base, by SGD.",
         "policy": "learned, or a heuristic that the base is trained for: first:K, random:K, random:LOW-HIGH, "
         "distribute:K, all, K bits, FILE.npy with one row, or a row for each training image (without --val). "
-        "learned:LOW-HIGH with --freeze-policy: paths at all thresholds between these.",
+        "learned:LOW-HIGH with --freeze-policy: paths at all thresholds between these. A base that was trained for one "
+        "mask goes on with it, where nothing is given.",
         "freeze_policy": "Leave the policy network as it is: the base learns along the paths that it takes.",
         "blocks": "First shift the policy network to keep this many blocks on average; 0 leaves it.",
     },
@@ -266,8 +276,11 @@ def finetune_cmd(start: Path, teacher: Path | None, **given: Any) -> None:
       bdtool train finetune joint.safetensors --freeze-policy --blocks 7 --data cifar10:data -o model.safetensors
       bdtool train finetune base.safetensors --policy distribute:7 --data cifar10:data -o distribute7.safetensors
     """
+    from bdtool.models.store import read_spec
     from bdtool.training.stages import finetune
 
+    if not was_given("policy"):
+        given["policy"] = read_spec(start).mask or given["policy"]
     options = options_from(FinetuneOptions, given)
     if not options.trains_policy:
         follows_network = options.policy.startswith("learned")  # whose reward is shown, with this gamma

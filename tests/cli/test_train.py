@@ -128,6 +128,23 @@ def test_base_that_was_trained_for_a_mask_is_deployed_with_it(
     assert bdtool_json("inspect", bundle)["precisions"]["fp16"]["policy"] == "101"
 
 
+def test_base_that_was_trained_for_a_mask_is_trained_on_for_it(
+    bdtool: Callable[..., Result], base: Path, npz: Path, tmp_path: Path
+) -> None:
+    first, second, other = (tmp_path / f"{name}.safetensors" for name in ("first", "second", "other"))
+    bdtool("train", "finetune", base, "--policy", "101", "--data", npz, *_QUICK, "-o", first)
+    bdtool("train", "finetune", first, "--data", npz, *_QUICK, "-o", second)
+    assert (read_spec(second).mask, read_spec(second).provenance["options"]["policy"]) == ("101", "101")
+    bdtool("train", "finetune", first, "--policy", "all", "--data", npz, *_QUICK, "-o", other)
+    assert read_spec(other).mask is None
+    assert (
+        "policy 'learned': the model has no policy network"
+        in bdtool(
+            "train", "finetune", other, "--data", npz, *_QUICK, "-o", tmp_path / "none.safetensors", status=2
+        ).stderr
+    )
+
+
 def test_reward_is_shown_where_there_is_a_policy_network(
     bdtool: Callable[..., Result], tiny: Any, base: Path, npz: Path, tmp_path: Path
 ) -> None:
