@@ -102,6 +102,14 @@ def test_engine_that_cannot_be_read_is_built_again(built, monkeypatch):
     assert _rebuilt(built) == {"block_01"}
 
 
+def test_named_pipe_in_the_place_of_an_engine_is_not_waited_for(built):
+    engine = _store(built).directory / "block_01.json"
+    engine.unlink()
+    os.mkfifo(engine)
+    assert "block_01" not in _store(built).find(check_digests=False)
+    assert _rebuilt(built) == {"block_01"}
+
+
 @pytest.mark.parametrize("field", ["onnx_sha256", "backend", "backend_version", "target", "precision", "part", "file"])
 def test_engine_of_other_content_or_target_is_built_again(built, field):
     record = built / "engines" / "fake-1-cpu-fp32" / "head.engine.json"
