@@ -54,7 +54,7 @@ def test_engines_in_place_of_parts_are_cached_by_build(bdtool, bdtool_json, bund
     assert (result["n_parts"], len(result["engines"])) == (9, 1)
     assert 0 < result["size_bytes"] < result["whole_size_bytes"]
     parts = bdtool_json("build", packed)["parts"]
-    assert {part["status"] for part in parts.values()} == {"cached"}
+    assert [part["status"] for part in parts.values()] == ["cached"] * 9  # `full`, which an engine alone is of, too
     bdtool("profile", packed, "--duration", 0.01)
 
 
