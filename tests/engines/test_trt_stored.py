@@ -83,3 +83,24 @@ def test_engine_without_weights_is_not_run(driver, bundle_copy):
     store.build(lambda: open_backend("tensorrt", "cuda:0", tensorrt=options))
     with pytest.raises(EngineError, match=r"built without weights.*again without --strip-weights"):
         Orchestrator.open(bundle_copy, **TENSORRT)
+
+
+def _record(store, name):
+    return json.loads((store.directory / f"{name}.engine.json").read_bytes())
+
+
+def test_engine_that_went_is_built_for_the_batches_of_the_others(driver, bundle_copy):
+    store = build_engines(bundle_copy, min_batch=2, opt_batch=3, max_batch=4)
+    (store.directory / "head.plan").unlink()
+    Orchestrator.open(bundle_copy, **TENSORRT).close()
+    assert _record(store, "head")["settings"] == store.settings
+
+
+def test_engine_that_went_from_among_different_ones_is_built_as_by_default(driver, bundle_copy):
+    store = build_engines(bundle_copy, max_batch=4)
+    record = {**_record(store, "block_00"), "settings": TensorRTOptions(max_batch=5).settings}
+    (store.directory / "block_00.engine.json").write_text(json.dumps(record))
+    (store.directory / "head.plan").unlink()
+    Orchestrator.open(bundle_copy, **TENSORRT).close()
+    max_batch = Bundle.open(bundle_copy).manifest.max_batch
+    assert _record(store, "head")["settings"] == TensorRTOptions(max_batch=max_batch).settings
