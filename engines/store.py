@@ -183,18 +183,17 @@ class EngineStore:
 
     def nearest(self, parts: Sequence[PartSpec]) -> EngineStore:
         """Return the store that a runtime would take its engines of `parts` from; this one where none has them all."""
-        found = self.find_complete(parts, check_digests=False)
+        found = self.find_complete(parts)
         return self if found is None else found[0]
 
-    def find_complete(
-        self, parts: Sequence[PartSpec], *, check_digests: bool = True
-    ) -> tuple[EngineStore, dict[str, EngineRecord]] | None:
+    def find_complete(self, parts: Sequence[PartSpec]) -> tuple[EngineStore, dict[str, EngineRecord]] | None:
         """Return a store that has an engine of each of `parts` for this target, and their records; None: there is none.
 
-        It is this one, or one whose engines were built for this target among others. `check_digests` as in `find`.
+        It is this one, or one whose engines were built for this target among others. `load` looks at whether the
+        engines are whole.
         """
         for store in (self, *self._wider()):
-            records = store.find(parts, check_digests=check_digests)
+            records = store.find(parts, check_digests=False)
             if len(records) == len(parts):
                 return store, records
         return None

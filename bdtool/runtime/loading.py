@@ -89,7 +89,7 @@ class Loader:
     ) -> tuple[EngineStore, EngineSet]:
         """Load the engines of `parts`, from where they are; where one is missing, `build` is built first."""
         with ExitStack() as stack:
-            found = store.find_complete(parts, check_digests=False)  # those are checked as they are read: once
+            found = store.find_complete(parts)
             if found is not None:
                 try:
                     return self._load_from(*found)
