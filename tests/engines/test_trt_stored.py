@@ -44,6 +44,15 @@ def test_version_compatible_engines_are_loaded_where_they_were_asked_for(driver,
         assert runtime.run(pixels(tiny.model, 1)).logits.shape == (1, 10)
 
 
+def test_version_compatible_engines_are_loaded_beside_others(driver, bundle_copy, pixels, tiny):
+    build_engines(bundle_copy, version_compatible=True)
+    options = TensorRTOptions()
+    others = EngineStore(Bundle.open(bundle_copy), identify_backend("tensorrt", "cuda:0", tensorrt=options))
+    others.build(lambda: open_backend("tensorrt", "cuda:0", tensorrt=options), parts=[others.network.require("head")])
+    with Orchestrator.open(bundle_copy, **TENSORRT) as runtime:
+        assert runtime.run(pixels(tiny.model, 1)).logits.shape == (1, 10)
+
+
 def test_host_code_of_other_engines_is_refused(driver, bundle_copy):
     store = build_engines(bundle_copy, version_compatible=True)
     for path in store.directory.glob("*.engine.json"):
