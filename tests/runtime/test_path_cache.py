@@ -153,6 +153,14 @@ def test_engine_goes_for_a_mask_that_comes_twice_as_often(cache):
     assert len(joined) == 3
 
 
+def test_mask_given_ahead_counts_as_seen(cache):
+    held, joined = cache(max_paths=1, ahead=[_mask(1)])
+    _see(held, _mask(2), 2 * BUILD_AFTER - 1)
+    assert len(joined) == 1
+    _see(held, _mask(2), 1)
+    assert len(joined) == 2
+
+
 def test_more_masks_than_fit_that_come_alike_often_are_not_joined_without_end(cache):
     held, joined = cache(max_paths=8)
     for seed in range(100):
