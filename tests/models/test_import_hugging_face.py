@@ -206,8 +206,9 @@ def test_image_processors(directory, processor, expected):
     assert _input(directory(TRANSFORMERS | {"id2label": {}}, processor)) == expected
 
 
-def test_processor_that_says_less_than_all_is_not_said_to_say_it(directory):
-    path = directory(None, {"size": 224, "crop_pct": 0.875, "resample": 3})
+@pytest.mark.parametrize("missing", ["image_mean", "image_std", "resample", "size"])
+def test_processor_that_says_less_than_all_is_not_said_to_say_it(directory, missing):
+    path = directory(None, {key: value for key, value in CONVNEXT.items() if key != missing})
     assert "input" not in import_checkpoint(path, arch="resnet18").spec.provenance
 
 
