@@ -172,7 +172,20 @@ def test_what_a_user_gives_wins_over_the_directory(directory):
     assert _input(path, interpolation="bilinear") == (224, 224, 235, "bilinear")
     spec = import_checkpoint(path, arch="resnet18", mean=(0.0, 0.0, 0.0), labels=("x", "y", "z")).spec
     assert (spec.preprocessing.mean, spec.preprocessing.std) == ((0.0, 0.0, 0.0), (0.2, 0.2, 0.1))
+    assert import_checkpoint(path, std=(1.0, 1.0, 1.0)).spec.preprocessing.std == (1.0, 1.0, 1.0)
     assert spec.labels == ("x", "y", "z")
+
+
+def test_what_a_user_gives_holds_where_the_directory_says_nothing(directory):
+    given = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6), "size": 64, "resize": 80, "interpolation": "bicubic"}
+    pre = import_checkpoint(directory(), arch="resnet18", **given).spec.preprocessing
+    assert (pre.mean, pre.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    assert (pre.height, pre.width, pre.resize, pre.interpolation) == (64, 64, 80, "bicubic")
+
+
+def test_resize_of_pictures_that_timm_does_not_cut_is_as_given_at_any_size(directory):
+    path = directory(TIMM | {"pretrained_cfg": {"crop_mode": "border"}}, keys="torchvision")
+    assert _input(path, size=64, resize=80) == (64, 64, 80, "bicubic")
 
 
 def test_directory_of_transformers_around_timm(tmp_path, resnet18):
