@@ -248,6 +248,11 @@ def test_pictures_scaled_in_another_way_need_a_word(directory, processor, side):
     assert _input(path, resize=side + 10) == (side, side, side + 10, "bicubic")
 
 
+def test_names_of_classes_may_be_numbers(directory):
+    path = directory(TRANSFORMERS | {"id2label": {"0": 7, "1": 8.5, "2": "nine"}})
+    assert import_checkpoint(path, arch="resnet18").spec.labels == ("7", "8.5", "nine")
+
+
 def test_classes_that_nobody_named_have_no_labels(directory):
     path = directory(TRANSFORMERS | {"id2label": {"0": "LABEL_0", "1": "LABEL_1", "2": "LABEL_2"}})
     assert import_checkpoint(path, arch="resnet18").spec.labels is None
