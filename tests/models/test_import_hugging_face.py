@@ -211,7 +211,7 @@ def test_newer_weights_are_taken_where_there_are_both(directory):
         ({"feature_extractor_type": "ConvNextFeatureExtractor", "size": 224}, (224, 224, 256, "bilinear")),
         (CUT, (192, 192, 256, "bicubic")),
         (CUT | {"crop_size": 192}, (192, 192, 256, "bicubic")),
-        (CONVNEXT | {"do_resize": False}, (224, 224, 256, "bicubic")),  # ImageNet's, as where nothing is said
+        (CONVNEXT | {"do_resize": False, "size": 160}, (224, 224, 256, "bicubic")),  # as where nothing is said
         ({}, (224, 224, 256, "bilinear")),
     ],
 )
