@@ -28,6 +28,13 @@ def test_percentile_leaves_rare_values_out():
     assert found == pytest.approx(np.quantile(values, 0.999), abs=50 / (N_BINS / 2))
 
 
+def test_percentile_is_of_values_of_both_signs():
+    values = np.random.default_rng(0).normal(size=(100, 1000))
+    values[values < 0] *= 3
+    found = _collected(values).range_of("x", method="percentile", percentile=80)
+    assert found == pytest.approx(np.quantile(np.abs(values), 0.8), abs=np.abs(values).max() / (N_BINS / 2))
+
+
 def test_entropy_cuts_a_long_tail():
     values = np.random.default_rng(0).normal(size=(100, 1000))
     values[0, 0] = 30
