@@ -101,6 +101,24 @@ def test_imagenet_reads_the_validation_split(tmp_path: Path, monkeypatch: pytest
     assert batch.names[0] == "val/n01440764/x.png"
 
 
+def test_imagenet_reads_the_training_split_where_it_is_asked_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(torchvision_sets.N_CLASSES, "imagenet", 3)
+    data = imagenet(tmp_path)
+    (tmp_path / "val").rename(tmp_path / "train")
+    assert open_data(data, network=UNNAMED, split="train").take(3).names[0] == "train/n01440764/x.png"
+
+
+@pytest.mark.parametrize("missing", ["meta.bin", "val"])
+def test_archives_of_imagenet_are_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+    data = imagenet(tmp_path)
+    (tmp_path / missing).rename(tmp_path / "elsewhere")
+    monkeypatch.setattr(datasets, "ImageNet", lambda *args, **kwargs: pytest.fail("opened"))
+    with pytest.raises(DataError, match="files are missing"):
+        open_data(data, network=cifar_network(1000))
+
+
 def test_imagenet_with_missing_classes_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="got 3 class folders"):
         open_data(imagenet(tmp_path), network=cifar_network(1000))
