@@ -209,6 +209,7 @@ def test_newer_weights_are_taken_where_there_are_both(directory):
     [
         (CONVNEXT | {"size": 160, "resample": 2}, (160, 160, 182, "bilinear")),  # older files: a number
         ({"feature_extractor_type": "ConvNextFeatureExtractor", "size": 224}, (224, 224, 256, "bilinear")),
+        ({"image_processor_type": "ConvNextImageProcessor", "size": 224}, (224, 224, 256, "bilinear")),
         (CUT, (192, 192, 256, "bicubic")),
         (CUT | {"crop_size": 192}, (192, 192, 256, "bicubic")),
         (CONVNEXT | {"do_resize": False, "size": 160}, (224, 224, 256, "bicubic")),  # as where nothing is said
@@ -238,6 +239,7 @@ def test_processor_without_normalization(directory):
         (SQUEEZED | {"size": {"shortest_edge": 224}}, 224),  # not cut at all
         (CONVNEXT | {"size": {"shortest_edge": 384}}, 384),  # it squeezes what is that large
         (CUT | {"size": {"height": 256, "width": 256}}, 192),
+        (CUT | {"size": 256}, 192),  # squeezed to a square, whose middle is taken
     ],
 )
 def test_pictures_scaled_in_another_way_need_a_word(directory, processor, side):
@@ -300,12 +302,20 @@ def test_configurations_of_other_networks_or_pictures_are_refused(directory, con
         ({"crop_pct": "x"}, r"crop_pct is 'x', expected a number from 0\.01 to 1"),
         ({"crop_pct": 1e-310}, r"crop_pct is 1e-310, expected a number from 0\.01 to 1"),
         ({"size": {"longest_edge": 224}}, r"size is .*Give --resize-to N to have"),
+        ({"size": {"shortest_edge": 0}}, r"size is .*Give --resize-to N to have"),
         ({"image_std": [0, 1, 1]}, r"mean and std need three values each, std above 0"),
     ],
 )
 def test_processors_of_other_pictures_are_refused(directory, processor, message):
     with pytest.raises((CheckpointError, UsageError), match=message):
         import_checkpoint(directory(None, CONVNEXT | processor), arch="resnet18")
+
+
+def test_configuration_that_cannot_be_read_is_named(directory):
+    path = directory()
+    (path / "config.json").mkdir()
+    with pytest.raises(CheckpointError, match=r"config\.json cannot be read: Is a directory"):
+        import_checkpoint(path, arch="resnet18")
 
 
 def test_directory_without_weights_is_refused(tmp_path):
