@@ -210,6 +210,7 @@ def test_newer_weights_are_taken_where_there_are_both(directory):
         (CONVNEXT | {"size": 160, "resample": 2}, (160, 160, 182, "bilinear")),  # older files: a number
         ({"feature_extractor_type": "ConvNextFeatureExtractor", "size": 224}, (224, 224, 256, "bilinear")),
         ({"image_processor_type": "ConvNextImageProcessor", "size": 224}, (224, 224, 256, "bilinear")),
+        (CONVNEXT | {"crop_pct": 1}, (224, 224, 224, "bicubic")),
         (CUT, (192, 192, 256, "bicubic")),
         (CUT | {"crop_size": 192}, (192, 192, 256, "bicubic")),
         (CONVNEXT | {"do_resize": False, "size": 160}, (224, 224, 256, "bicubic")),  # as where nothing is said
@@ -248,6 +249,13 @@ def test_pictures_scaled_in_another_way_need_a_word(directory, processor, side):
     with pytest.raises(CheckpointError, match=message):
         import_checkpoint(path, arch="resnet18")
     assert _input(path, resize=side + 10) == (side, side, side + 10, "bicubic")
+
+
+def test_interpolation_that_is_not_ours_needs_a_word(directory):
+    path = directory(None, CONVNEXT | {"resample": 1})
+    with pytest.raises(CheckpointError, match=r"resample is 1, .*; give --interpolation"):
+        import_checkpoint(path, arch="resnet18")
+    assert _input(path, interpolation="bilinear") == (224, 224, 256, "bilinear")
 
 
 def test_names_of_classes_may_be_numbers(directory):
@@ -301,6 +309,7 @@ def test_configurations_of_other_networks_or_pictures_are_refused(directory, con
         ({"resample": 1}, r"resample is 1, expected 2 \(bilinear\) or 3 \(bicubic\); give --interpolation"),
         ({"crop_pct": "x"}, r"crop_pct is 'x', expected a number from 0\.01 to 1"),
         ({"crop_pct": 1e-310}, r"crop_pct is 1e-310, expected a number from 0\.01 to 1"),
+        ({"crop_pct": 1.25}, r"crop_pct is 1\.25, expected a number from 0\.01 to 1"),
         ({"size": {"longest_edge": 224}}, r"size is .*Give --resize-to N to have"),
         ({"size": {"shortest_edge": 0}}, r"size is .*Give --resize-to N to have"),
         ({"image_std": [0, 1, 1]}, r"mean and std need three values each, std above 0"),
