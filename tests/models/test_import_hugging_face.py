@@ -165,6 +165,16 @@ def test_timm_scales_bicubically_where_its_file_does_not_say_how(directory):
     assert _input(path, interpolation="bilinear") == (224, 224, 235, "bilinear")
 
 
+def test_timm_scales_to_an_eighth_more_where_its_file_does_not_say_how_far(directory):
+    path = directory(TIMM | {"pretrained_cfg": {"input_size": [3, 224, 224]}}, keys="torchvision")
+    assert _input(path) == (224, 224, 256, "bicubic")
+
+
+def test_arguments_that_only_training_looks_at_are_harmless(directory):
+    arguments = {"drop_rate": 0.1, "drop_path_rate": 0.1, "drop_block_rate": 0.1, "num_classes": 3}
+    assert import_checkpoint(directory(TIMM | {"model_args": arguments}, keys="torchvision")).spec.arch == "resnet18"
+
+
 def test_what_a_user_gives_wins_over_the_directory(directory):
     path = directory(TIMM, keys="torchvision")
     assert _input(path, size=288) == (288, 288, 302, "bicubic")  # 235 of 224, as of 288
@@ -307,6 +317,7 @@ def test_configurations_of_other_networks_or_pictures_are_refused(directory, con
         ({"rescale_factor": 1.0}, r"rescale_factor is 1\.0, expected 0\.0039"),
         ({"rescale_offset": True}, r"rescale_offset is True, expected False"),
         ({"resample": 1}, r"resample is 1, expected 2 \(bilinear\) or 3 \(bicubic\); give --interpolation"),
+        ({"resample": [3]}, r"resample is \[3\], expected 2 \(bilinear\)"),
         ({"crop_pct": "x"}, r"crop_pct is 'x', expected a number from 0\.01 to 1"),
         ({"crop_pct": 1e-310}, r"crop_pct is 1e-310, expected a number from 0\.01 to 1"),
         ({"crop_pct": 1.25}, r"crop_pct is 1\.25, expected a number from 0\.01 to 1"),
