@@ -149,6 +149,12 @@ def test_directory_of_timm_says_labels_and_input(directory):
     assert spec.provenance["input"] == "config.json"
 
 
+def test_timm_may_name_the_classes_beside_what_it_says_of_the_input(directory):
+    settings = TIMM["pretrained_cfg"] | {"label_names": ["ant", "bee", "cow"]}
+    config = {key: value for key, value in TIMM.items() if key != "label_names"} | {"pretrained_cfg": settings}
+    assert import_checkpoint(directory(config, keys="torchvision")).spec.labels == ("ant", "bee", "cow")
+
+
 def test_older_directory_of_timm_says_all_beside_the_architecture(directory):
     config = TIMM["pretrained_cfg"] | {"architecture": "resnet18", "num_classes": 3, "labels": ["ant", "bee", "cow"]}
     path = directory(config, keys="torchvision")
