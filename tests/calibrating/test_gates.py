@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from bdtool import Orchestrator
-from bdtool.calibrating.gates import Reference, measure_gates
+from bdtool.calibrating.gates import Gates, Reference, measure_gates
 from bdtool.data.batches import ImageSource
 from bdtool.data.synthetic import synthetic_images
 from bdtool.runtime.policies import parse_policy_for
@@ -83,3 +83,21 @@ def test_lost_accuracy_and_flipped_bits_are_counted_over_all_batches(tiny: Expor
     assert (gates.accuracy_fp32, gates.accuracy, gates.accuracy_drop) == (1, 0.5, 50)
     assert (gates.changed_classes, gates.policy_flips) == (0.5, pytest.approx(1 / 3))
     assert (gates.ok, strict.ok) == (True, False)
+
+
+@pytest.mark.parametrize(("right", "ok"), [(899, True), (895, True), (894, False)])
+def test_drop_of_just_the_bound_is_allowed(right: int, ok: bool) -> None:
+    """100 x (0.9 - 0.895) is a little more than 0.5."""
+    gates = Gates(
+        policy="all",
+        n_images=1000,
+        input_source="pictures",
+        logits_error=0.0,
+        logits_worst=0.0,
+        changed_classes=0.0,
+        policy_flips=None,
+        accuracy_fp32=0.9,
+        accuracy=right / 1000,
+        max_accuracy_drop=0.5,
+    )
+    assert gates.ok is ok
