@@ -305,6 +305,7 @@ def test_classes_that_nobody_named_have_no_labels(directory):
             r"input_size is \[3, 224, 192\], expected 3 channels",
         ),
         (TIMM | {"pretrained_cfg": {"input_size": [1, 28, 28]}}, r"input_size is \[1, 28, 28\], expected 3 channels"),
+        (TIMM | {"pretrained_cfg": {"input_size": [3, 0, 0]}}, r"input_size is \[3, 0, 0\], expected 3 channels"),
         (TIMM | {"pretrained_cfg": {"crop_pct": 0, "input_size": [3, 224, 224]}}, r"crop_pct is 0, expected a number"),
         (TIMM | {"pretrained_cfg": {"crop_mode": "border"}}, r"crop_mode is 'border': .* Give --resize-to N to have"),
         (TIMM | {"pretrained_cfg": {"mean": [0.5]}}, r"mean is \[0\.5\], expected three numbers"),
