@@ -258,6 +258,23 @@ def test_stop_half_way_leaves_nothing(tiny, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_what_a_killed_pack_left_is_not_packed(tiny, tmp_path):
+    left = tmp_path / ".packed.packing" / "onnx" / "left.onnx"
+    left.parent.mkdir(parents=True)
+    left.touch()
+    _pack(tiny.bundle, tmp_path / "packed")
+    assert "onnx/left.onnx" not in _files(tmp_path / "packed")
+    assert [path.name for path in tmp_path.iterdir()] == ["packed"]
+
+
+def test_link_to_an_empty_directory_stays_one(tiny, tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "packed").symlink_to("disk")
+    _pack(tiny.bundle, tmp_path / "packed")
+    assert (tmp_path / "packed").is_symlink()
+    assert (tmp_path / "disk" / "manifest.json").is_file()
+
+
 def test_precision_that_is_not_there_is_refused(tiny, tmp_path):
     with pytest.raises(BundleError, match="has no int8 parts"):
         _pack(tiny.bundle, tmp_path / "packed", precision="int8")
