@@ -96,6 +96,14 @@ def test_authors_cifar_checkpoint_gives_their_answers(authors_cifar, tmp_path, l
     assert model.spec.labels[9] == "truck"
 
 
+def test_networks_of_one_module_may_be_data_parallel_each(authors_cifar, tmp_path):
+    networks = dict(zip(("resnet", "agent"), authors_cifar, strict=True))
+    state = {f"{name}.module.{key}": value for name, net in networks.items() for key, value in net.state_dict().items()}
+    model = import_checkpoint(_saved(tmp_path / "net.pth", {"state_dict": state}), arch="resnet32")
+    assert torch.equal(model.base.state_dict()["stem.conv.weight"], authors_cifar[0].conv1.weight)
+    assert model.spec.has_policy
+
+
 def _authors_imagenet_state(state):
     """Rename torchvision's keys as the authors' `load_weights_to_flatresnet` does."""
 
