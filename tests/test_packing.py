@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from engines.registry import identify_backend, open_backend
 from engines.store import EngineStore
 from export.bundle import Bundle
 from export.files import export_lock
-from export.manifest import read_manifest
+from export.manifest import Variant, read_manifest, write_manifest
 
 _FAKE = BackendIdentity(name="fake", version="1", target="cpu", suffix=".json")
 _PIXELS = synthetic_images(8, height=32, width=32)
@@ -96,6 +97,15 @@ def test_packed_bundle_can_be_packed_again_moved_and_built(packed, tmp_path):
     assert {status.name for status in statuses} == {
         part.name for part in Bundle.open(moved).network.parts if part.kind != "full"
     }
+
+
+def test_precisions_that_are_not_packed_are_not_listed(bundle_copy, tmp_path):
+    manifest = read_manifest(bundle_copy)
+    other = Variant(activation="float16", files=manifest.files, calibration={})
+    write_manifest(bundle_copy, replace(manifest, variants={"fp16": other}))
+    _pack(bundle_copy, tmp_path / "packed")
+    assert Bundle.open(bundle_copy).precisions == ("fp32", "fp16")
+    assert Bundle.open(tmp_path / "packed").precisions == ("fp32",)
 
 
 def test_full_is_kept_where_it_is_asked_for(tiny, tmp_path):
