@@ -72,10 +72,7 @@ def pack(
     variants = {name: variant for name, variant in bundle.manifest.variants.items() if name == precision}
     manifest = replace(bundle.manifest, variants=variants)
     with _new_directory(target) as model:
-        directory = model
-        if for_triton:
-            directory = model / VERSION / BUNDLE
-            directory.mkdir(parents=True)
+        directory = model / VERSION / BUNDLE if for_triton else model
         if engines is None:
             _copy_parts(bundle, directory, parts, source.stored)
             copied = []
