@@ -14,6 +14,7 @@ from bdtool.data.synthetic import synthetic_images
 from bdtool.errors import BundleError, UsageError
 from bdtool.packing import pack
 from bdtool.runtime.masks import MaskCount, write_masks
+from bdtool.runtime.recommendation import Recommendation, write_recommendation
 from engines import copying
 from engines.base import BackendIdentity
 from engines.fake import FakeBackend
@@ -146,6 +147,16 @@ def test_engines_take_the_place_of_parts(built, tmp_path):
         )
     packed_store = EngineStore(Bundle.open(tmp_path / "packed"), store.identity)
     assert all(status.cached for status in packed_store.build(lambda: pytest.fail("nothing to build")))
+
+
+def test_strategy_that_auto_takes_goes_along_with_the_engines(built, tmp_path):
+    measured = Recommendation(
+        strategy="path", threads=1, batch=1, policy="learned", medians_ms={}, input_source="test", versions={}
+    )
+    write_recommendation(EngineStore(Bundle.open(built), identify_backend("onnxruntime", "cpu")).directory, measured)
+    _pack(built, tmp_path / "packed", engines="onnxruntime")
+    with Orchestrator.open(tmp_path / "packed", strategy="auto", threads=1) as runtime:
+        assert runtime.strategy == "path"
 
 
 @pytest.mark.parametrize("engines", [None, "onnxruntime"])
