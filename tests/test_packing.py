@@ -150,13 +150,14 @@ def test_engines_take_the_place_of_parts(built, tmp_path):
 
 
 def test_strategy_that_auto_takes_goes_along_with_the_engines(built, tmp_path):
+    threads = open_backend("onnxruntime", "cpu").threads
     measured = Recommendation(
-        strategy="path", threads=1, batch=1, policy="learned", medians_ms={}, input_source="test", versions={}
+        strategy="path", threads=threads, batch=1, policy="learned", medians_ms={}, input_source="test", versions={}
     )
     write_recommendation(EngineStore(Bundle.open(built), identify_backend("onnxruntime", "cpu")).directory, measured)
     _pack(built, tmp_path / "packed", engines="onnxruntime")
-    with Orchestrator.open(tmp_path / "packed", strategy="auto", threads=1) as runtime:
-        assert runtime.strategy == "path"
+    with Orchestrator.open(tmp_path / "packed", strategy="auto") as runtime:
+        assert runtime.strategy_name == "path"
 
 
 @pytest.mark.parametrize("engines", [None, "onnxruntime"])
