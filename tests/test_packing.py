@@ -265,6 +265,12 @@ def test_place_that_is_taken_meanwhile_is_left_alone(tiny, tmp_path, monkeypatch
     assert _files(tmp_path) == {"packed/other"}
 
 
+def test_place_that_cannot_be_written_is_named(tiny, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(BundleError, match=r"file/packed cannot be written \(.*\); .* run the same command again"):
+        _pack(tiny.bundle, tmp_path / "file" / "packed")
+
+
 def test_two_packs_to_one_place_do_not_meet(tiny, tmp_path):
     with export_lock(tmp_path / "packed"), pytest.raises(BundleError, match=r"a pack to .*packed, or .* is already"):
         _pack(tiny.bundle, tmp_path / "packed")
