@@ -135,12 +135,11 @@ def _new_directory(target: Path) -> Iterator[Path]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with export_lock(target):
-            _require_free(target)  # again: an export, or another pack, may have ended since
             shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
             partial.mkdir()
             try:
                 yield partial
-                _require_free(target)  # the lock stops nobody but bdtool
+                _require_free(target)  # again: it may have been taken since, by others than bdtool, too
                 swap_directory(partial, target)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
