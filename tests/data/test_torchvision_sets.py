@@ -47,6 +47,17 @@ def test_cifar10_equals_torchvision(cifar_root: Path) -> None:
     np.testing.assert_array_equal(batch.labels, [3, 1, 4, 9])
 
 
+def test_training_images_of_cifar10_are_read_where_they_are_asked_for(
+    cifar_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets.CIFAR10, "train_list", [["data_batch_1", None]])
+    rows = {"data": np.full((2, 3072), 7, np.uint8), "labels": [5, 6]}
+    (cifar_root / "cifar-10-batches-py" / "data_batch_1").write_bytes(pickle.dumps(rows))
+    batch = open_data(f"cifar10:{cifar_root}", network=cifar_network(), split="train").take(2)
+    np.testing.assert_array_equal(batch.labels, [5, 6])
+    assert (batch.images == 7).all()
+
+
 def test_parts_of_a_data_set_share_no_images(cifar_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.CIFAR10, "train_list", datasets.CIFAR10.test_list)
     data, network = f"cifar10:{cifar_root}", cifar_network()
@@ -122,6 +133,24 @@ def test_archives_of_imagenet_are_not_unpacked(tmp_path: Path, monkeypatch: pyte
 def test_imagenet_with_missing_classes_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="got 3 class folders"):
         open_data(imagenet(tmp_path), network=cifar_network(1000))
+
+
+@pytest.mark.parametrize("n_bytes", [0, 5, 500])
+def test_list_of_imagenets_classes_that_is_cut_short_is_named(tmp_path: Path, n_bytes: int) -> None:
+    data = imagenet(tmp_path)
+    (tmp_path / "meta.bin").write_bytes((tmp_path / "meta.bin").read_bytes()[:n_bytes])
+    with pytest.raises(DataError, match=r"imagenet:.*\. Expected .*meta\.bin and 1000 class folders"):
+        open_data(data, network=cifar_network(1000))
+
+
+@pytest.mark.parametrize("folder", ["val/n00000000", "val/n01440764"])
+def test_folders_of_imagenet_that_hold_something_else_are_named(tmp_path: Path, folder: str) -> None:
+    data = imagenet(tmp_path)
+    (tmp_path / folder).mkdir(exist_ok=True)
+    for file in (tmp_path / folder).iterdir():
+        file.rename(tmp_path / "elsewhere.png")
+    with pytest.raises(DataError, match=r"imagenet:.*\. Expected .*meta\.bin and 1000 class folders"):
+        open_data(data, network=cifar_network(1000))
 
 
 def test_torchvision_is_not_loaded_for_other_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
