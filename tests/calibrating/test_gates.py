@@ -85,6 +85,20 @@ def test_lost_accuracy_and_flipped_bits_are_counted_over_all_batches(tiny: Expor
     assert (gates.ok, strict.ok) == (True, False)
 
 
+def test_largest_difference_is_that_of_all_batches(tiny: Exported, images: ImageSource) -> None:
+    with Orchestrator.open(tiny.bundle) as fp32, Orchestrator.open(tiny.bundle) as other:
+        reference = Reference(fp32, images, parse_policy_for(fp32.network, "all"))
+        run, shifts = other.run, iter([0.5, 0.25])
+
+        def shifted(batch: np.ndarray, policy: np.ndarray) -> object:
+            result = run(batch, policy=policy)
+            return dataclasses.replace(result, logits=result.logits + np.float32(next(shifts)))
+
+        with patch.object(other, "run", side_effect=shifted):
+            gates = measure_gates(reference, other, max_accuracy_drop=1)
+    assert gates.logits_worst == pytest.approx(0.5, rel=1e-5)
+
+
 @pytest.mark.parametrize(("right", "ok"), [(899, True), (895, True), (894, False)])
 def test_drop_of_just_the_bound_is_allowed(right: int, ok: bool) -> None:
     """100 x (0.9 - 0.895) is a little more than 0.5."""
