@@ -1,6 +1,7 @@
 """Gates: another precision beside fp32, which is asked once for all candidates."""
 
 import dataclasses
+from collections.abc import Callable
 from unittest.mock import patch
 
 import numpy as np
@@ -97,6 +98,15 @@ def test_largest_difference_is_that_of_all_batches(tiny: Exported, images: Image
         with patch.object(other, "run", side_effect=shifted):
             gates = measure_gates(reference, other, max_accuracy_drop=1)
     assert gates.logits_worst == pytest.approx(0.5, rel=1e-5)
+
+
+def test_what_there_is_not_is_not_measured(export_random: Callable[..., Exported], images: ImageSource) -> None:
+    bundle = export_random("resnet8", shortcut="average-pool", has_policy=False).bundle
+    with Orchestrator.open(bundle) as fp32, Orchestrator.open(bundle) as other:
+        reference = Reference(fp32, dataclasses.replace(images, labels=None), parse_policy_for(fp32.network, "110"))
+        gates = measure_gates(reference, other, max_accuracy_drop=0)
+    assert (gates.policy_flips, gates.accuracy_fp32, gates.accuracy, gates.accuracy_drop) == (None, None, None, None)
+    assert (gates.n_images, gates.logits_error, gates.ok) == (_N, 0, True)
 
 
 @pytest.mark.parametrize(("right", "ok"), [(899, True), (895, True), (894, False)])
