@@ -1,5 +1,7 @@
 """The greedy choice gives back what hurts most for the least time, and stops as soon as the bound is kept."""
 
+import pytest
+
 from calibration.mixed import BlockSensitivity, choose_precisions
 
 
@@ -52,6 +54,11 @@ def test_what_is_not_measurably_faster_stays_fp32():
     assert [row.to_json()["is_faster"] for row in rows] == [True, False, False]
 
 
+@pytest.mark.parametrize(("ms", "spread", "is_faster"), [(0.98, 0.0, True), (0.75, 0.25, False)])
+def test_saving_just_enough_is_enough_and_a_quartile_of_one_is_not(ms, spread, is_faster):
+    assert _row("a", 0.1, ms, spread=spread).is_faster is is_faster
+
+
 def test_times_in_the_table_are_those_of_the_choice():
     figures = _row("a", 0.1, 1.5, fp32_ms=2.0).to_json()
     assert (figures["ratio_to_fp32"], figures["ms"], figures["saved_ms"]) == (0.75, 1.5, 0.5)
@@ -64,6 +71,8 @@ def test_the_worst_error_for_each_millisecond_goes_first():
     choice = choose_precisions(ROWS, _drop, max_accuracy_drop=0.2)
     assert set(choice.precisions) == {"a"}
     assert choice.accuracy_drop == 0.1
+    assert [(step["n_lower"], step.get("given_back")) for step in choice.steps] == [(3, "c"), (2, "b"), (1, None)]
+    assert [step["accuracy_drop"] for step in choice.steps] == pytest.approx([0.8, 0.4, 0.1])
 
 
 def test_nothing_is_left_where_nothing_is_allowed():
