@@ -37,23 +37,27 @@ def _broken(batches, n_good):
     raise KeyboardInterrupt
 
 
-def test_an_interrupted_collection_is_taken_up(walker, batches, tmp_path):
+@pytest.mark.parametrize("n_good", [SAVE_EVERY + 1, 2 * SAVE_EVERY])
+def test_an_interrupted_collection_is_taken_up(walker, batches, tmp_path, n_good):
     whole = collect_ranges(walker, batches, tmp_path / "whole.npz")
     walker.seen.clear()
     with pytest.raises(KeyboardInterrupt):
-        collect_ranges(walker, _broken(batches, SAVE_EVERY + 1), tmp_path / "r.npz")
+        collect_ranges(walker, _broken(batches, n_good), tmp_path / "r.npz")
     walker.seen.clear()
-    resumed = collect_ranges(walker, batches, tmp_path / "r.npz")
-    assert walker.seen == [batch.first for batch in batches[SAVE_EVERY:]]
+    told = []
+    resumed = collect_ranges(walker, batches, tmp_path / "r.npz", on_batch=told.append)
+    assert walker.seen == [batch.first for batch in batches[n_good // SAVE_EVERY * SAVE_EVERY :]]
+    assert told == [2] * 8, "images that need not run are done, too"
     ours, theirs = resumed.arrays(), whole.arrays()
     assert set(ours) == set(theirs)
     assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_a_finished_collection_runs_nothing(walker, batches, tmp_path):
-    collect_ranges(walker, batches, tmp_path / "r.npz")
+@pytest.mark.parametrize("n_batches", [SAVE_EVERY + 1, 2 * SAVE_EVERY])
+def test_a_finished_collection_runs_nothing(walker, batches, tmp_path, n_batches):
+    collect_ranges(walker, batches[:n_batches], tmp_path / "r.npz")
     walker.seen.clear()
-    collect_ranges(walker, batches, tmp_path / "r.npz")
+    collect_ranges(walker, batches[:n_batches], tmp_path / "r.npz")
     assert walker.seen == []
 
 
