@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from bdtool.profiling.statistics import Samples
+from bdtool.profiling.statistics import Samples, pooled_variation
 
 
 def _samples(latency_ms, blocks_run=None, batch=1):
@@ -79,6 +79,10 @@ def test_single_requests_give_no_variation():
     assert samples.to_json(samples, (90,))["coefficient_of_variation"] is None
 
 
+def test_times_of_zero_have_no_variation():
+    assert math.isnan(pooled_variation(np.zeros(3), np.ones(3)))
+
+
 def test_typical_latency_is_the_mean_of_the_medians_of_equal_work():
     # medians 5 of three requests and 10 of two
     assert _samples([4, 5, 90, 9, 11], [1, 1, 1, 2, 2]).typical_ms == pytest.approx((3 * 5 + 2 * 10) / 5)
@@ -117,6 +121,13 @@ def test_ratio_is_that_of_rounds_and_lies_between_their_quartiles():
 def test_a_round_that_was_disturbed_leaves_the_ratio():
     full, mine = _rounds([10, 10, 10], [0, 1, 2]), _rounds([5, 90, 6], [0, 1, 2])
     assert mine.ratio_to(full) == pytest.approx(0.6)  # the mean over rounds is 3.4
+
+
+def test_ratio_of_rounds_that_do_not_match_is_that_of_means():
+    mine = _rounds([5, 5, 20], [0, 0, 1])
+    for full in (_rounds([10, 20, 30], [0, 1, 2]), _samples([10, 20, 30])):
+        assert mine.ratio_to(full) == full.ratio_to(mine) ** -1 == 0.5
+        assert mine.ratio_iqr(full) is full.ratio_iqr(mine) is None
 
 
 def test_regimes_of_a_busy_machine_leave_the_ratio():
