@@ -101,6 +101,24 @@ def test_what_makes_figures_incomparable_is_told_from_versions():
     assert _compare(profile_json(), other).to_json()["comparable"] is True
 
 
+@pytest.mark.parametrize("name", ["arch", "policy_network", "batch", "boundary", "n_images"])
+def test_figures_of_other_settings_are_not_comparable(name):
+    result = _compare(profile_json(**{name: 1}), profile_json(**{name: 2}))
+    assert (result.differences, result.incomparable) == ({name: (1, 2)}, (name,))
+
+
+MACHINE = ("cpu", "instruction_set", "processors_available", "cpu_affinity", "threads", "device", "gpu")
+VERSIONS = ("backend", "driver", "driver_cuda", "os", "python", "numpy", "bdtool")
+
+
+@pytest.mark.parametrize("name", [*MACHINE, *VERSIONS])
+def test_machines_are_not_comparable_and_versions_are(name):
+    a, b = profile_json(), profile_json()
+    a["environment"][name], b["environment"][name] = 1, 2
+    result = _compare(a, b)
+    assert (result.differences, result.incomparable) == ({name: (1, 2)}, (name,) if name in MACHINE else ())
+
+
 @pytest.mark.parametrize("side", ["a", "b"])
 def test_unstable_run_leaves_no_verdict(side):
     profiles = {"a": profile_json(4), "b": profile_json(5)}
