@@ -139,6 +139,36 @@ def test_stable_runs_have_a_verdict():
     assert (equal.ok, equal.to_json()["verdict"]) == (True, "no regression")
 
 
+def test_json_has_both_figures_and_what_changed():
+    a, b = profile_json(4.0), profile_json(5.0)
+    b["environment"]["bdtool"] = "2"
+    b["strategies"]["path"] = b["strategies"]["chain"]
+    a["strategies"]["chain"]["blocks_mean"] = 0.0
+    del b["strategies"]["full"]["latency_ms"]["p99"]
+    found = _compare(a, b).to_json()
+    strategies = found.pop("strategies")
+    assert found == {
+        "ok": False,
+        "verdict": "regression",
+        "comparable": True,
+        "stable": True,
+        "unstable": {},
+        "max_slowdown": 0.05,
+        "differences": {"bdtool": {"a": "1", "b": "2"}},
+        "only_in_a": [],
+        "only_in_b": ["path"],
+    }
+    assert strategies["chain"] == {
+        "median_ms": {"a": 4, "b": 5, "change": 0.25},
+        "p99_ms": {"a": 8, "b": 10, "change": 0.25},
+        "ratio_to_full": {"a": 0.4, "b": 0.5, "change": 0.25},
+        "blocks_mean": {"a": 0, "b": 3, "change": None},
+        "throughput_ips": {"a": 250, "b": 200, "change": pytest.approx(-0.2)},
+        "regressions": ["median_ms", "ratio_to_full"],
+    }
+    assert strategies["full"]["p99_ms"] == {"a": 20, "b": None, "change": None}
+
+
 SAME = {"images_sha256": "1" * 64, "weights_sha256": "2" * 64, "keep_sha256": "3" * 64}
 
 
