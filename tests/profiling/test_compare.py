@@ -265,3 +265,8 @@ def test_foreign_files_are_refused_by_name(tmp_path, content, message):
         read_profile(tmp_path / "a.json")
     assert "a.json" in str(caught.value)
     assert "bdtool profile --json" in str(caught.value)
+
+
+def test_file_that_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(UsageError, match=r"cannot be read \(Is a directory\)"):
+        read_profile(tmp_path)
