@@ -98,6 +98,15 @@ def test_nothing_seen_and_nan_are_refused():
         _collected([[float("nan")]])
 
 
+def test_unknown_method_lists_the_known_ones():
+    with pytest.raises(ValueError, match=r"unknown method 'largest'; known: mse, min-max, percentile, entropy"):
+        _collected([[1.0]]).range_of("x", method="largest")
+
+
+def test_no_image_is_counted_of_what_was_not_seen():
+    assert _collected([[1.0]]).n_images("y") == 0
+
+
 @pytest.mark.parametrize("value", [1e-45, 1e-42, 1e-37])
 def test_values_too_small_for_a_step_of_int8_count_as_zeros(value):
     assert _collected([[value, -value]]).range_of("x", method="min-max") == 1
