@@ -89,7 +89,7 @@ def test_of_two_precisions_only_medians_are_judged():
 
 
 def test_what_makes_figures_incomparable_is_told_from_versions():
-    other = profile_json(batch=8)
+    other = profile_json(8, 20, batch=8)
     other["environment"] |= {"threads": 2, "bdtool": "2"}
     result = _compare(profile_json(), other)
     assert result.differences == {"batch": (1, 8), "threads": (1, 2), "bdtool": ("1", "2")}
