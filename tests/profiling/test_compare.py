@@ -67,12 +67,13 @@ def test_slowdown_within_the_spread_is_no_regression():
     assert _compare(profile_json(4, width=0.1), profile_json(4.4, width=0.1)).ok
 
 
+@pytest.mark.parametrize("spread", [None, [None, 4.2], [4.2, "4.6"], [4.2]])
 @pytest.mark.parametrize("side", ["a", "b"])
-def test_without_a_spread_the_bound_decides(side):
+def test_without_a_spread_the_bound_decides(side, spread):
     profiles = {"a": profile_json(4, width=0.5), "b": profile_json(4.4, width=0.5)}
     assert _compare(**profiles).ok
     for figure in ("median_ms_iqr", "ratio_to_full_iqr"):
-        profiles[side]["strategies"]["chain"][figure] = None
+        profiles[side]["strategies"]["chain"][figure] = spread
     assert not _compare(**profiles).ok
 
 
