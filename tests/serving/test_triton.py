@@ -153,9 +153,9 @@ def test_failure_is_the_answer_to_every_request(model, utilities, monkeypatch):
 def test_parameters_are_arguments_of_the_runtime(model, monkeypatch):
     opened = {}
     monkeypatch.setattr(triton.Orchestrator, "open", lambda bundle, **options: opened.update(options, bundle=bundle))
-    _opened(model, kind="GPU", backend="torch", threads="1", threshold="0.7", FORCE_CPU_ONLY_INPUT_TENSORS="yes")
-    expected = {"backend": "torch", "threads": 1, "threshold": 0.7, "device": "cuda:3"}
-    assert opened == expected | {"bundle": model / "1" / "bundle"}
+    words = {"backend": "torch", "precision": "fp16", "strategy": "path", "cuda_graph": "per-part"}
+    _opened(model, kind="GPU", threads="1", threshold="0.7", FORCE_CPU_ONLY_INPUT_TENSORS="yes", **words)
+    assert opened == words | {"threads": 1, "threshold": 0.7, "device": "cuda:3", "bundle": model / "1" / "bundle"}
 
 
 @pytest.mark.parametrize(
