@@ -56,6 +56,13 @@ def test_means_and_medians_that_disagree_are_not_trusted():
     assert " of `full` by means without the slowest 5 %, 0.5" in reason
 
 
+def test_one_slow_request_of_five_is_not_trusted():
+    full, chain = _samples(_noisy(20)), _samples(_noisy(8, slow_share=0.2, slowdown=3))
+    [reason] = find_instability({"full": full, "chain": chain})
+    assert reason.startswith("chain: 0.5")
+    assert " of `full` by means without the slowest 5 %, 0.4" in reason
+
+
 def test_images_that_run_different_blocks_are_trusted():
     """The median is the cheap images' alone; that is no noise."""
     blocks = np.where(np.random.default_rng(0).random(400) < 0.6, 4, 12)
