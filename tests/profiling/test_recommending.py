@@ -31,6 +31,12 @@ def test_mean_decides_where_the_median_misleads():
     assert found.medians_ms == {"full": 10, "chain": 1, "path": 4}
 
 
+def test_record_says_what_was_measured_on_what():
+    found = _recommendation(chain=4)
+    assert found.versions == {"bdtool": "1", "backend": "one", "numpy": "2", "python": "3", "cpu": "a"}
+    assert (found.threads, found.batch, found.policy, found.input_source) == (1, 1, "learned", "a file")
+
+
 def test_stable_run_replaces_what_was_recorded(tmp_path):
     assert record(_recommendation(chain=4), tmp_path, bundle=tmp_path, is_stable=True) == (True, [])
     assert record(_recommendation(path=4), tmp_path, bundle=tmp_path, is_stable=True) == (True, [])
