@@ -125,14 +125,14 @@ def _rescaled(one: Histogram, limit: float) -> np.ndarray:
     centres = (np.arange(N_BINS) + 0.5) / N_BINS * 2 - 1
     places = ((centres * (one.limit / limit) + 1) / 2 * N_BINS).astype(np.int64)
     counts = np.zeros(N_BINS, dtype=np.int64)
-    np.add.at(counts, places.clip(0, N_BINS - 1), one.counts)
+    np.add.at(counts, places, one.counts)
     return counts
 
 
 def _percentile(one: Histogram, percentile: float) -> float:
     half = N_BINS // 2
     absolute = one.counts[half:] + one.counts[:half][::-1]
-    covered = np.cumsum(absolute) / max(1, absolute.sum())
+    covered = np.cumsum(absolute) / absolute.sum()
     index = int(np.searchsorted(covered, percentile / 100))
     return min(one.limit, (index + 1) / half * one.limit)
 
