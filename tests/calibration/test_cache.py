@@ -1,6 +1,7 @@
 """An interrupted collection goes on where it stopped, and its ranges are those of one that was not."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -77,6 +78,22 @@ def test_a_damaged_cache_is_made_anew(walker, batches, tmp_path, damage):
     walker.seen.clear()
     collect_ranges(walker, batches, file)
     assert len(walker.seen) == len(batches)
+
+
+class _RunsACommand:
+    def __init__(self, place):
+        self.place = place
+
+    def __reduce__(self):
+        return os.mkdir, (self.place,)
+
+
+def test_nothing_in_a_cache_is_run(walker, batches, tmp_path):
+    command = np.array([_RunsACommand(str(tmp_path / "ran"))], dtype=object)
+    np.savez(tmp_path / "r.npz", n_images=np.array(16), **{"x/counts": command})
+    collect_ranges(walker, batches[:1], tmp_path / "r.npz")
+    assert walker.seen == [0]
+    assert not (tmp_path / "ran").exists()
 
 
 def test_the_key_follows_every_part():
