@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from bdtool.models.parts import part_modules
+from calibration.paths import PathBatch, TopUp, stage_keys
 
 ALL = np.ones((16, 3), dtype=bool)
 
@@ -39,6 +40,31 @@ def test_a_rare_block_is_topped_up_without_changing_the_paths(collect):
     assert topped.n_images("shortcut_01/y") == 5  # no image drops block 1
     assert topped.n_images("head/logits") == plain.n_images("head/logits") == 16
     assert np.array_equal(topped.histogram("head/logits").counts, plain.histogram("head/logits").counts)
+
+
+def test_the_first_images_that_do_not_run_a_block_top_it_up_in_the_batch_they_are_in(bundle, pixels):
+    keep = ALL.copy()
+    keep[8:, 2] = False
+    top_up = TopUp.plan(bundle.network, keep, at_least=10)
+    assert top_up.rows == {"block_02": {8, 9}, "shortcut_01": set(range(10)), "shortcut_02": {0, 1}}
+    halves = slice(0, 8), slice(8, 16)
+    batches = [PathBatch(first=rows.start, images=pixels[rows], keep=keep[rows]) for rows in halves]
+    block, shortcut = bundle.network.part("block_02"), bundle.network.part("shortcut_01")
+    assert [top_up.of(block, batch).tolist() for batch in batches] == [[], [0, 1]]
+    assert [top_up.of(shortcut, batch).tolist() for batch in batches] == [[*range(8)], [0, 1]]
+    everyone = TopUp.plan(bundle.network, keep, at_least=99)
+    assert everyone.rows["block_02"] == set(range(8, 16))
+
+
+def test_a_stage_ends_where_the_shape_changes(bundle):
+    keys = stage_keys(bundle.network)
+    assert [keys[f"block_{k:02}"] for k in range(3)] == [
+        ("stage 0", "stage 0"),
+        ("stage 0", "stage 1"),
+        ("stage 1", "stage 2"),
+    ]
+    assert (keys["shortcut_01"], keys["shortcut_02"]) == (keys["block_01"], keys["block_02"])
+    assert (keys["stem"], keys["head"]) == (("", "stage 0"), ("stage 2", ""))
 
 
 def test_a_stage_has_one_range_for_all_its_activations(collect):
