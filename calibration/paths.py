@@ -60,7 +60,7 @@ class TopUp:
         for part in network.parts:
             if part.kind in ("block", "shortcut"):
                 runs = runs_part(part, keep)
-                missing = max(0, min(at_least, len(keep)) - int(runs.sum()))
+                missing = max(0, at_least - int(runs.sum()))
                 rows[part.name] = frozenset(np.flatnonzero(~runs)[:missing].tolist())
         return cls(rows={name: found for name, found in rows.items() if found})
 
