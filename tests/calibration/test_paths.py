@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from bdtool.models.parts import part_modules
-from calibration.paths import PathBatch, TopUp, stage_keys
+from calibration.paths import PathBatch, TopUp, part_ranges, stage_keys
 
 ALL = np.ones((16, 3), dtype=bool)
 
@@ -71,3 +71,12 @@ def test_a_stage_has_one_range_for_all_its_activations(collect):
     collector = collect(ALL)
     single = [collector.range_of(key, method="min-max") for key in ("stem/y", "block_00/y", "block_01/x")]
     assert collector.range_of("stage 0", method="min-max") == max(single)
+
+
+def test_ranges_of_a_part_are_of_the_percentile_asked_for(bundle, watched, collect):
+    collector = collect(ALL)
+    half, most = (
+        part_ranges(bundle.network, watched["block_00"], collector, method="percentile", percentile=percentile)
+        for percentile in (50, 99)
+    )
+    assert half["x"] < most["x"] < collector.range_of("stage 0", method="min-max")
