@@ -348,6 +348,16 @@ def test_the_same_seed_gives_the_same_parts_and_uses_the_cache(calibrate, bundle
     assert {name: file.sha256 for name, file in Bundle.open(bundle_copy).files_at("int8").items()} != first
 
 
+def test_parts_of_an_earlier_calibration_are_removed(calibrate, bundle_copy):
+    calibrate("--precision", "int8", "--method", "min-max")
+    before = {path.name for path in (bundle_copy / "onnx" / "int8").iterdir()}
+    calibrate("--precision", "int8", "--method", "percentile")
+    after = {path.name for path in (bundle_copy / "onnx" / "int8").iterdir()}
+    listed = {file.file for file in Bundle.open(bundle_copy).files_at("int8").values()}
+    assert {f"onnx/int8/{name}" for name in after} == {file for file in listed if file.startswith("onnx/int8/")}
+    assert before - after
+
+
 @pytest.mark.parametrize(
     ("words", "status", "message"),
     [
