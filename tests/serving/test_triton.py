@@ -1,6 +1,7 @@
 """What `bdtool pack --triton` writes, and the Python that Triton runs of it: in a real server where there is one."""
 
 import json
+import runpy
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -43,6 +44,8 @@ def test_directory_has_what_triton_looks_for(model):
     assert '{ name: "logits", data_type: TYPE_FP32, dims: [ 10 ], label_filename: "labels.txt" }' in config
     assert '{ name: "keep", data_type: TYPE_UINT8, dims: [ 3 ] }' in config
     assert "instance_group [ { kind: KIND_CPU, count: 1 } ]" in config
+    assert '{ key: "backend", value: { string_value: "onnxruntime" } }' in config
+    assert runpy.run_path(str(model / "1" / "model.py"))["TritonPythonModel"] is TritonPythonModel
     assert (model / "labels.txt").read_text().splitlines() == ["ant", "two words", "line break", *"defghij"]
     packed = Bundle.open(model / "1" / "bundle")
     assert "onnx/full.onnx" in packed.manifest.left_out
