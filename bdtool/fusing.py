@@ -11,43 +11,44 @@ import numpy as np
 import onnx
 
 from bdtool.data.synthetic import synthetic_images
-from bdtool.errors import BundleError, ExportError
+from bdtool.errors import BundleError, ExportError, UsageError
 from bdtool.runtime.paths import parts_of_path
 from bdtool.runtime.policies import bits_of
 from bdtool.runtime.preprocess import preprocess
 from bdtool.specs import NetworkSpec, dict_from_preprocessing
-from engines.base import ENGINE_TOLERANCE
-from export.bundle import Bundle
+from engines.base import ENGINE_BOUNDS
 from export.check import OnnxReference, compare_outputs
 from export.compose import compose_parts
 from export.files import write_output
 from export.fused import fuse_parts
 from export.fused_spec import FORCE_DROP, FORCE_KEEP
+from export.part_source import PartSource
 
 _N_MASKS = 4
 _N_PICTURES = 2  # of one path: a batch
 
 
-def write_fused(bundle: Bundle, path: Path) -> float:
-    """Fuse the bundle's parts into one ONNX file at `path`; return its worst error over the logits' range.
+def write_fused(source: PartSource, path: Path) -> float:
+    """Fuse a bundle's parts into one ONNX file at `path`; return its worst error over the logits' range.
 
     The file is compared with its own parts, run one after another: on a picture for each of some random masks, every
     block and none, and on a picture whose blocks the policy network chooses.
 
     Raises:
         ExportError: the fused model gives other logits, or keeps other blocks.
+        UsageError: parts of bf16, which cannot be run here.
         BundleError: the file cannot be written.
     """
-    network = bundle.network
-    pieces = {part.name: bundle.part_bytes(part) for part in network.parts if part.kind != "full"}
+    network, tolerance = source.network, _tolerance(source.precision)
+    pieces = {part.name: source.model(part) for part in network.parts if part.kind != "full"}
     model = fuse_parts(network, pieces)
-    check = _Check(network, OnnxReference(model), pieces)
+    check = _Check(network, OnnxReference(model), pieces, tolerance)
     error = max(check.error(mask, seed) for seed, mask in enumerate([*_masks(network.n_blocks), None]))
     _write(path, model, network, threshold=network.threshold)
     return error
 
 
-def write_path(bundle: Bundle, path: Path, mask: np.ndarray) -> float:
+def write_path(source: PartSource, path: Path, mask: np.ndarray) -> float:
     """Write the parts of one mask's path as one ONNX file at `path`, without `If`; return its error as `write_fused`.
 
     It takes batches. The file is compared with its own parts, run one after another, on two pictures.
@@ -57,16 +58,17 @@ def write_path(bundle: Bundle, path: Path, mask: np.ndarray) -> float:
 
     Raises:
         ExportError: the model gives other logits.
+        UsageError: parts of bf16, which cannot be run here.
         BundleError: the file cannot be written.
     """
-    network = bundle.network
-    pieces = [(part, bundle.part_bytes(part)) for part in parts_of_path(network, mask)]
+    network, tolerance = source.network, _tolerance(source.precision)
+    pieces = [(part, source.model(part)) for part in parts_of_path(network, mask)]
     model = compose_parts("path", pieces)
     images = _pictures(network, _N_PICTURES, seed=0)
     x = {"image": images}
     for part, piece in pieces:
         x = OnnxReference(piece).run({part.inputs[0].name: next(iter(x.values()))})
-    error = _error(x, OnnxReference(model).run({"image": images}))
+    error = _error(x, OnnxReference(model).run({"image": images}), tolerance=tolerance)
     _write(path, model, network, policy=bits_of(mask))
     return error
 
@@ -91,8 +93,18 @@ def _pictures(network: NetworkSpec, n: int, *, seed: int) -> np.ndarray:
     return preprocess(synthetic_images(n, height=size.height, width=size.width, seed=seed), size)
 
 
-def _error(expected: Mapping[str, np.ndarray], actual: Mapping[str, np.ndarray]) -> float:
-    result = compare_outputs(expected, actual, tolerance=ENGINE_TOLERANCE)
+def _tolerance(precision: str) -> float:
+    """Return how far a model may be from its own parts: fp16 alone, which the CPU emulates, rounds otherwise in one."""
+    if precision == "bf16":
+        raise UsageError(
+            "precision bf16: ONNX Runtime's CPU provider has none, so that the file could not be compared with its "
+            "parts. Give fp16, int8, mixed or fp32"
+        )
+    return ENGINE_BOUNDS["fp16" if precision == "fp16" else "fp32"].tolerance
+
+
+def _error(expected: Mapping[str, np.ndarray], actual: Mapping[str, np.ndarray], *, tolerance: float) -> float:
+    result = compare_outputs(expected, actual, tolerance=tolerance)
     if not result.ok:
         raise ExportError(
             f"the fused model differs from its parts by {result.error:.2g} of the logits' range; report this"
@@ -112,6 +124,7 @@ class _Check:
     network: NetworkSpec
     fused: OnnxReference
     pieces: dict[str, bytes]
+    tolerance: float
 
     def error(self, mask: np.ndarray | None, seed: int) -> float:
         """Return the error of the logits for a mask bool [K]; None leaves it to the policy network."""
@@ -124,7 +137,7 @@ class _Check:
         actual = self.fused.run({"image": image, "force": force.astype(np.uint8)})
         if (actual["keep"] != expected_keep).any():
             raise ExportError("the fused model keeps other blocks than its parts do; report this")
-        return _error(expected, actual)
+        return _error(expected, actual, tolerance=self.tolerance)
 
     def _policy(self, image: np.ndarray) -> np.ndarray:
         if (always := self.network.default_keep()) is not None:

@@ -133,7 +133,8 @@ def build_cmd(
     help="The blocks of this mask alone, the same for all images: a static model, without If. K bits, first:K, "
     "distribute:K, all, none, or FILE.npy with one row.",
 )
-def fuse_cmd(bundle: Path, model: Path, threshold: float | None, policy: str | None) -> None:
+@precision_option(help_text="Which parts to fuse.")
+def fuse_cmd(bundle: Path, model: Path, threshold: float | None, policy: str | None, precision: str) -> None:
     """Write a BUNDLE as one ONNX file, policy included, with an If for each block.
 
     For deployments that can hold only one file. It takes one preprocessed image, float32 [1, 3, H, W], and gives the
@@ -149,19 +150,21 @@ def fuse_cmd(bundle: Path, model: Path, threshold: float | None, policy: str | N
       bdtool fuse bundle -o model.onnx
       bdtool fuse bundle -o model.onnx --threshold 0.7
       bdtool fuse bundle -o model.onnx --policy 100010001011110
+      bdtool fuse bundle -o model.onnx --policy 100010001011110 --precision int8
     """
     from bdtool.fusing import write_fused, write_path
     from bdtool.runtime.policies import parse_policy_for
     from bdtool.runtime.thresholds import bundle_at
     from export.bundle import Bundle
+    from export.part_source import PartSource
 
-    opened = bundle_at(threshold, Bundle.open(bundle))
+    source = PartSource(bundle_at(threshold, Bundle.open(bundle)), precision, converts_fp16=True)
     if policy is None:
-        error = write_fused(opened, model)
+        error = write_fused(source, model)
     elif threshold is not None:
         raise click.UsageError("--threshold is of the policy network, which --policy leaves out. Give one of them")
     else:
-        error = write_path(opened, model, _one_mask(parse_policy_for(opened.network, policy)))
+        error = write_path(source, model, _one_mask(parse_policy_for(source.network, policy)))
     click.echo(
         f"{model}: {model.stat().st_size / 1e6:.1f} MB; worst difference from the parts: {error:.1e} of the range"
     )

@@ -105,6 +105,31 @@ def test_one_path_is_a_static_model_for_batches(bdtool, bundle_copy, tmp_path, p
     np.testing.assert_allclose(logits, expected.logits, atol=1e-4)
 
 
+@pytest.mark.parametrize(("precision", "apart"), [("int8", 0.1), ("fp16", 0.02)])
+@pytest.mark.parametrize("policy", [[], ["--policy", "101"]])
+def test_parts_of_another_precision_are_fused(bdtool, calibrate, bundle_copy, tmp_path, precision, apart, policy):
+    calibrate("--precision", precision)
+    bdtool("fuse", bundle_copy, "-o", tmp_path / "model.onnx", "--precision", precision, *policy)
+    session = onnxruntime.InferenceSession(
+        (tmp_path / "model.onnx").read_bytes(), _options(), providers=["CPUExecutionProvider"]
+    )
+    image = np.random.default_rng(0).normal(size=(1, 3, 32, 32)).astype(np.float32)
+    with Orchestrator.open(bundle_copy, precision=precision) as runtime:
+        expected = runtime.run(image, policy=policy[-1] if policy else None).logits
+    [logits] = session.run(["logits"], {"image": image})
+    np.testing.assert_allclose(logits, expected, atol=apart * np.abs(expected).max())
+    whole = bundle_copy.parent / "fp32.onnx"
+    bdtool("fuse", bundle_copy, "-o", whole, *policy)
+    assert (tmp_path / "model.onnx").stat().st_size < 0.8 * whole.stat().st_size
+
+
+def test_precision_that_cannot_be_compared_is_refused(bdtool, calibrate, bundle_copy, tmp_path):
+    calibrate("--precision", "bf16")
+    words = ("fuse", bundle_copy, "-o", tmp_path / "model.onnx", "--precision", "bf16")
+    for policy in ([], ["--policy", "101"]):
+        assert "ONNX Runtime's CPU provider has none" in bdtool(*words, *policy, status=2).stderr
+
+
 def test_no_path_that_differs_from_its_parts_is_written(monkeypatch, bdtool, bundle_copy, tmp_path):
     def wrong(name, pieces):
         head, weights = pieces[-1]

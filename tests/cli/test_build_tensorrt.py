@@ -41,9 +41,12 @@ def test_json_has_the_kernels_of_each_part(bdtool_json, bundle_copy):
     assert block["details"]["kernels"] == ["node_conv_0: float", "node_conv_1: float"]
 
 
-def test_fused_path_of_one_mask_is_built_without_bdtool(bdtool, bundle_copy, tmp_path):
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+def test_fused_path_of_one_mask_is_built_without_bdtool(bdtool, calibrate, bundle_copy, tmp_path, precision):
     trt = pytest.importorskip("tensorrt_rtx_bindings")
-    bdtool("fuse", bundle_copy, "-o", tmp_path / "model.onnx", "--policy", "101")
+    if precision == "int8":
+        calibrate("--precision", precision)
+    bdtool("fuse", bundle_copy, "-o", tmp_path / "model.onnx", "--policy", "101", "--precision", precision)
     logger = trt.Logger(trt.Logger.ERROR)
     builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
