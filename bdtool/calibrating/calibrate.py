@@ -34,7 +34,7 @@ from calibration.variant import PartModel, commit_candidate, stage_candidate, wi
 from engines.registry import identify_backend
 from export.bundle import Bundle
 from export.check import Comparison
-from export.files import exclusive_lock, remove_leftovers
+from export.files import advice_on, exclusive_lock, remove_leftovers
 from export.half import half_from_fp32
 from export.half_spec import HALF_DTYPES
 from export.onnx_precision import precision_of
@@ -148,10 +148,18 @@ def calibrate(
         for left in work.glob(f"{_STAGING}*"):  # by calibrations that were killed, as none other is at work
             shutil.rmtree(left, ignore_errors=True)
         remove_leftovers(work)
-        with tempfile.TemporaryDirectory(prefix=_STAGING, dir=work) as staging:
-            calibration = _Calibration(bundle, data, evaluation, policy, request, work, Path(staging), on_progress)
-            on_start(calibration.learns_from_judged())
-            return calibration.run()
+        try:
+            with tempfile.TemporaryDirectory(prefix=_STAGING, dir=work) as staging:
+                calibration = _Calibration(bundle, data, evaluation, policy, request, work, Path(staging), on_progress)
+                on_start(calibration.learns_from_judged())
+                return calibration.run()
+        except OSError as exc:
+            if exc.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise BundleError(
+                f"{work}: what the calibration measures cannot be written ({exc.strerror or exc}). {bundle.path} is as "
+                f"it was; {advice_on(exc)} and run the same command again"
+            ) from exc
 
 
 def _workplace(bundle: Bundle) -> Path:

@@ -1,5 +1,7 @@
 """`bdtool calibrate`: parts of other precisions beside the fp32 ones, or the bundle as it was."""
 
+import errno
+import os
 from contextlib import ExitStack
 
 import numpy as np
@@ -198,6 +200,21 @@ def test_parts_that_cannot_be_written_leave_the_manifest_as_it_was(bdtool, bundl
     result = bdtool("calibrate", bundle_copy, "--data", labelled, "--precision", "fp16", status=1)
     assert "fp16 parts cannot be written" in result.stderr
     assert "Its manifest and the parts that it names are as they were; clear the way" in result.stderr
+    assert _digests(bundle_copy) == before
+
+
+@pytest.mark.parametrize("writer", ["calibration.cache.write_bytes", "calibration.variant.write_bytes"])
+def test_full_disk_is_told_with_the_place_and_what_to_do(bdtool, bundle_copy, labelled, monkeypatch, writer):
+    before = _digests(bundle_copy)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(writer, full)
+    result = bdtool("calibrate", bundle_copy, "--data", labelled, "--max-accuracy-drop", 20, status=1)
+    place = bundle_copy.with_name(f".{bundle_copy.name}.calibration")
+    assert f"{place}: what the calibration measures cannot be written (No space left on device)" in result.stderr
+    assert f"{bundle_copy} is as it was; make room and run the same command again" in result.stderr
     assert _digests(bundle_copy) == before
 
 
