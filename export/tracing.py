@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib
 import io
 import logging
 import warnings
@@ -38,6 +39,8 @@ def traced(modules: Sequence[tuple[torch.fx.GraphModule, PartSpec]]) -> list[onn
     # one for each part, or the exporter would take the batch's size from whichever part comes first
     batches = [torch.export.Dim(f"{BATCH_AXIS}_{index}", min=1) for index in range(len(parts))]
     with _quiet():
+        # else torch does it on the way, and takes Ctrl-C meanwhile, for a second or more, for a fault of the model
+        importlib.import_module("torch._dynamo")
         program = torch.onnx.export(
             together,
             (images,),

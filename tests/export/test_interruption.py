@@ -344,3 +344,27 @@ def test_bundle_that_another_export_finished_meanwhile_is_left_alone(other, tiny
     with pytest.raises(BundleError, match="already holds a bundle; pass --force"):
         export_model(other, tmp_path / "bundle")
     assert digests(tmp_path / "bundle") == digests(tiny.bundle)
+
+
+_EXPORT_STOPPED_IN_AN_IMPORT = """
+import sys
+from pathlib import Path
+from bdtool.pipeline import export_model
+
+class CtrlC:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch._dynamo.decorators":
+            sys.meta_path.remove(self)
+            raise KeyboardInterrupt
+
+assert "torch._dynamo" not in sys.modules
+sys.meta_path.insert(0, CtrlC())
+export_model(Path(sys.argv[1]), Path(sys.argv[2]))
+"""
+
+
+def test_ctrl_c_while_torch_imports_its_tracer_is_no_fault_of_the_model(tiny, tmp_path, start_python):
+    process = start_python(_EXPORT_STOPPED_IN_AN_IMPORT, tiny.path, tmp_path / "bundle")
+    _, stderr = process.communicate(timeout=120)
+    assert stderr.endswith("\nKeyboardInterrupt\n")
+    assert process.returncode != 0
