@@ -67,6 +67,16 @@ def folder_source(root: Path, *, network: NetworkSpec, resize: bool, split: Spli
     return file_source(paths, numbers, root=root, preprocessing=network.preprocessing, resize=resize)
 
 
+def refuse_splits(root: Path) -> None:
+    """Raise a `DataError` of a directory whose folders are the parts of a data set, as train and test, not classes."""
+    _refuse_splits(tuple(folder.name for folder in _folders(root)), root=root)
+
+
+def _refuse_splits(folders: tuple[str, ...], *, root: Path) -> None:
+    if folders and set(folders) <= _SPLIT_FOLDERS:
+        raise DataError(f"{root}: folders {', '.join(folders)} look like splits, expected classes. Pass one of them")
+
+
 def class_folders(root: Path) -> tuple[str, ...] | None:
     """Return the names of the classes of a directory, in the order of their numbers; None where it has no classes."""
     folders = _folders(root)
@@ -118,8 +128,7 @@ def _class_numbers(folders: tuple[str, ...], *, network: NetworkSpec, root: Path
             f"{root}: class folders {unknown} are not among the model's labels ({_some(labels)}), while others are",
             "Name every folder after one label (`bdtool inspect MODEL` lists them)",
         )
-    if set(folders) <= _SPLIT_FOLDERS:
-        raise DataError(f"{root}: folders {', '.join(folders)} look like splits, expected classes. Pass one of them")
+    _refuse_splits(folders, root=root)
     if labels:
         return _classes_by_id(folders, labels=labels, root=root)
     if len(folders) != network.n_classes:

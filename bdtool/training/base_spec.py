@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from bdtool.data import imagenet
-from bdtool.data.folders import classes_by_label
+from bdtool.data.folders import classes_by_label, refuse_splits
 from bdtool.data.sources import DATA_FORMS, class_names
 from bdtool.data.torchvision_sets import N_CLASSES
 from bdtool.errors import UsageError
@@ -86,12 +86,15 @@ def classes_of(
     Raises:
         UsageError: nothing says how many classes there are, as there is no such data or it has no class folders; or
             there are other than `n_classes` of these.
+        DataError: its folders are the parts of a data set, not classes.
     """
     folders = class_names(data)
     classes = n_classes or N_CLASSES.get(data.partition(":")[0]) or len(folders or ()) or usual
     if not classes and not Path(data).exists():
         raise UsageError(f"{data!r}: no such file, directory or data set. DATA is one of: {DATA_FORMS}")
     if not classes:
+        if Path(data).is_dir():
+            refuse_splits(Path(data))
         raise UsageError(f"{data}: does not say how many classes there are; give --classes N")
     return classes, _labels(layout, data, folders, n_classes=classes)
 
