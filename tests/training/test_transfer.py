@@ -82,7 +82,7 @@ def test_data_says_what_classes_there_are(tmp_path: Path) -> None:
     (tmp_path / "train.npz").touch()
     with pytest.raises(UsageError, match=r"train\.npz: does not say how many classes there are; give --classes N"):
         classes_of(str(tmp_path / "train.npz"), layout)
-    with pytest.raises(DataError, match="folders train look like splits, expected classes. Pass one of them"):
+    with pytest.raises(DataError, match=r"folders train look like splits, expected classes\. Pass one of them"):
         classes_of(str(tmp_path), layout)
     with pytest.raises(UsageError, match="'nowhere': no such file, directory or data set"):
         classes_of("nowhere", layout)
