@@ -33,7 +33,7 @@ from engines.base import DEFAULT_DEVICE
 if TYPE_CHECKING:
     import numpy as np
 
-    from bdtool.runtime.policies import PolicyRequest
+    from bdtool.specs import NetworkSpec
     from engines.base import Backend
     from engines.engine_record import EngineRecord
     from engines.store import EngineStore, PartStatus
@@ -153,7 +153,6 @@ def fuse_cmd(bundle: Path, model: Path, threshold: float | None, policy: str | N
       bdtool fuse bundle -o model.onnx --policy 100010001011110 --precision int8
     """
     from bdtool.fusing import write_fused, write_path
-    from bdtool.runtime.policies import parse_policy_for
     from bdtool.runtime.thresholds import bundle_at
     from export.bundle import Bundle
     from export.part_source import PartSource
@@ -164,17 +163,22 @@ def fuse_cmd(bundle: Path, model: Path, threshold: float | None, policy: str | N
     elif threshold is not None:
         raise click.UsageError("--threshold is of the policy network, which --policy leaves out. Give one of them")
     else:
-        error = write_path(source, model, _one_mask(parse_policy_for(source.network, policy)))
+        error = write_path(source, model, _one_mask(source.network, policy))
     click.echo(
         f"{model}: {model.stat().st_size / 1e6:.1f} MB; worst difference from the parts: {error:.1e} of the range"
     )
 
 
-def _one_mask(request: PolicyRequest) -> np.ndarray:
+def _one_mask(network: NetworkSpec, policy: str) -> np.ndarray:
+    from bdtool.runtime.policies import parse_policy_for
+    from bdtool.runtime.thresholds import threshold_of
+
+    asked = threshold_of(policy)
+    request = parse_policy_for(network.with_threshold(asked) if network.has_policy else network, policy)
     if request.mask is None:
+        instead = "leave --policy out" if asked is None else f"--threshold {asked} in place of --policy"
         raise click.BadParameter(
-            f"{request.name} keeps other blocks of each image. Give K bits, or leave --policy out",
-            param_hint="--policy",
+            f"{request.name} keeps other blocks of each image. Give K bits, or {instead}", param_hint="--policy"
         )
     return request.mask
 

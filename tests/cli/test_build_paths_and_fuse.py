@@ -145,6 +145,7 @@ def test_no_path_that_differs_from_its_parts_is_written(monkeypatch, bdtool, bun
     ("words", "says"),
     [
         (("--policy", "learned"), "learned keeps other blocks of each image. Give K bits, or leave --policy out"),
+        (("--policy", "learned:0.7"), "Give K bits, or --threshold 0.7 in place of --policy"),
         (("--policy", "random:2"), "random:2:0 keeps other blocks of each image"),
         (("--policy", "101", "--threshold", "0.7"), "--threshold is of the policy network, which --policy leaves out"),
     ],
