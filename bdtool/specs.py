@@ -174,9 +174,7 @@ class NetworkSpec:
 
     def default_keep(self) -> np.ndarray | None:
         """Return the keep bits of every image by the default policy, bool [K]; None where a policy network decides."""
-        import numpy as np
-
-        return None if self.has_policy else np.array([bit == "1" for bit in self.mask or "1" * self.n_blocks])
+        return None if self.has_policy else keep_of(self.mask or "1" * self.n_blocks)
 
     def part(self, name: str) -> PartSpec:
         for part in self.parts:
@@ -266,6 +264,13 @@ class NetworkSpec:
             fixed += self.require("policy").flops
         keep = np.asarray(keep, dtype=bool)
         return fixed + keep @ kept_cost + ~keep @ dropped_cost
+
+
+def keep_of(bits: str) -> np.ndarray:
+    """Return keep bits as bool [K]: "1" for kept, block 0 first."""
+    import numpy as np
+
+    return np.array([bit == "1" for bit in bits], dtype=bool)
 
 
 def require_mask(mask: object, *, n_blocks: int, has_policy: bool) -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from bdtool.errors import BundleError
-from bdtool.runtime.policies import bits_of, keep_of
+from bdtool.runtime.policies import bits_of
+from bdtool.specs import keep_of
 from export.files import advice_on, json_from_bytes, write_json
 
 SHARES_SLACK = 1e-6  # of sums of rounded shares

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 
 from bdtool.errors import PolicyError
 from bdtool.runtime.thresholds import threshold_of
-from bdtool.specs import DEFAULT_THRESHOLD, NetworkSpec
+from bdtool.specs import DEFAULT_THRESHOLD, NetworkSpec, keep_of
 
 POLICY_FORMS = (
     "learned[:THRESHOLD], all, none, first:K, random:K[:SEED], random:LOW-HIGH[:SEED], distribute:K, a string of 0 and "
@@ -117,13 +117,8 @@ def names_file(policy: str) -> bool:
 
 
 def bits_of(keep: np.ndarray) -> str:
-    """Return keep bits [K] as the POLICY that gives them: "1" for kept, block 0 first."""
+    """Return keep bits [K] as the POLICY that gives them; `keep_of` undoes it."""
     return "".join("1" if bit else "0" for bit in keep)
-
-
-def keep_of(bits: str) -> np.ndarray:
-    """Undo `bits_of`: bool [K]."""
-    return np.array([bit == "1" for bit in bits], dtype=bool)
 
 
 def keep_matrix_from(policy: ArrayLike, n_images: int, n_blocks: int) -> np.ndarray:

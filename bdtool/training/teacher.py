@@ -13,7 +13,7 @@ from torch import Tensor
 from bdtool.errors import UsageError
 from bdtool.models.model import BlockDropModel
 from bdtool.models.model_spec import ModelSpec
-from bdtool.runtime.policies import keep_of
+from bdtool.specs import keep_of
 from bdtool.training.passes import frozen_copy
 
 # temperature and weight of the teacher, of Zagoruyko and Komodakis, ICLR 2017, for the ResNets of CIFAR-10

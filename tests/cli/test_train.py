@@ -137,12 +137,8 @@ def test_base_that_was_trained_for_a_mask_is_trained_on_for_it(
     assert (read_spec(second).mask, read_spec(second).provenance["options"]["policy"]) == ("101", "101")
     bdtool("train", "finetune", first, "--policy", "all", "--data", npz, *_QUICK, "-o", other)
     assert read_spec(other).mask is None
-    assert (
-        "policy 'learned': the model has no policy network"
-        in bdtool(
-            "train", "finetune", other, "--data", npz, *_QUICK, "-o", tmp_path / "none.safetensors", status=2
-        ).stderr
-    )
+    words = ("train", "finetune", other, "--data", npz, *_QUICK, "-o", tmp_path / "none.safetensors")
+    assert "policy 'learned': the model has no policy network" in bdtool(*words, status=2).stderr
 
 
 def test_reward_is_shown_where_there_is_a_policy_network(

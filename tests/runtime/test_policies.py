@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from bdtool.errors import PolicyError
 from bdtool.models.model import BlockDropModel
 from bdtool.models.parts import network_spec
-from bdtool.runtime.policies import PolicyRequest, bits_of, keep_matrix_from, keep_of, parse_policy, parse_policy_for
+from bdtool.runtime.policies import PolicyRequest, bits_of, keep_matrix_from, parse_policy, parse_policy_for
+from bdtool.specs import keep_of
 
 K = 15
 
