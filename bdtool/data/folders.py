@@ -7,7 +7,7 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -58,8 +58,8 @@ def folder_source(root: Path, *, network: NetworkSpec, resize: bool, split: Spli
     paths = [path for name in files for path in files[name]]
     numbers = None
     try:
-        classes = _class_numbers(tuple(files), network=network, root=root)
-        numbers = np.repeat([classes[name] for name in files], [len(files[name]) for name in files]).astype(np.int64)
+        classes = _class_numbers(files, network=network, root=root)
+        numbers = np.array([classes[name] for name in files for _ in files[name]], dtype=np.int64)
     except _OtherClasses as exc:
         if labels == "strict":
             raise
@@ -78,11 +78,19 @@ def _refuse_splits(folders: tuple[str, ...], *, root: Path) -> None:
 
 
 def class_folders(root: Path) -> tuple[str, ...] | None:
-    """Return the names of the classes of a directory, in the order of their numbers; None where it has no classes."""
-    folders = _folders(root)
-    names = tuple(folder.name for folder in folders)
-    has_images = any(True for folder in folders for _ in _images_below(folder))
-    return names if has_images and not set(names) <= _SPLIT_FOLDERS else None
+    """Return the names of the classes of a directory, in the order of their numbers; None where it has no classes.
+
+    Raises:
+        DataError: some of its folders have no image.
+    """
+    has_images = {folder.name: any(True for _ in _images_below(folder)) for folder in _folders(root)}
+    if not any(has_images.values()) or set(has_images) <= _SPLIT_FOLDERS:
+        return None
+    if empty := [name for name, has_some in has_images.items() if not has_some]:
+        raise DataError(
+            f"{root}: no image in folders {_some(empty)}. Remove them, or put the images of a class into each"
+        )
+    return tuple(has_images)
 
 
 def file_source(
@@ -116,14 +124,14 @@ def file_source(
     )
 
 
-def _class_numbers(folders: tuple[str, ...], *, network: NetworkSpec, root: Path) -> dict[str, int]:
+def _class_numbers(files: Mapping[str, Sequence[Path]], *, network: NetworkSpec, root: Path) -> dict[str, int]:
     """Match folder names to classes: by the model's labels where these are known, else in alphabetical order."""
-    labels = network.labels or ()
+    folders, labels = tuple(files), network.labels or ()
     named = classes_by_label(folders, labels)
-    if len(named) == len(folders):
+    unknown = ", ".join(name for name in folders if files[name] and name not in named)
+    if named and not unknown:
         return _one_for_each(named, labels=labels, root=root)
     if named:
-        unknown = ", ".join(name for name in folders if name not in named)
         raise _OtherClasses(
             f"{root}: class folders {unknown} are not among the model's labels ({_some(labels)}), while others are",
             "Name every folder after one label (`bdtool inspect MODEL` lists them)",
@@ -132,8 +140,10 @@ def _class_numbers(folders: tuple[str, ...], *, network: NetworkSpec, root: Path
     if labels:
         return _classes_by_id(folders, labels=labels, root=root)
     if len(folders) != network.n_classes:
+        empty = [name for name in folders if not files[name]]
+        got = f"{len(folders)} class folders" + (f" ({_some(empty)} without an image)" if empty else "")
         raise _OtherClasses(
-            f"{root}: got {len(folders)} class folders, the model has {network.n_classes} classes without names",
+            f"{root}: got {got}, the model has {network.n_classes} classes without names",
             "Give one folder for every class, in alphabetical order",
         )
     return {name: number for number, name in enumerate(folders)}
@@ -199,7 +209,11 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _folders(root: Path) -> list[Path]:
-    return sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    return sorted(path for path in root.iterdir() if path.is_dir() and not _is_hidden(path.name))
+
+
+def _is_hidden(folder: str) -> bool:
+    return folder.startswith(".") or folder == "__MACOSX"  # which macOS puts into archives beside the folders
 
 
 def _image_files(folder: Path) -> list[Path]:

@@ -14,7 +14,7 @@ _N_NAMED = 5
 
 
 def warn_of_classes_without_images(images: ImageSource, network: NetworkSpec) -> None:
-    """Log a warning that names them, as an empty folder or a wrong number of classes shows nowhere else."""
+    """Log a warning that names them, as a wrong number of classes shows nowhere else."""
     if images.labels is None:
         return
     missing = np.setdiff1d(np.arange(network.n_classes), images.labels)
@@ -22,8 +22,8 @@ def warn_of_classes_without_images(images: ImageSource, network: NetworkSpec) ->
         return
     names = [network.labels[number] if network.labels else str(number) for number in missing[:_N_NAMED]]
     logger.warning(
-        "%s: no image of %d of the model's %d classes (%s), and it learns nothing of these. If that is not meant, look "
-        "for empty class folders, or give `pretrain` another --classes",
+        "%s: no image of %d of the model's %d classes (%s), and it learns nothing of these. If that is not meant, make "
+        "the network with another number of --classes",
         images.description,
         missing.size,
         network.n_classes,

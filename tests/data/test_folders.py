@@ -29,7 +29,7 @@ def test_class_folders_are_matched_by_label(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("names", "expected"),
     [
-        (("dog/a.png", "cat/deep/b.png", ".hidden/c.png"), ("cat", "dog")),
+        (("dog/a.png", "cat/deep/b.png", ".hidden/c.png", "__MACOSX/d.png"), ("cat", "dog")),
         (("cat/.a.png", "dog/.b.png"), None),
         (("train/a.png", "test/b.png"), None),
         (("a.png",), None),
@@ -39,6 +39,23 @@ def test_only_folders_with_images_name_classes(
     tmp_path: Path, names: tuple[str, ...], expected: tuple[str, ...] | None
 ) -> None:
     assert class_names(folders(tmp_path, *names)) == expected
+
+
+def test_folder_without_images_is_no_class_to_train(tmp_path: Path) -> None:
+    """A network would never be shown anything of it; torchvision's ImageFolder refuses it, too."""
+    root = folders(tmp_path, "dog/a.png", "cat/b.png")
+    (tmp_path / "notes").mkdir()
+    with pytest.raises(DataError, match=r"no image in folders notes\. Remove them"):
+        class_names(root)
+
+
+def test_folder_without_images_needs_no_label(tmp_path: Path) -> None:
+    root = folders(tmp_path, "dog/a.png", "cat/b.png")
+    (tmp_path / "ant").mkdir()
+    (tmp_path / "notes").mkdir()
+    np.testing.assert_array_equal(open_data(root, network=NETWORK).labels, [0, 2])
+    with pytest.raises(DataError, match=r"got 4 class folders \(ant, notes without an image\), the model has 3"):
+        open_data(root, network=UNNAMED)
 
 
 def test_linked_folders_are_followed_but_not_in_circles(tmp_path: Path) -> None:
