@@ -1,6 +1,10 @@
-"""Figures as text, the same on charts, in captions and in tables."""
+"""Figures and lists of names as text, the same on charts, in captions, tables and errors."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+
+_MAX_LISTED = 8
 
 
 def percent(share: float, digits: int = 1) -> str:
@@ -21,6 +25,12 @@ def flops(value: float) -> str:
 def counted(number: int, noun: str) -> str:
     """Return "1 image" or "2 images"."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def listing(names: Sequence[str]) -> str:
+    """Return the names joined by commas: the first few, and how many more there are."""
+    more = len(names) - _MAX_LISTED
+    return ", ".join(names[:_MAX_LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
 def blocks(value: float) -> str:

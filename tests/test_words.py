@@ -1,4 +1,4 @@
-"""Figures as people read them."""
+"""Figures and names as people read them."""
 
 import pytest
 
@@ -15,6 +15,9 @@ from bdtool import words
         (words.blocks(7), "7 blocks"),
         (words.blocks(6.914), "6.91 blocks"),
         (words.percent(0.9164, 2), "91.64 %"),
+        (words.listing([]), ""),
+        (words.listing("abcdefgh"), "a, b, c, d, e, f, g, h"),
+        (words.listing("abcdefghij"), "a, b, c, d, e, f, g, h and 2 more"),
         (words.milliseconds(9.9996), "10.000 ms"),
         (words.milliseconds(12.34), "12.3 ms"),
         (words.flops(0), "0.0 MFLOPs"),
@@ -22,5 +25,5 @@ from bdtool import words
         (words.flops(4.1e9), "4.10 GFLOPs"),
     ],
 )
-def test_numbers_have_their_units(text, expected):
+def test_figures_and_names_are_told(text, expected):
     assert text == expected

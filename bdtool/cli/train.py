@@ -35,7 +35,7 @@ from bdtool.cli.training_options import (
 )
 from bdtool.cli.training_output import logs, print_figures, print_resumed, show
 from bdtool.training.options import CurriculumOptions, FinetuneOptions, ImitateOptions, PretrainOptions
-from bdtool.words import counted
+from bdtool.words import counted, listing
 
 if TYPE_CHECKING:
     import torch
@@ -142,7 +142,9 @@ def transfer_cmd(source: Path, data: str, classes: int | None, seed: int, output
     model = load_model(source)
     n_classes, labels = classes_of(data, model.spec.architecture, n_classes=classes)
     save_model(transfer(model, n_classes=n_classes, labels=labels, seed=seed), output)
-    click.echo(f"{output}: {model.spec.arch}, {n_classes} classes in place of {model.spec.n_classes}")
+    names = f" ({listing(labels)})" if labels else ""
+    left_out = "; the policy network was left out" if model.spec.has_policy else ""
+    click.echo(f"{output}: {model.spec.arch}, {n_classes} classes{names} in place of {model.spec.n_classes}{left_out}")
 
 
 @train_cmd.command("deepen")

@@ -30,13 +30,14 @@ from bdtool.models.checkpoint_formats import (
     published_resize,
     published_weights,
 )
-from bdtool.models.difference import StateDifference, compare_states, listing
+from bdtool.models.difference import StateDifference, compare_states
 from bdtool.models.layout import network_from_spec
 from bdtool.models.model import BlockDropModel
 from bdtool.models.model_spec import ModelSpec
 from bdtool.models.state import meta_model, model_from_state, non_finite_names, shapes_of
 from bdtool.models.store import read_spec
 from bdtool.specs import Interpolation
+from bdtool.words import listing
 from export.files import sha256_of_file
 
 _NOTHING_GIVEN = GivenInput()

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-_MAX_LISTED = 8
+from bdtool.words import listing
+
 COUNTER = "num_batches_tracked"  # BatchNorm's step counter: only momentum=None reads it, and files before 2018 lack it
 
 
@@ -36,9 +37,3 @@ def compare_states(got: Mapping[str, Sequence[int]], needed: Mapping[str, Sequen
             if name in got and list(got[name]) != list(needed[name])
         ),
     )
-
-
-def listing(names: Sequence[str]) -> str:
-    """Return the names joined by commas: the first few, and how many more there are."""
-    more = len(names) - _MAX_LISTED
-    return ", ".join(names[:_MAX_LISTED]) + (f" and {more} more" if more > 0 else "")

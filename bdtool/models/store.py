@@ -16,11 +16,12 @@ from safetensors import SafetensorError, safe_open
 
 from bdtool.errors import CheckpointError, UsageError
 from bdtool.models.architectures import policy_downscale
-from bdtool.models.difference import COUNTER, compare_states, listing
+from bdtool.models.difference import COUNTER, compare_states
 from bdtool.models.layout import tensor_shapes
 from bdtool.models.model_spec import ModelSpec
 from bdtool.specs import dict_from_preprocessing, preprocessing_from_dict
-from export.files import atomic_path, json_from_bytes
+from bdtool.words import listing
+from export.files import advice_on, atomic_path, json_from_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor

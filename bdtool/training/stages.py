@@ -12,7 +12,6 @@ import torch
 
 from bdtool.errors import EngineError, PolicyError, UsageError
 from bdtool.evaluation import evaluate
-from bdtool.models.difference import listing
 from bdtool.models.model import BlockDropModel, build_model
 from bdtool.models.model_spec import ModelSpec
 from bdtool.models.state import non_finite_names
@@ -43,7 +42,7 @@ from bdtool.training.tasks import CurriculumTask, FinetuneTask, Paths, PretrainT
 from bdtool.training.teacher import Teacher
 from bdtool.training.trainer import Epoch, Trainer
 from bdtool.training.trunk import command_for_trunk
-from bdtool.words import counted
+from bdtool.words import counted, listing
 
 logger = logging.getLogger(__name__)
 _FEW_STEPS = 100  # of imitate: after 50 at its default rate a new policy network still keeps most blocks of all images

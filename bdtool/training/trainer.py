@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from bdtool.errors import UsageError
-from bdtool.models.difference import listing
 from bdtool.models.model import BlockDropModel
 from bdtool.models.state import non_finite_names
 from bdtool.training.distributed import Group
@@ -29,6 +28,7 @@ from bdtool.training.options import Schedule, TrainOptions
 from bdtool.training.progress_file import diverged, read_progress, write_progress
 from bdtool.training.stopping import Interrupted, Stop, StopNow, stop_signals
 from bdtool.training.tasks import Outcome, Step, Task
+from bdtool.words import listing
 
 _WARM_UP = 0.15  # share of a one-cycle run in which the learning rate rises
 
