@@ -19,6 +19,7 @@ from bdtool.runtime.read_only import one_warning
 
 logger = logging.getLogger(__name__)
 _PRINTABLE = "bdtool.printable"  # how stdout encodes
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _SPARED = ("torch", "torchvision", "onnxscript")  # where bundles are only run, they may be left out
 
 
@@ -69,7 +70,8 @@ def _problem(error: OSError) -> str:
     if not error.filename and _is_without_directory():
         return "the current directory was deleted, perhaps made anew; change to one that is there (cd)"
     place = f"{error.filename}: " if error.filename else ""
-    return f"{place}{error.strerror or error}"
+    advice = "; make room and run the same command again" if error.errno in _FULL else ""
+    return f"{place}{error.strerror or error}{advice}"
 
 
 def _is_without_directory() -> bool:

@@ -34,12 +34,13 @@ def emit(result: Any, json_file: str | None, text: Callable[[], None]) -> None:
     with _naming_stdout():
         text()  # first: what a full disk keeps from the file is then still on the terminal
     if json_file is not None:
-        from export.files import bytes_from_json, write_output
+        from export.files import advice_on, bytes_from_json, write_output
 
         try:
             write_output(Path(json_file), bytes_from_json(result))
         except OSError as exc:
-            raise click.ClickException(f"{json_file}: cannot be written ({exc.strerror or exc})") from exc
+            advice = f"{advice_on(exc)} and run the same command again"
+            raise click.ClickException(f"{json_file}: cannot be written ({exc.strerror or exc}); {advice}") from exc
 
 
 @contextmanager

@@ -58,9 +58,9 @@ def save_model(model: BlockDropModel, path: Path) -> None:
         with atomic_path(target) as temporary:
             save_file(tensors, temporary, metadata=metadata)
     except OSError as exc:
-        raise CheckpointError(f"{path} cannot be written: {exc.strerror or exc}") from exc
+        raise CheckpointError(f"{path} cannot be written: {exc.strerror or exc}; {advice_on(exc)}") from exc
     except SafetensorError as exc:  # of a full disk
-        raise CheckpointError(f"{path} cannot be written: {exc}") from exc
+        raise CheckpointError(f"{path} cannot be written: {exc}; make room") from exc
 
 
 def load_model(path: Path) -> BlockDropModel:

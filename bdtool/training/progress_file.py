@@ -22,14 +22,19 @@ def write_progress(path: Path, state: Mapping[str, Any]) -> None:
         TrainingError: it cannot be written; an earlier one is whole.
     """
     try:
-        with atomic_path(path) as temporary:
-            torch.save({"format_version": FORMAT_VERSION, **state}, temporary)
-    except (OSError, RuntimeError) as exc:  # of a full disk PyTorch says something of positions
+        with atomic_path(path) as temporary, temporary.open("wb") as file:
+            torch.save({"format_version": FORMAT_VERSION, **state}, file)
+    except (OSError, RuntimeError) as exc:
         after = "the one before is whole. Make room, then go on with --resume"
         if not path.exists():
             after = "there is none before it. Make room, then start again"
-        reason = str(exc).strip().splitlines()[0]
-        raise TrainingError(f"{path}: the checkpoint cannot be written ({reason}); {after}") from exc
+        raise TrainingError(f"{path}: the checkpoint cannot be written ({_reason(exc)}); {after}") from exc
+
+
+def _reason(error: OSError | RuntimeError) -> str:
+    """Say why a file cannot be written: PyTorch speaks of positions in it, while it handles what the system said."""
+    cause = error if isinstance(error, OSError) else error.__context__
+    return cause.strerror or str(cause) if isinstance(cause, OSError) else str(error).strip().splitlines()[0]
 
 
 def read_progress(path: Path, *, request: Mapping[str, Any]) -> dict[str, Any]:

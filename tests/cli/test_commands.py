@@ -114,7 +114,8 @@ def test_full_disk_leaves_the_earlier_json_and_the_text(bdtool, tmp_path, monkey
     monkeypatch.setattr(Path, "write_bytes", full)
     result = bdtool("models", "--json", tmp_path / "result.json", status=1)
     assert "Known architectures" in result.stdout
-    assert "result.json: cannot be written (No space left on device)" in result.stderr
+    advice = "make room and run the same command again"
+    assert f"result.json: cannot be written (No space left on device); {advice}" in result.stderr
     assert (tmp_path / "result.json").read_text() == "earlier"
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
 

@@ -27,7 +27,9 @@ def _said_on_a_small_disk(path):
     command = [sys.executable, "-c", _WRITE_ON_A_SMALL_DISK, str(path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    return re.search(r"TrainingError: .*m\.checkpoint: the checkpoint cannot be written \(.*\); (.*)", done.stderr)[1]
+    return re.search(
+        r"TrainingError: .*m\.checkpoint: the checkpoint cannot be written \(File too large\); (.*)", done.stderr
+    )[1]
 
 
 def test_full_disk_leaves_the_checkpoint_before(tmp_path):
