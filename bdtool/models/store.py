@@ -218,13 +218,18 @@ def _unreadable(path: Path, exc: Exception) -> CheckpointError:
         return CheckpointError(f"{path} is empty, expected a MODEL (.safetensors). Copy or import it again")
     if path.suffix == ".npz":
         return CheckpointError(f"{path} is a file of arrays, as --data takes them, expected a MODEL (.safetensors)")
-    if _is_of_torch(path):
+    start = _first_bytes(path)
+    if start.startswith((b"PK\x03\x04", b"\x80\x02")):  # a zip archive, or an older one's pickle
         return CheckpointError(f"{path} is a file by torch.save, not a MODEL; {_how_to_import(path)}")
+    if len(start) > 8 and start[8:] != b"{":  # where the header of a safetensors file begins
+        return CheckpointError(
+            f"{path} is no safetensors file, expected a MODEL, as `bdtool import` or `bdtool train` writes it"
+        )
     return CheckpointError(
         f"{path} is no MODEL, or not a whole one: as a safetensors file it is damaged ({exc}). Copy or import it again"
     )
 
 
-def _is_of_torch(path: Path) -> bool:
+def _first_bytes(path: Path) -> bytes:
     with path.open("rb") as file:
-        return file.read(4).startswith((b"PK\x03\x04", b"\x80\x02"))  # a zip archive, or an older one's pickle
+        return file.read(9)

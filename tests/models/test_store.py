@@ -127,13 +127,16 @@ def test_nan_weights_are_not_written_and_the_old_file_stays(make_model, saved):
 
 
 @pytest.mark.parametrize("read", [load_model, read_spec])
-def test_empty_file_and_arrays_are_told_from_a_model(tmp_path, read):
+def test_empty_file_arrays_and_others_are_told_from_a_model(tmp_path, read):
     (tmp_path / "m.safetensors").touch()
     with pytest.raises(CheckpointError, match=r"m\.safetensors is empty, expected a MODEL"):
         read(tmp_path / "m.safetensors")
     np.savez(tmp_path / "test.npz", x=np.zeros(3))
     with pytest.raises(CheckpointError, match=r"test\.npz is a file of arrays, as --data takes them, expected a MODEL"):
         read(tmp_path / "test.npz")
+    (tmp_path / "block.onnx").write_bytes(b"\x08\x0a\x12\x07pytorch")
+    with pytest.raises(CheckpointError, match=r"block\.onnx is no safetensors file, expected a MODEL"):
+        read(tmp_path / "block.onnx")
 
 
 @pytest.mark.parametrize("n_bytes", [5, 100, 3000, -1])
