@@ -305,7 +305,8 @@ def _print_evaluations(results: list[Evaluation]) -> None:
     ]
     top5 = [] if results[0].accuracy_top5 is None else ["top-5"]
     columns = ["policy", "accuracy", *top5, "blocks", "FLOPs an image", "of the full network", "unique policies"]
-    print_table(columns, rows, title=f"{counted(results[0].n_images, 'image')} of {results[0].input_source}")
+    click.echo(f"{counted(results[0].n_images, 'image')} of {results[0].input_source}")
+    print_table(columns, rows)
 
 
 def _print_evaluation(result: Evaluation) -> None:

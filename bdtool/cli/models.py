@@ -203,7 +203,8 @@ def _print_shipped(shipped: list[dict[str, Any]]) -> None:
         images = f"{counted(figures['n_images'], 'image')} of {facts['val']}"
         rows.append([facts["name"], facts["arch"], accuracy, blocks, mega(figures["flops_mean"]), images])
     columns = ["name", "arch", "accuracy", "blocks", "FLOPs", "measured on"]
-    print_table(columns, rows, title="Shipped models: use the name wherever a command takes a MODEL")
+    click.echo("Shipped models: use the name wherever a command takes a MODEL")
+    print_table(columns, rows)
 
 
 def _read_labels(labels: str | None) -> tuple[str, ...] | None:

@@ -144,6 +144,22 @@ def test_error_of_the_system_is_one_line(bdtool, tiny, monkeypatch):
     assert bdtool("inspect", tiny.bundle, status=1).stderr == "Error: some/file: Permission denied\n"
 
 
+def test_full_disk_says_what_to_do(bdtool, tiny, monkeypatch):
+    def full(*args, **options):
+        raise OSError(errno.ENOSPC, "No space left on device", "page.html")
+
+    monkeypatch.setattr("export.bundle.read_manifest", full)
+    said = "Error: page.html: No space left on device; make room and run the same command again\n"
+    assert bdtool("inspect", tiny.bundle, status=1).stderr == said
+
+
+def test_tables_begin_with_what_they_are_of(bdtool, tiny, npz):
+    """Not with the empty line that parts them from a text above."""
+    assert bdtool("models").stdout.startswith("Shipped models: ")
+    many = bdtool("evaluate", tiny.bundle, "--data", npz, "--policy", "all", "--policy", "none").stdout
+    assert many.startswith(f"20 images of {npz}\npolicy ")
+
+
 def test_current_directory_that_was_deleted_is_named(bdtool, tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tmp_path.rmdir()
