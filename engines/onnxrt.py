@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import onnx
@@ -30,6 +30,7 @@ from engines.base import (
 )
 from engines.blocked_nodes import stay_blocked
 from engines.check import N_PROBES, check_engine
+from engines.image_convolution import convolve_image_in_floats
 from engines.integer_cpu import is_quantized, lower_quantized
 from engines.layouts import INTEGER_LAYOUT, block_size, feature_maps, pack, unpack
 from engines.native_layout import add_guards, cut_guards
@@ -202,15 +203,24 @@ def _optimise(part: PartSpec, model: bytes, layout: str) -> bytes:
     prepared = _parsed(part, model)
     if is_quantized(prepared):
         lower_quantized(prepared)
-        model = prepared.SerializeToString()
-    if layout in (PLAIN_LAYOUT, INTEGER_LAYOUT):
-        return _optimised_file(part, model)
-    if part.kind != "full":  # the baseline stays what ONNX Runtime makes of the exported network
+    elif layout != PLAIN_LAYOUT and part.kind != "full":  # a baseline in floats stays what ONNX Runtime makes of it
         stay_blocked(prepared)
+    if layout in (PLAIN_LAYOUT, INTEGER_LAYOUT):
+        file = _optimised_file(part, prepared.SerializeToString())
+        return _with_image_in_floats(part, file) if is_quantized(prepared) else file
     add_guards(prepared, part)
     optimised = onnx.ModelProto.FromString(_optimised_file(part, prepared.SerializeToString()))
     cut_guards(optimised, part)
     data: bytes = optimised.SerializeToString(deterministic=True)
+    return data
+
+
+def _with_image_in_floats(part: PartSpec, file: bytes) -> bytes:
+    if _native_layout() == PLAIN_LAYOUT:  # the kernels that are faster are those of blocked layouts
+        return file
+    model = onnx.ModelProto.FromString(file)
+    convolve_image_in_floats(model, optimise=partial(_optimised_file, part))
+    data: bytes = model.SerializeToString(deterministic=True)
     return data
 
 

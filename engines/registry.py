@@ -29,7 +29,7 @@ BACKENDS = ("onnxruntime", "torch", TENSORRT, TENSORRT_RTX, ONNXRUNTIME_TENSORRT
 _CAPTURED = ("torch", TENSORRT, TENSORRT_RTX)  # whose work can become part of a CUDA graph
 # How ONNX Runtime's engines are made from parts (`native_layout`, `blocked_nodes`, `integer_cpu`); raised when that
 # changes, so that engines made before are built again.
-_ONNXRUNTIME_RECIPE = "recipe 1"
+_ONNXRUNTIME_RECIPE = "recipe 2"
 _DEVICE = re.compile(r"cpu|cuda:[0-9]+")
 
 
