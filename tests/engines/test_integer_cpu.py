@@ -3,6 +3,7 @@
 import numpy as np
 import onnx
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
 from bdtool.data.synthetic import synthetic_images
 from bdtool.runtime.preprocess import preprocess
@@ -11,6 +12,7 @@ from calibration.quantize import quantize_part
 from calibration.ranges import RangeCollector
 from engines import integer_cpu
 from engines.cpu import has_vnni
+from engines.integer_cpu import lower_quantized
 from engines.layouts import INTEGER_LAYOUT, pack, run_plain, unpack
 from engines.onnxrt import OnnxRuntimeBackend
 from export.bundle import Bundle
@@ -122,3 +124,60 @@ def test_bound_buffers_give_what_run_gives(parts):
     source.write(x)
     engine.bind({"x": source}, {"y": result})()
     assert np.array_equal(result.read(), engine.run({"x": x})["y"])
+
+
+def _between_integers(nodes, constants, *, channels=8):
+    """Return a Q/DQ model from int8 [N, 4, 9, 9], by `nodes` from "floats" to "result", to int8."""
+    constants = {"scale": np.float32(0.1), "zero": np.int8(0), **constants}
+    ends = [
+        helper.make_node("DequantizeLinear", ["x", "scale", "zero"], ["floats"]),
+        helper.make_node("QuantizeLinear", ["result", "scale", "zero"], ["y"]),
+    ]
+    graph = helper.make_graph(
+        [ends[0], *nodes, ends[1]],
+        "hand-made",
+        [helper.make_tensor_value_info("x", TensorProto.INT8, ["N", 4, 9, 9])],
+        [helper.make_tensor_value_info("y", TensorProto.INT8, ["N", channels, "H", "W"])],
+        [numpy_helper.from_array(np.asarray(values), name) for name, values in constants.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+
+def _lowered(model):
+    """Rewrite the model, compare what it computes with what it did, and return its operators."""
+    x = np.random.default_rng(0).integers(-128, 128, size=(2, 4, 9, 9)).astype(np.int8)
+    expected = OnnxReference(model.SerializeToString()).run({"x": x})["y"]
+    lower_quantized(model)
+    packed = (x.view(np.uint8) ^ 128).transpose(0, 2, 3, 1)
+    actual = OnnxReference(model.SerializeToString()).run({"x": packed})["y"].transpose(0, 3, 1, 2)
+    assert np.abs((actual ^ 128).view(np.int8).astype(int) - expected).max() <= INTEGER_STEP
+    return [node.op_type for node in model.graph.node]
+
+
+_WINDOWS = {"kernel_shape": [2, 2], "strides": [2, 2]}
+
+
+@pytest.mark.parametrize(
+    ("pooling", "is_folded"),
+    [
+        (_WINDOWS, True),
+        ({"kernel_shape": [3, 2]}, True),
+        ({**_WINDOWS, "pads": [1, 1, 1, 1]}, False),
+        ({**_WINDOWS, "ceil_mode": 1}, False),
+        ({**_WINDOWS, "dilations": [2, 2]}, False),
+    ],
+)
+def test_averages_of_whole_windows_become_part_of_an_integer_convolution(pooling, is_folded):
+    nodes = [
+        helper.make_node("AveragePool", ["floats"], ["averages"], **pooling),
+        helper.make_node("Pad", ["averages", "pads"], ["result"]),
+    ]
+    op_types = _lowered(_between_integers(nodes, {"pads": np.array([0, 1, 0, 0, 0, 3, 0, 0])}))
+    assert ("AveragePool" not in op_types) == is_folded
+    assert op_types.count("DequantizeLinear") == (2 if is_folded else 1)  # of the selection, too
+
+
+def test_convolution_of_float_weights_stays_one():
+    weight = np.random.default_rng(1).normal(size=(8, 4, 1, 1)).astype(np.float32)
+    nodes = [helper.make_node("Conv", ["floats", "weight"], ["result"])]
+    assert _lowered(_between_integers(nodes, {"weight": weight})).count("DequantizeLinear") == 1
