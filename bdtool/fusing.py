@@ -17,6 +17,7 @@ from bdtool.runtime.policies import bits_of
 from bdtool.runtime.preprocess import preprocess
 from bdtool.specs import NetworkSpec, dict_from_preprocessing
 from engines.base import ENGINE_BOUNDS
+from engines.portable_integers import IntegerForm, part_in_form
 from export.check import OnnxReference, compare_outputs
 from export.compose import compose_parts
 from export.files import write_output
@@ -28,41 +29,50 @@ _N_MASKS = 4
 _N_PICTURES = 2  # of one path: a batch
 
 
-def write_fused(source: PartSource, path: Path) -> float:
-    """Fuse a bundle's parts into one ONNX file at `path`; return its worst error over the logits' range.
+def write_fused(source: PartSource, path: Path, *, form: IntegerForm) -> float:
+    """Fuse a bundle's parts into one ONNX file at `path`; return the worst error, over the range of what differs.
 
     The file is compared with its own parts, run one after another: on a picture for each of some random masks, every
-    block and none, and on a picture whose blocks the policy network chooses.
+    block and none, and on a picture whose blocks the policy network chooses. Parts that take another form for the file
+    are compared with those of the bundle first, one by one.
+
+    Args:
+        form: of parts with integers.
 
     Raises:
+        EngineError: a part computes something else in that form.
         ExportError: the fused model gives other logits, or keeps other blocks.
         UsageError: parts of bf16, which cannot be run here.
         BundleError: the file cannot be written.
     """
     network, tolerance = source.network, _tolerance(source.precision)
-    pieces = {part.name: source.model(part) for part in network.parts if part.kind != "full"}
+    taken = {part.name: part_in_form(part, source.model(part), form) for part in network.parts if part.kind != "full"}
+    pieces = {name: model for name, (model, _) in taken.items()}
     model = fuse_parts(network, pieces)
     check = _Check(network, OnnxReference(model), pieces, tolerance)
-    error = max(check.error(mask, seed) for seed, mask in enumerate([*_masks(network.n_blocks), None]))
+    errors = [check.error(mask, seed) for seed, mask in enumerate([*_masks(network.n_blocks), None])]
     _write(path, model, network, threshold=network.threshold)
-    return error
+    return max(*errors, *(error for _, error in taken.values()))
 
 
-def write_path(source: PartSource, path: Path, mask: np.ndarray) -> float:
+def write_path(source: PartSource, path: Path, mask: np.ndarray, *, form: IntegerForm) -> float:
     """Write the parts of one mask's path as one ONNX file at `path`, without `If`; return its error as `write_fused`.
 
     It takes batches. The file is compared with its own parts, run one after another, on two pictures.
 
     Args:
         mask: the blocks to keep, bool [K].
+        form: of parts with integers.
 
     Raises:
+        EngineError: a part computes something else in that form.
         ExportError: the model gives other logits.
         UsageError: parts of bf16, which cannot be run here.
         BundleError: the file cannot be written.
     """
     network, tolerance = source.network, _tolerance(source.precision)
-    pieces = [(part, source.model(part)) for part in parts_of_path(network, mask)]
+    taken = [(part, *part_in_form(part, source.model(part), form)) for part in parts_of_path(network, mask)]
+    pieces = [(part, piece) for part, piece, _ in taken]
     model = compose_parts("path", pieces)
     images = _pictures(network, _N_PICTURES, seed=0)
     x = {"image": images}
@@ -70,7 +80,7 @@ def write_path(source: PartSource, path: Path, mask: np.ndarray) -> float:
         x = OnnxReference(piece).run({part.inputs[0].name: next(iter(x.values()))})
     error = _error(x, OnnxReference(model).run({"image": images}), tolerance=tolerance)
     _write(path, model, network, policy=bits_of(mask))
-    return error
+    return max(error, *(error for _, _, error in taken))
 
 
 def _write(path: Path, model: bytes, network: NetworkSpec, **decision: float | str) -> None:

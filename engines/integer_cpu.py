@@ -26,7 +26,6 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from engines.blocked_nodes import stay_blocked
-from engines.cpu import has_vnni
 from export.onnx_precision import OUTPUT_RANGE
 
 _OFFSET = 128
@@ -40,8 +39,8 @@ def is_quantized(model: onnx.ModelProto) -> bool:
     return any(node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in model.graph.node)
 
 
-def lower_quantized(model: onnx.ModelProto) -> None:
-    """Rewrite a Q/DQ model in place, as the module says."""
+def lower_quantized(model: onnx.ModelProto, *, unsigned_weights: bool) -> None:
+    """Rewrite a Q/DQ model in place, as the module says; `unsigned_weights` are for processors without VNNI."""
     stay_blocked(model)
     rewriter = _Rewriter(model.graph)
     rewriter.move_pooling_behind_quantization()
@@ -49,7 +48,7 @@ def lower_quantized(model: onnx.ModelProto) -> None:
     rewriter.quantize_direct_operands()
     rewriter.shift_activations()
     rewriter.absorb_relus()
-    if not has_vnni():
+    if unsigned_weights:
         rewriter.shift_weights()
     rewriter.put_channels_last()
 

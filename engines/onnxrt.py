@@ -30,6 +30,7 @@ from engines.base import (
 )
 from engines.blocked_nodes import stay_blocked
 from engines.check import N_PROBES, check_engine
+from engines.cpu import has_vnni
 from engines.image_convolution import convolve_image_in_floats
 from engines.integer_cpu import is_quantized, lower_quantized
 from engines.layouts import INTEGER_LAYOUT, block_size, feature_maps, pack, unpack
@@ -202,7 +203,7 @@ def _optimise(part: PartSpec, model: bytes, layout: str) -> bytes:
     """Return the model as ONNX Runtime's optimiser leaves it, its activations in `layout`."""
     prepared = _parsed(part, model)
     if is_quantized(prepared):
-        lower_quantized(prepared)
+        lower_quantized(prepared, unsigned_weights=not has_vnni())
     elif layout != PLAIN_LAYOUT and part.kind != "full":  # a baseline in floats stays what ONNX Runtime makes of it
         stay_blocked(prepared)
     if layout in (PLAIN_LAYOUT, INTEGER_LAYOUT):

@@ -30,12 +30,20 @@ from bdtool.runtime.read_only import is_read_only
 from bdtool.words import percent
 from engines.base import DEFAULT_DEVICE
 
+_WITH_INTEGERS = ("int8", "mixed")
+_FORMS = {
+    "cpu": "for ONNX Runtime's CPU provider, on x86 with VNNI or on ARM; TensorRT takes what --for tensorrt writes",
+    "cpu-without-vnni": "for ONNX Runtime's CPU provider, on x86 without VNNI",
+    "tensorrt": "for TensorRT; ONNX Runtime's CPU provider is slow with it, and fast with what --for cpu writes",
+}
+
 if TYPE_CHECKING:
     import numpy as np
 
     from bdtool.specs import NetworkSpec
     from engines.base import Backend
     from engines.engine_record import EngineRecord
+    from engines.portable_integers import IntegerForm
     from engines.store import EngineStore, PartStatus
     from export.bundle import Bundle
 
@@ -134,7 +142,16 @@ def build_cmd(
     "distribute:K, all, none, or FILE.npy with one row.",
 )
 @precision_option(help_text="Which parts to fuse.")
-def fuse_cmd(bundle: Path, model: Path, threshold: float | None, policy: str | None, precision: str) -> None:
+@click.option(
+    "--for",
+    "form",
+    type=click.Choice(["cpu", "cpu-without-vnni", "tensorrt"]),
+    help="With --precision int8 or mixed: the form of integers that ONNX Runtime's CPU provider is fast with, on "
+    "processors with VNNI (x86) or ARM's (cpu), or on older x86; or that TensorRT takes.  [default: cpu]",
+)
+def fuse_cmd(
+    bundle: Path, model: Path, threshold: float | None, policy: str | None, precision: str, form: IntegerForm | None
+) -> None:
     """Write a BUNDLE as one ONNX file, policy included, with an If for each block.
 
     For deployments that can hold only one file. It takes one preprocessed image, float32 [1, 3, H, W], and gives the
@@ -150,23 +167,27 @@ def fuse_cmd(bundle: Path, model: Path, threshold: float | None, policy: str | N
       bdtool fuse bundle -o model.onnx
       bdtool fuse bundle -o model.onnx --threshold 0.7
       bdtool fuse bundle -o model.onnx --policy 100010001011110
-      bdtool fuse bundle -o model.onnx --policy 100010001011110 --precision int8
+      bdtool fuse bundle -o model.onnx --policy 100010001011110 --precision int8 --for tensorrt
     """
     from bdtool.fusing import write_fused, write_path
     from bdtool.runtime.thresholds import bundle_at
     from export.bundle import Bundle
     from export.part_source import PartSource
 
-    source = PartSource(bundle_at(threshold, Bundle.open(bundle)), precision, converts_fp16=True)
+    if form and precision not in _WITH_INTEGERS:
+        raise click.UsageError(f"--for is about integers, and precision {precision} has none. Leave it out")
+    source, form = PartSource(bundle_at(threshold, Bundle.open(bundle)), precision, converts_fp16=True), form or "cpu"
     if policy is None:
-        error = write_fused(source, model)
+        error = write_fused(source, model, form=form)
     elif threshold is not None:
         raise click.UsageError("--threshold is of the policy network, which --policy leaves out. Give one of them")
     else:
-        error = write_path(source, model, _one_mask(source.network, policy))
+        error = write_path(source, model, _one_mask(source.network, policy), form=form)
     click.echo(
         f"{model}: {model.stat().st_size / 1e6:.1f} MB; worst difference from the parts: {error:.1e} of the range"
     )
+    if precision in _WITH_INTEGERS:
+        click.echo(_FORMS[form])
 
 
 def _one_mask(network: NetworkSpec, policy: str) -> np.ndarray:

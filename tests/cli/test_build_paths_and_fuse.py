@@ -123,6 +123,39 @@ def test_parts_of_another_precision_are_fused(bdtool, calibrate, bundle_copy, tm
     assert (tmp_path / "model.onnx").stat().st_size < 0.8 * whole.stat().st_size
 
 
+# of the stem, of blocks and of the shortcuts behind which averages are convolutions
+@pytest.mark.parametrize(("policy", "n_convolutions"), [([], 11), (["--policy", "101"], 7)])
+@pytest.mark.parametrize(
+    ("form", "in_integers", "said"),
+    [
+        ("cpu", True, "on x86 with VNNI or on ARM; TensorRT takes what --for tensorrt writes"),
+        ("cpu-without-vnni", True, "on x86 without VNNI"),
+        ("tensorrt", False, "for TensorRT; ONNX Runtime's CPU provider is slow with it"),
+    ],
+)
+def test_int8_file_runs_in_integers_where_it_is_for(
+    bdtool, calibrate, bundle_copy, tmp_path, policy, n_convolutions, form, in_integers, said
+):
+    calibrate("--precision", "int8")
+    words = ("--precision", "int8", "--for", form)
+    assert said in bdtool("fuse", bundle_copy, "-o", tmp_path / "model.onnx", *words, *policy).stdout
+    options = _options()
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", options, providers=["CPUExecutionProvider"])
+    text = str(onnx.load(tmp_path / "optimised.onnx"))  # branches of If, too
+    assert text.count('op_type: "QLinearConv"') == (n_convolutions if in_integers else 0)
+    image = np.random.default_rng(0).normal(size=(1, 3, 32, 32)).astype(np.float32)
+    with Orchestrator.open(bundle_copy, precision="int8") as runtime:
+        expected = runtime.run(image, policy=policy[-1] if policy else None).logits
+    [logits] = session.run(["logits"], {"image": image})
+    np.testing.assert_allclose(logits, expected, atol=0.1 * np.abs(expected).max())
+
+
+def test_form_of_integers_is_refused_where_there_are_none(bdtool, bundle_copy, tmp_path):
+    words = ("fuse", bundle_copy, "-o", tmp_path / "model.onnx", "--for", "tensorrt")
+    assert "--for is about integers, and precision fp32 has none" in bdtool(*words, status=2).stderr
+
+
 def test_precision_that_cannot_be_compared_is_refused(bdtool, calibrate, bundle_copy, tmp_path):
     calibrate("--precision", "bf16")
     words = ("fuse", bundle_copy, "-o", tmp_path / "model.onnx", "--precision", "bf16")

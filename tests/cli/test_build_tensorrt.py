@@ -44,9 +44,12 @@ def test_json_has_the_kernels_of_each_part(bdtool_json, bundle_copy):
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
 def test_fused_path_of_one_mask_is_built_without_bdtool(bdtool, calibrate, bundle_copy, tmp_path, precision):
     trt = pytest.importorskip("tensorrt_rtx_bindings")
+    integers = ()
     if precision == "int8":
         calibrate("--precision", precision)
-    bdtool("fuse", bundle_copy, "-o", tmp_path / "model.onnx", "--policy", "101", "--precision", precision)
+        integers = ("--for", "tensorrt")
+    words = ("--policy", "101", "--precision", precision, *integers)
+    bdtool("fuse", bundle_copy, "-o", tmp_path / "model.onnx", *words)
     logger = trt.Logger(trt.Logger.ERROR)
     builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))

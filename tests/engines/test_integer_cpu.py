@@ -10,7 +10,7 @@ from bdtool.runtime.preprocess import preprocess
 from calibration.paths import PathBatch, PathWalker, TopUp, WatchedPart, part_ranges
 from calibration.quantize import quantize_part
 from calibration.ranges import RangeCollector
-from engines import integer_cpu
+from engines import onnxrt
 from engines.cpu import has_vnni
 from engines.integer_cpu import lower_quantized
 from engines.layouts import INTEGER_LAYOUT, pack, run_plain, unpack
@@ -71,7 +71,7 @@ _VNNI = pytest.param(True, marks=pytest.mark.skipif(not has_vnni(), reason="this
 
 @pytest.mark.parametrize("vnni", [_VNNI, False])
 def test_engines_agree_with_their_parts(parts, monkeypatch, vnni):
-    monkeypatch.setattr(integer_cpu, "has_vnni", lambda: vnni)
+    monkeypatch.setattr(onnxrt, "has_vnni", lambda: vnni)
     backend = OnnxRuntimeBackend()
     for part, model in parts.values():
         built = backend.build(part, model, layout=INTEGER_LAYOUT)
@@ -147,7 +147,7 @@ def _lowered(model):
     """Rewrite the model, compare what it computes with what it did, and return its operators."""
     x = np.random.default_rng(0).integers(-128, 128, size=(2, 4, 9, 9)).astype(np.int8)
     expected = OnnxReference(model.SerializeToString()).run({"x": x})["y"]
-    lower_quantized(model)
+    lower_quantized(model, unsigned_weights=False)
     packed = (x.view(np.uint8) ^ 128).transpose(0, 2, 3, 1)
     actual = OnnxReference(model.SerializeToString()).run({"x": packed})["y"].transpose(0, 3, 1, 2)
     assert np.abs((actual ^ 128).view(np.int8).astype(int) - expected).max() <= INTEGER_STEP
