@@ -39,12 +39,15 @@ def test_r_squared_is_of_the_medians():
     # medians 0, 3, 0 at 0, 1, 2: the flat line through 1 explains nothing
     line = fit_line(_samples(np.repeat([0, 1, 2], 3), [0, 0, 9, 3, 3, 3, 0, 0, 0]), 1)
     assert (line.fixed_ms, line.per_block_ms, line.r_squared) == pytest.approx((1, 0, 0), abs=1e-12)
+    # medians 0, 1, 1: the line 1/6, 4/6, 7/6 leaves 1/6 of 2/3
+    line = fit_line(_samples(np.repeat([0, 1, 2], 3), np.repeat([0, 1, 1], 3)), 1)
+    assert (line.fixed_ms, line.per_block_ms, line.r_squared) == pytest.approx((1 / 6, 1 / 2, 3 / 4))
 
 
 def test_medians_weigh_as_many_requests_as_they_stand_for():
     # medians 0, 3, 0 of 3, 12 and 3 requests: the flat line through their mean
     line = fit_line(_samples(np.repeat([0, 1, 2], [3, 12, 3]), np.repeat([0, 3, 0], [3, 12, 3])), 1)
-    assert (line.fixed_ms, line.per_block_ms) == pytest.approx((12 * 3 / 18, 0), abs=1e-12)
+    assert (line.fixed_ms, line.per_block_ms, line.r_squared) == pytest.approx((12 * 3 / 18, 0, 0), abs=1e-12)
 
 
 def test_slow_requests_do_not_tilt_the_line():
