@@ -19,18 +19,16 @@ transpositions out. Buffers keep the part's shape and dtype: only their bytes di
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from engines.blocked_nodes import stay_blocked
+from engines.selections import average_in_selections, is_selection
 from export.onnx_precision import OUTPUT_RANGE
 
 _OFFSET = 128
 _Q_MAX, _U_MAX = 127, 255
-_WHOLE_WINDOWS = {"pads": [0, 0, 0, 0], "ceil_mode": 0, "dilations": [1, 1], "auto_pad": b"NOTSET"}  # of AveragePool
 _TO_NCHW, _TO_NHWC = [0, 3, 1, 2], [0, 2, 3, 1]
 
 
@@ -42,9 +40,10 @@ def is_quantized(model: onnx.ModelProto) -> bool:
 def lower_quantized(model: onnx.ModelProto, *, unsigned_weights: bool) -> None:
     """Rewrite a Q/DQ model in place, as the module says; `unsigned_weights` are for processors without VNNI."""
     stay_blocked(model)
+    average_in_selections(model)
     rewriter = _Rewriter(model.graph)
     rewriter.move_pooling_behind_quantization()
-    rewriter.convolve_shortcuts()
+    rewriter.convolve_selections()
     rewriter.quantize_direct_operands()
     rewriter.shift_activations()
     rewriter.absorb_relus()
@@ -96,41 +95,23 @@ class _Rewriter:
             del self._graph.node[:]
             self._graph.node.extend(copies)
 
-    def convolve_shortcuts(self) -> None:
-        """Let selections of channels, as `stay_blocked` says them, and averages before them read and write integers.
+    def convolve_selections(self) -> None:
+        """Let convolutions that select channels, and average them, read and write integers.
 
         Where an addition reads the result, it is rounded to the steps of what was selected from.
         """
         for conv in [node for node in self._graph.node if node.op_type == "Conv"]:
-            pool = self._average_before(conv)
-            weight, steps = self._initializers.get(conv.input[1]), self._steps((pool or conv).input[0])
-            if weight is None or steps is None or not np.isin(ones := numpy_helper.to_array(weight), (0, 1)).all():
+            weight, steps = self._initializers.get(conv.input[1]), self._steps(conv.input[0])
+            if weight is None or steps is None or not is_selection(values := numpy_helper.to_array(weight)):
                 continue
-            kernel, strides = [1, 1], _attribute(conv, "strides", [1, 1])
-            if pool is not None:
-                kernel = _attribute(pool, "kernel_shape", kernel)
-                strides = [a * b for a, b in zip(strides, _attribute(pool, "strides", [1, 1]), strict=True)]
-                conv.input[0] = pool.input[0]
-                self._graph.node.remove(pool)
-            integers = np.broadcast_to(ones, (*ones.shape[:2], *kernel)).astype(np.int8)
-            weight.CopyFrom(numpy_helper.from_array(integers, weight.name))
-            scale = self._constant(f"{weight.name}_scale", np.float32(1 / np.prod(kernel)))
+            weight.CopyFrom(numpy_helper.from_array((values != 0).astype(np.int8), weight.name))
+            scale = self._constant(f"{weight.name}_scale", np.float32(values.max()))
             zero = self._constant(f"{weight.name}_zero", np.int8(0))
             floats = helper.make_node("DequantizeLinear", [weight.name, scale, zero], [f"{weight.name}_floats"])
             self._insert(floats, before=conv)
-            inputs, name = [conv.input[0], *floats.output], conv.name
-            conv.CopyFrom(
-                helper.make_node("Conv", inputs, conv.output, name=name, kernel_shape=kernel, strides=strides)
-            )
+            conv.input[1] = floats.output[0]
             for addition in [node for node in self._readers(conv.output[0]) if node.op_type == "Add"]:
                 self._round(conv.output[0], *steps, before=addition)
-
-    def _average_before(self, conv: onnx.NodeProto) -> onnx.NodeProto | None:
-        """Return the AveragePool of whole windows that only `conv` reads, or None."""
-        pool = self._producers.get(conv.input[0])
-        if pool is None or pool.op_type != "AveragePool" or len(self._readers(pool.output[0])) != 1:
-            return None
-        return pool if all(_attribute(pool, name, value) == value for name, value in _WHOLE_WINDOWS.items()) else None
 
     def _steps(self, tensor: str) -> tuple[str, str] | None:
         """Return scale and zero point of an activation that was dequantized, or None."""
@@ -237,10 +218,6 @@ class _Rewriter:
     def _integer_maps(infos: object) -> list[onnx.ValueInfoProto]:
         kinds = [(info, info.type.tensor_type) for info in list(infos)]  # type: ignore[call-overload]
         return [info for info, kind in kinds if kind.elem_type == TensorProto.UINT8 and len(kind.shape.dim) == 4]
-
-
-def _attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
-    return next((helper.get_attribute_value(entry) for entry in node.attribute if entry.name == name), default)
 
 
 def _noted_range(node: onnx.NodeProto) -> float | None:

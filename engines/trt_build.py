@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import onnx
+from google.protobuf.message import DecodeError
 from onnx import TensorProto
 
 from bdtool.errors import EngineError
 from bdtool.specs import PartSpec, TensorSpec
 from engines.layouts import CHANNELS_LAST
+from engines.selections import average_in_selections, select_channels
 from engines.timing_cache import TimingCache
 from engines.trt_interrupts import cancelling
 from engines.trt_library import TensorRTLibrary
@@ -60,6 +62,7 @@ def compile_part(
         EngineError: the library does not start or refuses the part (quoting it), or did not take the ONNX's types.
     """
     trt = library.module
+    model = _with_convolved_shortcuts(model)
     if TURING in options.sms:
         model = products_as_convolutions(model)
     failure = f"part {part.name!r}: {library.name} {trt.__version__} does not build it"
@@ -77,6 +80,22 @@ def compile_part(
         if data is None:
             raise EngineError(f"part {part.name!r}: {library.name} builds no engine of it: {library.quoted()}")
         return Compiled(bytes(data), convolutions)
+
+
+def _with_convolved_shortcuts(model: bytes) -> bytes:
+    """Return a part with its shortcuts without weights as convolutions, which saves two kernels each.
+
+    A Q/DQ part stays: its averages are fused with the steps of its integers, and it would not have fewer kernels.
+    """
+    try:
+        parsed = onnx.ModelProto.FromString(model)
+    except DecodeError:
+        return model  # the library's own parser says what is wrong
+    if any(node.op_type == "DequantizeLinear" for node in parsed.graph.node):
+        return model
+    select_channels(parsed)
+    average_in_selections(parsed)
+    return bytes(parsed.SerializeToString())
 
 
 def _parse(library: TensorRTLibrary, network: Any, part: PartSpec, model: bytes) -> None:

@@ -10,7 +10,7 @@ from bdtool.errors import UsageError
 from export.files import json_from_bytes
 
 HardwareCompatibility = Literal["none", "ampere-plus", "same-compute-capability"]
-_RECIPE = 2  # of `engines.trt_build`: raise it when the same options come to build another engine
+_RECIPE = 3  # of `engines.trt_build`: raise it when the same options come to build another engine
 TENSORRT, TENSORRT_RTX = "tensorrt", "tensorrt-rtx"
 ONNXRUNTIME_TENSORRT = "onnxruntime-tensorrt"  # ONNX Runtime with its TensorRT provider
 PROFILED = (TENSORRT, TENSORRT_RTX, ONNXRUNTIME_TENSORRT)  # backends whose engines have an optimization profile

@@ -17,7 +17,7 @@ def test_build_prints_the_precision_obtained(bdtool, bundle_copy):
     assert "sm86-sm89-fp16" in text
     assert "9 built" in text
     assert "precision fp16, activations NHWC; not compared with ONNX" in text
-    assert "convolutions by the type of their operands: half 14, float 7" in text  # the policy network stays in fp32
+    assert "convolutions by the type of their operands: half 20, float 9" in text  # the policy network stays in fp32
     assert "TF32 off" in text
     assert "CUDA graph" not in text  # static engines can all be captured
 
