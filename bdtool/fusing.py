@@ -17,7 +17,7 @@ from bdtool.runtime.policies import bits_of
 from bdtool.runtime.preprocess import preprocess
 from bdtool.specs import NetworkSpec, dict_from_preprocessing
 from engines.base import ENGINE_BOUNDS
-from engines.portable_integers import IntegerForm, part_in_form
+from engines.portable import IntegerForm, portable_part
 from export.check import OnnxReference, compare_outputs
 from export.compose import compose_parts
 from export.files import write_output
@@ -46,7 +46,7 @@ def write_fused(source: PartSource, path: Path, *, form: IntegerForm) -> float:
         BundleError: the file cannot be written.
     """
     network, tolerance = source.network, _tolerance(source.precision)
-    taken = {part.name: part_in_form(part, source.model(part), form) for part in network.parts if part.kind != "full"}
+    taken = {part.name: portable_part(part, source.model(part), form) for part in network.parts if part.kind != "full"}
     pieces = {name: model for name, (model, _) in taken.items()}
     model = fuse_parts(network, pieces)
     check = _Check(network, OnnxReference(model), pieces, tolerance)
@@ -71,7 +71,7 @@ def write_path(source: PartSource, path: Path, mask: np.ndarray, *, form: Intege
         BundleError: the file cannot be written.
     """
     network, tolerance = source.network, _tolerance(source.precision)
-    taken = [(part, *part_in_form(part, source.model(part), form)) for part in parts_of_path(network, mask)]
+    taken = [(part, *portable_part(part, source.model(part), form)) for part in parts_of_path(network, mask)]
     pieces = [(part, piece) for part, piece, _ in taken]
     model = compose_parts("path", pieces)
     images = _pictures(network, _N_PICTURES, seed=0)

@@ -16,6 +16,12 @@ SPACE = (2, 3)  # the axes of height and width
 _WHOLE_WINDOWS = {"pads": [0, 0, 0, 0], "ceil_mode": 0, "dilations": [1, 1], "auto_pad": b"NOTSET"}  # of AveragePool
 
 
+def convolve_shortcuts(model: onnx.ModelProto) -> None:
+    """Replace averages or strides over pixels, and the channels of zeros after them, by one convolution, in place."""
+    select_channels(model)
+    average_in_selections(model)
+
+
 def select_channels(model: onnx.ModelProto) -> None:
     """Replace each `Pad` of channels with zeros, and the strided `Slice` nodes before it, in place.
 

@@ -19,7 +19,7 @@ from onnx import TensorProto
 from bdtool.errors import EngineError
 from bdtool.specs import PartSpec, TensorSpec
 from engines.layouts import CHANNELS_LAST
-from engines.selections import average_in_selections, select_channels
+from engines.selections import convolve_shortcuts
 from engines.timing_cache import TimingCache
 from engines.trt_interrupts import cancelling
 from engines.trt_library import TensorRTLibrary
@@ -93,8 +93,7 @@ def _with_convolved_shortcuts(model: bytes) -> bytes:
         return model  # the library's own parser says what is wrong
     if any(node.op_type == "DequantizeLinear" for node in parsed.graph.node):
         return model
-    select_channels(parsed)
-    average_in_selections(parsed)
+    convolve_shortcuts(parsed)
     return bytes(parsed.SerializeToString())
 
 

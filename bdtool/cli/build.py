@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from bdtool.specs import NetworkSpec
     from engines.base import Backend
     from engines.engine_record import EngineRecord
-    from engines.portable_integers import IntegerForm
+    from engines.portable import IntegerForm
     from engines.store import EngineStore, PartStatus
     from export.bundle import Bundle
 

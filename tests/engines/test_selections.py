@@ -5,7 +5,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from engines.selections import average_in_selections, select_channels
+from engines.selections import convolve_shortcuts
 from export.check import OnnxReference
 
 _AVERAGE = {"kernel_shape": [2, 2], "strides": [2, 2]}
@@ -26,8 +26,7 @@ def _op_types_after(model, dtype=np.float32):
     """Rewrite the model, compare what it computes with what it did, and return its operators."""
     x = np.random.default_rng(0).normal(size=(2, 4, 9, 8)).astype(dtype)
     expected = OnnxReference(model.SerializeToString()).run({"x": x})["y"]
-    select_channels(model)
-    average_in_selections(model)
+    convolve_shortcuts(model)
     onnx.checker.check_model(model, full_check=True)
     actual = OnnxReference(model.SerializeToString()).run({"x": x})["y"]
     np.testing.assert_allclose(actual, expected, atol=1e-6 if dtype == np.float32 else 1e-3, rtol=0)
