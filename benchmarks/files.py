@@ -1,6 +1,6 @@
 """ONNX files beside each other as ONNX Runtime's CPU provider runs them by default, as a program without bdtool would.
 
-    python benchmarks/files.py A.onnx B.onnx ... [--threads N]
+    python -m benchmarks.files A.onnx B.onnx ... [--threads N]
 
 For what `bdtool fuse` writes in several forms. Each reads the same picture of noise; times are of alternating rounds,
 as a share of the first file's.
@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 
 import numpy as np
 import onnxruntime as ort
+
+from benchmarks.turns import rounds_of
 
 ROUNDS, SECONDS_A_ROUND = 15, 0.2
 
@@ -26,7 +27,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     calls = [call_of(file, args.threads) for file in args.files]
-    rounds = [[seconds_a_call(call) for call in calls] for _ in range(ROUNDS)]
+    rounds = rounds_of(calls, n_rounds=ROUNDS, seconds=SECONDS_A_ROUND)
     print("| file | ms | to the first |\n|---|---|---|")
     for file, column in zip(args.files, zip(*rounds, strict=True), strict=True):
         ratio = statistics.median(taken / one[0] for taken, one in zip(column, rounds, strict=True))
@@ -41,14 +42,6 @@ def call_of(file: str, n_threads: int) -> Callable[[], object]:
     shape = [1 if isinstance(size, str) else size for size in image.shape]
     values = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     return partial(session.run, ["logits"], {image.name: values})
-
-
-def seconds_a_call(call: Callable[[], object]) -> float:
-    n_calls, start = 0, time.perf_counter()
-    while (now := time.perf_counter()) - start < SECONDS_A_ROUND:
-        call()
-        n_calls += 1
-    return (now - start) / n_calls
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """INT8 parts in two forms that an engine of ONNX Runtime's CPU provider could have: integers throughout, or floats.
 
-    python benchmarks/integers.py [--threads N]
+    python -m benchmarks.integers [--threads N]
 
 The convolution of the image, of 3 x 3 pixels as in CIFAR's networks and of 7 x 7 as in ImageNet's, and the shortcut
 without weights of a CIFAR network's first change of stage. Each is made here with random weights; its two engines are
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 from unittest import mock
 
@@ -20,6 +19,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from bdtool.specs import BATCH_AXIS, PartSpec, TensorSpec
+from benchmarks.turns import rounds_of
 from engines import image_convolution, integer_cpu
 from engines.layouts import INTEGER_LAYOUT
 from engines.onnxrt import OnnxRuntimeBackend
@@ -39,7 +39,9 @@ def main() -> None:
         ("image, 7 x 7 pixels to 64 channels, 224 x 224", *stem(7, 64, size=224, stride=2)),
         ("shortcut, 16 to 32 channels, 32 x 32", *shortcut(16, 32, size=32)),
     ):
-        integers, floats = in_turns([call_of(backend, part, model, in_floats=how) for how in (False, True)])
+        calls = [call_of(backend, part, model, in_floats=how) for how in (False, True)]
+        rounds = rounds_of(calls, n_rounds=ROUNDS, seconds=SECONDS_A_ROUND)
+        integers, floats = (statistics.median(column) for column in zip(*rounds, strict=True))
         print(f"| {name} | {1e6 * integers:.1f} | {1e6 * floats:.1f} | {integers / floats:.2f} |", flush=True)
 
 
@@ -107,20 +109,6 @@ def call_of(backend: OnnxRuntimeBackend, part: PartSpec, model: bytes, *, in_flo
     engine = backend.load(part, built.data, layout=built.layout)
     buffers = [{t.name: backend.allocate(t.shape_for(1), t.dtype)} for t in (*part.inputs, *part.outputs)]
     return engine.bind(*buffers)
-
-
-def in_turns(calls: list[Callable[[], None]]) -> list[float]:
-    """Return seconds a call, the median of alternating rounds."""
-    rounds = [[seconds_a_call(call) for call in calls] for _ in range(ROUNDS)]
-    return [statistics.median(column) for column in zip(*rounds, strict=True)]
-
-
-def seconds_a_call(call: Callable[[], None]) -> float:
-    n_calls, start = 0, time.perf_counter()
-    while (now := time.perf_counter()) - start < SECONDS_A_ROUND:
-        call()
-        n_calls += 1
-    return (now - start) / n_calls
 
 
 if __name__ == "__main__":
