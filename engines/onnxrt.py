@@ -204,7 +204,7 @@ def _optimise(part: PartSpec, model: bytes, layout: str) -> bytes:
     prepared = _parsed(part, model)
     if is_quantized(prepared):
         lower_quantized(prepared, unsigned_weights=not has_vnni())
-    elif layout != PLAIN_LAYOUT and part.kind != "full":  # a baseline in floats stays what ONNX Runtime makes of it
+    elif layout != PLAIN_LAYOUT:
         stay_blocked(prepared)
     if layout in (PLAIN_LAYOUT, INTEGER_LAYOUT):
         file = _optimised_file(part, prepared.SerializeToString())

@@ -117,9 +117,12 @@ def test_native_stage_changes_neither_reorder_nor_add(cpu, export_random, native
         assert _nodes(cpu, bundle, passed, native) == [*pooling, "Conv"], passed.name
 
 
-def test_the_baseline_is_what_onnx_runtime_makes_of_the_exported_network(cpu, tiny_bundle, native):
-    nodes = _nodes(cpu, tiny_bundle, tiny_bundle.network.require("full"), native)
-    assert nodes == _nodes(cpu, tiny_bundle, tiny_bundle.network.require("full"), "NCHW")
+@pytest.mark.parametrize("shortcut", ["option-a", "average-pool"])
+def test_the_baseline_is_helped_as_much_as_the_blocks(cpu, export_random, native, shortcut):
+    """A rival that ONNX Runtime was left alone with would flatter us: a user could have the faster one, too."""
+    bundle = Bundle.open(export_random("resnet8", shortcut=shortcut).bundle)
+    nodes = _nodes(cpu, bundle, bundle.network.require("full"), native)
+    assert not {"Pad", "Slice", "Add", "Relu"} & set(nodes)
 
 
 def test_plain_blocks_do_reorder(cpu, tiny_bundle, native):
