@@ -13,6 +13,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 SPACE = (2, 3)  # the axes of height and width
+_ONE = 1.001  # 9 times a ninth, in half precision
 _WHOLE_WINDOWS = {"pads": [0, 0, 0, 0], "ceil_mode": 0, "dilations": [1, 1], "auto_pad": b"NOTSET"}  # of AveragePool
 
 
@@ -59,8 +60,9 @@ def average_in_selections(model: onnx.ModelProto) -> None:
 
 
 def is_selection(weight: np.ndarray) -> bool:
-    """Say whether a convolution's weights are all one value, or 0."""
-    return bool(np.isin(weight, (0, weight.max())).all())
+    """Say whether what a convolution gives are inputs, means of inputs, or zeros: its weights are one value, or 0."""
+    sums = weight.reshape(len(weight), -1).sum(axis=1, dtype=np.float64)
+    return bool(np.isin(weight, (0, weight.max())).all() and (sums <= _ONE).all())
 
 
 def attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
