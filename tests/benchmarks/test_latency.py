@@ -43,8 +43,8 @@ def test_table_has_the_means_that_its_ratios_are_of_and_the_aim_of_its_network(c
     latency.print_results(list(zip(latency.CASES * 2, stored["profiles"], strict=True)), stored["timings_s"])
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
     shown = {(row[0], *row[2:4]): (row[4], row[5], row[6], row[9]) for row in rows if len(row) == 10}
-    assert shown["1", "distribute:17", "chain"] == ("5.085", "1.657", "0.327", "0.400")
-    assert shown["2", "random:17", "chain"] == ("2.245", "0.854", "0.379", "0.377")
+    assert shown["1", "distribute:17", "chain"] == ("2.379", "0.860", "0.363", "0.400")
+    assert shown["2", "random:17", "chain"] == ("1.142", "0.443", "0.388", "0.377")
 
 
 @pytest.mark.parametrize("threads", ["x", "0", "1,", ""])

@@ -40,8 +40,8 @@ def test_evaluate_shows_top_5_beside_the_accuracy(bdtool, bdtool_json, tiny, npz
     assert found["accuracy"] <= found["accuracy_top5"] <= 1
     assert f"\ntop-5 accuracy   {100 * found['accuracy_top5']:.2f} %\n" in bdtool(*words).stdout
     lines = bdtool(*words, "--policy", "learned", "--policy", "all").stdout.splitlines()
-    assert lines[2].split()[:4] == ["policy", "accuracy", "top-5", "blocks"]
-    assert lines[3].split()[3:5] == [f"{100 * found['accuracy_top5']:.2f}", "%"]
+    assert lines[1].split()[:4] == ["policy", "accuracy", "top-5", "blocks"]
+    assert lines[2].split()[3:5] == [f"{100 * found['accuracy_top5']:.2f}", "%"]
 
 
 def test_names_that_are_no_utf8_are_printed_as_they_are(bdtool, tiny, picture):
