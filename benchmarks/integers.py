@@ -101,9 +101,10 @@ def model_of(part: PartSpec, nodes: list[onnx.NodeProto], constants: dict[str, n
 
 def call_of(backend: OnnxRuntimeBackend, part: PartSpec, model: bytes, *, in_floats: bool) -> Callable[[], None]:
     """Build the part's engine in one of the two forms and bind it to buffers for one image."""
+    shortcuts = (lambda model: None) if in_floats else integer_cpu.convolve_shortcuts
     with (
         mock.patch.object(image_convolution, "FEWER_VALUES", np.inf if in_floats else 0),
-        mock.patch.object(integer_cpu, "stay_blocked", (lambda model: None) if in_floats else integer_cpu.stay_blocked),
+        mock.patch.object(integer_cpu, "convolve_shortcuts", shortcuts),
     ):
         built = backend.build(part, model, layout=INTEGER_LAYOUT)
     engine = backend.load(part, built.data, layout=built.layout)

@@ -23,8 +23,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from engines.blocked_nodes import stay_blocked
-from engines.selections import average_in_selections, is_selection
+from engines.selections import convolve_shortcuts, is_selection
 from export.onnx_precision import OUTPUT_RANGE
 
 _OFFSET = 128
@@ -39,8 +38,7 @@ def is_quantized(model: onnx.ModelProto) -> bool:
 
 def lower_quantized(model: onnx.ModelProto, *, unsigned_weights: bool) -> None:
     """Rewrite a Q/DQ model in place, as the module says; `unsigned_weights` are for processors without VNNI."""
-    stay_blocked(model)
-    average_in_selections(model)
+    convolve_shortcuts(model)
     rewriter = _Rewriter(model.graph)
     rewriter.move_pooling_behind_quantization()
     rewriter.convolve_selections()

@@ -27,8 +27,8 @@ logger = logging.getLogger(__name__)
 
 BACKENDS = ("onnxruntime", "torch", TENSORRT, TENSORRT_RTX, ONNXRUNTIME_TENSORRT, "fake")
 _CAPTURED = ("torch", TENSORRT, TENSORRT_RTX)  # whose work can become part of a CUDA graph
-# How ONNX Runtime's engines are made from parts (`native_layout`, `blocked_nodes`, `integer_cpu`); raised when that
-# changes, so that engines made before are built again.
+# How ONNX Runtime's engines are made from parts (`native_layout`, `blocked_nodes`, `selections`, `integer_cpu`,
+# `image_convolution`); raised when that changes, so that engines made before are built again.
 _ONNXRUNTIME_RECIPE = "recipe 2"
 _DEVICE = re.compile(r"cpu|cuda:[0-9]+")
 

@@ -18,6 +18,7 @@ from onnx import TensorProto
 
 from bdtool.errors import EngineError
 from bdtool.specs import PartSpec, TensorSpec
+from engines.integer_cpu import is_quantized
 from engines.layouts import CHANNELS_LAST
 from engines.selections import convolve_shortcuts
 from engines.timing_cache import TimingCache
@@ -91,7 +92,7 @@ def _with_convolved_shortcuts(model: bytes) -> bytes:
         parsed = onnx.ModelProto.FromString(model)
     except DecodeError:
         return model  # the library's own parser says what is wrong
-    if any(node.op_type == "DequantizeLinear" for node in parsed.graph.node):
+    if is_quantized(parsed):
         return model
     convolve_shortcuts(parsed)
     return bytes(parsed.SerializeToString())

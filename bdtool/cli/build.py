@@ -30,13 +30,6 @@ from bdtool.runtime.read_only import is_read_only
 from bdtool.words import percent
 from engines.base import DEFAULT_DEVICE
 
-_WITH_INTEGERS = ("int8", "mixed")
-_FORMS = {
-    "cpu": "for ONNX Runtime's CPU provider, on x86 with VNNI or on ARM; TensorRT takes what --for tensorrt writes",
-    "cpu-without-vnni": "for ONNX Runtime's CPU provider, on x86 without VNNI",
-    "tensorrt": "for TensorRT; ONNX Runtime's CPU provider is slow with it, and fast with what --for cpu writes",
-}
-
 if TYPE_CHECKING:
     import numpy as np
 
@@ -46,6 +39,13 @@ if TYPE_CHECKING:
     from engines.portable import IntegerForm
     from engines.store import EngineStore, PartStatus
     from export.bundle import Bundle
+
+_WITH_INTEGERS = ("int8", "mixed")
+_FORMS = {
+    "cpu": "for ONNX Runtime's CPU provider, on x86 with VNNI or on ARM; TensorRT takes what --for tensorrt writes",
+    "cpu-without-vnni": "for ONNX Runtime's CPU provider, on x86 without VNNI",
+    "tensorrt": "for TensorRT; ONNX Runtime's CPU provider is slow with it, and fast with what --for cpu writes",
+}
 
 
 @click.command("build", cls=Command)
@@ -145,7 +145,7 @@ def build_cmd(
 @click.option(
     "--for",
     "form",
-    type=click.Choice(["cpu", "cpu-without-vnni", "tensorrt"]),
+    type=click.Choice(list(_FORMS)),
     help="With --precision int8 or mixed: the form of integers that ONNX Runtime's CPU provider is fast with, on "
     "processors with VNNI (x86) or ARM's (cpu), or on older x86; or that TensorRT takes.  [default: cpu]",
 )
@@ -176,7 +176,8 @@ def fuse_cmd(
 
     if form and precision not in _WITH_INTEGERS:
         raise click.UsageError(f"--for is about integers, and precision {precision} has none. Leave it out")
-    source, form = PartSource(bundle_at(threshold, Bundle.open(bundle)), precision, converts_fp16=True), form or "cpu"
+    form = form or "cpu"
+    source = PartSource(bundle_at(threshold, Bundle.open(bundle)), precision, converts_fp16=True)
     if policy is None:
         error = write_fused(source, model, form=form)
     elif threshold is not None:

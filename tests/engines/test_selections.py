@@ -62,8 +62,8 @@ def test_averages_of_windows_that_reach_beyond_stay(of_pool):
     "weights",
     [
         {"weight": np.random.default_rng(1).normal(size=(8, 4, 1, 1)).astype(np.float32)},
-        {"weight": np.ones((8, 4, 1, 1), np.float32), "bias": np.arange(8, dtype=np.float32)},
-        {"weight": np.ones((8, 4, 2, 2), np.float32)},
+        {"weight": np.eye(4, dtype=np.float32)[:, :, None, None], "bias": np.arange(4, dtype=np.float32)},
+        {"weight": np.pad(np.eye(4, dtype=np.float32)[:, :, None, None], ((0, 0), (0, 0), (0, 1), (0, 1)))},
     ],
 )
 def test_average_before_another_convolution_stays(weights):
