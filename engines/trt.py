@@ -24,7 +24,6 @@ from engines.timing_cache import TimingCache
 from engines.trt_build import CHANNEL_BLOCK, compile_part
 from engines.trt_library import TensorRTLibrary, load_library
 from engines.trt_options import TensorRTOptions
-from engines.trt_plan import plan_from_bytes
 from engines.trt_runtime import TensorRTCapturer, TensorRTRuntime
 
 
@@ -75,7 +74,7 @@ class TensorRTBackend:
                 self._library, part, model, layout=layout, options=self._options, timing_cache=self._timing_cache
             )
         details: dict[str, Any] = {"convolutions": compiled.convolutions}
-        plan = plan_from_bytes(compiled.data)
+        plan = compiled.plan
         if plan is not None:
             details |= {
                 "kernels": [f"{kernel.name}: {kernel.dtype}" for kernel in plan.kernels],

@@ -25,6 +25,7 @@ from engines.timing_cache import TimingCache
 from engines.trt_interrupts import cancelling
 from engines.trt_library import TensorRTLibrary
 from engines.trt_options import TensorRTOptions
+from engines.trt_plan import Plan, plan_from_bytes
 from engines.trt_turing import TURING, products_as_convolutions
 
 _HARDWARE_COMPATIBILITY = {"ampere-plus": "AMPERE_PLUS", "same-compute-capability": "SAME_COMPUTE_CAPABILITY"}
@@ -38,10 +39,11 @@ _INT8 = "int8"
 
 @dataclass(frozen=True)
 class Compiled:
-    """A serialized engine, and in which types its convolutions multiply: {"half": 2}."""
+    """A serialized engine, in which types its convolutions multiply ({"half": 2}), and its plan where that is text."""
 
     data: bytes
     convolutions: dict[str, int]
+    plan: Plan | None
 
 
 def compile_part(
@@ -60,7 +62,8 @@ def compile_part(
         timing_cache: what earlier parts learned, only for libraries that time kernels; this part's is added.
 
     Raises:
-        EngineError: the library does not start or refuses the part (quoting it), or did not take the ONNX's types.
+        EngineError: the library does not start or refuses the part (quoting it), or did not take the ONNX's types:
+            in its network, or in the engine that it made of it.
     """
     trt = library.module
     model = _with_convolved_shortcuts(model)
@@ -80,7 +83,9 @@ def compile_part(
             data = builder.build_serialized_network(network, config)
         if data is None:
             raise EngineError(f"part {part.name!r}: {library.name} builds no engine of it: {library.quoted()}")
-        return Compiled(bytes(data), convolutions)
+        compiled = Compiled(bytes(data), convolutions, plan_from_bytes(bytes(data)))
+        _check_plan(library, part, compiled, options)
+        return compiled
 
 
 def _with_convolved_shortcuts(model: bytes) -> bytes:
@@ -137,6 +142,33 @@ def _obtained_precision(trt: Any, network: Any, part: PartSpec, model: bytes) ->
             f"{dict(obtained)}; report this with the version of the library"
         )
     return dict(obtained)
+
+
+def _check_plan(library: TensorRTLibrary, part: PartSpec, compiled: Compiled, options: TensorRTOptions) -> None:
+    """Raise EngineError where the engine multiplies convolutions in another type than its network states.
+
+    For Turing TensorRT-RTX 1.7.1 dequantises both operands of an int8 convolution and multiplies in float, and does so
+    for every target of an engine that has Turing among them. Convolutions that became another kind of kernel are no
+    reason: only as many count as there are too many of another type.
+    """
+    if compiled.plan is None:
+        return
+    stated, made = Counter(compiled.convolutions), Counter(compiled.plan.convolutions)
+    lost, instead = stated - made, made - stated
+    if not (lost and instead):
+        return
+    targets = ", ".join(compiled.plan.architectures)
+    others = [str(sm) for sm in options.sms if sm != TURING]
+    if TURING not in options.sms:
+        advice = "take another --precision, and report this"
+    elif others:
+        advice = f"build with --sm {','.join(others)}, and for {TURING} apart, with --precision fp16"
+    else:
+        advice = "build with --precision fp16"
+    raise EngineError(
+        f"part {part.name!r}: its ONNX states {dict(lost)} convolutions; for {targets} {library.name} "
+        f"{library.module.__version__} computes {dict(instead)} instead, which saves no time: {advice}"
+    )
 
 
 def _operands(convolution: Any) -> set[str | None]:

@@ -8,6 +8,7 @@ is found, as in another version or another library, there is simply no answer.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import dataclass
 
 _PROGRAM = re.compile(
@@ -18,14 +19,18 @@ _TENSOR = re.compile(rb'^ *(?:sub_)?tensor=\{.*? name="(?P<name>[^"]+)".* type=(
 _STEP = re.compile(rb'^ +(?P<operation>\w+)=\{ name="?(?P<name>[^" ]+)(?P<rest>.*)$', re.M)
 _HOST_STEPS = frozenset((b"shape_call",))
 _OUTPUT = re.compile(rb'\b(?:output|output_args)=\{ ?"(?P<name>[^"]+)"')
+_CONVOLUTION = b"corrltn"  # correlation
+_FIRST_INPUT = re.compile(rb'\binput=\{ ?"(?P<name>[^"]+)"')
+_UNKNOWN = "unknown"
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """One launch: its name and the type of its first output ("float", "half", "int8")."""
+    """One launch: its name, and the types of its first output and of what a convolution multiplies ("half", "int8")."""
 
     name: str
     dtype: str
+    multiplies: str | None = None  # None: it is no convolution
 
 
 @dataclass(frozen=True)
@@ -40,8 +45,12 @@ class Plan:
     @property
     def dtypes(self) -> dict[str, int]:
         """How many kernels write each type."""
-        names = [kernel.dtype for kernel in self.kernels]
-        return {name: names.count(name) for name in dict.fromkeys(names)}
+        return dict(Counter(kernel.dtype for kernel in self.kernels))
+
+    @property
+    def convolutions(self) -> dict[str, int]:
+        """How many convolutions multiply in each type."""
+        return dict(Counter(kernel.multiplies for kernel in self.kernels if kernel.multiplies is not None))
 
 
 def plan_from_bytes(data: bytes) -> Plan | None:
@@ -63,14 +72,19 @@ def plan_from_bytes(data: bytes) -> Plan | None:
 
 def _kernels(main: bytes, tensors: bytes) -> list[Kernel]:
     types = {match["name"]: match["type"].decode() for match in _TENSOR.finditer(tensors)}
-    kernels = []
-    for step in _STEP.finditer(main):
-        if step["operation"] in _HOST_STEPS:
-            continue
-        output = _OUTPUT.search(step["rest"])
-        dtype = types.get(output["name"], "unknown") if output else "unknown"
-        kernels.append(Kernel(step["name"].decode(), dtype))
-    return kernels
+
+    def type_of(tensor: re.Match[bytes] | None) -> str:
+        return types.get(tensor["name"], _UNKNOWN) if tensor else _UNKNOWN
+
+    return [
+        Kernel(
+            step["name"].decode(),
+            type_of(_OUTPUT.search(step["rest"])),
+            type_of(_FIRST_INPUT.search(step["rest"])) if step["operation"] == _CONVOLUTION else None,
+        )
+        for step in _STEP.finditer(main)
+        if step["operation"] not in _HOST_STEPS
+    ]
 
 
 def _architectures(header: bytes) -> list[str]:

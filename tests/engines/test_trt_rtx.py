@@ -298,6 +298,20 @@ def test_programs_that_refit_weights_are_no_part_of_a_run():
     assert ([kernel.name for kernel in plan.kernels], plan.capturable) == (["convolution"], True)
 
 
+def test_plan_says_what_its_convolutions_multiply():
+    tensors = "".join(
+        f'  tensor={{ name="{name}" type={dtype} }}\n' for name, dtype in [("x", "int8"), ("w", "int8"), ("c", "float")]
+    )
+    steps = (
+        '  corrltn={ name="conv1" output={"c" } input={"x" "w" } }\n'
+        '  function={ name=__myl_Relu input_args={ "c" } output_args={ "c" } }\n'
+        '  corrltn={ name="conv2" output={"c" } input={"c" "w" } }'
+    )
+    header = "  stream_capturable=1"
+    text = f"header {{\n{header}\n}}\ndescriptors {{\n{tensors}}}\n\nmain {{\n{steps}\n}}\n"
+    assert plan_from_bytes(text.encode()).convolutions == {"int8": 1, "float": 1}
+
+
 def test_program_that_ends_on_the_host_is_not_capturable():
     run = _program(kernel="convolution", region="user", capturable=1)
     assert not plan_from_bytes((run + _program(kernel="copy", region="user", capturable=0)).encode()).capturable

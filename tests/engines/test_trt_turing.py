@@ -6,9 +6,14 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
+from bdtool.errors import EngineError
+from calibration.quantize import quantize_part, watched_tensors
+from engines.layouts import CHANNELS_LAST
 from engines.registry import open_backend
 from engines.trt_options import TensorRTOptions
+from engines.trt_plan import Kernel, Plan
 from engines.trt_turing import products_as_convolutions
+from export.half import half_from_fp32
 
 
 def _linear(*, transposed, weights=True, **attributes):
@@ -70,3 +75,51 @@ def test_every_part_builds_for_turing(tiny_bundle, sms, max_batch):
         details = backend.build(part, model, layout="NCHW").details
         assert details["architectures"] == [f"sm{sm}" for sm in sms], part.name
         assert details["capturable"], part.name
+
+
+def _build(bundle, precision, sms):
+    pytest.importorskip("tensorrt_rtx_bindings", reason="needs the extra 'rtx'")
+    part = bundle.network.part("block_00")
+    model = bundle.part_path(part).read_bytes()
+    if precision == "fp16":
+        part, model = part.with_activation("float16"), half_from_fp32(model, part, precision)
+    if precision == "int8":
+        ranges = dict.fromkeys((*watched_tensors(onnx.ModelProto.FromString(model)), "x"), 4.0)
+        part, model = part.with_activation("int8"), quantize_part(model, part, ranges, integer_activations=True)
+    backend = open_backend("tensorrt-rtx", "cpu", tensorrt=TensorRTOptions(sms=sms, max_batch=1))
+    return backend.build(part, model, layout=CHANNELS_LAST).details
+
+
+@pytest.mark.parametrize(
+    ("sms", "advice"),
+    [
+        ((75,), "for sm75 .* build with --precision fp16"),
+        ((75, 86, 89), "for sm75, sm86, sm89 .* build with --sm 86,89, and for 75 apart, with --precision fp16"),
+    ],
+)
+def test_int8_for_turing_is_refused_as_it_would_be_computed_in_float(tiny_bundle, sms, advice):
+    """Should this fail, TensorRT-RTX has learned INT8 on Turing."""
+    with pytest.raises(EngineError, match=rf"'block_00': its ONNX states {{'int8': 2}} convolutions; {advice}"):
+        _build(tiny_bundle, "int8", sms)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_float_blocks_are_computed_for_turing_as_stated(tiny_bundle, precision):
+    assert sum(_build(tiny_bundle, precision, (75, 86))["convolutions"].values()) == 2
+
+
+def _plan_multiplying(*types):
+    kernels = tuple(Kernel(f"kernel_{i}", "float", multiplies) for i, multiplies in enumerate(types))
+    return lambda data: Plan(kernels, ("sm89",), tf32=False, capturable=True)
+
+
+def test_other_types_on_other_gpus_are_reported(tiny_bundle, monkeypatch):
+    monkeypatch.setattr("engines.trt_build.plan_from_bytes", _plan_multiplying("float", "int8", None))
+    with pytest.raises(EngineError, match=r"{'int8': 1} .*sm89.* {'float': 1} instead, .*another --precision"):
+        _build(tiny_bundle, "int8", (89,))
+
+
+@pytest.mark.parametrize("types", [("int8", None), (), ("int8", "int8", "float")])
+def test_convolution_that_became_another_kernel_is_no_reason(tiny_bundle, monkeypatch, types):
+    monkeypatch.setattr("engines.trt_build.plan_from_bytes", _plan_multiplying(*types))
+    assert _build(tiny_bundle, "int8", (89,))["convolutions"] == {"int8": 2}
