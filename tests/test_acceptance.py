@@ -1,4 +1,4 @@
-"""Public checkpoints on all test images of CIFAR-10: their published accuracy, in PyTorch and through engines."""
+"""All test images of CIFAR-10: public checkpoints and shipped models have their published accuracy, by engines too."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from bdtool import Orchestrator
 from bdtool.cli import main
 from bdtool.evaluation import open_classifier
+from bdtool.models.shipped import shipped_models
+from bdtool.models.store import read_spec
 from bdtool.runtime.place import Place
 from bdtool.verification.ladder import LOGITS_TOLERANCE
 
@@ -64,3 +67,24 @@ def test_project_checkpoint_with_average_pool_shortcuts_classifies_as_measured(d
     colour = ("--mean", "0.4914,0.4822,0.4465", "--std", "0.2470,0.2435,0.2616")
     _, bundle = deploy("r32-cifar10-base.pt", "resnet32", "--shortcut", "average-pool", *colour)
     assert _accuracy(_logits(bundle, cifar10_test.images), cifar10_test.labels) == 0.9180
+
+
+@pytest.mark.parametrize("name", sorted(shipped_models()))
+def test_engines_of_a_shipped_model_classify_as_it_was_measured(
+    name: str, cifar10_test: Any, tmp_path: Path, shared_traces: None
+) -> None:
+    bundle = tmp_path / "bundle"
+    assert CliRunner().invoke(main, ["export", name, "-o", str(bundle)]).exit_code == 0
+    with Orchestrator.open(bundle) as runtime:
+        results = [
+            runtime.run(cifar10_test.images[start : start + BATCH])
+            for start in range(0, len(cifar10_test.images), BATCH)
+        ]
+    figures = read_spec(shipped_models()[name]).provenance["figures"]
+    assert figures["n_images"] == len(cifar10_test.images)
+    accuracy = _accuracy(np.concatenate([result.logits for result in results]), cifar10_test.labels)
+    # in training PyTorch convolves in another order, which decides an image in thousands otherwise
+    assert accuracy == pytest.approx(figures["accuracy"], abs=2e-4)
+    blocks = np.concatenate([result.blocks_run for result in results])
+    assert blocks.mean() == pytest.approx(figures["blocks_mean"], abs=2e-3)
+    assert blocks.std() == pytest.approx(figures["blocks_std"], abs=2e-3)
